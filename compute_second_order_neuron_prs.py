@@ -1,0 +1,71 @@
+"""Second-order effects of all neurons of one or several MLP layers, in one pass over the images.
+
+    python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH \\
+        --split train --mlp_layer 9
+
+Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_...
+    coefficients.npy [images, K, N]   bias.npy [images, D]   values.npy [K, N, e]   outputs.npy [K, e, D]
+    merged.npy [images, N, D], the effects themselves, with --merged
+effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
+"""
+
+from utils import arguments
+from utils.artifacts import Names, RowWriter, save_array
+from utils.clip import load_clip
+from utils.datasets import batches, load_images
+from utils.prs import dense, fold, parse_layers, second_order
+
+
+def main(args):
+    clip = load_clip(args.model, args.pretrained, args.device)
+    vit = clip.hooked_vit()
+    layers = parse_layers(args.mlp_layer, vit)
+    images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
+    directions = [fold(vit, layer) for layer in layers]
+    names = Names(args.output_dir, args.model, args.pretrained)
+    meta = {
+        **arguments.clip_record(args),
+        "fingerprint": clip.fingerprint,
+        "dataset": args.dataset,
+        "split": args.split,
+    }
+    meta |= {"data": images.fingerprint(), "coefficient": args.coefficient, "batch_size": args.batch_size}
+
+    def path(layer, part):
+        return names.effects(args.dataset, args.split, layer, part)
+
+    arrays = {}
+    for item in directions:
+        arrays[path(item.layer, "coefficients")] = ((len(images), len(item.values), vit.N), args.store_dtype)
+        arrays[path(item.layer, "bias")] = ((len(images), vit.D), "float32")
+        if args.merged:
+            arrays[path(item.layer, "merged")] = ((len(images), vit.N, vit.D), args.store_dtype)
+    with RowWriter(arrays, {**meta, "layers": layers}, args.overwrite) as writer:
+        for row, pixels, _ in batches(images, args.batch_size, args.num_workers, writer.start, args.device):
+            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            blocks = {}
+            for item, (C, kappa) in zip(directions, effects, strict=True):
+                blocks[path(item.layer, "coefficients")] = C.cpu().numpy()
+                blocks[path(item.layer, "bias")] = kappa.cpu().numpy()
+                if args.merged:
+                    blocks[path(item.layer, "merged")] = dense(C, kappa, item).cpu().numpy()
+            writer.write(row, blocks)
+    for item in directions:
+        save_array(path(item.layer, "values"), item.values.cpu().numpy(), meta)
+        save_array(path(item.layer, "outputs"), item.outputs.cpu().numpy(), meta)
+        print(f"wrote {path(item.layer, '*')} for {len(images)} images, {vit.N} neurons, {len(item.values)} heads")
+    layers = " ".join(map(str, layers))
+    print(f"next: python compute_pcas.py --mlp_layer {layers} --dataset {args.dataset} {arguments.repeated_flags(args)}")
+
+
+if __name__ == "__main__":
+    parser = arguments.stage_parser(__doc__)
+    arguments.add_model(parser)
+    arguments.add_data(parser, split="train")
+    arguments.add_layers(parser)
+    arguments.add_compute(parser)
+    arguments.add_directories(parser, reads=False, streams=True)
+    arguments.add_coefficient(parser)
+    parser.add_argument("--merged", action="store_true", help="also write the effects themselves, images x N x D")
+    parser.add_argument("--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk")
+    arguments.run(main, parser)

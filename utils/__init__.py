@@ -1,0 +1,1 @@
+"""The second-order lens: everything the stage scripts share."""

@@ -1,0 +1,138 @@
+"""Mean-ablation of second-order effects (section 4.2 of the paper)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.artifacts import RowWriter, load_array
+from utils.datasets import batches
+from utils.errors import UserError
+from utils.prs import CentredNorms, second_order, sum_of_effects
+
+ABLATIONS = (
+    "baseline",
+    "without all effects",
+    "without significant effects",
+    "without insignificant effects",
+    "reconstructed from PC",
+)
+
+
+@dataclass
+class Statistics:
+    """What `compute_pcas.py` found for one layer: mean effects [N, D], first components [N, D], thresholds [N]."""
+
+    mean: torch.Tensor
+    pcas: torch.Tensor
+    thresholds: torch.Tensor
+
+
+class Rebuilt:
+    """Effects replaced by their projections on one vector per neuron: base + sum_n <c_n, r_n> r_n with c_n = phi_n - mean_n,
+    where base has every effect at its mean.
+
+    Parameters
+    directions: `Directions` of the layer. mean [N, D]: mean effects of the train split. vectors [N, D]: first components, or
+    what a sparse decomposition makes of them; the product is not divided by |r_n|^2.
+    """
+
+    names = ("reconstructed",)
+
+    def __init__(self, directions, mean, vectors):
+        self.directions, self.mean_sum, self.vectors = directions, mean.sum(dim=0), vectors
+        heads = torch.einsum("keo,no->kne", directions.outputs, vectors)
+        self.along = (directions.values * heads).sum(dim=-1)  # [K, N], <B_n, r_n>
+        self.mean_along = (mean * vectors).sum(dim=-1)
+
+    def base(self, representation, C, kappa):
+        """All effects at their means: representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, D]."""
+        return representation - sum_of_effects(C, kappa, self.directions) + self.mean_sum
+
+    def projected(self, C, kappa):
+        """sum_n <c_n, r_n> r_n: C [B, K, N], kappa [B, D] -> [B, D]."""
+        projections = torch.einsum("bkn,kn->bn", C, self.along) + kappa @ self.vectors.T - self.mean_along
+        return projections @ self.vectors
+
+    def __call__(self, representation, C, kappa):
+        """[B, 1, D], the one representation in a row, as `Ablations` gives its five."""
+        return (self.base(representation, C, kappa) + self.projected(C, kappa))[:, None]
+
+
+class Ablations:
+    """The five representations that the paper compares, for one layer.
+
+    Parameters
+    directions: `Directions`. statistics: `Statistics` of the train split; an effect is significant where |c_n| is above the
+    threshold, the neuron's k-th largest norm in training.
+    """
+
+    names = ABLATIONS
+
+    def __init__(self, directions, statistics):
+        self.directions, self.mean, self.thresholds = directions, statistics.mean, statistics.thresholds
+        self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
+        self.norms = CentredNorms(directions, statistics.mean)
+
+    def __call__(self, representation, C, kappa):
+        """Representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, 5, D] in the order of ABLATIONS."""
+        base = self.rebuilt.base(representation, C, kappa)
+        small = (self.norms(C, kappa) <= self.thresholds).to(C.dtype)  # [B, N]
+        # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
+        small_effects = sum_of_effects(C * small[:, None], torch.zeros_like(kappa), self.directions)
+        small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.mean
+        pc = base + self.rebuilt.projected(C, kappa)
+        return torch.stack([representation, base, base + small_effects, representation - small_effects, pc], dim=1)
+
+
+def load_statistics(names, dataset, layer, k, clip, flags):
+    """Read `Statistics` of one layer to the model's device. Raises UserError, naming the command, for what is missing or wrong.
+
+    clip: the loaded `Clip`, whose weights the statistics have to be of. flags: the model's flags, for the message.
+    """
+    vit = clip.hooked_vit()
+    command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {k} --dataset {dataset} {flags}"
+
+    def read(part, *shape):
+        path = names.statistics(dataset, layer, part)
+        return torch.from_numpy(load_array(path, command, shape, fingerprint=clip.fingerprint)).to(clip.device)
+
+    norms = read(f"{k}_norm", vit.N, k)
+    return Statistics(read("mean", vit.N, vit.D), read(f"{k}_pca", vit.N, vit.D), norms[:, 0].contiguous())
+
+
+def load_classifier(names, dataset, clip, images, flags):
+    """Read the zero-shot classifier [D, classes] to the model's device; it has to cover the labels of `images`."""
+    command = f"python compute_classifier_projection.py --dataset {dataset} {flags}"
+    shape = (clip.model.visual.output_dim, None)
+    classifier = load_array(names.classifier(dataset), command, shape, fingerprint=clip.fingerprint)
+    if classifier.shape[1] < len(images.class_names):
+        raise UserError(
+            f"{names.classifier(dataset)} has {classifier.shape[1]} classes and the images have {len(images.class_names)}; make it "
+            f"again with: {command}"
+        )
+    return torch.from_numpy(classifier).to(clip.device)
+
+
+def predict(vit, directions, ablations, images, classifier, coefficient, path, meta, passing, overwrite):
+    """Classify held-out images by ablated representations, in one pass for all layers.
+
+    Parameters
+    directions, ablations: for every layer its `Directions`, and what maps (representation, C, kappa) to [B, V, D].
+    images: `Images`. classifier [D, classes]. path: the result's path; predictions [images, layers, V] are written beside it.
+    meta: what they are made from. passing: the keyword arguments batch_size, num_workers and device of
+    `batches`. overwrite: drop what a broken run left.
+
+    Returns accuracies in per cent, a list of V for every layer.
+    """
+    predictions_path = path.with_name(path.stem + "_predictions.npy")
+    shape = (len(images), len(directions), len(ablations[0].names))
+    meta = {**meta, "batch_size": passing["batch_size"]}
+    with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, overwrite) as writer:
+        for row, pixels, _ in batches(images, start=writer.start, **passing):
+            representation, effects = second_order(vit, pixels, directions, coefficient)
+            representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
+            ablated = [ablate(representation, *effect) for ablate, effect in zip(ablations, effects, strict=True)]
+            logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
+            writer.write(row, {predictions_path: logits.argmax(dim=-1).cpu().numpy()})
+    predictions = load_array(predictions_path, "the same command", shape)
+    return (100 * (predictions == images.labels[:, None, None]).mean(axis=0)).tolist()

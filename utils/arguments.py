@@ -1,0 +1,134 @@
+"""The flags that the scripts share, and the frame in which every script runs."""
+
+import argparse
+import os
+import sys
+
+import torch
+
+from utils.artifacts import model_name, pretrained_name
+from utils.errors import UserError
+from utils.prs import COEFFICIENT
+
+DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the usage of the script's docstring as it is written, and every default."""
+
+
+def stage_parser(description):
+    """The parser of a stage script; description is the script's docstring."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+
+
+def add_model(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="ViT-B-32",
+        help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json",
+    )
+    group.add_argument(
+        "--pretrained",
+        default="openai",
+        help="open_clip tag, path of a .safetensors or .pt file, or 'random' for seeded weights",
+    )
+
+
+def add_compute(parser, batch_size=16):
+    group = parser.add_argument_group("computation")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
+
+
+def add_data(parser, split="val", required=True):
+    group = parser.add_argument_group("data")
+    add_dataset(group)
+    group.add_argument("--data_path", required=required, help="the data set's root folder")
+    group.add_argument("--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root")
+    group.add_argument("--subsample", type=positive_int, help="take every Nth image; default: imagenet train 250, val 10, -R 10")
+    group.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
+
+
+def add_dataset(parser):
+    parser.add_argument("--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files")
+
+
+def add_directories(parser, reads=True, streams=False):
+    group = parser.add_argument_group("files")
+    group.add_argument("--output_dir", default="./output_dir", help="where results are written")
+    if reads:
+        group.add_argument("--input_dir", help="where results of earlier stages are; default: --output_dir")
+    if streams:
+        group.add_argument("--overwrite", action="store_true", help="drop what a broken run left instead of going on from it")
+
+
+def add_layers(parser):
+    parser.add_argument("--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'")
+
+
+def add_coefficient(parser):
+    parser.add_argument("--coefficient", type=float, default=COEFFICIENT, help="norm that a representation is scaled to")
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def repeated_flags(args):
+    """The flags of the model as a user types them, for messages that name the next or the missing command."""
+    return f"--model {args.model} --pretrained {args.pretrained} --output_dir {args.output_dir}"
+
+
+def clip_record(args):
+    """What every record says about the model: its name and its weights' name."""
+    return {"model": model_name(args.model), "pretrained": pretrained_name(args.model, args.pretrained)}
+
+
+def passing(args):
+    """How to go through images: the keyword arguments of `utils.datasets.batches`."""
+    return {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": args.device}
+
+
+def choose_device(name):
+    """The device of `--device`, or the best one that is there. Raises UserError for one that is not."""
+    if name is None:
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; use cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no MPS device; use --device cpu")
+    return device
+
+
+def run(main, parser):
+    """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1."""
+    args = parser.parse_args()
+    try:
+        if getattr(args, "output_dir", None):
+            os.makedirs(args.output_dir, exist_ok=True)
+            if not os.access(args.output_dir, os.W_OK):
+                raise UserError(f"{args.output_dir} cannot be written to; choose another --output_dir")
+        if getattr(args, "input_dir", "") is None:
+            args.input_dir = args.output_dir
+        if hasattr(args, "device"):
+            args.device = choose_device(args.device)
+        main(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the device has not enough memory; use a smaller --batch_size")
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        sys.exit(f"error: {error.strerror or error}{place}; see --output_dir, --data_path and the disk")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here where the stage can")

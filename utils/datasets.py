@@ -1,0 +1,190 @@
+"""Images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from open_clip import IMAGENET_CLASSNAMES
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from tqdm import tqdm
+
+from utils.artifacts import one_line
+from utils.errors import UserError
+
+STRIDES = {
+    ("imagenet", "train"): 250,
+    ("imagenet", "val"): 10,
+    ("imagenet_r", "val"): 10,
+}  # the paper's 5,124 and 5,000
+CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+
+
+@dataclass
+class Images(Dataset):
+    """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
+
+    samples: list of (path or PIL image, label). class_names: the name of every label.
+    """
+
+    samples: list
+    class_names: list
+    transform: object
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, label = self.samples[index]
+        if isinstance(image, str):
+            try:
+                image = Image.open(image).convert("RGB")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return UserError(
+                    f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]}); mend or remove it, and run "
+                    "the same command again"
+                )
+        return self.transform(image), label
+
+    @property
+    def labels(self):
+        """int64 [images]."""
+        return torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy()
+
+    def fingerprint(self):
+        """Twelve hex digits that change when images are added, removed, renamed, or change their size in bytes; not when the root moves."""
+        digest = hashlib.sha256()
+        for image, label in self.samples:
+            item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
+            digest.update(f"{item} {label}\n".encode())
+        return digest.hexdigest()[:12]
+
+
+def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
+    """The images of a data set, in the order of its sorted folders, every `subsample`-th of them.
+
+    Parameters
+    dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or folder
+        (ROOT/SPLIT/CLASS/image). subsample: stride, None for the paper's. class_names: a text file for `folder`, a name a line.
+
+    Labels are the index of the image's folder among the sorted folders; for imagenet_r its index among the 1,000 of ImageNet.
+    Raises UserError when folders are missing or empty, for a split that does not exist, and for a wrong number of names.
+    """
+    stride = subsample or STRIDES.get((dataset, split), 1)
+    if dataset in CIFAR:
+        samples, names = _cifar(dataset, data_path, split)
+    else:
+        if dataset != "folder" and split not in (allowed := ("val",) if dataset == "imagenet_r" else ("train", "val")):
+            raise UserError(f"--split {split}: {dataset} has {' and '.join(allowed)}")
+        root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
+        samples, names = _class_folders(root, data_path, split)
+        if dataset in ("imagenet", "imagenet_r"):
+            samples, names = _imagenet_names(dataset, samples, names)
+        else:
+            names = _folder_names(names, class_names)
+    return Images(samples[::stride], names, transform)
+
+
+def class_names_of(dataset, data_path=None, split="val", class_names=None):
+    """The class names of a data set, in the order of its labels."""
+    if dataset in ("imagenet", "imagenet_r"):
+        return list(IMAGENET_CLASSNAMES)
+    if dataset == "folder" and class_names:
+        return _lines(class_names)
+    if data_path is None:
+        raise UserError(f"the class names of {dataset} are in its data; add --data_path, or --class_names FILE")
+    return load_images(dataset, data_path, split).class_names
+
+
+def _class_folders(root, data_path, split):
+    if not root.is_dir():
+        if not Path(data_path).is_dir():
+            raise UserError(f"--data_path {data_path}: there is no such folder")
+        there = sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())
+        raise UserError(
+            f"--data_path {data_path} has no folder for --split {split}; it has {', '.join(there[:8]) or 'no folders'}"
+        )
+    try:
+        folder = ImageFolder(str(root))
+    except FileNotFoundError as error:  # torchvision's word for no class folders, and for class folders without images
+        raise UserError(f"{root} must hold a folder of images for every class: {one_line(error)[:140]}") from error
+    return folder.samples, folder.classes
+
+
+def _imagenet_names(dataset, samples, wnids):
+    index = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    unknown = [wnid for wnid in wnids if wnid not in index]
+    if unknown:
+        raise UserError(f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder")
+    if dataset == "imagenet_r":
+        return [(path, index[wnids[label]]) for path, label in samples], list(IMAGENET_CLASSNAMES)
+    return samples, [IMAGENET_CLASSNAMES[index[wnid]] for wnid in wnids]
+
+
+def _folder_names(folders, file):
+    if file is None:
+        return [folder.replace("_", " ") for folder in folders]
+    names = _lines(file)
+    if len(names) != len(folders):
+        raise UserError(f"--class_names {file} has {len(names)} names, and the data set has {len(folders)} class folders")
+    return names
+
+
+def _cifar(dataset, data_path, split):
+    if split not in ("train", "val", "test"):
+        raise UserError(f"--split {split}: {dataset} has train and val (its test images)")
+    try:  # torchvision compares the files with the published checksums before it opens them
+        images = CIFAR[dataset](data_path, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
+        ) from error
+    return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
+
+
+def read_texts(path):
+    """The texts of a text file, one a line, empty lines dropped. Raises UserError when it is missing, empty or not UTF-8."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"{path} holds no text; it needs one text a line")
+    return texts
+
+
+_lines = read_texts
+
+
+def batches(images, batch_size, num_workers=0, start=0, device="cpu", description="images"):
+    """Go through the images in order, with a progress bar.
+
+    Yields (row number of the first, images [B, 3, side, side] on `device`, labels [B]), beginning with row `start`, which has to
+    be a multiple of the batch size. Raises UserError for an image that cannot be read.
+    """
+    rest = torch.utils.data.Subset(images, range(start, len(images)))
+    on_gpu = torch.device(device).type == "cuda"
+    loader = DataLoader(rest, batch_size, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
+    row = start
+    with tqdm(total=len(images), initial=start, desc=description, unit="image") as bar:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            pixels, labels = batch
+            yield row, pixels.to(device, non_blocking=on_gpu), labels
+            row += len(labels)
+            bar.update(len(labels))
+
+
+def _collate(items):
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return torch.stack([pixels for pixels, _ in items]), torch.tensor([label for _, label in items])

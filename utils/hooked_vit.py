@@ -1,0 +1,152 @@
+"""HookedViT: watch an open_clip ViT while it runs, and leave no trace.
+
+Letters used in every shape of this project:
+B images, T tokens (0 is the class token), L layers, H heads, N neurons of one MLP, d width, e = d/H head width, D output width.
+"""
+
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+from utils.errors import UserError
+
+
+class HookedViT:
+    """An open_clip image tower whose activations can be recorded.
+
+    The tower itself is used as it is: no weights are copied and its fused attention stays in place.
+
+    Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `T` (tokens at the trained resolution), `grid` (rows, columns of patches).
+
+    Activations that `record` knows, for block l:
+        blocks.{l}.ln1.mean, blocks.{l}.ln1.std   [B, T]      statistics of the LayerNorm before the attention
+        blocks.{l}.attn.row                       [B, H, T]   attention probabilities of the class token
+        blocks.{l}.mlp.post                       [B, T, N]   post-GELU activations of the MLP's neurons
+        ln_post.mean, ln_post.std                 [B]         statistics of the last LayerNorm at the class token
+    A std is sqrt(biased variance + eps), the number that the LayerNorm divides by.
+
+    Raises UserError for a tower that the method does not cover.
+    """
+
+    def __init__(self, visual):
+        check_supported(visual)
+        self.visual = visual
+        self.blocks = visual.transformer.resblocks
+        first = self.blocks[0]
+        self.L, self.H = len(self.blocks), first.attn.num_heads
+        self.N, self.d = first.mlp.c_fc.out_features, first.mlp.c_fc.in_features
+        self.D = visual.proj.shape[1]
+        self.grid = visual.grid_size
+        self.T = self.grid[0] * self.grid[1] + 1
+
+    @property
+    def names(self):
+        """Every activation that can be recorded."""
+        per_block = ("ln1.mean", "ln1.std", "attn.row", "mlp.post")
+        return [f"blocks.{l}.{name}" for l in range(self.L) for name in per_block] + ["ln_post.mean", "ln_post.std"]
+
+    def __call__(self, images):
+        """[B, 3, side, side] -> the un-normalised representation [B, D]."""
+        output = self.visual(images)
+        return output[0] if isinstance(output, tuple) else output  # towers with output_tokens return both
+
+    @contextmanager
+    def record(self, *patterns):
+        """Record activations of the forward passes inside the `with`; yields a dict, name -> tensor of the last pass.
+
+        Parameters: names from `names`, or shell patterns of them (`record("blocks.*.mlp.post")`).
+        Raises KeyError for a pattern that fits no activation. Hooks are removed on leaving, also after an exception.
+        """
+        wanted = set()
+        for pattern in patterns:
+            fitting = [name for name in self.names if fnmatchcase(name, pattern)]
+            if not fitting:
+                raise KeyError(f"no activation is called {pattern!r}; there are {', '.join(self.names)}")
+            wanted.update(fitting)
+        cache, handles = {}, []
+        try:
+            for l, block in enumerate(self.blocks):
+                name = f"blocks.{l}."
+                if wanted & {name + "ln1.mean", name + "ln1.std", name + "attn.row"}:
+                    handles.append(block.ln_1.register_forward_hook(_attention_input_hook(block, name, wanted, cache)))
+                if name + "mlp.post" in wanted:
+                    handles.append(block.mlp.gelu.register_forward_hook(_output_hook(name + "mlp.post", cache)))
+            if wanted & {"ln_post.mean", "ln_post.std"}:
+                handles.append(self.visual.ln_post.register_forward_hook(_last_norm_hook(cache)))
+            yield cache
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _output_hook(name, cache):
+    def hook(module, inputs, output):
+        cache[name] = output.detach()
+
+    return hook
+
+
+def _attention_input_hook(block, name, wanted, cache):
+    def hook(module, inputs, output):
+        cache[name + "ln1.mean"], cache[name + "ln1.std"] = norm_statistics(inputs[0].detach(), module.eps)
+        if name + "attn.row" in wanted:
+            cache[name + "attn.row"] = class_attention(block.attn, output.detach())
+
+    return hook
+
+
+def _last_norm_hook(cache):
+    def hook(module, inputs, output):
+        z = inputs[0].detach()  # all tokens [B, T, d], or the class token only [B, d] when the norm comes after pooling
+        cache["ln_post.mean"], cache["ln_post.std"] = norm_statistics(z[:, 0] if z.ndim == 3 else z, module.eps)
+
+    return hook
+
+
+def norm_statistics(z, eps):
+    """What a LayerNorm subtracts and divides by: z [..., d] -> mean [...], sqrt(biased variance + eps) [...]."""
+    variance, mean = torch.var_mean(z.float(), dim=-1, correction=0)
+    return mean, torch.sqrt(variance + eps)
+
+
+def class_attention(attn, x):
+    """The class token's attention probabilities of every head.
+
+    attn: the block's nn.MultiheadAttention. x: its input, the output of LN1 [B, T, d]. Returns [B, H, T]; rows sum to 1.
+
+    The score of token i is q.(W_K x_i + b_K). It is taken as (q W_K).x_i, so that no key is ever computed: b_K adds the
+    same number to all tokens, which the softmax does not see.
+    """
+    d, H = attn.embed_dim, attn.num_heads
+    W_Q, W_K, _ = attn.in_proj_weight.view(3, H, d // H, d)  # each [H, e, d]
+    b_Q = attn.in_proj_bias.view(3, H, d // H)[0]
+    q = torch.einsum("bd,hed->bhe", x[:, 0], W_Q) + b_Q  # [B, H, e]
+    q = torch.einsum("bhe,hed->bhd", q, W_K) * (d // H) ** -0.5  # [B, H, d]: the query, seen from the residual stream
+    return torch.softmax(torch.einsum("bhd,btd->bht", q, x).float(), dim=-1)
+
+
+def check_supported(visual):
+    """Raise UserError, naming the reason, unless the second-order effects of this image tower are defined exactly."""
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(
+            f"this model's image tower is a {type(visual).__name__}, and second-order effects are defined for open_clip's "
+            "own VisionTransformer; choose a plain ViT such as --model ViT-B-32 or --model ViT-L-14"
+        )
+    if visual.attn_pool is not None:
+        raise UserError(
+            "this model pools its tokens by attention (attentional_pool), so the class token is not what reaches the output; "
+            "choose a plain ViT such as --model ViT-B-32"
+        )
+    if visual.pool_type != "tok":
+        raise UserError(
+            f"this model's output is pooled by '{visual.pool_type}' and not taken from the class token, from which "
+            "second-order effects are defined; choose a plain ViT such as --model ViT-B-32"
+        )
+    block = visual.transformer.resblocks[0]
+    if type(block) is not ResidualAttentionBlock or visual.proj is None:
+        raise UserError(
+            f"this model has {type(block).__name__} blocks or no output projection; second-order effects are defined for "
+            "plain pre-norm blocks, such as those of --model ViT-B-32"
+        )

@@ -1,0 +1,201 @@
+"""The projected residual stream: second-order effects of MLP neurons on the representation (section 3 of the paper).
+
+The second-order effect phi_n(I) of neuron n of layer m is what the neuron adds to the representation by flowing through the
+attention of every later layer straight to the output, with attention probabilities and LayerNorm statistics held fixed. It
+factorises into numbers of the image and directions of the weights,
+
+    phi_n(I) = sum_k C[k, n](I) B[k, n] + kappa(I),      k = (l, h), all heads of all layers l > m,
+    B[k, n]  = values[k, n] @ outputs[k],
+
+so an image costs a forward pass and a small product. Shapes use the letters of `utils.hooked_vit`; K = (L - 1 - m) H.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UserError
+
+COEFFICIENT = 100.0  # representations are scaled to this norm; effects are parts of that
+
+
+@dataclass
+class Directions:
+    """All that second-order effects of one MLP layer take from the weights. Made by `fold`.
+
+    values  [K, N, e]   (w_n * gamma_l) W_V of head k: neuron n written into the head
+    outputs [K, e, D]   (W_O * gamma_post) P of head k: the head written into the representation
+    shares  [2K+3, D]   the directions of kappa: K that go with s, K with t, then 1/sigma_post, mu_post/sigma_post and 1
+    """
+
+    layer: int
+    values: torch.Tensor
+    outputs: torch.Tensor
+    shares: torch.Tensor
+
+
+def parse_layers(layers, vit):
+    """The MLP layers that `--mlp_layer` names, ascending.
+
+    layers: a list of numbers as strings or ints, or ["all"]. Raises UserError for a layer that does not exist or has no
+    attention after it.
+    """
+    last = vit.L - 2
+    if [str(l) for l in layers] == ["all"]:
+        return list(range(last + 1))
+    for l in layers:
+        if not str(l).isdecimal() or int(l) > last:
+            reason = " has no attention after it, so it" if str(l) == str(vit.L - 1) else ""
+            raise UserError(
+                f"--mlp_layer {l}:{reason} has no second-order effects; this model's layers with effects are 0 to {last} "
+                "(or 'all')"
+            )
+    return sorted({int(l) for l in layers})
+
+
+@torch.no_grad()
+def fold(vit, layer):
+    """Fold the weights of every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).
+
+    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it normalises
+    (appendix of the paper): c = (1 + 2l) N of them before the attention of layer l, c' = (1 + 2l)(1 + 2L) H N at the end.
+    """
+    visual, H, N, L, d = vit.visual, vit.H, vit.N, vit.L, vit.d
+    e = d // H
+    home = visual.proj.device
+    device = "cpu" if home.type == "mps" else home  # MPS has no float64
+
+    def get(parameter):
+        return parameter.to(device, torch.float64)
+
+    def layer_scale(module):
+        return get(module.gamma)[:, None] if hasattr(module, "gamma") else 1  # [d, 1], where the model has one
+
+    mlp = vit.blocks[layer]
+    W_out = (get(mlp.mlp.c_proj.weight) * layer_scale(mlp.ls_2)).T  # [N, d], row n is w_n
+    b_out = (get(mlp.mlp.c_proj.bias)[:, None] * layer_scale(mlp.ls_2))[:, 0]  # [d]
+    P, gamma_post, beta_post = get(visual.proj), get(visual.ln_post.weight), get(visual.ln_post.bias)
+
+    values, outputs, with_s, with_t = [], [], [], []
+    constant = torch.zeros_like(P[0])
+    mean_share = torch.zeros_like(P[0])
+    offset_share = torch.zeros_like(P[0])
+    for l in range(layer + 1, L):
+        block = vit.blocks[l]
+        gamma, beta = get(block.ln_1.weight), get(block.ln_1.bias)
+        W_V = get(block.attn.in_proj_weight)[2 * d :].view(H, e, d)
+        b_V = get(block.attn.in_proj_bias)[2 * d :].view(H, e)
+        W_O = (get(block.attn.out_proj.weight) * layer_scale(block.ls_1)).T.reshape(H, e, d)
+        b_O = (get(block.attn.out_proj.bias)[:, None] * layer_scale(block.ls_1))[:, 0]
+        c, c_post = (1 + 2 * l) * N, (1 + 2 * l) * (1 + 2 * L) * H * N
+
+        out = (W_O * gamma_post) @ P  # [H, e, D]
+        values.append(torch.einsum("nd,hed->hne", W_out * gamma, W_V))
+        outputs.append(out)
+        with_s.append(torch.einsum("d,hed,heo->ho", gamma * b_out / N, W_V, out))
+        with_t.append(torch.einsum("d,hed,heo->ho", -gamma / c, W_V, out))
+        constant += torch.einsum("he,heo->o", torch.einsum("d,hed->he", beta / c, W_V) + b_V / c, out)
+        constant += (b_O * gamma_post) @ P / c  # b_O / (c H) for each of the H heads
+        mean_share -= gamma_post @ P * H / c_post
+        offset_share += beta_post @ P * H / c_post
+
+    shares = torch.cat([*with_s, *with_t, torch.stack([constant, mean_share, offset_share])])
+    return Directions(layer, *(x.to(home, torch.float32) for x in (torch.cat(values), torch.cat(outputs), shares)))
+
+
+@torch.inference_mode()
+def second_order(vit, images, directions, coefficient=COEFFICIENT):
+    """One forward pass: the representation, and the factorised second-order effects of one or several MLP layers.
+
+    vit: HookedViT. images: [B, 3, side, side], transformed. directions: list of `Directions`, one for each layer.
+
+    Returns
+    representation [B, D], not normalised; and for each layer (C [B, K, N], kappa [B, D]) with
+    phi[b, n] = sum_k C[b, k, n] values[k, n] @ outputs[k] + kappa[b], in units where |representation| is `coefficient`.
+    """
+    first = min(item.layer for item in directions)
+    attention = [f"blocks.{l}.{name}" for l in range(first + 1, vit.L) for name in ("attn.row", "ln1.mean", "ln1.std")]
+    with vit.record("ln_post.*", *attention, *(f"blocks.{item.layer}.mlp.post" for item in directions)) as cache:
+        representation = vit(images)
+    scale = coefficient / representation.norm(dim=-1)  # [B]
+    rstd_post = 1 / cache["ln_post.std"]
+
+    rows, means = {}, {}
+    for l in range(first + 1, vit.L):
+        rows[l] = cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None]  # [B, H, T], a / sigma
+        means[l] = cache[f"blocks.{l}.ln1.mean"]
+
+    effects = []
+    for item in directions:
+        later = range(item.layer + 1, vit.L)
+        row = torch.cat([rows[l] for l in later], dim=1)  # [B, K, T]
+        post = cache[f"blocks.{item.layer}.mlp.post"]  # [B, T, N]
+        C = torch.bmm(row * (scale * rstd_post)[:, None, None], post)  # [B, K, N]
+        s = row.sum(dim=-1)  # [B, K]
+        t = torch.cat([torch.einsum("bht,bt->bh", rows[l], means[l]) for l in later], dim=1)
+        one = torch.ones_like(rstd_post)[:, None]
+        weights = torch.cat([torch.cat([s, t, one, cache["ln_post.mean"][:, None]], 1) * rstd_post[:, None], one], 1)
+        kappa = scale[:, None] * (weights @ item.shares)  # [B, D]
+        effects.append((C, kappa))
+    return representation, effects
+
+
+def dense(C, kappa, directions):
+    """The effects themselves: C [B, K, N], kappa [B, D] -> phi [B, N, D]."""
+    B_n = torch.einsum("kne,keo->nko", directions.values, directions.outputs)  # [N, K, D]
+    # [N, B, K] is made contiguous: BLAS takes no matrix without a unit stride, and the fallback is a hundred times slower
+    return torch.bmm(C.permute(2, 0, 1).contiguous(), B_n).transpose(0, 1) + kappa[:, None]
+
+
+def sum_of_effects(C, kappa, directions):
+    """sum_n phi_n without the effects themselves: C [B, K, N], kappa [B, D] -> [B, D]."""
+    heads = torch.einsum("bkn,kne->bke", C, directions.values)
+    return torch.einsum("bke,keo->bo", heads, directions.outputs) + C.shape[-1] * kappa
+
+
+class CentredNorms:
+    """|phi_n(I) - mean_n| for all neurons of a layer, without forming the effects.
+
+    An effect is a combination of the K directions B_n plus kappa, so its norm is a quadratic form in the coefficients with the
+    Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first (x_n B_n + rest_n = mean_n, with x_n chosen so that the
+    rest is small): the form then has no cancellation when effects vary little about a large mean.
+
+    Parameters
+    directions: `Directions` of the neurons. mean: [N, D], what the effects are centred on.
+    """
+
+    def __init__(self, directions, mean, block=256):
+        self.directions = directions
+        parts = [
+            _centre(directions.values[:, n : n + block], directions.outputs, mean[n : n + block])
+            for n in range(0, len(mean), block)
+        ]
+        G, x, rest, B_rest = zip(*parts, strict=True)
+        self.gram, self.rest = torch.cat(G), torch.cat(rest)  # [N, K, K], [N, D]
+        self.origin, self.B_rest = torch.cat(x).T.contiguous(), torch.cat(B_rest).T.contiguous()  # [K, N] each
+        self.rest_squared = self.rest.square().sum(dim=-1)  # [N]
+
+    def __call__(self, C, kappa):
+        """C [B, K, N], kappa [B, D] -> norms [B, N]."""
+        x = C - self.origin  # phi - mean = x B_n + (kappa - rest)
+        heads = torch.einsum("bo,keo->bke", kappa, self.directions.outputs)
+        B_kappa = torch.einsum("bke,kne->bkn", heads, self.directions.values)
+        cross = (x * (B_kappa - self.B_rest)).sum(dim=1)  # [B, N]
+        offset = kappa.square().sum(-1, keepdim=True) - 2 * kappa @ self.rest.T + self.rest_squared
+        x = x.permute(2, 0, 1).contiguous()  # [N, B, K]
+        quadratic = (torch.bmm(x, self.gram) * x).sum(dim=-1).T
+        return (quadratic + 2 * cross + offset).clamp_min(0).sqrt()
+
+
+def _centre(values, outputs, mean):
+    """Gram matrices of a block of neurons, and their mean as a combination of the directions plus a rest."""
+    B_n = torch.einsum("kne,keo->nko", values, outputs)  # [n, K, D]
+    G = B_n @ B_n.mT
+    home, device = G.device, "cpu" if G.device.type == "mps" else G.device  # MPS has no float64
+    G64 = G.to(device, torch.float64)
+    ridge = 1e-9 * G64.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)  # directions may be dependent
+    G64 = G64 + ridge[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64, device=device)
+    B_mean = torch.einsum("nko,no->nk", B_n, mean).to(device, torch.float64)
+    x = torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G64))[..., 0].to(home, torch.float32)
+    rest = mean - torch.einsum("nk,nko->no", x, B_n)
+    return G, x, rest, torch.einsum("nko,no->nk", B_n, rest)
