@@ -13,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,7 +33,7 @@ def sample(n, tag="test", **options):
 def test_scenes_and_pictures_depend_on_the_seed_alone():
     first, second = sample(32, hard=0.25), sample(32, hard=0.25)
     assert first == second and sample(32, "other") != first
-    for a, b in zip(draw(first), draw(second)):
+    for a, b in zip(draw(first), draw(second), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     alone = torch.cat([draw([scene])[0] for scene in first])
     torch.testing.assert_close(alone, draw(first)[0], rtol=0, atol=1e-5)  # a picture does not depend on its batch
@@ -56,10 +57,11 @@ def test_masks_agree_with_pixels():
     images, masks = draw(scenes)
     bare, _ = draw([Scene(**{**vars(s), "things": []}) for s in scenes])
     changed = (images - bare).abs().amax(dim=1) > 0.25
-    assert (changed & ~masks.any(dim=1)).sum() / changed.sum() < 0.05  # the soft edge of the shapes
+    near = F.max_pool2d(masks.any(dim=1).float(), 3, stride=1, padding=1) > 0  # the shapes have soft edges
+    assert changed.any() and (changed & ~near).sum() / changed.sum() < 0.01
     assert not (masks[:, 0] & masks[:, 1]).any()
-    for image, mask, scene in zip(images, masks, scenes):
-        for thing, area in zip(scene.things, mask):
+    for image, mask, scene in zip(images, masks, scenes, strict=True):
+        for thing, area in zip(scene.things, mask, strict=False):
             colour = torch.tensor(RGB[thing.colour])[:, None] / 255
             assert (image[:, area] - colour).abs().mean() < 0.12
         if len(scene.things) == 2:
@@ -69,7 +71,7 @@ def test_masks_agree_with_pixels():
 
 def test_backgrounds_have_their_colour_and_texture():
     scenes = [Scene([], colour, texture, period=0.2) for colour in COLOURS for texture in TEXTURES]
-    for image, scene in zip(draw(scenes)[0], scenes):
+    for image, scene in zip(draw(scenes)[0], scenes, strict=True):
         base, other = torch.tensor(RGB[scene.background]) / 255, torch.tensor(w.second_tone(scene.background)) / 255
         low, high = torch.minimum(base, other), torch.maximum(base, other)
         flat = image.flatten(1)
@@ -84,7 +86,7 @@ def test_captions_are_true_and_name_the_main_symbol_first():
         assert (said["background"] or scene.background) == scene.background
         assert (said["texture"] or scene.texture) == scene.texture
         assert 1 <= len(said["things"]) <= len(scene.things)
-        for words, thing in zip(said["things"], scene.things):
+        for words, thing in zip(said["things"], scene.things, strict=False):
             assert words["symbol"] == thing.symbol and (words["colour"] or thing.colour) == thing.colour
 
 
@@ -190,7 +192,7 @@ def test_the_segmentation_file_has_the_layout_of_gtsegs(drawn):
 
 
 def training_flags(folder, **changes):
-    flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3, widen=0.25,
+    flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3, warmup=2, widen=0.25,
                  text_start=0.6, log_every=1000, threads=2, seed=0, stop=None)  # fmt: skip
     return Namespace(**{**flags, **changes})
 

@@ -1,0 +1,138 @@
+"""Second-order effects in float64, written straight from their definition; nothing here comes from `utils`.
+
+The image tower is run by hand, with its attention probabilities in full, and every token of every head is walked in a loop.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Run:
+    """One image through the tower, everything in float64."""
+
+    z: list  # L+1 of [T, d]: the residual stream before each block, and at the end
+    middle: list  # L of [T, d]: after the attention of each block
+    A: list  # L of [H, T, T]: attention probabilities
+    p: list  # L of [T, N]: post-GELU activations
+    mlp: list  # L of [T, d]: outputs of the MLPs
+    rep: torch.Tensor  # [D]
+
+
+def mean_and_sigma(x, norm):
+    mu = x.mean(dim=-1)
+    return mu, torch.sqrt(((x - mu[..., None]) ** 2).mean(dim=-1) + norm.eps)
+
+
+def scale_of(module):
+    return module.gamma if hasattr(module, "gamma") else 1.0
+
+
+def heads(attn):
+    """W_Q, W_K, W_V [H, d, e], b_Q, b_K, b_V [H, e], W_O [H, e, d]."""
+    d, H = attn.embed_dim, attn.num_heads
+    e = d // H
+    W, b = attn.in_proj_weight, attn.in_proj_bias
+    weights = [torch.stack([W[j * d + h * e : j * d + (h + 1) * e].T for h in range(H)]) for j in range(3)]
+    biases = [torch.stack([b[j * d + h * e : j * d + (h + 1) * e] for h in range(H)]) for j in range(3)]
+    W_O = torch.stack([attn.out_proj.weight[:, h * e : (h + 1) * e].T for h in range(H)])
+    return *weights, *biases, W_O
+
+
+def run(visual, image):
+    """visual: an open_clip VisionTransformer in float64. image: [3, side, side] in float64."""
+    z = visual._embeds(image[None])[0]
+    result = Run([z], [], [], [], [], None)
+    for block in visual.transformer.resblocks:
+        W_Q, W_K, W_V, b_Q, b_K, b_V, W_O = heads(block.attn)
+        mu, sigma = mean_and_sigma(z, block.ln_1)
+        x = (z - mu[:, None]) / sigma[:, None] * block.ln_1.weight + block.ln_1.bias
+        out = block.attn.out_proj.bias.clone()
+        A = []
+        for h in range(len(W_Q)):
+            q, k, v = x @ W_Q[h] + b_Q[h], x @ W_K[h] + b_K[h], x @ W_V[h] + b_V[h]
+            A.append(torch.softmax(q @ k.T / math.sqrt(q.shape[1]), dim=-1))
+            out = out + A[-1] @ v @ W_O[h]
+        z = z + scale_of(block.ls_1) * out
+        result.middle.append(z)
+        mu, sigma = mean_and_sigma(z, block.ln_2)
+        x = (z - mu[:, None]) / sigma[:, None] * block.ln_2.weight + block.ln_2.bias
+        result.p.append(block.mlp.gelu(x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias))
+        result.mlp.append(scale_of(block.ls_2) * (result.p[-1] @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias))
+        z = z + result.mlp[-1]
+        result.A.append(torch.stack(A))
+        result.z.append(z)
+    mu, sigma = mean_and_sigma(z[0], visual.ln_post)
+    result.rep = ((z[0] - mu) / sigma * visual.ln_post.weight + visual.ln_post.bias) @ visual.proj
+    return result
+
+
+def effects(visual, image, m, coefficient=100.0):
+    """phi [N, D] of MLP layer m on one image, all shares of means and biases included."""
+    clean = run(visual, image)
+    blocks = visual.transformer.resblocks
+    L, H = len(blocks), blocks[0].attn.num_heads
+    T, N = clean.p[m].shape
+    mlp = blocks[m].mlp
+    w = (mlp.c_proj.weight * torch.as_tensor(scale_of(blocks[m].ls_2)).reshape(-1, 1)).T  # [N, d]
+    b_out = mlp.c_proj.bias * scale_of(blocks[m].ls_2)
+    mu_post, sigma_post = mean_and_sigma(clean.z[L][0], visual.ln_post)
+    phi = torch.zeros(N, visual.proj.shape[1], dtype=torch.float64)
+    for l in range(m + 1, L):
+        _, _, W_V, _, _, b_V, W_O = heads(blocks[l].attn)
+        mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
+        gamma, beta = blocks[l].ln_1.weight, blocks[l].ln_1.bias
+        c = (1 + 2 * l) * N
+        c_post = (1 + 2 * l) * (1 + 2 * L) * H * N
+        for h in range(H):
+            o = torch.zeros(N, w.shape[1], dtype=torch.float64)
+            for i in range(T):
+                x = clean.p[m][i][:, None] * w + b_out / N
+                x = gamma * (x - mu[i] / c) / sigma[i] + beta / c
+                o = o + clean.A[l][h][0, i] * ((x @ W_V[h] + b_V[h] / c) @ W_O[h])
+            o = scale_of(blocks[l].ls_1) * (o + blocks[l].attn.out_proj.bias / (c * H))
+            o = visual.ln_post.weight * (o - mu_post / c_post) / sigma_post + visual.ln_post.bias / c_post
+            phi = phi + o @ visual.proj
+    return coefficient / clean.rep.norm() * phi
+
+
+def representation_with_changed_mlp(visual, image, m, change):
+    """The representation when MLP m's output moves by `change` [T, d] and only the later attentions see it, all else frozen.
+
+    Attention probabilities, LayerNorm statistics and the outputs of all other blocks are those of the clean run.
+    """
+    clean = run(visual, image)
+    blocks = visual.transformer.resblocks
+    z = clean.z[-1][0].clone()  # class token; what the attentions add to it moves with the change
+    for l in range(m + 1, len(blocks)):
+        _, _, W_V, _, _, b_V, W_O = heads(blocks[l].attn)
+        mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
+        added = []
+        for stream in (clean.z[l], clean.z[l] + change):
+            x = (stream - mu[:, None]) / sigma[:, None] * blocks[l].ln_1.weight + blocks[l].ln_1.bias
+            added.append(sum(clean.A[l][h][0] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(len(W_V))))
+        z = z + scale_of(blocks[l].ls_1) * (added[1] - added[0])
+    mu, sigma = mean_and_sigma(clean.z[-1][0], visual.ln_post)
+    return ((z - mu) / sigma * visual.ln_post.weight + visual.ln_post.bias) @ visual.proj
+
+
+def sum_of_effects(visual, image, m, coefficient=100.0):
+    """sum_n phi_n by another route: the MLP's whole output through whole attentions, with the shares of N contributors."""
+    clean = run(visual, image)
+    blocks = visual.transformer.resblocks
+    L, H, N, d = len(blocks), blocks[0].attn.num_heads, clean.p[m].shape[1], clean.z[0].shape[1]
+    mu_post, sigma_post = mean_and_sigma(clean.z[L][0], visual.ln_post)
+    total = torch.zeros(visual.proj.shape[1], dtype=torch.float64)
+    for l in range(m + 1, L):
+        attn, share = blocks[l].attn, 1 / (1 + 2 * l)  # all N neurons together are one of the 1 + 2l summands
+        mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
+        x = blocks[l].ln_1.weight * (clean.mlp[m] - mu[:, None] * share) / sigma[:, None] + blocks[l].ln_1.bias * share
+        v = x @ attn.in_proj_weight[2 * d :].T + attn.in_proj_bias[2 * d :] * share  # [T, d], heads side by side
+        mixed = torch.cat([clean.A[l][h][0] @ v[:, h * (d // H) : (h + 1) * (d // H)] for h in range(H)])
+        o = scale_of(blocks[l].ls_1) * (attn.out_proj.weight @ mixed + attn.out_proj.bias * share)
+        share_post = share / (1 + 2 * L)
+        o = visual.ln_post.weight * (o - mu_post * share_post) / sigma_post + visual.ln_post.bias * share_post
+        total = total + o @ visual.proj
+    return coefficient / clean.rep.norm() * total

@@ -1,0 +1,119 @@
+"""What is recorded is what runs, and nothing stays behind."""
+
+import open_clip
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.conftest import random_tower
+from utils.errors import UserError
+from utils.hooked_vit import HookedViT
+
+
+def hooks(visual):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in visual.modules())
+
+
+def test_attention_rows_equal_those_of_the_running_model(vit, visual, images):
+    rows = {}
+
+    def keep(module, arguments, keywords, output):
+        weights = module(*arguments, **{**keywords, "need_weights": True, "average_attn_weights": False})[1]
+        rows[names[module]] = weights[:, :, 0]
+
+    names = {block.attn: l for l, block in enumerate(visual.transformer.resblocks)}
+    handles = []
+
+    class Once:  # the hook calls the module again, and must not be called by that
+        def __init__(self):
+            self.inside = False
+
+        def __call__(self, *arguments):
+            if not self.inside:
+                self.inside = True
+                keep(*arguments)
+                self.inside = False
+
+    for module in names:
+        handles.append(module.register_forward_hook(Once(), with_kwargs=True))
+    visual(images)
+    for handle in handles:
+        handle.remove()
+    with vit.record("*.attn.row") as cache:
+        vit(images)
+    assert len(rows) == vit.L
+    for l, row in rows.items():
+        assert_close(cache[f"blocks.{l}.attn.row"], row, rtol=1e-5, atol=1e-6)
+
+
+def test_norm_statistics_give_back_the_norms_outputs(vit, visual, images):
+    seen = {}
+    modules = {f"blocks.{l}.ln1": block.ln_1 for l, block in enumerate(visual.transformer.resblocks)}
+    modules["ln_post"] = visual.ln_post
+    handles = [
+        module.register_forward_hook(lambda m, x, y, name=name: seen.__setitem__(name, (x[0], y)))
+        for name, module in modules.items()
+    ]
+    with vit.record("*.mean", "*.std") as cache:
+        vit(images)
+    for handle in handles:
+        handle.remove()
+    for name, module in modules.items():
+        x, y = seen[name]
+        if name == "ln_post":
+            x, y = x[:, 0], y[:, 0]
+        mean, std = cache[f"{name}.mean"][..., None], cache[f"{name}.std"][..., None]
+        assert_close((x - mean) / std * module.weight + module.bias, y, rtol=1e-4, atol=1e-5)
+
+
+def test_post_activations_write_the_mlps_output(vit, visual, images):
+    seen = {}
+    block = visual.transformer.resblocks[2]
+    handle = block.mlp.register_forward_hook(lambda m, x, y: seen.__setitem__("out", y))
+    with vit.record("blocks.2.mlp.post") as cache:
+        vit(images)
+    handle.remove()
+    assert list(cache) == ["blocks.2.mlp.post"]
+    assert_close(block.mlp.c_proj(cache["blocks.2.mlp.post"]), seen["out"])
+
+
+def test_recording_leaves_no_trace(vit, visual, images):
+    before = visual(images)
+    with vit.record("*"):
+        during = vit(images)
+    assert hooks(visual) == 0
+    assert torch.equal(before, during) and torch.equal(before, visual(images))
+
+
+def test_an_exception_while_recording_leaves_no_trace(vit, visual, images):
+    before = visual(images)
+    with pytest.raises(RuntimeError), vit.record("*"):
+        assert hooks(visual) > 0
+        vit(images[:, :1])  # a wrong number of channels
+    assert hooks(visual) == 0
+    assert torch.equal(before, visual(images))
+
+
+def test_an_unknown_activation_is_refused(vit, visual):
+    with pytest.raises(KeyError, match="mlp.pre"), vit.record("blocks.0.mlp.pre"):
+        pass
+    assert hooks(visual) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"pool_type": "avg"}, "class token"),
+        ({"attentional_pool": True, "heads": 4, "attn_pooler_heads": 4}, "attentional"),
+        ({"qk_norm": True}, "CustomResidualAttentionBlock"),
+    ],
+)
+def test_towers_that_the_method_does_not_cover_are_refused(options, reason):
+    with pytest.raises(UserError, match=reason):
+        HookedViT(random_tower(**options))
+
+
+def test_a_resnet_is_refused():
+    model = open_clip.create_model("RN50")
+    with pytest.raises(UserError, match="ModifiedResNet"):
+        HookedViT(model.visual)
