@@ -1,0 +1,27 @@
+# make setup | demo | test | lint | bench      All of them make .venv first where it is not there.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: setup demo test lint bench
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'error: Python 3.10 or newer is needed; try make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: setup
+	$(RUN) demo/run_demo.py
+
+test: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: setup
+	$(RUN) benchmarks/run.py

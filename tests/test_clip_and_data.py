@@ -1,0 +1,251 @@
+"""Loading of models and images."""
+
+import copy
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.conftest import TINY
+from tests.photos import SYNSETS, write_photos
+from utils.clip import load_clip, text_vectors, weights_fingerprint, zero_shot_classifier
+from utils.datasets import batches, class_names_of, load_images, read_texts
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_model):
+    return load_clip(tiny_model, "random", "cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"), per_class=3, side=48)
+
+
+def test_random_weights_come_from_a_seed(tiny_model, clip):
+    again, other = load_clip(tiny_model, "random", "cpu"), load_clip(tiny_model, "random", "cpu", seed=1)
+    assert again.fingerprint == clip.fingerprint != other.fingerprint
+    assert not clip.model.training and next(clip.model.parameters()).dtype == torch.float32
+
+
+def test_a_fingerprint_notices_one_changed_tensor(clip):
+    changed = copy.deepcopy(clip.model)
+    changed.visual.ln_post.bias.data += 1e-3
+    assert weights_fingerprint(changed) != clip.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_local_checkpoint_is_loaded(tiny_model, tmp_path, suffix):
+    state = load_clip(tiny_model, "random", "cpu", seed=7).model.state_dict()
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    loaded = load_clip(tiny_model, str(path), "cpu").model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_a_local_directory_is_loaded_and_one_without_weights_refused(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_clip(f"local-dir:{tmp_path}", "openai", "cpu")
+    model = open_clip.create_model("ViT-B-32", **TINY)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    clip = load_clip(f"local-dir:{tmp_path}", "openai", "cpu")
+    assert torch.equal(clip.model.visual.proj, model.visual.proj)
+    assert tuple(clip.transform.transforms[-1].mean) == (0.1, 0.2, 0.3)
+
+
+def test_the_activation_is_that_of_the_tag_in_both_towers(monkeypatch):
+    def from_memory(cfg, *arguments, **options):  # stands for the download of the weights
+        return checkpoint
+
+    checkpoint = "somewhere.pt"
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", from_memory)
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *arguments, **options: {})
+    for tag, activation in (("openai", "QuickGELU"), ("laion2b_s34b_b79k", "GELU")):
+        model = load_clip("ViT-B-32", tag, "cpu").model
+        for tower in (model.visual.transformer, model.transformer):
+            assert type(tower.resblocks[0].mlp.gelu).__name__ == activation
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "words"),
+    [
+        ("ViT-B-23", "openai", "ViT-B-32"),
+        ("ViT-B-32", "opeani", "did you mean openai"),
+        ("ViT-B-32", "nowhere/weights.pt", "no such file"),
+        ("nowhere.json", "random", "no such file"),
+        ("ViT-M-16", "openai", "no tag of ViT-M-16; it has no tags"),
+        ("local-dir:nowhere", "openai", "could not be loaded"),
+    ],
+)
+def test_models_that_are_not_there_are_refused(model, pretrained, words):
+    with pytest.raises(UserError, match=words) as error:
+        load_clip(model, pretrained, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_checkpoint_or_do_not_fit_are_refused(tiny_model, tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_clip(tiny_model, str(tmp_path / "junk.safetensors"), "cpu")
+    torch.save({"state_dict": print}, tmp_path / "code.pt")  # an object that would have to be unpickled
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_clip(tiny_model, str(tmp_path / "code.pt"), "cpu")
+    state = load_clip(tiny_model, "random", "cpu").model.state_dict()
+    state["visual.proj"] = state["visual.proj"][:, :-1].contiguous()
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not fit.*visual.proj"):
+        load_clip(tiny_model, str(tmp_path / "other.safetensors"), "cpu")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="embed_dim"):
+        load_clip(str(tmp_path / "list.json"), "random", "cpu")
+
+
+def test_the_classifier_is_the_mean_of_eighty_templates(clip):
+    names = ["tench", "goldfish", "great white shark"]
+    ours = zero_shot_classifier(clip, names, 160)
+    for column, name in zip(ours.T, names, strict=True):
+        texts = [template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+        vectors = clip.model.encode_text(clip.tokenizer(texts)).double()
+        mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(dim=0)
+        assert_allclose(column, (mean / mean.norm()).numpy(), atol=1e-6)
+    legacy = open_clip.build_zero_shot_classifier_legacy(clip.model, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert_allclose(ours, legacy.numpy(), atol=1e-6)
+    assert ours.shape == (24, 3) and ours.dtype == np.float32
+
+
+def test_text_vectors_are_unit_and_without_a_template(clip):
+    texts = ["a dog", "the sea", "x"]
+    ours = text_vectors(clip, texts, 2)
+    truth = clip.model.encode_text(clip.tokenizer(texts)).double()
+    assert_allclose(ours, (truth / truth.norm(dim=1, keepdim=True)).numpy(), atol=1e-6)
+
+
+def test_imagenet_is_sub_sampled_in_the_order_of_its_folders(photos):
+    images = load_images("imagenet", photos, "val", subsample=5)
+    taken = [path.split("/")[-2:] for path, _ in images.samples]
+    assert taken == [[SYNSETS[0], "0000.JPEG"], [SYNSETS[1], "0002.JPEG"], [SYNSETS[3], "0001.JPEG"]]
+    assert images.labels.tolist() == [0, 1, 3] and images.labels.dtype == np.int64
+    assert images.class_names == ["tench", "goldfish", "great white shark", "tiger shark"]
+    assert len(load_images("imagenet", photos, "val")) == 2  # 12 images, every 10th
+    assert len(load_images("imagenet", photos, "train")) == 1  # every 250th
+
+
+def test_imagenet_r_is_labelled_by_the_thousand_classes(tmp_path):
+    write_photos(tmp_path, splits=(".",), classes=("n01443537", "n07873807"), per_class=2, side=32)
+    images = load_images("imagenet_r", tmp_path, "val", subsample=1)
+    assert images.labels.tolist() == [1, 1, 963, 963] and len(images.class_names) == 1000
+    with pytest.raises(UserError, match="imagenet_r has val"):
+        load_images("imagenet_r", tmp_path, "train")
+
+
+def test_class_names_of_folders_and_files(tmp_path):
+    write_photos(tmp_path, splits=("val",), classes=("golden_retriever", "sea"), per_class=1, side=32)
+    assert class_names_of("folder", tmp_path, "val") == ["golden retriever", "sea"]
+    (tmp_path / "names.txt").write_text("dog\nocean\n")
+    assert class_names_of("folder", tmp_path, "val", tmp_path / "names.txt") == ["dog", "ocean"]
+    assert class_names_of("imagenet")[:2] == ["tench", "goldfish"]
+    (tmp_path / "names.txt").write_text("dog\n")
+    with pytest.raises(UserError, match="1 names, and the data set has 2"):
+        load_images("folder", tmp_path, "val", class_names=tmp_path / "names.txt")
+    with pytest.raises(UserError, match="--data_path"):
+        class_names_of("CIFAR10")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "path", "split", "words"),
+    [
+        ("imagenet", "nowhere", "val", "there is no such folder"),
+        ("imagenet", ".", "test", "imagenet has train and val"),
+        ("folder", ".", "test", "no folder for --split test; it has train, val"),
+        ("folder", "train", SYNSETS[0], "must hold a folder of images for every class"),
+        ("CIFAR10", ".", "test2", "train and val"),
+    ],
+)
+def test_data_that_is_not_there_is_refused(photos, dataset, path, split, words):
+    with pytest.raises(UserError, match=words):
+        load_images(dataset, photos / path, split)
+
+
+def test_folders_that_are_not_imagenets_are_refused(tmp_path):
+    write_photos(tmp_path, splits=("val",), classes=("dogs",), per_class=1, side=32)
+    with pytest.raises(UserError, match="dogs is no folder of ImageNet.*--dataset folder"):
+        load_images("imagenet", tmp_path, "val")
+
+
+def test_batches_come_in_order_and_may_start_later(photos, clip):
+    images = load_images("folder", photos, "val", clip.transform)
+    all_pixels = torch.stack([images[i][0] for i in range(12)])
+    for workers in (0, 2):
+        rows, pixels, labels = zip(*batches(images, 4, workers, start=4), strict=True)
+        assert rows == (4, 8)
+        assert torch.equal(torch.cat(pixels), all_pixels[4:]) and torch.cat(labels).tolist() == images.labels[4:].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(tmp_path, clip, workers):
+    write_photos(tmp_path, splits=("val",), classes=("a", "b"), per_class=2, side=32)
+    broken = tmp_path / "val" / "b" / "0001.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    images = load_images("folder", tmp_path, "val", clip.transform)
+    with pytest.raises(UserError, match="b/0001.JPEG cannot be read"):
+        list(batches(images, 2, workers))
+
+
+def test_images_are_taken_as_rgb(tmp_path, clip):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.new("L", (40, 40), 200).save(tmp_path / "val" / "a" / "grey.png")
+    Image.new("RGBA", (40, 40), (200, 200, 200, 0)).save(tmp_path / "val" / "a" / "transparent.png")
+    grey, transparent = (pixels for pixels, _ in load_images("folder", tmp_path, "val", clip.transform))
+    assert grey.shape == (3, 32, 32) and torch.equal(grey, transparent)
+
+
+def test_the_datas_fingerprint_notices_a_change_and_not_a_move(tmp_path):
+    first = write_photos(tmp_path / "one", splits=("val",), classes=("a",), per_class=2, side=32)
+    second = write_photos(tmp_path / "two", splits=("val",), classes=("a",), per_class=2, side=32)
+    before = load_images("folder", first, "val").fingerprint()
+    assert before == load_images("folder", second, "val").fingerprint()
+    (second / "val" / "a" / "0001.JPEG").write_bytes(b"other")
+    assert before != load_images("folder", second, "val").fingerprint()
+
+
+def test_cifar_is_read_as_torchvision_has_it(tmp_path, monkeypatch, clip):
+    class Fake:
+        def __init__(self, root, train, download):
+            if not root:
+                raise RuntimeError("Dataset not found")
+            self.data, self.targets, self.classes = np.full((7, 32, 32, 3), 9, np.uint8), [0, 1, 2, 0, 1, 2, 0], ["x", "y", "z"]
+
+    monkeypatch.setitem(__import__("utils.datasets").datasets.CIFAR, "CIFAR10", Fake)
+    images = load_images("CIFAR10", tmp_path, "val", clip.transform, subsample=2)
+    assert images.labels.tolist() == [0, 2, 1, 0] and images.class_names == ["x", "y", "z"] and images[0][0].shape == (3, 32, 32)
+    with pytest.raises(UserError, match="could it be fetched"):
+        load_images("CIFAR10", "", "val")
+
+
+def test_text_files_are_checked(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("één\n\n  two words \n".encode())
+    assert read_texts(path) == ["één", "two words"]
+    path.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_texts(path)
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no text"):
+        read_texts(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_texts(tmp_path / "none.txt")
+
+
+def test_the_word_list_is_what_its_command_makes():
+    from text_descriptions.make_words import common_words
+
+    words = read_texts("text_descriptions/30k.txt")
+    assert len(words) == len(set(words)) == 30_000
+    assert words[:2000] == common_words(2000)
