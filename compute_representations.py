@@ -22,7 +22,7 @@ def main(args):
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, **data, "batch_size": args.batch_size}
     meta["coefficient"] = args.coefficient
     path = names.representations(args.dataset, args.split)
-    shape = (len(images), clip.model.visual.output_dim)
+    shape = (len(images), clip.hooked_vit().D)
     with torch.inference_mode(), RowWriter({path: (shape, "float32")}, meta, args.overwrite) as writer:
         for row, pixels, _ in batches(images, args.batch_size, args.num_workers, writer.start, args.device):
             vectors = clip.model.encode_image(pixels, normalize=True) * args.coefficient

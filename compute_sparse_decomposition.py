@@ -31,6 +31,8 @@ def main(args):
     texts, vectors, fingerprint = load_texts(names, args.text_descriptions, args.descriptions_dir, flags)
     atoms = make_atoms(torch.from_numpy(vectors).to(args.device), args.normalise)
     rebuilt = {}
+    meta = {**arguments.clip_record(args), "fingerprint": fingerprint, "dataset": args.dataset, "top_k_pca": args.top_k_pca}
+    meta |= {"text_descriptions": args.text_descriptions, "components": args.components, "normalise": args.normalise}
 
     def output(layer):
         return results.decomposition(args.dataset, layer, args.text_descriptions, args.transform_alpha, args.components)
@@ -41,7 +43,7 @@ def main(args):
         pcas = load_array(pca_path, make_pcas, (None, vectors.shape[1]), fingerprint=fingerprint)
         targets = torch.from_numpy(pcas).to(args.device)
         support, coefficients = orthogonal_matching_pursuit(atoms, targets, args.components, progress=True)
-        matrix = save_decomposition(output(layer), support, coefficients, texts)
+        matrix = save_decomposition(output(layer), support, coefficients, texts, {**meta, "layer": layer})
         rebuilt[layer] = torch.from_numpy(matrix @ atoms.cpu().numpy()).to(args.device)
         loss = ((rebuilt[layer] - targets).norm(dim=1) / targets.norm(dim=1)).mean()
         print(f"wrote {output(layer)} and .npz: {len(targets)} neurons, {args.components} of {len(texts)} texts each")

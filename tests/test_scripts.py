@@ -209,7 +209,12 @@ DATA = ["--dataset", "imagenet", "--data_path", "{photos}", "--num_workers", "0"
 FAULTS = [
     ("unknown model", REPRESENTATIONS, [*DATA, "--model", "ViT-B-23"], ["did you mean", "ViT-B-32"]),
     ("unknown tag", REPRESENTATIONS, [*DATA, "--model", "ViT-B-32", "--pretrained", "opeani"], ["did you mean openai"]),
-    ("checkpoint of another model", REPRESENTATIONS, [*DATA, "--pretrained", "{checkpoint}"], ["does not fit", "size mismatch for text_projection"]),
+    (
+        "checkpoint of another model",
+        REPRESENTATIONS,
+        [*DATA, "--pretrained", "{checkpoint}"],
+        ["does not fit", "size mismatch for text_projection"],
+    ),
     ("no such checkpoint", REPRESENTATIONS, [*DATA, "--pretrained", "none.pt"], ["--pretrained none.pt", "no such file"]),
     ("a ResNet", EFFECTS, [*DATA, "--model", "RN50", "--pretrained", "random"], ["ModifiedResNet", "ViT-B-32"]),
     ("missing data", REPRESENTATIONS, ["--data_path", "{root}/none"], ["--data_path", "no such folder"]),

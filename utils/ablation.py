@@ -43,6 +43,7 @@ class Rebuilt:
         heads = torch.einsum("keo,no->kne", directions.outputs, vectors)
         self.along = (directions.values * heads).sum(dim=-1)  # [K, N], <B_n, r_n>
         self.mean_along = (mean * vectors).sum(dim=-1)
+        self.checksum = float(self.mean_along.cpu().double().sum())  # tells a broken run whether its statistics are the same
 
     def base(self, representation, C, kappa):
         """All effects at their means: representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, D]."""
@@ -72,6 +73,7 @@ class Ablations:
         self.directions, self.mean, self.thresholds = directions, statistics.mean, statistics.thresholds
         self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
         self.norms = CentredNorms(directions, statistics.mean)
+        self.checksum = self.rebuilt.checksum + float(self.thresholds.cpu().double().sum())
 
     def __call__(self, representation, C, kappa):
         """Representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, 5, D] in the order of ABLATIONS."""
@@ -103,12 +105,17 @@ def load_statistics(names, dataset, layer, k, clip, flags):
 def load_classifier(names, dataset, clip, images, flags):
     """Read the zero-shot classifier [D, classes] to the model's device; it has to cover the labels of `images`."""
     command = f"python compute_classifier_projection.py --dataset {dataset} {flags}"
-    shape = (clip.model.visual.output_dim, None)
+    shape = (clip.hooked_vit().D, None)
     classifier = load_array(names.classifier(dataset), command, shape, fingerprint=clip.fingerprint)
     if classifier.shape[1] < len(images.class_names):
         raise UserError(
-            f"{names.classifier(dataset)} has {classifier.shape[1]} classes and the images have {len(images.class_names)}; make it "
-            f"again with: {command}"
+            f"{names.classifier(dataset)} has {classifier.shape[1]} classes and the images have {len(images.class_names)}; "
+            f"make it again with: {command}"
+        )
+    if dataset == "imagenet" and len(images.class_names) < classifier.shape[1]:
+        print(
+            f"note: only {len(images.class_names)} of ImageNet's folders are there, so labels (the index among them) do not "
+            "match the classifier's 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own"
         )
     return torch.from_numpy(classifier).to(clip.device)
 
@@ -126,7 +133,8 @@ def predict(vit, directions, ablations, images, classifier, coefficient, path, m
     """
     predictions_path = path.with_name(path.stem + "_predictions.npy")
     shape = (len(images), len(directions), len(ablations[0].names))
-    meta = {**meta, "batch_size": passing["batch_size"]}
+    meta = {**meta, "batch_size": passing["batch_size"], "statistics": [ablation.checksum for ablation in ablations]}
+    meta["classifier"] = float(classifier.cpu().double().sum())
     with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, overwrite) as writer:
         for row, pixels, _ in batches(images, start=writer.start, **passing):
             representation, effects = second_order(vit, pixels, directions, coefficient)

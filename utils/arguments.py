@@ -48,7 +48,7 @@ def add_data(parser, split="val", required=True):
     group.add_argument("--data_path", required=required, help="the data set's root folder")
     group.add_argument("--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root")
     group.add_argument("--subsample", type=positive_int, help="take every Nth image; default: imagenet train 250, val 10, -R 10")
-    group.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    group.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
 
 
 def add_dataset(parser):
@@ -76,6 +76,13 @@ def positive_int(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
@@ -125,7 +132,7 @@ def run(main, parser):
         main(args)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         sys.exit("error: the device has not enough memory; use a smaller --batch_size")
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.artifacts import is_checkpoint_path, one_line
 from utils.errors import UserError
-from utils.hooked_vit import HookedViT
+from utils.hooked_vit import HookedViT, check_supported
 
 SCHEMES = ("hf-hub:", "local-dir:")
 
@@ -32,7 +32,7 @@ class Clip:
     device: torch.device
 
     def hooked_vit(self):
-        """The image tower with named activations. Raises UserError for a tower that the method does not cover."""
+        """The image tower with named activations."""
         return HookedViT(self.model.visual)
 
 
@@ -45,7 +45,8 @@ def load_clip(model, pretrained, device, seed=0):
         Ignored for hf-hub and local-dir names, which bring their weights.
 
     The activation (GELU or QuickGELU) is the one that the weights were trained with: the tag's own, or the config's.
-    Raises UserError for an unknown name or tag (with near matches) and for weights that do not fit or cannot be fetched.
+    Raises UserError for an unknown name or tag (with near matches), for weights that do not fit, cannot be fetched or are not
+    finite, and for an image tower that the method does not cover.
     """
     name = _register_config(model) if model.endswith(".json") else model
     options = {}
@@ -66,6 +67,9 @@ def load_clip(model, pretrained, device, seed=0):
         raise UserError(_why_not_loaded(model, pretrained, weights, error)) from error
     finally:
         quiet.setLevel(level)
+    if not all(parameter.isfinite().all() for parameter in clip.parameters()):
+        raise UserError(f"the weights of --model {model} --pretrained {pretrained} hold NaN or infinity; use another checkpoint")
+    check_supported(clip.visual)
     transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     fingerprint = weights_fingerprint(clip)
     return Clip(clip, transform, tokenizer, fingerprint, torch.device(device))

@@ -49,7 +49,9 @@ def load_descriptions(names, dataset, layer, name, alpha, components, neurons, f
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); make it again with: {command}") from error
     if len(descriptions) != neurons:
-        raise UserError(f"{path} describes {len(descriptions)} neurons, and the layer has {neurons}; make it again with: {command}")
+        raise UserError(
+            f"{path} describes {len(descriptions)} neurons, and the layer has {neurons}; make it again with: {command}"
+        )
     return descriptions
 
 
@@ -97,9 +99,7 @@ def concepts_of_images(vit, images, directions, centred_norms, thresholds, descr
     _, [(C, kappa)] = second_order(vit, images, [directions], coefficient)
     norms = centred_norms(C, kappa)  # [B, N]
     active = norms >= thresholds
-    return [
-        _concepts(row, chosen, descriptions) for row, chosen in zip(norms.cpu().numpy(), active.cpu().numpy(), strict=True)
-    ]
+    return [_concepts(row, chosen, descriptions) for row, chosen in zip(norms.cpu().numpy(), active.cpu().numpy(), strict=True)]
 
 
 def _concepts(norms, active, descriptions):

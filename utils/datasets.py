@@ -56,7 +56,7 @@ class Images(Dataset):
         return torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy()
 
     def fingerprint(self):
-        """Twelve hex digits that change when images are added, removed, renamed, or change their size in bytes; not when the root moves."""
+        """Twelve hex digits that change when images come, go, or change name or size in bytes; not when the root moves."""
         digest = hashlib.sha256()
         for image, label in self.samples:
             item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
@@ -166,8 +166,8 @@ _lines = read_texts
 def batches(images, batch_size, num_workers=0, start=0, device="cpu", description="images"):
     """Go through the images in order, with a progress bar.
 
-    Yields (row number of the first, images [B, 3, side, side] on `device`, labels [B]), beginning with row `start`, which has to
-    be a multiple of the batch size. Raises UserError for an image that cannot be read.
+    Yields (row number of the first, images [B, 3, side, side] on `device`, labels [B] or masks [B, ...]), beginning with row
+    `start`, which has to be a multiple of the batch size. Raises UserError for an image that cannot be read.
     """
     rest = torch.utils.data.Subset(images, range(start, len(images)))
     on_gpu = torch.device(device).type == "cuda"
@@ -187,4 +187,4 @@ def _collate(items):
     for item in items:
         if isinstance(item, UserError):
             return item
-    return torch.stack([pixels for pixels, _ in items]), torch.tensor([label for _, label in items])
+    return torch.utils.data.default_collate(items)

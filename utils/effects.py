@@ -28,7 +28,7 @@ def open_effects(names, dataset, split, layer, device="cpu"):
 
 
 def stored_layers(names, dataset, layers):
-    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the train files that are there."""
+    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files that are there."""
     if layers != ["all"]:
         wrong = [layer for layer in layers if not layer.isdecimal()]
         if wrong:
@@ -51,7 +51,7 @@ class _Effects:
     """Sizes and the walk over blocks of neurons that both forms share."""
 
     def slices(self, memory, k):
-        """Split the neurons into slices; reading one, or the effects of its k top images in float64, takes about `memory` bytes."""
+        """Split the neurons into slices of which reading one, or forming its k top effects in float64, takes about `memory` bytes."""
         floats = max(self.images * self.floats_per_neuron, 3 * k * self.D)
         block = max(1, int(memory / (4 * floats)))
         return [slice(n, min(n + block, self.N)) for n in range(0, self.N, block)]

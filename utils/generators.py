@@ -245,8 +245,8 @@ def _why_not_loaded(flag, model, alternative, local, error):
     said = " ".join(f"{type(cause).__name__} {cause}" for cause in causes)
     if not local and ("GatedRepo" in said or "gated repo" in said):
         return (
-            f"{flag} {model} is gated: accept its licence on https://huggingface.co/{model}, log in with `hf auth login`, and run "
-            f"the same command again; or choose another {flag}; {alternative}"
+            f"{flag} {model} is gated: accept its licence on https://huggingface.co/{model}, log in with `hf auth login`, and "
+            f"run the same command again; or choose another {flag}; {alternative}"
         )
     if not local and ("RepositoryNotFound" in said or "not a valid model identifier" in said):
         return (
@@ -255,7 +255,7 @@ def _why_not_loaded(flag, model, alternative, local, error):
         )
     if "safetensors" in said and ("no file named" in said or "does not appear to have" in said or "not found" in said.lower()):
         return f"{flag} {model} has no weights in safetensors, and others are not opened; choose another {flag}; {alternative}"
-    return f"{flag} {model} could not be {'loaded' if local else 'fetched or loaded'}: {_reason(causes[-1])}; {alternative}"
+    return f"{flag} {model} could not be {'loaded' if local else 'fetched or loaded'}: {_reason(error)}; {alternative}"
 
 
 def _causes(error):

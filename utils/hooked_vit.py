@@ -22,6 +22,7 @@ class HookedViT:
 
     Activations that `record` knows, for block l:
         blocks.{l}.ln1.mean, blocks.{l}.ln1.std   [B, T]      statistics of the LayerNorm before the attention
+        blocks.{l}.ln1.out                        [B, T, d]   its output, from which `attention_pattern` gives all probabilities
         blocks.{l}.attn.row                       [B, H, T]   attention probabilities of the class token
         blocks.{l}.mlp.post                       [B, T, N]   post-GELU activations of the MLP's neurons
         ln_post.mean, ln_post.std                 [B]         statistics of the last LayerNorm at the class token
@@ -44,7 +45,7 @@ class HookedViT:
     @property
     def names(self):
         """Every activation that can be recorded."""
-        per_block = ("ln1.mean", "ln1.std", "attn.row", "mlp.post")
+        per_block = ("ln1.mean", "ln1.std", "ln1.out", "attn.row", "mlp.post")
         return [f"blocks.{l}.{name}" for l in range(self.L) for name in per_block] + ["ln_post.mean", "ln_post.std"]
 
     def __call__(self, images):
@@ -71,6 +72,8 @@ class HookedViT:
                 name = f"blocks.{l}."
                 if wanted & {name + "ln1.mean", name + "ln1.std", name + "attn.row"}:
                     handles.append(block.ln_1.register_forward_hook(_attention_input_hook(block, name, wanted, cache)))
+                if name + "ln1.out" in wanted:
+                    handles.append(block.ln_1.register_forward_hook(_output_hook(name + "ln1.out", cache)))
                 if name + "mlp.post" in wanted:
                     handles.append(block.mlp.gelu.register_forward_hook(_output_hook(name + "mlp.post", cache)))
             if wanted & {"ln_post.mean", "ln_post.std"}:
@@ -125,6 +128,14 @@ def class_attention(attn, x):
     q = torch.einsum("bd,hed->bhe", x[:, 0], W_Q) + b_Q  # [B, H, e]
     q = torch.einsum("bhe,hed->bhd", q, W_K) * (d // H) ** -0.5  # [B, H, d]: the query, seen from the residual stream
     return torch.softmax(torch.einsum("bhd,btd->bht", q, x).float(), dim=-1)
+
+
+def attention_pattern(attn, x):
+    """The attention probabilities of every head, from all tokens to all: attn as above, x [B, T, d] -> [B, H, T, T]."""
+    e = attn.embed_dim // attn.num_heads
+    query_key = torch.nn.functional.linear(x, attn.in_proj_weight[: -attn.embed_dim], attn.in_proj_bias[: -attn.embed_dim])
+    q, k = query_key.unflatten(-1, (2, attn.num_heads, e)).unbind(dim=2)  # [B, T, H, e] each
+    return torch.softmax(torch.einsum("bihe,bjhe->bhij", q * e**-0.5, k).float(), dim=-1)
 
 
 def check_supported(visual):

@@ -6,7 +6,7 @@ import scipy.sparse
 import torch
 from tqdm import tqdm
 
-from utils.artifacts import load_array, load_meta, save_atomic
+from utils.artifacts import load_array, load_meta, meta_path, save_atomic, save_json
 from utils.datasets import read_texts
 from utils.errors import UserError
 
@@ -26,10 +26,11 @@ def load_texts(names, name, descriptions_dir, flags):
     return texts, vectors, load_meta(path).get("fingerprint")
 
 
-def save_decomposition(path, support, coefficients, texts):
+def save_decomposition(path, support, coefficients, texts, meta):
     """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it.
 
-    support, coefficients [N, S] as `orthogonal_matching_pursuit` returns them. Returns the csc matrix [N, texts] of the .npz.
+    support, coefficients [N, S] as `orthogonal_matching_pursuit` returns them. meta: what they are made from, for the record
+    beside. Returns the csc matrix [N, texts] of the .npz.
     """
     order = coefficients.abs().argsort(dim=1, descending=True, stable=True)
     support, coefficients = support.gather(1, order).cpu().numpy(), coefficients.gather(1, order).cpu().numpy()
@@ -43,6 +44,7 @@ def save_decomposition(path, support, coefficients, texts):
     shape = (len(support), len(texts))
     matrix = scipy.sparse.coo_matrix((coefficients[chosen], (rows, support[chosen])), shape=shape).tocsc()
     save_atomic(path.with_suffix(".npz"), lambda file: scipy.sparse.save_npz(file, matrix))
+    save_json(meta_path(path), {**meta, "shape": list(shape)})
     return matrix
 
 

@@ -1,11 +1,11 @@
 """Pictures and tables of results."""
 
-import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
 
-matplotlib.use("Agg", force=False)
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first, so that no screen is needed)
-
-from utils.artifacts import save_atomic  # noqa: E402
+from utils.artifacts import save_atomic
 
 
 def accuracy_table(table):
@@ -37,3 +37,81 @@ def save_figure(figure, path):
     """Write a figure as .png in one step, the same bytes for the same figure, and close it."""
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={"Software": None}))
     plt.close(figure)
+
+
+def segmentation_table(rows):
+    """A plain-text table of {method: scores in per cent}, as `utils.segmentation.Scores` gives them."""
+    columns = {"PixAcc": "pixel_accuracy", "mIoU": "mIoU", "mAP": "mAP", "IoU bg": "IoU_background", "IoU obj": "IoU_object"}
+    width = max(map(len, rows))
+    lines = [" " * width + "".join(f"{name:>9}" for name in columns)]
+    lines += [f"{name:<{width}}" + "".join(f"{row[key]:>9.2f}" for key in columns.values()) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def plot_precision_recall(precision, recall, label, path):
+    """The curve over all pixels, of `utils.segmentation.Scores.precision_recall`."""
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    axes.plot(recall[:-1], precision[:-1], label=label)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def to_pictures(pixels, transform, size):
+    """What the model saw, to look at: pixels [B, 3, side, side] -> [B, *size, 3] in [0, 1]; transform: what made them."""
+    normalise = transform.transforms[-1]
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
+    pictures = torch.nn.functional.interpolate(pixels * std + mean, size=size, mode="bilinear", antialias=True)
+    return pictures.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_segmentation(path, picture, mask, heat, thr):
+    """Side by side as .png: the picture, its mask (grey: ignored), the prediction, and the heat map over the picture.
+
+    picture [S, S, 3] in [0, 1]; mask [S, S] of 0, 1 and -1; heat [S, S] in [0, 1], above `thr` predicted as object.
+    """
+    overlay = 0.5 * picture + 0.5 * plt.get_cmap("jet")(heat)[..., :3]
+    flat = [np.repeat(panel[..., None], 3, axis=-1) for panel in (np.where(mask < 0, 0.5, mask), heat > thr)]
+    panels = [np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)]
+    strip = Image.fromarray((255 * np.concatenate(panels, axis=1)).round().astype(np.uint8))
+    save_atomic(path, lambda file: strip.save(file, format="png"))
+
+
+def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
+    """A neuron's card: its top pictures with where it fires, its texts with signed coefficients, the histogram of its norms.
+
+    Parameters
+    pictures: [n, S, S, 3] in [0, 1]. maps: [n, rows, columns], the neuron's post-GELU activation on the patches of each.
+    words: [(text, coefficient), ...]. norms: [images], its centred norm on every image, with the threshold of significance.
+
+    Returns the figure.
+    """
+    columns = min(len(pictures), 8)
+    rows = -(-len(pictures) // columns)
+    figure = plt.figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    parts = 2 if norms is None else 3
+    left, middle, *right = figure.subfigures(1, parts, width_ratios=[1.1 * columns, 3.2, 3.2][:parts])
+    grid = np.atleast_1d(left.subplots(rows, columns)).reshape(-1)
+    top = float(maps.max()) or 1.0
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, picture, heat in zip(grid, pictures, maps, strict=False):
+        axes.imshow(picture, extent=(0, 1, 1, 0))
+        axes.imshow(heat, cmap="jet", vmin=0, vmax=top, alpha=0.45, extent=(0, 1, 1, 0), interpolation="bilinear")
+    axes = middle.subplots()
+    texts, coefficients = zip(*words[::-1], strict=True)
+    axes.barh(range(len(texts)), coefficients, color=["C3" if c < 0 else "C0" for c in coefficients])
+    axes.set_yticks(range(len(texts)), texts, fontsize="x-small")
+    axes.tick_params(axis="x", labelsize="x-small")
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_title("texts and coefficients", fontsize="small")
+    if norms is not None:
+        axes = right[0].subplots()
+        axes.hist(norms, bins=40, color="C7")
+        axes.set_yscale("log")
+        if threshold is not None:
+            axes.axvline(threshold, color="C3", linewidth=1)
+        axes.tick_params(labelsize="x-small")
+        axes.set_title("centred norm over the images", fontsize="small")
+    return figure

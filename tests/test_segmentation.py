@@ -1,0 +1,496 @@
+"""Maps are where the chosen neurons fire, and scores are what an independent computation finds."""
+
+import json
+import runpy
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score, precision_recall_curve
+from torch.testing import assert_close
+from torchvision.transforms.functional import resize
+
+from tests.conftest import ROOT, run_script
+from utils.artifacts import Names
+from utils.clip import load_clip
+from utils.errors import UserError
+from utils.segmentation import (
+    AttentionMaps,
+    NeuronMaps,
+    NeuronsOfTheClass,
+    RandomNeurons,
+    RolloutMaps,
+    Scores,
+    SegmentationSet,
+    enlarge,
+    heat_maps,
+    mask_transform,
+    neurons_of_classes,
+)
+
+LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
+SIZES = ((40, 40), (64, 40), (40, 72), (32, 32), (33, 47))  # rows, columns
+
+
+def write_mat(path, images, masks):
+    """Images [rows, columns, 3] and masks [rows, columns] in the layout of gtsegs_ijcv.mat, which is transposed."""
+    with h5py.File(path, "w") as file:
+        img = file.create_dataset("value/img", (len(images), 1), dtype=h5py.ref_dtype)
+        gt = file.create_dataset("value/gt", (len(images), 1), dtype=h5py.ref_dtype)
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            img[i, 0] = file.create_dataset(f"refs/img{i}", data=image.transpose(2, 1, 0)).ref
+            cell = file.create_dataset(f"refs/cell{i}", (1, 1), dtype=h5py.ref_dtype)
+            cell[0, 0] = file.create_dataset(f"refs/mask{i}", data=mask.T).ref
+            gt[i, 0] = cell.ref
+    return path
+
+
+def discs(n, seed=0):
+    """Images of several aspect ratios with a disc each, and its mask; -1 on some of its rim, and one without any object."""
+    rng = np.random.default_rng(seed)
+    images, masks = [], []
+    for i in range(n):
+        rows, columns = SIZES[i % len(SIZES)]
+        y, x = np.mgrid[:rows, :columns]
+        distance = np.hypot(y - rng.uniform(0.3, 0.7) * rows, x - rng.uniform(0.3, 0.7) * columns)
+        radius = 0 if i == 3 else rng.uniform(6, 14)
+        mask = (distance < radius).astype(np.int16)
+        image = np.where(mask[..., None] == 1, rng.integers(150, 255, 3), rng.integers(0, 100, 3)) + rng.integers(
+            -20, 20, (rows, columns, 3)
+        )
+        mask[(distance >= radius) & (distance < radius + 1.5)] = -1
+        images.append(image.clip(0, 255).astype(np.uint8))
+        masks.append(mask)
+    return images, masks
+
+
+def random_maps(n=8, side=24):
+    """Maps and masks with what can go wrong among them: constant maps, no object, nothing but object, ignored pixels."""
+    rng = np.random.default_rng(0)
+    masks = (rng.random((n, side, side)) < 0.3).astype(np.int8)
+    maps = (0.6 * rng.random((n, side, side)) + 0.4 * masks * rng.random((n, side, side))).astype(np.float32)
+    maps[0], maps[1] = 0, 1
+    masks[2], masks[3] = 0, 1
+    masks[4:6][rng.random((2, side, side)) < 0.2] = -1
+    return maps, masks
+
+
+def reference_scores(maps, masks, thr=0.5):
+    """The scores of METHOD from all pixels at once."""
+    pixels, truth = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
+    pixels, truth = pixels[truth >= 0], truth[truth >= 0]
+    predicted = (pixels > thr).astype(int)
+    precisions = []
+    for scores, mask in zip(maps, masks, strict=True):
+        scores, mask = scores[mask >= 0], mask[mask >= 0]
+        both = np.stack([1 - scores, scores])
+        precisions.append(average_precision_score(np.eye(2)[mask].T.ravel(), both.ravel()))
+    iou = [jaccard_score(truth, predicted, pos_label=label, zero_division=0) for label in (0, 1)]
+    return {
+        "pixel_accuracy": 100 * accuracy_score(truth, predicted),
+        "mIoU": 100 * np.mean(iou),
+        "mAP": 100 * np.mean(precisions),
+        "IoU_background": 100 * iou[0],
+        "IoU_object": 100 * iou[1],
+    }
+
+
+def scored(maps, masks, thr=0.5):
+    scores = Scores(thr)
+    scores.add(maps, masks)
+    return scores
+
+
+@pytest.mark.parametrize("thr", [0, 0.3, 0.5])
+def test_scores_equal_those_of_scikit_learn(thr):
+    maps, masks = random_maps()
+    assert scored(maps, masks, thr).result() == pytest.approx(reference_scores(maps, masks, thr), rel=1e-9)
+
+
+def test_scores_are_sums_over_images_however_they_come():
+    maps, masks = random_maps()
+    pieces = Scores(0.5)
+    for i in (0, 3, 4):
+        pieces.add(maps[i : {0: 3, 3: 4, 4: 8}[i]], masks[i : {0: 3, 3: 4, 4: 8}[i]])
+    assert pieces.result() == scored(maps, masks).result()
+
+
+def test_a_perfect_map_scores_100_and_an_inverted_one_0():
+    _, masks = random_maps()
+    perfect = scored((masks == 1).astype(np.float32), masks).result()
+    assert list(perfect.values()) == [100] * 5
+    inverted = scored((masks != 1).astype(np.float32), masks).result()
+    assert inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0 and inverted["mAP"] <= 50.0
+
+
+def test_an_image_of_ignored_pixels_adds_nothing_but_a_0_to_the_mean():
+    maps, masks = random_maps()
+    alone, ignored = scored(maps[:1], masks[:1]).result(), np.full_like(masks[:1], -1)
+    both = scored(maps[:2], np.concatenate([masks[:1], ignored])).result()
+    assert both == {**alone, "mAP": alone["mAP"] / 2}
+    assert set(scored(maps[:1], ignored).result().values()) == {0}
+
+
+def test_an_all_background_set_has_no_object_to_be_right_about():
+    maps = np.zeros((2, 8, 8), np.float32)
+    result = scored(maps, np.zeros((2, 8, 8), np.int8)).result()
+    assert result == {"pixel_accuracy": 100, "mIoU": 50, "mAP": 100, "IoU_background": 100, "IoU_object": 0}
+
+
+def test_the_precision_recall_curve_is_exact_at_its_thresholds():
+    maps, masks = random_maps()
+    precision, recall = scored(maps, masks).precision_recall()
+    pixels, truth = maps[masks >= 0], masks[masks >= 0]
+    for k in (0, 1, 1000, 30000, 32768, 50001, 65535, 65536):
+        found = pixels >= k / 65536
+        assert precision[k] == truth[found].mean() and recall[k] == truth[found].sum() / truth.sum()
+    assert (precision[-1], recall[-1]) == (1, 0)
+    rough = (np.floor(maps * 64) / 64).astype(np.float32)  # thresholds of scikit-learn are then some of ours
+    precision, recall = scored(rough, masks).precision_recall()
+    expected = precision_recall_curve(truth, rough[masks >= 0])
+    at = (expected[2] * 65536).astype(int)
+    np.testing.assert_allclose(precision[at], expected[0][:-1], rtol=1e-12)
+    np.testing.assert_allclose(recall[at], expected[1][:-1], rtol=1e-12)
+
+
+def test_maps_are_scaled_then_enlarged_and_constant_ones_are_background():
+    maps = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    maps[1], maps[2] = 0.7, -3
+    large = enlarge(maps, (3, 4), (24, 32))
+    assert large.shape == (4, 24, 32) and large.min() == 0 and large.max() <= 1
+    assert not large[1:3].any()
+    patches = np.asarray(maps[0].reshape(3, 4).double())
+    patches = (patches - patches.min()) / (patches.max() - patches.min())
+    centres = [(np.arange(8 * n) + 0.5) / 8 - 0.5 for n in patches.shape]
+    columns = np.stack([np.interp(centres[1], range(4), row) for row in patches])
+    expected = np.stack([np.interp(centres[0], range(3), column) for column in columns.T], axis=1)
+    np.testing.assert_allclose(large[0].numpy(), expected, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_model):
+    return load_clip(tiny_model, "random", "cpu")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+
+
+def activations_of(visual, pixels):
+    """Post-GELU activations of every layer, one image at a time: list over images of [L, T, N]."""
+    images = []
+    for image in pixels:
+        seen = []
+        handles = [
+            block.mlp.gelu.register_forward_hook(lambda m, x, y, to=seen: to.append(y[0]))
+            for block in visual.transformer.resblocks
+        ]
+        visual(image[None])
+        for handle in handles:
+            handle.remove()
+        images.append(torch.stack(seen).double().numpy())
+    return images
+
+
+@pytest.mark.parametrize("sign", ["both", "positive"])
+def test_a_map_is_the_mean_over_the_neurons_of_the_images_own_class(clip, pixels, sign):
+    vit = clip.hooked_vit()
+    pcas, classifier = random_inputs(vit)
+    flat = torch.from_numpy(np.concatenate(list(pcas.values())))
+    choose = NeuronsOfTheClass(
+        *neurons_of_classes(flat, torch.from_numpy(classifier), 20, sign, block=3), torch.from_numpy(classifier)
+    )
+    method = NeuronMaps(LAYERS, choose)
+    with vit.record(*method.activations) as cache:
+        representation = vit(pixels)
+    maps = method(cache, 0, representation).double().numpy()
+    for image, activations, found in zip(pixels, activations_of(clip.model.visual, pixels), maps, strict=True):
+        column = classifier[:, np.argmax(vit(image[None])[0].numpy() @ classifier)]
+        products = [(r @ column, l, n) for l, rows in pcas.items() for n, r in enumerate(rows)]
+        top = sorted(products, key=lambda p: -(abs(p[0]) if sign == "both" else p[0]))[:20]
+        expected = np.mean([activations[l, 1:, n] for _, l, n in top], axis=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_where_few_neurons_are_positive_only_they_are_taken():
+    pcas = torch.tensor([[1.0], [-9.0], [2.0], [-1.0]])
+    neurons, weights = neurons_of_classes(pcas, torch.tensor([[1.0, -1.0, 0.0]]), 3, "positive")
+    assert neurons[0, :2].tolist() == [2, 0] and weights[0].tolist() == [0.5, 0.5, 0]
+    assert neurons[1, :2].tolist() == [1, 3] and weights[1].tolist() == [0.5, 0.5, 0]
+    assert not weights[2].any()  # the map of such a class is constant
+    neurons, weights = neurons_of_classes(pcas, torch.tensor([[1.0]]), 2, "both")
+    assert neurons.tolist() == [[1, 2]] and weights.tolist() == [[0.5, 0.5]]
+
+
+def test_random_neurons_depend_on_the_seed_and_the_image_alone():
+    representation = torch.zeros(4, 3)
+    neurons, weights = RandomNeurons(50, 10, seed=1)(0, representation)
+    assert all(len(set(row)) == 10 for row in neurons.tolist()) and weights.sum(dim=1).tolist() == pytest.approx([1] * 4)
+    assert torch.equal(RandomNeurons(50, 10, seed=1)(2, representation[:2])[0], neurons[2:])
+    assert not torch.equal(RandomNeurons(50, 10, seed=2)(0, representation)[0], neurons)
+    assert neurons[0].tolist() != neurons[1].tolist()
+
+
+def test_attention_maps_are_those_of_the_running_model(clip, pixels):
+    """Last layer's attention, and the product over all layers of (A + 1) / 2, from the model's own attention weights."""
+    vit, patterns = clip.hooked_vit(), []
+    with vit.record("*.ln1.out") as cache:
+        vit(pixels)
+    for l, block in enumerate(vit.blocks):
+        x = cache[f"blocks.{l}.ln1.out"]
+        patterns.append(block.attn(x, x, x, need_weights=True, average_attn_weights=True)[1].double())
+    rollout = torch.eye(vit.T, dtype=torch.float64).expand(len(pixels), -1, -1)
+    for A in patterns:
+        A = A + torch.eye(vit.T, dtype=torch.float64)
+        rollout = (A / A.sum(dim=-1, keepdim=True)) @ rollout
+    for method, expected in ((AttentionMaps(vit), patterns[-1]), (RolloutMaps(vit), rollout)):
+        with vit.record(*method.activations) as cache:
+            representation = vit(pixels)
+        assert_close(method(cache, 0, representation).double(), expected[:, 0, 1:], rtol=1e-4, atol=1e-6)
+
+
+def random_inputs(vit, seed=3):
+    """First components {layer: [N, D]} and a classifier [D, classes]."""
+    rng = np.random.default_rng(seed)
+    classifier = rng.standard_normal((vit.D, CLASSES)).astype(np.float32)
+    pcas = {layer: rng.standard_normal((vit.N, vit.D)).astype(np.float32) for layer in LAYERS}
+    pcas = {layer: r / np.linalg.norm(r, axis=1, keepdims=True) for layer, r in pcas.items()}
+    return pcas, classifier / np.linalg.norm(classifier, axis=0)
+
+
+@pytest.mark.parametrize("geometry", ["paper", "aligned"])
+def test_masks_are_squashed_or_follow_the_image(tmp_path, clip, geometry):
+    images, masks = discs(10)
+    painted = [np.where(mask[..., None] == 1, 255, 0).astype(np.uint8).repeat(3, axis=2) for mask in masks]
+    path = write_mat(tmp_path / "set.mat", painted, masks)
+    data = SegmentationSet(path, clip.transform, mask_transform(clip.transform, geometry, (SIDE, SIDE)))
+    assert len(data) == 10
+    for i, mask in enumerate(masks):
+        pixels, found = data[i]
+        assert pixels.shape == (3, SIDE, SIDE) and found.shape == (SIDE, SIDE) and found.dtype == torch.int8
+        assert set(found.unique().tolist()) <= {-1, 0, 1} and (i == 3) == (not (found == 1).any())
+        drawn = (pixels[0] > pixels[0].amin() + 1.9) & (i != 3)  # the disc as the model sees it
+        agreement = (drawn == (found == 1))[found >= 0].float().mean()
+        if geometry == "aligned" or mask.shape[0] == mask.shape[1]:
+            assert agreement > 0.99
+        elif mask.shape in ((64, 40), (40, 72)) and i != 3:
+            assert agreement < 0.95
+        if geometry == "paper":
+            squashed = np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST))
+            np.testing.assert_array_equal(found, squashed)
+
+
+def test_masks_are_aligned_at_other_sizes_and_with_padding(tmp_path, clip):
+    images, masks = discs(5)
+    painted = [np.full_like(image, 255) for image in images]  # the padding is black
+    data = SegmentationSet(write_mat(tmp_path / "set.mat", painted, masks))
+    data.transform = image_transform_v2(PreprocessCfg(size=SIDE, resize_mode="longest"), is_train=False)
+    data.mask_transform = mask_transform(data.transform, "aligned", (SIDE, SIDE))
+    pixels, found = data[2]  # 40 x 72: above and below is padding, of which nothing is known
+    padding = pixels[0] < 0
+    assert padding.any() and (found[padding] == -1).all() and (found[~padding] >= 0).any()
+    data.transform, data.mask_transform = clip.transform, mask_transform(clip.transform, "aligned", (3 * SIDE, 3 * SIDE))
+    small = SegmentationSet(data.path, clip.transform, mask_transform(clip.transform, "aligned", (SIDE, SIDE)))[1][1]
+    assert torch.equal(data[1][1][1::3, 1::3], small)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_model, clip):
+    """A folder with a segmentation set, the components of three layers and a classifier, in the names of the stages."""
+    folder = tmp_path_factory.mktemp("inputs")
+    images, masks = discs(7)
+    write_mat(folder / "discs.mat", images, masks)
+    pcas, classifier = random_inputs(clip.hooked_vit())
+    names = Names(folder, tiny_model, "random")
+    for layer, r in pcas.items():
+        np.save(names.statistics("imagenet", layer, "100_pca"), r)
+    np.save(names.classifier("imagenet"), classifier)
+    return folder
+
+
+def flags_of(inputs, tiny_model, output, *more):
+    flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", 0, "--top_neurons", 20]
+    flags += ["--dataset_path", inputs / "discs.mat", "--input_dir", inputs, "--output_dir", output, "--mlp_layers", *LAYERS]
+    return [str(flag) for flag in [*flags, *more]]
+
+
+def segment(monkeypatch, flags):
+    """Run the script in this process; returns what it leaves with, None for success."""
+    monkeypatch.setattr(sys, "argv", ["compute_segmentation.py", *flags])
+    try:
+        runpy.run_path(str(ROOT / "compute_segmentation.py"), run_name="__main__")
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def read_row(output, row):
+    return json.loads((output / f"discs_segmentation_tiny_random_{row}.json").read_text())
+
+
+def independent_scores(inputs, clip, choose):
+    """The scores of the made-up set in paper geometry, image by image; choose(products [M N]) gives indices."""
+    visual = clip.model.visual
+    pcas, classifier = random_inputs(clip.hooked_vit())
+    images, masks = discs(7)
+    maps, squashed = [], []
+    for image, mask in zip(images, masks, strict=True):
+        pixels = clip.transform(Image.fromarray(image))
+        column = classifier[:, int(np.argmax(visual(pixels[None])[0].numpy() @ classifier))]
+        top = choose(np.concatenate(list(pcas.values())) @ column)
+        activations = np.concatenate(
+            list(activations_of(visual, pixels[None])[0][list(LAYERS), 1:].transpose(0, 2, 1))
+        )  # [M N, T-1]
+        mean = activations[top].mean(axis=0).reshape(1, 4, 4)
+        mean = (mean - mean.min()) / (mean.max() - mean.min())
+        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[0]
+        maps.append(large.float().numpy())
+        squashed.append(np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST)))
+    return reference_scores(maps, squashed)
+
+
+def test_the_script_gives_the_scores_of_an_independent_computation(tmp_path, inputs, tiny_model, clip):
+    done = run_script("compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--save_img", "--num_workers", 2))
+    row = read_row(tmp_path, "second_order_1-2-3_20")
+    expected = independent_scores(inputs, clip, lambda products: np.argsort(-np.abs(products))[:20])
+    assert row["scores"] == pytest.approx(expected, abs=1e-3)
+    assert row["images"] == 7 and row["layers"] == [1, 2, 3] and row["fingerprint"] == clip.fingerprint
+    assert f"{row['scores']['mIoU']:.2f}" in done.stdout and "PixAcc" in done.stdout
+    stem = "discs_segmentation_tiny_random_second_order_1-2-3_20"
+    precision, recall = (np.load(tmp_path / f"{stem}_{part}.npy") for part in ("precision", "recall"))
+    assert precision.shape == recall.shape == (65538,) and recall[0] == 1 and (np.diff(recall) <= 0).all()
+    assert Image.open(tmp_path / f"{stem}.png").size[0] > 300
+    pictures = sorted((tmp_path / f"{stem}_images").iterdir())
+    assert [path.name for path in pictures] == [f"{i:05d}.png" for i in range(7)]
+    assert Image.open(pictures[0]).size == (4 * (SIDE + 4), SIDE + 4)
+
+
+def test_positive_neurons_and_classes_from_a_file(monkeypatch, tmp_path, inputs, tiny_model, clip):
+    flags = flags_of(inputs, tiny_model, tmp_path, "--neuron_sign", "positive")
+    assert segment(monkeypatch, flags) is None
+    expected = independent_scores(inputs, clip, lambda products: np.argsort(-products)[:20])
+    assert read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"] == pytest.approx(expected, abs=1e-3)
+    vit, (_, classifier) = clip.hooked_vit(), random_inputs(clip.hooked_vit())
+    with torch.inference_mode():
+        pixels = [clip.transform(Image.fromarray(image)) for image in discs(7)[0]]
+        predicted = (vit(torch.stack(pixels)).numpy() @ classifier).argmax(axis=1)
+    np.save(tmp_path / "same.npy", predicted)
+    (tmp_path / "listed.json").write_text(json.dumps(predicted.tolist()))
+    (tmp_path / "other.txt").write_text("\n".join(str((c + 1) % CLASSES) for c in predicted))
+    scores = {}
+    for name in ("same.npy", "listed.json", "other.txt"):
+        assert segment(monkeypatch, [*flags, "--class_source", str(tmp_path / name)]) is None
+        scores[name] = read_row(tmp_path, f"second_order_1-2-3_20_positive_{name.split('.')[0]}")["scores"]
+    assert scores["same.npy"] == scores["listed.json"] == read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"]
+    assert scores["other.txt"] != scores["same.npy"]
+
+
+@pytest.mark.parametrize("method", ["second_order", "random", "attention", "rollout"])
+def test_the_batch_size_changes_no_score(monkeypatch, tmp_path, inputs, tiny_model, method):
+    found = []
+    for batch_size in ("1", "3", "16"):
+        flags = flags_of(inputs, tiny_model, tmp_path, "--method", method, "--geometry", "aligned", "--batch_size", batch_size)
+        assert segment(monkeypatch, flags) is None
+        middle = "" if method in ("attention", "rollout") else "_1-2-3_20"
+        found.append(read_row(tmp_path, f"{method}{middle}_aligned")["scores"])
+    for scores in found[1:]:  # the tower's rounding depends on the batch, and may swap ranks that are equal to 7 digits
+        assert scores.pop("mAP") == pytest.approx(found[0]["mAP"], abs=1e-3)
+        assert scores == {name: value for name, value in found[0].items() if name != "mAP"}
+
+
+def test_random_is_a_method_that_needs_no_components(monkeypatch, tmp_path, inputs, tiny_model):
+    alone = tmp_path / "alone"
+    for flags in (
+        ["--random", "--input_dir", str(alone)],
+        ["--method", "random", "--seed", "4", "--image_size", "48", "--thr", "0.4"],
+    ):
+        assert segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path, *flags)) is None
+    row, other = read_row(tmp_path, "random_1-2-3_20"), read_row(tmp_path, "random_1-2-3_20_seed4_thr0.4_48px")
+    assert row["method"] == "random" and row["seed"] == 0 and other["size"] == [48, 48] and row["scores"] != other["scores"]
+
+
+def test_the_classifier_may_lie_elsewhere(monkeypatch, tmp_path, inputs, tiny_model):
+    names = Names(inputs, tiny_model, "random")
+    for layer in LAYERS:
+        path = names.statistics("imagenet", layer, "100_pca")
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    flags = flags_of(inputs, tiny_model, tmp_path / "out", "--input_dir", str(tmp_path))
+    assert "compute_classifier_projection.py" in segment(monkeypatch, flags)
+    assert segment(monkeypatch, [*flags, "--classifier_dir", str(inputs)]) is None
+
+
+BAD = {
+    "a file that is not one": (["--dataset_path", "{tmp}/text.mat"], "not a MATLAB v7.3 file"),
+    "no file": (["--dataset_path", "{tmp}/none.mat"], "no such file"),
+    "another layout": (["--dataset_path", "{tmp}/other.mat"], "not laid out"),
+    "a damaged image": (["--dataset_path", "{tmp}/damaged.mat"], "image 1 "),
+    "a damaged image between good ones": (["--dataset_path", "{tmp}/damaged.mat", "--save_img", "--batch_size", "1"], "image 1 "),
+    "a negative seed": (["--random", "--seed", "-1"], "--seed -1"),
+    "components of another k": (["--top_k_pca", "50"], "compute_pcas.py --mlp_layer 1 --top_k_pca 50 --dataset imagenet"),
+    "components of another data set": (["--train_dataset", "CIFAR10"], "compute_classifier_projection.py --dataset CIFAR10"),
+    "a layer without components": (["--mlp_layers", "0", "1"], "compute_pcas.py --mlp_layer 0"),
+    "a layer without effects": (["--mlp_layers", "3", "4"], "no attention after it"),
+    "no layer": (["--mlp_layers", "x"], "0 to 3"),
+    "too many neurons": (["--top_neurons", "9999"], "--top_neurons 9999"),
+    "too many random neurons": (["--top_neurons", "9999", "--random"], "--top_neurons 9999"),
+    "a threshold that no map meets": (["--thr", "1.5"], "--thr 1.5"),
+    "too few classes": (["--class_source", "{tmp}/few.txt"], "has 2 classes and the segmentation set has 7 images"),
+    "a class out of range": (["--class_source", "{tmp}/range.json"], "image 3 has the class 7"),
+    "classes that are no numbers": (["--class_source", "{tmp}/words.txt"], "words.txt"),
+    "classes that are no whole numbers": (["--class_source", "{tmp}/parts.npy"], "whole numbers"),
+    "no class file": (["--class_source", "{tmp}/none.npy"], "none.npy"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD)
+def test_bad_input_is_a_line_and_leaves_nothing(monkeypatch, tmp_path, inputs, tiny_model, flags, message):
+    (tmp_path / "text.mat").write_text("MATLAB 5.0 MAT-file")
+    with h5py.File(tmp_path / "other.mat", "w") as file:
+        file["value/img"] = np.zeros((3, 1))
+    images, masks = discs(3)
+    write_mat(tmp_path / "damaged.mat", [images[0], images[1][:-1], images[2]], masks)
+    (tmp_path / "few.txt").write_text("1\n2\n")
+    (tmp_path / "range.json").write_text("[0, 1, 2, 7, -1, 0, 0]")
+    (tmp_path / "words.txt").write_text("cat\n" * 7)
+    np.save(tmp_path / "parts.npy", np.full(7, 0.5))
+    output = tmp_path / "out"
+    flags = flags_of(inputs, tiny_model, output, *(flag.format(tmp=tmp_path) for flag in flags))
+    said = segment(monkeypatch, flags)
+    assert said.startswith("error: ") and message in said and "\n" not in said
+    assert not any(output.iterdir())
+
+
+def test_components_of_other_weights_are_refused(monkeypatch, tmp_path, inputs, tiny_model):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in inputs.glob("*.npy"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    path = Names(folder, tiny_model, "random").statistics("imagenet", 2, "100_pca")
+    path.with_suffix(".meta.json").write_text(json.dumps({"fingerprint": "0" * 12}))
+    said = segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path / "out", "--input_dir", str(folder)))
+    assert "fingerprint '000000000000'" in said and "compute_pcas.py --mlp_layer 2" in said
+
+
+def test_a_user_sees_one_line(tmp_path, inputs, tiny_model):
+    (tmp_path / "text.mat").write_text("no")
+    done = run_script(
+        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--dataset_path", tmp_path / "text.mat"), check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_an_unreadable_image_is_an_error_of_its_own(tmp_path, clip):
+    images, masks = discs(2)
+    path = write_mat(tmp_path / "set.mat", [images[0], images[1].astype(np.float32)], masks)
+    data = SegmentationSet(path, clip.transform, mask_transform(clip.transform, "paper", (SIDE, SIDE)))
+    assert isinstance(data[1], UserError) and "float32" in str(data[1]) and not isinstance(data[0], UserError)
+
+
+def test_maps_have_the_size_that_is_asked_for(clip, pixels):
+    vit = clip.hooked_vit()
+    maps = heat_maps(vit, AttentionMaps(vit), pixels, 0, (20, 30))
+    assert maps.shape == (5, 20, 30) and 0 <= maps.min() and maps.max() <= 1
