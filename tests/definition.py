@@ -122,7 +122,7 @@ def sum_of_effects(visual, image, m, coefficient=100.0):
     """sum_n phi_n by another route: the MLP's whole output through whole attentions, with the shares of N contributors."""
     clean = run(visual, image)
     blocks = visual.transformer.resblocks
-    L, H, N, d = len(blocks), blocks[0].attn.num_heads, clean.p[m].shape[1], clean.z[0].shape[1]
+    L, H, d = len(blocks), blocks[0].attn.num_heads, clean.z[0].shape[1]
     mu_post, sigma_post = mean_and_sigma(clean.z[L][0], visual.ln_post)
     total = torch.zeros(visual.proj.shape[1], dtype=torch.float64)
     for l in range(m + 1, L):

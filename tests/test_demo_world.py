@@ -193,7 +193,7 @@ def test_the_segmentation_file_has_the_layout_of_gtsegs(drawn):
 
 def training_flags(folder, **changes):
     flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3, warmup=2, widen=0.25,
-                 text_start=0.6, log_every=1000, threads=2, seed=0, stop=None)  # fmt: skip
+                 quiet_start=0.3, alone_start=0.3, text_start=0.6, log_every=1000, threads=2, seed=0, stop=None)  # fmt: skip
     return Namespace(**{**flags, **changes})
 
 

@@ -49,10 +49,13 @@ class Rebuilt:
         """All effects at their means: representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, D]."""
         return representation - sum_of_effects(C, kappa, self.directions) + self.mean_sum
 
+    def projections(self, C, kappa):
+        """<c_n, r_n>: C [B, K, N], kappa [B, D] -> [B, N]."""
+        return torch.einsum("bkn,kn->bn", C, self.along) + kappa @ self.vectors.T - self.mean_along
+
     def projected(self, C, kappa):
         """sum_n <c_n, r_n> r_n: C [B, K, N], kappa [B, D] -> [B, D]."""
-        projections = torch.einsum("bkn,kn->bn", C, self.along) + kappa @ self.vectors.T - self.mean_along
-        return projections @ self.vectors
+        return self.projections(C, kappa) @ self.vectors
 
     def __call__(self, representation, C, kappa):
         """[B, 1, D], the one representation in a row, as `Ablations` gives its five."""

@@ -4,6 +4,7 @@ Every array is a plain .npy in one directory. Beside `X.npy` lies `X.meta.json` 
 next stage compares it. Files without one (made by the published code) are taken as they are, after a look at their shape.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -216,9 +217,15 @@ class RowWriter:
             shape, dtype = self.arrays[Path(path)]
             row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
             file = self._files[Path(path)]
-            file.seek(self._offsets[Path(path)] + row * row_bytes)
-            file.write(np.ascontiguousarray(block, dtype=dtype).data)
-            file.flush()
+            try:
+                file.seek(self._offsets[Path(path)] + row * row_bytes)
+                file.write(np.ascontiguousarray(block, dtype=dtype).data)
+                file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be written ({error.strerror}); {self.done} of {self.rows} rows are kept, and the same "
+                    "command goes on from there when there is room"
+                ) from error
         self.done = row + len(block)
         self.record.write_text(json.dumps({"meta": self.meta, "done": self.done}))
 
@@ -234,7 +241,8 @@ class RowWriter:
 
     def _close(self, remove):
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk says so once more
+                file.close()
         if remove:
             self.record.unlink(missing_ok=True)
             for partial in self.partials.values():

@@ -51,7 +51,7 @@ class _Effects:
     """Sizes and the walk over blocks of neurons that both forms share."""
 
     def slices(self, memory, k):
-        """Split the neurons into slices of which reading one, or forming its k top effects in float64, takes about `memory` bytes."""
+        """Slices of the neurons; reading one, or forming its k top effects in float64, takes about `memory` bytes."""
         floats = max(self.images * self.floats_per_neuron, 3 * k * self.D)
         block = max(1, int(memory / (4 * floats)))
         return [slice(n, min(n + block, self.N)) for n in range(0, self.N, block)]

