@@ -9,9 +9,8 @@ NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and besi
 from pathlib import Path
 
 from utils import arguments
-from utils.artifacts import Names, save_array, save_atomic
+from utils.artifacts import Names, read_texts, save_array, save_atomic
 from utils.clip import load_clip, text_vectors
-from utils.datasets import read_texts
 
 
 def main(args):

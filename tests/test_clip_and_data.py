@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from tests.photos import SYNSETS, write_photos
+from utils.artifacts import read_texts
 from utils.clip import load_clip, text_vectors, weights_fingerprint, zero_shot_classifier
-from utils.datasets import batches, class_names_of, load_images, read_texts
+from utils.datasets import batches, class_names_of, load_images
 from utils.errors import UserError
 
 

@@ -185,8 +185,9 @@ class NeuronWords:
             command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {top_k_pca} --dataset {dataset} {flags}"
             self.pcas[layer] = load_array(path, command, (vit.N, vit.D), fingerprint=clip.fingerprint)
             self.data[str(layer)] = load_meta(path).get("data")
+            made_with = {"fingerprint": clip.fingerprint, "top_k_pca": top_k_pca}
             self.descriptions[layer] = load_descriptions(
-                names, dataset, layer, text_descriptions, transform_alpha, components, vit.N, flags
+                names, dataset, layer, text_descriptions, transform_alpha, components, vit.N, flags, **made_with
             )
 
     def mine(self, v, neurons_num, neurons_texts):

@@ -119,6 +119,20 @@ def load_array(path, made_by, shape=None, mmap=False, **expected):
     return array
 
 
+def read_texts(path):
+    """The texts of a text file, one a line, empty lines dropped. Raises UserError when it is missing, empty or not UTF-8."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"{path} holds no text; it needs one text a line")
+    return texts
+
+
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from utils.artifacts import one_line
+from utils.artifacts import load_meta, one_line
 from utils.errors import UserError
 from utils.prs import second_order
 
@@ -27,12 +27,13 @@ class Concepts:
     words: list
 
 
-def load_descriptions(names, dataset, layer, name, alpha, components, neurons, flags):
+def load_descriptions(names, dataset, layer, name, alpha, components, neurons, flags, **expected):
     """The descriptions of a layer's neurons: a list over neurons of [[text index, coefficient, text], ...].
 
     Parameters
     names: Names of the input. name: the text set. alpha, components: as in the name of the file. neurons: how many there have to
-    be. flags: the model's flags, for the message.
+    be. flags: the model's flags, for the message. expected: facts that the record beside has to agree with where it has them
+    (fingerprint of the weights, top_k_pca).
 
     Raises UserError, naming the command, when the file is missing, damaged, or of another model.
     """
@@ -52,6 +53,10 @@ def load_descriptions(names, dataset, layer, name, alpha, components, neurons, f
         raise UserError(
             f"{path} describes {len(descriptions)} neurons, and the layer has {neurons}; make it again with: {command}"
         )
+    meta = load_meta(path)
+    for key, value in expected.items():
+        if meta.get(key) not in (None, value):
+            raise UserError(f"{path} was made with {key} {meta[key]!r}, and here it is {value!r}; make it again with: {command}")
     return descriptions
 
 

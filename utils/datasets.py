@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from tqdm import tqdm
 
-from utils.artifacts import one_line
+from utils.artifacts import one_line, read_texts
 from utils.errors import UserError
 
 STRIDES = {
@@ -94,7 +94,7 @@ def class_names_of(dataset, data_path=None, split="val", class_names=None):
     if dataset in ("imagenet", "imagenet_r"):
         return list(IMAGENET_CLASSNAMES)
     if dataset == "folder" and class_names:
-        return _lines(class_names)
+        return read_texts(class_names)
     if data_path is None:
         raise UserError(f"the class names of {dataset} are in its data; add --data_path, or --class_names FILE")
     return load_images(dataset, data_path, split).class_names
@@ -128,7 +128,7 @@ def _imagenet_names(dataset, samples, wnids):
 def _folder_names(folders, file):
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
-    names = _lines(file)
+    names = read_texts(file)
     if len(names) != len(folders):
         raise UserError(f"--class_names {file} has {len(names)} names, and the data set has {len(folders)} class folders")
     return names
@@ -144,23 +144,6 @@ def _cifar(dataset, data_path, split):
             f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
         ) from error
     return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
-
-
-def read_texts(path):
-    """The texts of a text file, one a line, empty lines dropped. Raises UserError when it is missing, empty or not UTF-8."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise UserError(f"{path} holds no text; it needs one text a line")
-    return texts
-
-
-_lines = read_texts
 
 
 def batches(images, batch_size, num_workers=0, start=0, device="cpu", description="images"):

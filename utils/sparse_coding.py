@@ -1,13 +1,13 @@
 """Sparse text descriptions: atoms from text vectors, and batched orthogonal matching pursuit (section 4.3 of the paper)."""
 
+import hashlib
 import json
 
 import scipy.sparse
 import torch
 from tqdm import tqdm
 
-from utils.artifacts import load_array, load_meta, meta_path, save_atomic, save_json
-from utils.datasets import read_texts
+from utils.artifacts import load_array, load_meta, meta_path, read_texts, save_atomic, save_json
 from utils.errors import UserError
 
 
@@ -94,7 +94,7 @@ def _first_of_equal(atoms):
     """Drop exact duplicates, which would win or lose by rounding: indices of the first ones, and those atoms."""
     seen = {}
     for index, row in enumerate(atoms.cpu().numpy()):
-        seen.setdefault(row.tobytes(), index)
+        seen.setdefault(hashlib.sha1(row.tobytes()).digest(), index)
     first = torch.tensor(list(seen.values()), device=atoms.device)
     return first, atoms if len(first) == len(atoms) else atoms[first]
 

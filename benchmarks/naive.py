@@ -1,0 +1,101 @@
+"""The definition, computed step by step for every token, neuron and head: what the factorisation is compared with.
+
+    python benchmarks/naive.py [--model ViT-B-32] [--layer 9] [--quick]
+
+Nothing here is imported from `utils.prs`: the forward pass and every share of means and biases are written out from the
+definition, with tensors over tokens and neurons, in float32. Prints the largest difference from the factorised effects.
+"""
+
+import torch
+from common import bench_parser, row, save_table
+
+from utils.clip import load_clip
+from utils.prs import dense, fold, second_order
+
+
+def statistics(z, norm):
+    """Mean and standard deviation of a LayerNorm's input: z [..., d] -> two of [..., 1]."""
+    return z.mean(-1, keepdim=True), (z.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+
+
+def forward(visual, image, layer):
+    """Forward pass of one image [1, 3, side, side], attention written out.
+
+    Returns the representation [D], the neurons' activations [T, N] of `layer`, for each later layer (mean, std, attention) with
+    shapes [T, 1], [T, 1], [H, T], and the statistics of the last LayerNorm.
+    """
+    z = visual.conv1(image).flatten(2)[0].T
+    z = visual.ln_pre(torch.cat([visual.class_embedding[None], z]) + visual.positional_embedding)  # [T, d]
+    later = {}
+    for l, block in enumerate(visual.transformer.resblocks):
+        attn = block.attn
+        H, e = attn.num_heads, attn.head_dim
+        q, k, v = (block.ln_1(z) @ attn.in_proj_weight.T + attn.in_proj_bias).view(len(z), 3, H, e).permute(1, 2, 0, 3)
+        A = torch.softmax(q @ k.mT / e**0.5, dim=-1)  # [H, T, T]
+        if l > layer:
+            later[l] = (*statistics(z, block.ln_1), A[:, 0])
+        z = z + block.ls_1(attn.out_proj((A @ v).transpose(0, 1).flatten(1)))
+        p = block.mlp.gelu(block.mlp.c_fc(block.ln_2(z)))
+        if l == layer:
+            activations = p
+        z = z + block.ls_2(block.mlp.c_proj(p))
+    return visual.ln_post(z[0]) @ visual.proj, activations, later, statistics(z[0], visual.ln_post)
+
+
+@torch.inference_mode()
+def naive_effects(visual, image, layer, sum_early=False, coefficient=100.0):
+    """Second-order effects of every neuron of `layer` on one image: [N, D].
+
+    sum_early: sum a head's values over the tokens at once, where they are weighted by the attention; otherwise every token goes
+    all the way to the output, as the definition is written, and the sum is the last step.
+    """
+    blocks, L = visual.transformer.resblocks, len(visual.transformer.resblocks)
+    representation, p, later, (mu_post, sigma_post) = forward(visual, image, layer)
+    mlp, post = blocks[layer].mlp.c_proj, visual.ln_post
+    N, (d, H) = p.shape[1], (mlp.out_features, blocks[layer].attn.num_heads)
+    e = d // H
+    written = p[:, :, None] * mlp.weight.T + mlp.bias / N  # [T, N, d]
+    effects = torch.zeros(N, visual.proj.shape[1], device=p.device)
+    for l, (mu, sigma, A) in later.items():
+        attn, norm = blocks[l].attn, blocks[l].ln_1
+        c, c_post = (1 + 2 * l) * N, (1 + 2 * l) * (1 + 2 * L) * H * N
+        x = norm.weight * (written - mu[:, None] / c) / sigma[:, None] + norm.bias / c  # [T, N, d]
+        for h in range(H):
+            head = slice(h * e, (h + 1) * e)
+            W_V, b_V = attn.in_proj_weight[2 * d :][head], attn.in_proj_bias[2 * d :][head]
+            v = x @ W_V.T + b_V / c  # [T, N, e]
+            if sum_early:
+                v = torch.einsum("t,tne->ne", A[h], v)[None]  # [1, N, e]
+            o = v @ attn.out_proj.weight[:, head].T + attn.out_proj.bias / (c * H)
+            y = (post.weight * (o - mu_post / c_post) / sigma_post + post.bias / c_post) @ visual.proj  # [T or 1, N, D]
+            effects += y[0] if sum_early else torch.einsum("t,tno->no", A[h], y)
+    return coefficient / representation.norm() * effects
+
+
+def main(args):
+    clip = load_clip(args.model, args.pretrained, args.device)
+    vit = clip.hooked_vit()
+    layer = vit.L - 2 if args.quick else vit.L - 3 if args.layer is None else args.layer
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, *clip.model.visual.image_size, device=args.device)
+    for parameter in vit.visual.parameters():  # random weights have empty biases and equal gammas; make every share count
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    directions = fold(vit, layer)
+    _, [(C, kappa)] = second_order(vit, image, [directions])
+    ours = dense(C, kappa, directions)[0]
+    rows = []
+    for name, sum_early in (("definition as written", False), ("tokens summed at the attention", True)):
+        naive = naive_effects(vit.visual, image, layer, sum_early)
+        error = (ours - naive).abs().max() / naive.abs().max()
+        rows.append(row(name, error, "", 1e-5, "largest difference from the factorised effects, of the largest entry"))
+    save_table("naive", f"Agreement with the definition, {args.model}, layer {layer}, float32", rows, args, args.device)
+
+
+if __name__ == "__main__":
+    parser = bench_parser(__doc__)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--pretrained", default="random")
+    parser.add_argument("--layer", type=int, help="default: the third last")
+    parser.add_argument("--device", default="cpu")
+    main(parser.parse_args())
