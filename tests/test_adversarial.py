@@ -66,7 +66,8 @@ class Attack:
             support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
             coefficients = torch.randn(N, COMPONENTS, generator=generator)
             save_array(self.names.statistics("imagenet", layer, f"{K}_pca"), r.numpy(), meta)
-            save_decomposition(self.names.decomposition("imagenet", layer, "pool", 1.0, COMPONENTS), support, coefficients, POOL)
+            path = self.names.decomposition("imagenet", layer, "pool", 1.0, COMPONENTS)
+            save_decomposition(path, support, coefficients, POOL, {**meta, "top_k_pca": K})
             self.pcas[layer], self.supports[layer], self.coefficients[layer] = r.numpy(), support, coefficients
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
         save_array(self.names.classifier("imagenet"), self.classifier, {**meta, "class_names": CLASSES})
@@ -389,6 +390,15 @@ def test_drawing_functions_are_checked(attack, monkeypatch):
     for wrong in ("drawing:nothing", "no_such_module:draw"):
         with pytest.raises(UserError, match="cannot be imported"):
             generators.load_image_model(wrong, "cpu", {})
+
+
+def test_the_world_draws_template_descriptions():
+    text = adversarial.template_descriptions(["green background", "striped", "a star"], "horse", 1, seed=0)[0]
+    faint, plain = (generators.load_image_model("demo.world:draw_description", "cpu", {"opacity": x})(text, 1) for x in (0, 1))
+    difference = np.abs(np.asarray(faint, int) - np.asarray(plain, int)).max(axis=-1)
+    assert 0.02 < (difference > 30).mean() < 0.6  # the symbols
+    red, green, blue = np.asarray(faint).reshape(-1, 3).mean(axis=0)
+    assert green > red and green > blue
 
 
 def heavy(*packages):

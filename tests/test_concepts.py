@@ -104,8 +104,8 @@ def test_only_the_first_words_of_a_description_count_when_it_is_asked():
 def test_descriptions_are_checked_when_they_are_read(tmp_path):
     names = Names(tmp_path, "ViT-B-32", "openai")
 
-    def load(neurons=2):
-        return load_descriptions(names, "imagenet", 9, "30k", 1.0, 4, neurons, "--model ViT-B-32")
+    def load(neurons=2, **expected):
+        return load_descriptions(names, "imagenet", 9, "30k", 1.0, 4, neurons, "--model ViT-B-32", **expected)
 
     path = names.decomposition("imagenet", 9, "30k", 1.0, 4)
     with pytest.raises(UserError, match="is missing; make it with: python compute_sparse_decomposition.py --mlp_layer 9"):
@@ -114,6 +114,10 @@ def test_descriptions_are_checked_when_they_are_read(tmp_path):
     assert load() == [[(5, 0.5, "sea")], [(6, -1.0, "sky"), (5, 0.1, "sea")]]
     with pytest.raises(UserError, match="describes 2 neurons, and the layer has 3"):
         load(3)
+    path.with_suffix(".meta.json").write_text('{"fingerprint": "abc", "top_k_pca": null}')
+    assert load(fingerprint="abc", top_k_pca=5) == load()
+    with pytest.raises(UserError, match="made with fingerprint 'abc'"):
+        load(fingerprint="def")
     for damaged in ("{", "[1, 2]", '{"a": []}', '{"0": [[1, 2]], "1": []}'):
         path.write_text(damaged)
         with pytest.raises(UserError, match="damaged"):
