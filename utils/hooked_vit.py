@@ -69,49 +69,53 @@ class HookedViT:
         cache, handles = {}, []
         try:
             for l, block in enumerate(self.blocks):
-                name = f"blocks.{l}."
-                if wanted & {name + "ln1.mean", name + "ln1.std", name + "attn.row"}:
-                    handles.append(block.ln_1.register_forward_hook(_attention_input_hook(block, name, wanted, cache)))
-                if name + "ln1.out" in wanted:
-                    handles.append(block.ln_1.register_forward_hook(_output_hook(name + "ln1.out", cache)))
-                if name + "mlp.post" in wanted:
-                    handles.append(block.mlp.gelu.register_forward_hook(_output_hook(name + "mlp.post", cache)))
-            if wanted & {"ln_post.mean", "ln_post.std"}:
-                handles.append(self.visual.ln_post.register_forward_hook(_last_norm_hook(cache)))
+                watched = {block.ln_1: _of_the_attention(block.attn, f"blocks.{l}"), block.mlp.gelu: _of_the_mlp(f"blocks.{l}")}
+                for module, activations in watched.items():
+                    handles.append(module.register_forward_hook(_hook(wanted, cache, activations)))
+            handles.append(self.visual.ln_post.register_forward_hook(_hook(wanted, cache, _of_the_last_norm)))
             yield cache
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _output_hook(name, cache):
+def _hook(wanted, cache, activations):
+    """A forward hook that keeps, of what activations(module, input, output) gives by name, what is wanted."""
+
     def hook(module, inputs, output):
-        cache[name] = output.detach()
+        for name, compute in activations(module, inputs[0].detach(), output.detach()).items():
+            if name in wanted:
+                cache[name] = compute()
 
     return hook
 
 
-def _attention_input_hook(block, name, wanted, cache):
-    def hook(module, inputs, output):
-        cache[name + "ln1.mean"], cache[name + "ln1.std"] = norm_statistics(inputs[0].detach(), module.eps)
-        if name + "attn.row" in wanted:
-            cache[name + "attn.row"] = class_attention(block.attn, output.detach())
+def _of_the_attention(attn, block):
+    """What the LayerNorm before an attention shows: its statistics, its output, and the class token's attention."""
 
-    return hook
+    def activations(norm, z, x):
+        return {
+            f"{block}.ln1.mean": lambda: z.float().mean(dim=-1),
+            f"{block}.ln1.std": lambda: norm_std(z, norm.eps),
+            f"{block}.ln1.out": lambda: x,
+            f"{block}.attn.row": lambda: class_attention(attn, x),
+        }
 
-
-def _last_norm_hook(cache):
-    def hook(module, inputs, output):
-        z = inputs[0].detach()  # all tokens [B, T, d], or the class token only [B, d] when the norm comes after pooling
-        cache["ln_post.mean"], cache["ln_post.std"] = norm_statistics(z[:, 0] if z.ndim == 3 else z, module.eps)
-
-    return hook
+    return activations
 
 
-def norm_statistics(z, eps):
-    """What a LayerNorm subtracts and divides by: z [..., d] -> mean [...], sqrt(biased variance + eps) [...]."""
-    variance, mean = torch.var_mean(z.float(), dim=-1, correction=0)
-    return mean, torch.sqrt(variance + eps)
+def _of_the_mlp(block):
+    return lambda gelu, z, p: {f"{block}.mlp.post": lambda: p}
+
+
+def _of_the_last_norm(norm, z, x):
+    z = z[:, 0] if z.ndim == 3 else z  # all tokens [B, T, d], or the class token only [B, d] when the norm comes after pooling
+    return {"ln_post.mean": lambda: z.float().mean(dim=-1), "ln_post.std": lambda: norm_std(z, norm.eps)}
+
+
+def norm_std(z, eps):
+    """What a LayerNorm divides by, sqrt(biased variance + eps): z [..., d] -> [...]."""
+    return torch.sqrt(z.float().var(dim=-1, correction=0) + eps)
 
 
 def class_attention(attn, x):

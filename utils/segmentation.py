@@ -21,8 +21,7 @@ from sklearn.metrics import average_precision_score
 from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from utils.artifacts import load_array, one_line, save_array, save_json
-from utils.datasets import read_texts
+from utils.artifacts import load_array, one_line, read_texts, save_array, save_json
 from utils.errors import UserError
 from utils.hooked_vit import attention_pattern
 
