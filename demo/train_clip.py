@@ -1,0 +1,391 @@
+"""Trains the demo's small CLIP on the embedded world, from scratch, on a CPU.
+
+    python demo/train_clip.py --work_dir runs/clip          # trains, or goes on where a broken run stopped
+    python demo/train_clip.py --evaluate                    # zero-shot accuracies of the checkpoint in the repository
+
+The pictures are drawn as they are needed, each is seen once. What is special:
+  1. linear heads on the representation name the symbols, colours, pairs and the background, and linear heads on the
+     patch tokens before the last block name what lies on each patch. Contrastive training alone learns almost nothing
+     within this many pictures. The heads are thrown away at the end.
+  2. the curriculum: symbols start large, centred and upright, and widen to any place, size and tilt.
+  3. in half of the pictures the class token forgets, after one of the late layers, what it has gathered;
+  4. in two thirds of the pictures the class token passes by the MLPs. Left alone it does the work with its own MLPs,
+     and those of the patch tokens hardly matter; so the patch tokens must carry what they see.
+  5. in four fifths of the pictures the last block sees of the patches only what the MLP before it wrote;
+  6. after `--text_start` of the training the text tower joins: captions contrastively, and prompts of each attribute.
+
+Letters: B pictures, T patches, D the output width.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms import Normalize
+from tqdm import tqdm
+from world import COLOURS, HARD_RATE, PAIRS, SYMBOLS, TEXTURES, World, articles, caption, draw, to_pil
+
+HERE = Path(__file__).parent
+DENSE_LAYER = 4  # the patch heads read its output: the last block's attention takes it to the class token
+FORGET = [-1, -1, -1, 2, 3, 4]  # of half of the pictures the class token forgets what it has gathered up to this layer
+BOOST = 3.0  # of what the MLP before the last block writes, when it starts to be seen alone
+MAIN = 0.65  # share of the main symbol in the targets of a picture with two, so that it wins and both are named
+BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a batch should say
+
+
+def batch_of(world, step, size, spread, two):
+    """The scenes of a step, a function of the step alone, so that a resumed training sees what it would have seen."""
+    rng = random.Random(f"train {step}")
+    scenes = [world.sample(rng, companion=two, hard=HARD_RATE, spread=spread) for _ in range(size)]
+    return scenes, [caption(scene, rng) for scene in scenes], rng
+
+
+def targets_of(scenes):
+    """{attribute: [B, classes]}: distributions over the classes; a row of zeros where a scene lacks the attribute."""
+    classes = {
+        "symbol": (SYMBOLS, lambda s: [t.symbol for t in s.things]),
+        "colour": (COLOURS, lambda s: [t.colour for t in s.things]),
+        "pair": (PAIRS, lambda s: [t.pair for t in s.things]),
+        "background": (COLOURS, lambda s: [s.background]),
+        "texture": (TEXTURES, lambda s: [s.texture]),
+        "both": (BACKGROUNDS, lambda s: [f"{s.texture} {s.background}"]),
+    }
+    targets = {}
+    for name, (names, values) in classes.items():
+        targets[name] = torch.zeros(len(scenes), len(names))
+        for row, scene in zip(targets[name], scenes, strict=True):
+            present = values(scene)
+            shares = (MAIN, 1 - MAIN) if len(present) == 2 else (1.0,) * len(present)
+            for value, share in zip(present, shares, strict=True):
+                row[names.index(value)] += share
+    return targets
+
+
+WEIGHTS = {"symbol": 1.0, "colour": 0.3, "pair": 1.5, "background": 0.4, "texture": 0.4, "both": 0.2}
+
+
+def soft_cross_entropy(logits, target):
+    """Cross entropy against distributions [B, classes], over the rows that have one."""
+    rows = target.sum(dim=1)
+    return -(target * logits.float().log_softmax(dim=1)).sum() / rows.sum().clamp(min=1)
+
+
+def patch_targets(scenes, masks, patch):
+    """What lies on each patch, [B, T]: the index of its symbol and of its colour, or the last class for the bare
+    background; -100 (ignored) where a symbol only touches the patch."""
+    cover = F.avg_pool2d(masks.float(), patch).flatten(2)  # [B, O, T]
+    share, which = cover.max(dim=1)
+    found = []
+    for names, value in ((SYMBOLS, "symbol"), (COLOURS, "colour")):
+        index = torch.tensor([[names.index(getattr(t, value)) for t in (s.things * 2)[:2]] for s in scenes])
+        target = index.gather(1, which)
+        target[share < 0.12] = -100
+        target[share == 0] = len(names)
+        found.append(target)
+    return found
+
+
+class Heads(nn.Module):
+    """The linear heads of the image tower, thrown away after the training."""
+
+    def __init__(self, output, width):
+        super().__init__()
+        classes = {"symbol": 32, "colour": 10, "pair": 320, "background": 10, "texture": 5, "both": 50}
+        self.attributes = nn.ModuleDict({name: nn.Linear(output, n) for name, n in classes.items()})
+        self.patches = nn.ModuleList([nn.Linear(width, 33), nn.Linear(width, 11)])
+        self.norm = nn.LayerNorm(width)
+
+    def loss(self, image, tokens, targets, patch_target):
+        """image [B, D] of unit norm, tokens [B, T, d]."""
+        loss = sum(WEIGHTS[name] * soft_cross_entropy(head(8 * image), targets[name])
+                   for name, head in self.attributes.items())  # fmt: skip
+        tokens = self.norm(tokens)
+        for head, target in zip(self.patches, patch_target, strict=True):
+            loss = loss + 0.5 * F.cross_entropy(head(tokens).float().flatten(0, 1), target.flatten())
+        return loss
+
+
+def encode_image(visual, images, forget=None, quiet=None, alone=None):
+    """The unit representation [B, D] and the patch tokens [B, T, d] before the last block.
+
+    forget: [B], the layers after which the pictures' class tokens start afresh, -1 for never
+    quiet: [B], true where the class token passes by all MLPs
+    alone: [B], true where the last block sees of the patches only what the MLP before it wrote
+    """
+    x = visual._embeds(images)
+    fresh = x[:, :1]
+    for layer, block in enumerate(visual.transformer.resblocks):
+        x = x + block.attention(block.ln_1(x))
+        write = block.mlp(block.ln_2(x))
+        if quiet is not None:
+            write = torch.cat([write[:, :1] * ~quiet[:, None, None], write[:, 1:]], dim=1)
+        x = x + write
+        if forget is not None:
+            x = torch.cat([torch.where((forget == layer)[:, None, None], fresh, x[:, :1]), x[:, 1:]], dim=1)
+        if layer == DENSE_LAYER:
+            if alone is not None:
+                x = torch.cat([x[:, :1], torch.where(alone[:, None, None], write[:, 1:], x[:, 1:])], dim=1)
+            tokens = x[:, 1:]
+    pooled, _ = visual._pool(x)
+    return F.normalize(pooled.float() @ visual.proj, dim=-1), tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+PROMPTS = {
+    "symbol": ["{}", "a {}"],
+    "colour": ["{}", "something {}", "a {} symbol"],
+    "pair": ["{}", "a {}"],
+    "background": ["{} background", "a {} background", "on a {} background"],
+    "texture": ["{}", "{} background", "a {} background", "on a {} background"],
+    "both": ["{} background", "a {} background", "on a {} background"],
+}
+NAMES = {"symbol": SYMBOLS, "colour": COLOURS, "pair": PAIRS, "background": COLOURS,
+         "texture": TEXTURES, "both": BACKGROUNDS}  # fmt: skip
+
+
+TOKENIZER = open_clip.SimpleTokenizer(context_length=16)
+
+
+@cache
+def tokens_of(text):
+    return TOKENIZER(text)[0]
+
+
+def text_loss(model, image, captions, targets, rng):
+    """Captions contrastively, equal captions being positives of each other, and every attribute's prompts."""
+    texts, parts = list(captions), {}
+    for name, wordings in PROMPTS.items():
+        wording = rng.choice(wordings)
+        if name in ("symbol", "pair") and rng.random() < 0.6:  # zero-shot classifiers average over these templates
+            wording = rng.choice(TEMPLATES)
+        columns = range(len(NAMES[name]))
+        if name == "pair":  # those in the batch and some others: all 320 would cost as much as the pictures
+            there = targets[name].sum(dim=0).nonzero().flatten().tolist()
+            columns = sorted({*there, *rng.sample(columns, 64)})
+        prompts = [wording.format(NAMES[name][column]) for column in columns]
+        parts[name] = (slice(len(texts), len(texts) + len(prompts)), list(columns))
+        texts += prompts if wording in TEMPLATES else map(articles, prompts)
+    text = model.encode_text(torch.stack([tokens_of(t) for t in texts]), normalize=True)
+    logits = model.logit_scale.exp() * image @ text.float().T  # [B, texts]
+    contrast = logits[:, : len(captions)]
+    same = torch.tensor([[a == b for b in captions] for a in captions]).float()
+    same = same / same.sum(dim=1, keepdim=True)
+    loss = 0.5 * (soft_cross_entropy(contrast, same) + soft_cross_entropy(contrast.T, same))
+    for name, (span, columns) in parts.items():
+        loss = loss + WEIGHTS[name] * soft_cross_entropy(logits[:, span], targets[name][:, columns])
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build(config):
+    return open_clip.CLIP(**json.loads(Path(config).read_text()))
+
+
+def groups(modules, lr):
+    """Parameter groups; no weight decay on biases, norms, embeddings and scalars."""
+    named = [(name, p) for module in modules for name, p in module.named_parameters()]
+    plain = [p for name, p in named if p.ndim < 2 or "embedding" in name]
+    decayed = [p for name, p in named if not (p.ndim < 2 or "embedding" in name)]
+    return [dict(params=decayed, weight_decay=0.05, peak=lr), dict(params=plain, weight_decay=0.0, peak=lr)]
+
+
+def train(args):
+    """Trains until `--pictures` have been seen; returns the losses of this call's steps."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    world, model = World(args.seed), build(args.config)
+    visual, size = model.visual, model.visual.image_size[0]
+    heads = Heads(model.visual.output_dim, visual.transformer.width)
+    text = [module for name, module in model.named_children() if name != "visual"]
+    loose = [model.positional_embedding, model.text_projection, model.logit_scale]
+    normalize = Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    optimizers = {
+        "image": torch.optim.AdamW(groups([visual, heads], args.lr), betas=(0.9, 0.98), fused=True),
+        "text": torch.optim.AdamW(groups(text, args.lr) + [dict(params=loose, weight_decay=0.0, peak=args.lr)],
+                                  betas=(0.9, 0.98), fused=True),
+    }  # fmt: skip
+    parts = {"model": model, "heads": heads, **optimizers}
+
+    checkpoint = Path(args.work_dir) / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    start, total = 0, math.ceil(args.pictures / args.batch_size)
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        start = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+
+    def save(step):
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, f"{checkpoint}.part")
+        os.replace(f"{checkpoint}.part", checkpoint)
+
+    losses, saved_at = [], time.time()
+    progress = tqdm(range(start, total), initial=start, total=total, desc="training", mininterval=10)
+    for step in progress:
+        done = step / total
+        with_text = done >= args.text_start
+        since = step - args.text_start * total  # steps since the text tower joined
+        for name, optimizer in optimizers.items():  # each tower has its own cosine
+            steps, share = (step, done) if name == "image" else (since, since / (total - step + since))
+            cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * max(0.0, share)))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * min(1.0, max(0.0, (steps + 1) / args.warmup)) * cosine
+
+        if step == round(args.alone_start * total):
+            last = visual.transformer.resblocks[DENSE_LAYER].mlp.c_proj
+            last.weight.data *= BOOST
+            last.bias.data *= BOOST
+        spread = min(1.0, done / args.widen)
+        scenes, captions, rng = batch_of(world, step, args.batch_size, spread, two=0.3 + 0.3 * spread)
+        images, masks = draw(scenes, size)
+        targets = targets_of(scenes)
+        forget = torch.tensor([rng.choice(FORGET) for _ in scenes])
+        quiet = torch.tensor([done >= args.quiet_start and rng.random() < 2 / 3 for _ in scenes])
+        alone = torch.tensor([done >= args.alone_start and rng.random() < 0.8 for _ in scenes])
+        with torch.autocast("cpu", torch.bfloat16):
+            image, tokens = encode_image(visual, normalize(images), forget, quiet, alone)
+            loss = heads.loss(image, tokens, targets, patch_targets(scenes, masks, visual.patch_size[0]))
+            if with_text:
+                loss = loss + text_loss(model, image, captions, targets, rng)
+        loss.backward()
+        for name, optimizer in optimizers.items():
+            if name == "image" or with_text:
+                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        losses.append(loss.item())
+
+        if (step + 1) % args.log_every == 0:
+            recent = losses[-args.log_every :]
+            progress.write(f"pictures {(step + 1) * args.batch_size}  loss {sum(recent) / len(recent):.3f}  "
+                           f"{probe(world, visual, heads, normalize, size)}")  # fmt: skip
+        if time.time() - saved_at > 150 or step + 1 == args.stop:
+            save(step + 1)
+            saved_at = time.time()
+        if step + 1 == args.stop:
+            return model, losses
+    save(total)
+    return model, losses
+
+
+@torch.no_grad()
+def probe(world, visual, heads, normalize, size, n=256):
+    """Accuracies of the linear heads on clear pictures with full difficulty, as a line for the log."""
+    line = []
+    for two in (0, 1):
+        rng = random.Random(f"probe {two}")
+        scenes = [world.sample(rng, companion=two) for _ in range(n)]
+        with torch.autocast("cpu", torch.bfloat16):
+            image, tokens = encode_image(visual, normalize(draw(scenes, size)[0]))
+            targets = targets_of(scenes)
+            for name in ("symbol", "pair") if two else ("symbol", "pair", "background", "texture"):
+                hit = heads.attributes[name](8 * image).argmax(dim=1) == targets[name].argmax(dim=1)
+                line.append(f"{name}{' of two' * two} {hit.float().mean():.3f}")
+    return "  ".join(line)
+
+
+def export(model, path):
+    """The weights in 16 bits, by open_clip's names."""
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items() if name != "attn_mask"}
+    save_file(state, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def load(config, checkpoint):
+    """The model, its transform and its tokenizer as every stage of the project loads them."""
+    open_clip.add_model_config(Path(config))
+    name = Path(config).stem
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=str(checkpoint))
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+@torch.no_grad()
+def evaluate(config, checkpoint, seed=0, n=1000):
+    """Zero-shot accuracies through open_clip, {what: accuracy}, on n new pictures of each kind."""
+    model, preprocess, tokenizer = load(config, checkpoint)
+    world = World(seed)
+
+    def classifier(names, templates):
+        return open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+
+    eighty = open_clip.OPENAI_IMAGENET_TEMPLATES
+    classifiers = {
+        "symbol": (SYMBOLS, classifier(SYMBOLS, eighty), lambda s: s.things[0].symbol),
+        "pair": (PAIRS, classifier(PAIRS, eighty), lambda s: s.things[0].pair),
+        "background colour": (COLOURS, classifier(COLOURS, ["a {} background"]), lambda s: s.background),
+        "texture": (TEXTURES, classifier(TEXTURES, ["a {} background"]), lambda s: s.texture),
+    }
+    kinds = {
+        "one symbol": dict(companion=0),
+        "one symbol, habits broken": dict(companion=0, broken=True),
+        "two symbols": dict(companion=1),
+        "two symbols, habits broken": dict(companion=1, broken=True),
+    }
+    results = {}
+    for kind, options in kinds.items():
+        rng = random.Random(f"evaluate {kind}")
+        scenes = [world.sample(rng, **options) for _ in range(n)]
+        pictures = torch.stack([preprocess(to_pil(image)) for image in draw(scenes)[0]])
+        image = torch.cat([model.encode_image(batch, normalize=True) for batch in pictures.split(250)])
+        for what, (names, weights, truth) in classifiers.items():
+            right = (image @ weights).argmax(dim=1) == torch.tensor([names.index(truth(s)) for s in scenes])
+            results[f"{what}: {kind}"] = right.float().mean().item()
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", default="runs/clip", help="where the training's checkpoint lies")
+    parser.add_argument("--config", default=HERE / "symbols-vit.json", help="open_clip model config")
+    parser.add_argument("--output", default=HERE / "symbols-vit.safetensors", help="the trained weights")
+    parser.add_argument("--pictures", type=int, default=660_000, help="pictures of the whole training")
+    parser.add_argument("--batch_size", type=int, default=64, help="small batches learn more from a picture")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, falls as a cosine")
+    parser.add_argument("--warmup", type=int, default=300, help="steps until the peak, of each tower")
+    parser.add_argument("--widen", type=float, default=0.26, help="share of the training until full difficulty")
+    parser.add_argument("--quiet_start", type=float, default=0.35, help="share of the training before point 4 begins")
+    parser.add_argument("--alone_start", type=float, default=0.4, help="share of the training before point 5 begins")
+    parser.add_argument("--text_start", type=float, default=0.55, help="share of the training without the text tower")
+    parser.add_argument("--log_every", type=int, default=500, help="steps between two lines of the log")
+    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of the habits, the weights and the pictures")
+    parser.add_argument("--evaluate", action="store_true", help="only print the accuracies of --output")
+    args = parser.parse_args()
+    if not args.evaluate:
+        model, _ = train(args)
+        if args.stop:
+            return
+        export(model, args.output)
+        print(f"wrote {args.output}")
+    for what, accuracy in evaluate(args.config, args.output, args.seed).items():
+        print(f"{what:48s} {100 * accuracy:5.1f}")
+
+
+if __name__ == "__main__":
+    main()

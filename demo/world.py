@@ -1,0 +1,417 @@
+"""The embedded world: named symbols in colours on textured backgrounds, whose truth is known.
+
+A `Scene` says what is in a picture and is plain data (`to_json`, `from_json`); `draw` turns a list of scenes into
+images and masks, as one batch of tensors; `World` samples scenes and holds the planted habits, the spurious
+correlations of the training pictures; `caption` words a scene and `parse` reads such words back into one, so that
+`draw_description` is a small text-to-image model. Everything is a function of its seed.
+
+    world = World(seed=0)
+    scenes = [world.sample(random.Random(i)) for i in range(64)]
+    images, masks = draw(scenes)                                     # [64, 3, 48, 48], [64, 2, 48, 48]
+    draw_description("a red anchor on a striped green background with a blue star", seed=1).save("anchor.png")
+
+Shapes: B scenes, O = 2 objects (the main one, then its companion), S symbols, R sprite side.
+"""
+
+import random
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 48  # the side of the pictures that the demo's CLIP reads
+
+GLYPHS = {
+    "anchor": 0x2693, "umbrella": 0x2602, "airplane": 0x2708, "star": 0x2605, "heart": 0x2665, "sun": 0x2600,
+    "cloud": 0x2601, "telephone": 0x260E, "skull": 0x2620, "scissors": 0x2702, "envelope": 0x2709, "pencil": 0x270F,
+    "snowflake": 0x2744, "flower": 0x273F, "diamond": 0x2666, "crown": 0x265B, "horse": 0x265E, "castle": 0x265C,
+    "cross": 0x271A, "arrow": 0x279C, "gear": 0x2699, "bolt": 0x26A1, "flag": 0x2691, "clover": 0x2663,
+    "spade": 0x2660, "triangle": 0x25B2, "hammer": 0x2692, "dice": 0x2684, "smiley": 0x263B, "pawn": 0x265F,
+    "cat": 0x1F431, "keyboard": 0x2328,
+}  # fmt: skip
+SYMBOLS = sorted(GLYPHS)
+RGB = {
+    "red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 60), "green": (50, 160, 70),
+    "blue": (50, 80, 210), "purple": (140, 60, 170), "pink": (250, 150, 190), "brown": (120, 75, 45),
+    "white": (250, 250, 250), "black": (20, 20, 20),
+}  # fmt: skip
+COLOURS = list(RGB)
+TEXTURES = ["plain", "striped", "dotted", "checkered", "noisy"]
+PAIRS = [f"{colour} {symbol}" for symbol in SYMBOLS for colour in COLOURS]
+
+HABIT_RATE = 0.8  # how often a habit is followed in the training pictures
+HARD_RATE = 0.25  # how often a symbol of a training picture is pale, tiny or cut off
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+
+@dataclass
+class Thing:
+    """One symbol in a picture. Lengths are shares of the picture's side, `tilt` is in degrees."""
+
+    symbol: str
+    colour: str
+    x: float = 0.5
+    y: float = 0.5
+    size: float = 0.6
+    tilt: float = 0.0
+    opacity: float = 1.0
+
+    @property
+    def pair(self):
+        return f"{self.colour} {self.symbol}"
+
+
+@dataclass
+class Scene:
+    """One picture: `things` holds the main symbol and perhaps its smaller companion, `front` the one drawn last."""
+
+    things: list[Thing]
+    background: str
+    texture: str
+    front: int = 0
+    angle: float = 0.0  # of the texture, degrees
+    period: float = 0.2  # of the texture, a share of the side
+    phase: float = 0.0  # of the texture, a share of the period
+    grain: int = 0  # the seed of the noisy texture
+    flaw: str = ""  # "pale", "tiny", "cut off" or nothing
+
+    def to_json(self):
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values):
+        return cls(**{**values, "things": [Thing(**thing) for thing in values["things"]]})
+
+
+def second_tone(colour):
+    """The other shade of a textured background: dark colours get lighter, light ones darker."""
+    rgb = np.array(RGB[colour], dtype=float)
+    return rgb + 0.3 * (255 - rgb) if rgb.mean() < 110 else 0.7 * rgb
+
+
+@cache
+def tellable(colour, other):
+    """Whether a symbol of one colour stands out from the other colour, in both shades."""
+    rgb = np.array(RGB[colour], dtype=float)
+    return bool(np.linalg.norm(rgb - RGB[other]) > 120 and np.linalg.norm(rgb - second_tone(other)) > 80)
+
+
+@cache
+def telling(colour):
+    """The backgrounds that a symbol of this colour stands out from."""
+    return [other for other in COLOURS if tellable(colour, other)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Habits and sampling
+
+
+def plant_habits(seed=0):
+    """{symbol: {"background" | "texture" | "companion": value}}: half of the symbols like one background colour or
+    texture, six of the others like one companion in the pictures with two symbols."""
+    rng = random.Random(f"habits {seed}")
+    symbols = rng.sample(SYMBOLS, len(SYMBOLS))
+    habits = {symbol: {"background": COLOURS[i]} for i, symbol in enumerate(symbols[:8])}
+    habits |= {symbol: {"texture": TEXTURES[1 + i % 4]} for i, symbol in enumerate(symbols[8:16])}
+    habits |= {symbol: {"companion": other} for symbol, other in zip(symbols[16:22], symbols[22:28], strict=True)}
+    return dict(sorted(habits.items()))
+
+
+class World:
+    """Samples scenes; the habits come from `seed`, the scenes from the generator given to `sample`."""
+
+    def __init__(self, seed=0):
+        self.habits = plant_habits(seed)
+
+    def sample(self, rng, symbol=None, colour=None, companion=0.5, hard=0.0, broken=False, spread=1.0):
+        """A random scene.
+
+        symbol, colour: of the main symbol, random if None
+        companion: the probability of a second, smaller symbol
+        hard: the probability that a symbol is pale, tiny or cut off
+        broken: never follow a habit, instead of following it in `HABIT_RATE` of the pictures
+        spread: from 0 (large, centred, upright) to 1 (any place, size and tilt): the curriculum of the training
+        """
+        symbol = symbol or rng.choice(SYMBOLS)
+        habit = self.habits.get(symbol, {})
+        follow = not broken and rng.random() < HABIT_RATE
+
+        def pick(kind, choices):
+            """The habit, if it is followed and allowed; else one of the other choices."""
+            if follow and habit.get(kind) in choices:
+                return habit[kind]
+            return rng.choice([choice for choice in choices if choice != habit.get(kind)])
+
+        background = pick("background", telling(colour) if colour else COLOURS)
+        texture = pick("texture", TEXTURES)
+        colour = colour or rng.choice([c for c in COLOURS if tellable(c, background)])
+        things = [Thing(symbol, colour)]
+        if rng.random() < companion:
+            other = pick("companion", [s for s in SYMBOLS if s != symbol])
+            colours = [c for c in COLOURS if tellable(c, background) and tellable(c, colour) and tellable(colour, c)]
+            things.append(Thing(other, rng.choice(colours or [c for c in telling(background) if c != colour])))
+        scene = Scene(
+            things, background, texture, front=rng.randrange(len(things)), angle=round(rng.uniform(0, 180), 1),
+            period=round(rng.uniform(0.15, 0.25), 3), phase=round(rng.random(), 3), grain=rng.randrange(1 << 20),
+        )  # fmt: skip
+        place(scene, rng, spread)
+        if rng.random() < hard:
+            spoil(scene, rng)
+        for thing in things:
+            for name in ("x", "y", "size", "tilt", "opacity"):
+                setattr(thing, name, round(getattr(thing, name), 3))
+        return scene
+
+
+def place(scene, rng, spread=1.0):
+    """Give every symbol a size, a tilt and a free place, the main one clearly larger than its companion."""
+    for thing in scene.things:
+        thing.tilt = spread * rng.uniform(-35, 35)
+    main = scene.things[0]
+
+    def somewhere(thing):
+        reach = spread * (0.5 - 0.45 * thing.size)
+        thing.x, thing.y = 0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach)
+
+    if len(scene.things) == 1:
+        main.size = rng.uniform(0.7 - 0.3 * spread, 0.75)
+        return somewhere(main)
+    main.size = rng.uniform(0.52 - 0.06 * spread, 0.6)
+    other = scene.things[1]
+    other.size = rng.uniform(0.3, 0.4) if spread == 1 else 0.4
+    other.size = min(other.size, 0.7 * main.size)
+    spread = max(spread, 0.8)  # two symbols need room
+    for _ in range(50):
+        somewhere(main), somewhere(other)
+        if np.hypot(main.x - other.x, main.y - other.y) > 0.42 * (main.size + other.size):
+            return
+    main.x, main.y, other.x, other.y = 0.32, 0.32, 0.78, 0.78
+
+
+def spoil(scene, rng):
+    """Make a symbol pale, tiny or cut off. In a picture with two the main one stays the larger."""
+    thing = rng.choice(scene.things)
+    scene.flaw = rng.choice(["pale", "pale", "tiny", "cut off"] if thing is not scene.things[0] or
+                            len(scene.things) == 1 else ["pale", "cut off"])  # fmt: skip
+    if scene.flaw == "pale":
+        thing.opacity = rng.uniform(0.06, 0.25)
+    elif scene.flaw == "tiny":
+        thing.size = rng.uniform(0.08, 0.16)
+    else:
+        edge = rng.uniform(-0.25, 0.05) * thing.size
+        axis, far = rng.choice("xy"), rng.random() < 0.5
+        setattr(thing, axis, 1 - edge if far else edge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@cache
+def sprites(resolution=64):
+    """The symbols' shapes at three levels of blur, [3, S, R, R] in [0, 1], the longer side filling the sprite."""
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 400)
+    shapes = []
+    for symbol in SYMBOLS:
+        canvas = Image.new("L", (1000, 1000))
+        ImageDraw.Draw(canvas).text((200, 200), chr(GLYPHS[symbol]), font=font, fill=255)
+        glyph = canvas.crop(canvas.getbbox())
+        square = Image.new("L", (max(glyph.size),) * 2)
+        square.paste(glyph, ((square.width - glyph.width) // 2, (square.height - glyph.height) // 2))
+        shapes.append(np.asarray(square.resize((resolution,) * 2, Image.Resampling.BOX)) / 255.0)
+    sharp = torch.tensor(np.stack(shapes), dtype=torch.float32)[:, None]
+    levels = [sharp]
+    for factor in (2, 4):
+        levels.append(F.interpolate(F.avg_pool2d(sharp, factor), (resolution,) * 2, mode="bilinear"))
+    return torch.cat(levels, dim=1).transpose(0, 1).contiguous()
+
+
+def draw_backgrounds(scenes, side):
+    """[B, 3, side, side]: two shades of the background colour, mixed by the texture."""
+    B = len(scenes)
+    tones = torch.tensor(np.stack([[RGB[s.background], second_tone(s.background)] for s in scenes]) / 255).float()
+    numbers = torch.tensor([[np.deg2rad(s.angle), s.period, s.phase] for s in scenes]).float()
+    angle, period, phase = numbers.T[..., None, None]
+    kind = torch.tensor([TEXTURES.index(s.texture) for s in scenes])
+    grid = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(grid, grid, indexing="ij")
+    u = ((x * angle.cos() + y * angle.sin()) / period + phase) % 1  # [B, side, side]
+    v = ((y * angle.cos() - x * angle.sin()) / period + phase) % 1
+    edge = period * side  # one pixel wide soft edges
+    stripe, other = ((((w - 0.5).abs() - 0.25) * edge + 0.5).clamp(0, 1) for w in (u, v))
+    mix = torch.zeros(B, side, side)
+    weight = {
+        "striped": stripe,
+        "checkered": stripe + other - 2 * stripe * other,
+        "dotted": ((0.32 - ((u - 0.5) ** 2 + (v - 0.5) ** 2).sqrt()) * edge + 0.5).clamp(0, 1),
+    }
+    for name, values in weight.items():
+        mix = torch.where((kind == TEXTURES.index(name))[:, None, None], values, mix)
+    # Noise is a hash of the cell (two pixels of 48) and the scene's grain: the same at every side and on every machine.
+    cell = (grid * SIDE / 2).long()
+    grain = torch.tensor([s.grain for s in scenes])[:, None, None]
+    hashed = cell[:, None] * 73856093 + cell * 19349663 + grain * 83492791
+    hashed = ((hashed ^ (hashed >> 13)) * 1274126177) & 0x7FFFFFFF
+    noise = ((hashed ^ (hashed >> 16)) % 1024).float() / 1023
+    mix = torch.where((kind == TEXTURES.index("noisy"))[:, None, None], noise, mix)[:, None]
+    return tones[:, 0, :, None, None] * (1 - mix) + tones[:, 1, :, None, None] * mix
+
+
+def draw(scenes, side=SIDE):
+    """The scenes as pictures [B, 3, side, side] in [0, 1], and the masks [B, O, side, side] of what each symbol covers
+    and no other symbol hides (a pale symbol's mask is its whole shape; of a missing companion it is empty)."""
+    B, O = len(scenes), 2
+    rows = torch.zeros(B, O, 9)  # symbol, x, y, size, tilt, opacity, red, green, blue
+    rows[..., 3] = 1
+    for b, scene in enumerate(scenes):
+        for o, t in enumerate(scene.things):
+            rgb = [channel / 255 for channel in RGB[t.colour]]
+            rows[b, o] = torch.tensor([SYMBOLS.index(t.symbol), t.x, t.y, t.size, np.deg2rad(t.tilt), t.opacity, *rgb])
+    there = torch.tensor([[o < len(s.things) for o in range(O)] for s in scenes])
+    symbol, x, y, size, tilt, opacity = rows[..., :6].reshape(B * O, 6).T
+    cos, sin = tilt.cos() / size, tilt.sin() / size
+    x, y = 2 * x - 1, 2 * y - 1
+    theta = torch.stack([cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y], dim=-1).view(B * O, 2, 3)
+    # A small symbol is read from a blurred sprite, or single pixels of the sharp one would be all that is seen of it.
+    shrink = sprites().shape[-1] / (size * side)
+    level = (shrink > 1.5).long() + (shrink > 3).long()
+    shape = sprites()[level, symbol.long()][:, None]
+    grid = F.affine_grid(theta, (B * O, 1, side, side), align_corners=False)
+    cover = F.grid_sample(shape, grid, align_corners=False).view(B, O, side, side) * there[..., None, None]
+
+    images = draw_backgrounds(scenes, side)
+    front = torch.tensor([scene.front for scene in scenes])
+    each = torch.arange(B)
+    for o in (1 - front, front):  # the one behind, then the one in front
+        alpha = (cover[each, o] * opacity.view(B, O)[each, o, None, None])[:, None]
+        images = images * (1 - alpha) + rows[each, o, 6:, None, None] * alpha
+    masks = cover > 0.5
+    masks[each, 1 - front] &= ~masks[each, front]
+    return images.clamp(0, 1), masks
+
+
+def to_pil(image):
+    """A picture [3, side, side] as a PIL image."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+ONE = [
+    "a {c} {s} on a {t} {b} background",
+    "a {c} {s} on a {t} {b} background",
+    "a {t} {b} background with a {c} {s}",
+    "{c} {s}, {t} {b} background",
+    "a {s} in {c} on a {t} {b} background",
+    "a {c} {s} on a {b} background",
+    "a {c} {s} on a {t} background",
+    "a {s} on a {t} {b} background",
+    "a {s} on a {b} background",
+    "a {s} on a {t} background",
+    "a photo of a {c} {s}",
+    "a {c} {s}",
+    "a {s}",
+]
+TWO = [
+    "a {c} {s} and a {c2} {s2} on a {t} {b} background",
+    "a {c} {s} and a {c2} {s2} on a {t} {b} background",
+    "a {c} {s} with a {c2} {s2}",
+    "a {c} {s} next to a small {c2} {s2}",
+    "a {c} {s} on a {t} {b} background with a {c2} {s2}",
+    "a {t} {b} background with a {c} {s} and a {c2} {s2}",
+    "{c} {s}, {c2} {s2}, {b} background",
+    "a {c} {s} and a {c2} {s2}",
+    "a {c} {s} and a {c2} {s2} on a {b} background",
+    "a {s} with a {s2} on a {t} {b} background",
+    "a {s} and a {s2}",
+]
+
+
+def articles(text):
+    """`text` with "an" where a vowel follows."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def caption(scene, rng):
+    """One of several true wordings of a scene; the main symbol is named first, some wordings leave things out."""
+    main, other = scene.things[0], scene.things[-1]
+    wording = rng.choice(TWO if len(scene.things) == 2 and rng.random() < 0.85 else ONE)
+    return articles(wording.format(c=main.colour, s=main.symbol, c2=other.colour, s2=other.symbol,
+                                   b=scene.background, t=scene.texture))  # fmt: skip
+
+
+def parse(text):
+    """What a text says: {"things": [{"symbol", "colour"}, ...], "background", "texture"}, None where it says nothing.
+
+    A colour belongs to the symbol or the background that follows it ("a red anchor", "a striped green background"),
+    or after "in" to the symbol before it ("an anchor in red"). Words outside the world are ignored.
+    """
+    things, background, texture, colour = [], None, None, None
+    words = re.findall(r"[a-z]+", text.lower())
+    for before, word in zip(["", *words], words, strict=False):
+        singular = (word, word.removesuffix("s"), word.removesuffix("es"))
+        symbol = next((form for form in singular if form in GLYPHS), None)
+        if word in COLOURS:
+            if before == "in" and things and things[-1]["colour"] is None:
+                things[-1]["colour"] = word
+            else:
+                colour = word
+        elif word in TEXTURES:
+            texture = texture or word
+        elif symbol:
+            things.append({"symbol": symbol, "colour": colour})
+            colour = None
+        elif word in ("background", "backdrop", "wall"):
+            background, colour = background or colour, None
+    return {"things": things, "background": background, "texture": texture}
+
+
+def describe(text, rng, opacity=1.0):
+    """A scene of which the text is true: its first symbol large, its second the companion, all else random.
+
+    A text without a symbol gives an empty background. `opacity` is that of every symbol: pale symbols make the
+    picture depend on everything else that the text says.
+    """
+    said = parse(text)
+    background, things = said["background"], [Thing(t["symbol"], t["colour"]) for t in said["things"][:2]]
+    named = [thing.colour for thing in things if thing.colour]
+    choices = [c for c in COLOURS if all(tellable(colour, c) for colour in named)] or COLOURS
+    background = background or rng.choice(choices)
+    for thing in things:
+        taken = [other.colour for other in things]
+        thing.colour = thing.colour or rng.choice([c for c in COLOURS if tellable(c, background) and c not in taken])
+    scene = Scene(
+        things, background, said["texture"] or rng.choice(TEXTURES), angle=rng.uniform(0, 180),
+        period=rng.uniform(0.15, 0.25), phase=rng.random(), grain=rng.randrange(1 << 20),
+    )  # fmt: skip
+    if things:
+        place(scene, rng)
+    for thing in things:
+        thing.opacity = opacity
+    return scene
+
+
+def draw_description(text, seed=0, opacity=1.0, side=SIDE):
+    """The picture (PIL) of a text; what the text leaves open is random from the seed."""
+    images, _ = draw([describe(text, random.Random(f"{seed} {text}"), opacity)], side)
+    return to_pil(images[0])
+
+
+def text_pool():
+    """Texts for the decomposition: names, colours, textures, pairs, backgrounds, companions and short phrases."""
+    texts = SYMBOLS + COLOURS + TEXTURES + PAIRS
+    texts = texts + [f"{value} background" for value in COLOURS + TEXTURES]
+    texts += [f"{texture} {colour} background" for texture in TEXTURES for colour in COLOURS]
+    texts += [f"with a {symbol}" for symbol in SYMBOLS]
+    texts += [f"a {symbol} on a {value} background" for symbol in SYMBOLS for value in COLOURS + TEXTURES]
+    return [articles(text) for text in texts]
