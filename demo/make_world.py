@@ -25,6 +25,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 from tqdm import tqdm
 from world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, text_pool, to_pil
 
@@ -151,4 +152,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # many small operations: on a busy machine threads wait for each other
     main()

@@ -158,7 +158,7 @@ def habits(results, layers=("2", "3", "4")):
         scores = matrix[chosen].T @ along[chosen]  # [texts]
         values = COLOURS if kind == "background" else TEXTURES
         total = {x: sum(scores[t] for t, s in enumerate(said) if s[kind] == x and not s["things"]) for x in values}
-        rank = 1 + sum(total[x] > total[value] for x in values)
+        rank = 1 + sum(bool(total[x] > total[value]) for x in values)
         rows[symbol] = (kind, value, rank, len(values))
     return rows
 

@@ -81,7 +81,7 @@ class NeuronLayer:
         """The neuron's card, a figure: top images where its strongest text applies, its texts, the histogram of its norms."""
         entries = self.descriptions[neuron][:words]
         side = np.sign(entries[0][1]) if entries else 1.0
-        rows = self.top_images(neuron, 4 * pictures)
+        rows = self.top_images(neuron, 4 * pictures)  # those on the side of the strongest text are shown
         shown, maps, projections = self.look(rows, neuron)
         order = np.argsort(-side * projections, kind="stable")[:pictures]
         share = 100 * self.explained[neuron]

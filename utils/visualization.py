@@ -78,7 +78,7 @@ def save_segmentation(path, picture, mask, heat, thr):
 
 
 def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
-    """A neuron's card: its top pictures with where it fires, its texts with signed coefficients, the histogram of its norms.
+    """A neuron's card: its top pictures, bright where it fires, its texts with signed coefficients, the histogram of its norms.
 
     Parameters
     pictures: [n, S, S, 3] in [0, 1]. maps: [n, rows, columns], the neuron's post-GELU activation on the patches of each.
@@ -97,8 +97,8 @@ def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
     for axes in grid:
         axes.set_axis_off()
     for axes, picture, heat in zip(grid, pictures, maps, strict=False):
-        axes.imshow(picture, extent=(0, 1, 1, 0))
-        axes.imshow(heat, cmap="jet", vmin=0, vmax=top, alpha=0.45, extent=(0, 1, 1, 0), interpolation="bilinear")
+        light = Image.fromarray((heat / top).astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BILINEAR)
+        axes.imshow(picture * (0.3 + 0.7 * np.clip(np.asarray(light), 0, 1))[..., None])
     axes = middle.subplots()
     texts, coefficients = zip(*words[::-1], strict=True)
     axes.barh(range(len(texts)), coefficients, color=["C3" if c < 0 else "C0" for c in coefficients])
