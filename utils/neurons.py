@@ -78,12 +78,11 @@ class NeuronLayer:
         return item[0]
 
     def card(self, neuron, pictures=8, words=8):
-        """The neuron's card, a figure: top images where its strongest text applies, its texts, the histogram of its norms."""
+        """The neuron's card, a figure: the images with the largest effects along its component (most project positively, by
+        the component's sign), its texts, the histogram of its norms."""
         entries = self.descriptions[neuron][:words]
-        side = np.sign(entries[0][1]) if entries else 1.0
-        rows = self.top_images(neuron, 4 * pictures)  # those on the side of the strongest text are shown
-        shown, maps, projections = self.look(rows, neuron)
-        order = np.argsort(-side * projections, kind="stable")[:pictures]
+        shown, maps, projections = self.look(self.top_images(neuron, 4 * pictures), neuron)
+        order = np.argsort(-projections, kind="stable")[:pictures]
         share = 100 * self.explained[neuron]
         title = f"layer {self.layer}, neuron {neuron}: {share:.0f} % of its largest effects lie along one direction"
         words = [(text, coefficient) for _, coefficient, text in entries]
