@@ -25,7 +25,7 @@ def main(args):
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
     flags = arguments.repeated_flags(args)
     classifier = load_classifier(names, args.dataset, clip, images, flags)
-    statistics = [load_statistics(names, train, layer, args.top_k_pca, clip, flags) for layer in layers]
+    statistics = [load_statistics(names, train, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in layers]
     directions = [fold(vit, layer) for layer in layers]
     ablations = [Ablations(item, stats) for item, stats in zip(directions, statistics, strict=True)]
 

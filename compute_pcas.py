@@ -19,7 +19,8 @@ from utils.pca import write_statistics
 def main(args):
     names = Names(args.input_dir, args.model, args.pretrained)
     results = Names(args.output_dir, args.model, args.pretrained)
-    layers = stored_layers(names, args.dataset, args.mlp_layer)
+    makes_effects = "compute_second_order_neuron_prs.py"
+    layers = stored_layers(names, args.dataset, args.mlp_layer, ("coefficients", "merged"), makes_effects)
     for layer in layers:
         effects = open_effects(names, args.dataset, "train", layer, args.device)
         explained = write_statistics(effects, results, args.dataset, layer, args.top_k_pca, args.memory * 1e9)

@@ -37,7 +37,7 @@ def main(args):
     def output(layer):
         return results.decomposition(args.dataset, layer, args.text_descriptions, args.transform_alpha, args.components)
 
-    for layer in stored_layers(names, args.dataset, args.mlp_layer):
+    for layer in stored_layers(names, args.dataset, args.mlp_layer, (f"{args.top_k_pca}_pca",), "compute_pcas.py"):
         make_pcas = f"python compute_pcas.py --mlp_layer {layer} --dataset {args.dataset} {flags}"
         pca_path = names.statistics(args.dataset, layer, f"{args.top_k_pca}_pca")
         pcas = load_array(pca_path, make_pcas, (None, vectors.shape[1]), fingerprint=fingerprint)
@@ -63,7 +63,7 @@ def evaluate(args, names, path, rebuilt):
     directions = [fold(vit, layer) for layer in rebuilt]
     ablations = []
     for item in directions:
-        mean = load_statistics(names, args.dataset, item.layer, args.top_k_pca, clip, flags).mean
+        mean = load_statistics(names, args.dataset, item.layer, args.top_k_pca, clip, flags, args.coefficient).mean
         ablations.append(Rebuilt(item, mean, rebuilt[item.layer]))
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
     meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}

@@ -61,6 +61,24 @@ def test_what_belongs_to_another_run_is_refused_until_it_is_overwritten(tmp_path
     assert np.load(path)[9, 0] == 9
 
 
+def test_rows_of_another_precision_are_not_gone_on_with(tmp_path):
+    path = tmp_path / "a.npy"
+    with RowWriter({path: ((4, 2), "float32")}, {}) as writer:
+        writer.write(0, {path: np.ones((2, 2))})
+    with pytest.raises(UserError, match="other arrays"):
+        RowWriter({path: ((4, 2), "float16")}, {})
+
+
+def test_a_file_that_another_pass_began_anew_is_not_gone_on_with(tmp_path):
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
+    both, one = {a: ((4,), "int32"), b: ((4,), "int32")}, {b: ((4,), "int32")}
+    with RowWriter(both, {"layers": [8, 9]}) as writer:
+        writer.write(0, {a: np.ones(3), b: np.ones(3)})
+    with RowWriter(one, {"layers": [9]}) as writer:
+        writer.write(0, {b: np.full(1, 2)})
+    assert RowWriter(both, {"layers": [8, 9]}).start == 0
+
+
 def test_a_pass_that_fails_before_its_first_row_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), rows(tmp_path / "a.npy", {}):
         raise RuntimeError

@@ -155,8 +155,12 @@ def test_class_names_of_folders_and_files(tmp_path):
     (tmp_path / "names.txt").write_text("dog\n")
     with pytest.raises(UserError, match="1 names, and the data set has 2"):
         load_images("folder", tmp_path, "val", class_names=tmp_path / "names.txt")
+    with pytest.raises(UserError, match="1 names, and the data set has 2"):
+        class_names_of("folder", tmp_path, "val", tmp_path / "names.txt")
     with pytest.raises(UserError, match="--data_path"):
         class_names_of("CIFAR10")
+    with pytest.raises(UserError, match="goes with --dataset folder"):
+        class_names_of("imagenet", class_names=tmp_path / "names.txt")
 
 
 @pytest.mark.parametrize(

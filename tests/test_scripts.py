@@ -254,6 +254,12 @@ FAULTS = [
         ["fingerprint", "compute_pcas.py"],
     ),
     (
+        "statistics of another coefficient",
+        ABLATIONS,
+        [*DATA, "--mlp_layer", "3", "--top_k_pca", "5", "--coefficient", "1"],
+        ["coefficient 100.0", "compute_pcas.py"],
+    ),
+    (
         "statistics of another layer",
         ABLATIONS,
         [*DATA, "--mlp_layer", "3", "--top_k_pca", "4"],

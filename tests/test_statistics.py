@@ -10,7 +10,7 @@ from utils.artifacts import Names, save_array
 from utils.effects import open_effects, stored_layers
 from utils.errors import UserError
 from utils.pca import principal_directions, write_statistics
-from utils.prs import dense, fold, second_order
+from utils.prs import CentredNorms, Directions, dense, fold, second_order
 
 LAYER, K = 1, 7
 
@@ -84,6 +84,18 @@ def test_the_sign_makes_more_than_half_of_the_rows_positive():
     assert_allclose(explained.numpy(), singular[:, 0] ** 2 / (singular**2).sum(axis=1), rtol=1e-5)
 
 
+def test_norms_are_right_where_there_are_more_heads_than_dimensions():
+    generator = torch.Generator().manual_seed(0)
+    values, outputs = torch.randn(40, 6, 3, generator=generator), torch.randn(40, 3, 8, generator=generator)
+    C, kappa = torch.randn(9, 40, 6, generator=generator), torch.randn(9, 8, generator=generator)
+    directions = Directions(0, values, outputs, None)
+    wide = Directions(0, values.double(), outputs.double(), None)
+    phi = dense(C.double(), kappa.double(), wide)
+    mean = phi.mean(dim=0)
+    norms = CentredNorms(directions, mean.float())(C, kappa)
+    assert_allclose(norms, (phi - mean).norm(dim=-1), rtol=1e-4)
+
+
 def test_a_tie_of_signs_is_broken_by_the_sum():
     rows = torch.tensor([[[3.0, 0.0], [-1.0, 0.1]], [[-3.0, 0.0], [1.0, 0.1]]])
     r, _ = principal_directions(rows)
@@ -119,9 +131,18 @@ def test_parts_of_a_store_that_do_not_belong_together_are_refused(store):
 
 
 def test_all_layers_are_found_by_their_files(store):
-    assert stored_layers(store[0], "folder", ["all"]) == [LAYER] == stored_layers(store[1], "folder", ["all"])
+    parts = ("coefficients", "merged")
+    assert (
+        stored_layers(store[0], "folder", ["all"], parts, "compute_second_order_neuron_prs.py")
+        == [LAYER]
+        == stored_layers(store[1], "folder", ["all"], parts, "compute_second_order_neuron_prs.py")
+    )
+    save_array(Names(store[0].directory, "tiny", "random_7").effects("folder", "train", 2, "merged"), np.zeros(1), {})
+    assert stored_layers(store[0], "folder", ["all"], parts, "compute_second_order_neuron_prs.py") == [
+        LAYER
+    ]  # weights whose name begins alike are others
     with pytest.raises(UserError, match="compute_second_order_neuron_prs.py"):
-        stored_layers(store[0], "imagenet", ["all"])
+        stored_layers(store[0], "imagenet", ["all"], parts, "compute_second_order_neuron_prs.py")
 
 
 def test_ablations_equal_plain_numpy_on_the_dense_effects(many):

@@ -89,17 +89,20 @@ class Ablations:
         return torch.stack([representation, base, base + small_effects, representation - small_effects, pc], dim=1)
 
 
-def load_statistics(names, dataset, layer, k, clip, flags):
+def load_statistics(names, dataset, layer, k, clip, flags, coefficient):
     """Read `Statistics` of one layer to the model's device. Raises UserError, naming the command, for what is missing or wrong.
 
-    clip: the loaded `Clip`, whose weights the statistics have to be of. flags: the model's flags, for the message.
+    clip: the loaded `Clip`, whose weights the statistics have to be of, and with the same coefficient. flags: the model's flags,
+    for the message.
     """
     vit = clip.hooked_vit()
     command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {k} --dataset {dataset} {flags}"
 
+    expected = {"fingerprint": clip.fingerprint, "coefficient": coefficient}
+
     def read(part, *shape):
         path = names.statistics(dataset, layer, part)
-        return torch.from_numpy(load_array(path, command, shape, fingerprint=clip.fingerprint)).to(clip.device)
+        return torch.from_numpy(load_array(path, command, shape, **expected)).to(clip.device)
 
     norms = read(f"{k}_norm", vit.N, k)
     return Statistics(read("mean", vit.N, vit.D), read(f"{k}_pca", vit.N, vit.D), norms[:, 0].contiguous())
@@ -110,12 +113,13 @@ def load_classifier(names, dataset, clip, images, flags):
     command = f"python compute_classifier_projection.py --dataset {dataset} {flags}"
     shape = (clip.hooked_vit().D, None)
     classifier = load_array(names.classifier(dataset), command, shape, fingerprint=clip.fingerprint)
-    if classifier.shape[1] < len(images.class_names):
+    partial = dataset == "imagenet" and len(images.class_names) < classifier.shape[1]  # some of the 1,000 folders are there
+    if classifier.shape[1] != len(images.class_names) and not partial:
         raise UserError(
             f"{names.classifier(dataset)} has {classifier.shape[1]} classes and the images have {len(images.class_names)}; "
             f"make it again with: {command}"
         )
-    if dataset == "imagenet" and len(images.class_names) < classifier.shape[1]:
+    if partial:
         print(
             f"note: only {len(images.class_names)} of ImageNet's folders are there, so labels (the index among them) do not "
             "match the classifier's 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own"
@@ -137,6 +141,7 @@ def predict(vit, directions, ablations, images, classifier, coefficient, path, m
     predictions_path = path.with_name(path.stem + "_predictions.npy")
     shape = (len(images), len(directions), len(ablations[0].names))
     meta = {**meta, "batch_size": passing["batch_size"], "statistics": [ablation.checksum for ablation in ablations]}
+    meta["coefficient"] = coefficient
     meta["classifier"] = float(classifier.cpu().double().sum())
     with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, overwrite) as writer:
         for row, pixels, _ in batches(images, start=writer.start, **passing):

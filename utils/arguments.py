@@ -32,7 +32,7 @@ def add_model(parser):
     group.add_argument(
         "--pretrained",
         default="openai",
-        help="open_clip tag, path of a .safetensors or .pt file, or 'random' for seeded weights",
+        help="open_clip tag, path of a .safetensors or .pt file (the activation is then --model's), or 'random'",
     )
 
 
@@ -103,6 +103,7 @@ def passing(args):
 
 def choose_device(name):
     """The device of `--device`, or the best one that is there. Raises UserError for one that is not."""
+    torch.backends.cudnn.allow_tf32 = False  # everything is float32, the patch embedding's convolution too
     if name is None:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
@@ -112,8 +113,10 @@ def choose_device(name):
         raise UserError(f"--device {name} is no device; use cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no MPS device; use --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here; use --device cpu") from error
     return device
 
 

@@ -176,6 +176,8 @@ class RowWriter:
     def __init__(self, arrays, meta, overwrite=False):
         self.arrays = {Path(path): (tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in arrays.items()}
         self.meta = meta
+        described = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
+        self.identity = json.loads(json.dumps({**meta, "arrays": described}))  # what a started pass has to agree with
         self.rows = next(iter(self.arrays.values()))[0][0]
         first = next(iter(self.arrays))
         self.record = first.with_name(first.name + ".progress.json")
@@ -191,8 +193,8 @@ class RowWriter:
             record = json.loads(self.record.read_text())
         except ValueError:
             return 0
-        if record["meta"] != json.loads(json.dumps(self.meta)):
-            differing = [key for key in self.meta if record["meta"].get(key) != json.loads(json.dumps(self.meta[key]))]
+        if record["identity"] != self.identity:
+            differing = [key for key in self.identity if record["identity"].get(key) != self.identity[key]]
             raise UserError(
                 f"{self.record} belongs to a run with other {', '.join(differing) or 'settings'}; "
                 "repeat that run to finish it, or add --overwrite to start afresh"
@@ -201,6 +203,8 @@ class RowWriter:
 
     def __enter__(self):
         self._require_space()
+        if not self.start:
+            self._drop_records_of_these_files()
         try:
             for path, (shape, dtype) in self.arrays.items():
                 partial = self.partials[path]
@@ -212,6 +216,13 @@ class RowWriter:
             self._close(remove=not self.start)
             raise
         return self
+
+    def _drop_records_of_these_files(self):
+        """Files that are begun anew no longer hold what a broken pass over other layers counts as finished there."""
+        for record in self.record.parent.glob("*.progress.json"):
+            with contextlib.suppress(ValueError, KeyError):
+                if json.loads(record.read_text())["identity"]["arrays"].keys() & self.identity["arrays"].keys():
+                    record.unlink()
 
     def _require_space(self):
         """Refuse what cannot fit, before any work is done."""
@@ -241,7 +252,7 @@ class RowWriter:
                     "command goes on from there when there is room"
                 ) from error
         self.done = row + len(block)
-        self.record.write_text(json.dumps({"meta": self.meta, "done": self.done}))
+        self.record.write_text(json.dumps({"identity": self.identity, "done": self.done}))
 
     def __exit__(self, kind, error, trace):
         if kind is not None or self.done < self.rows:

@@ -91,13 +91,13 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
 
 def class_names_of(dataset, data_path=None, split="val", class_names=None):
     """The class names of a data set, in the order of its labels."""
+    if class_names and dataset != "folder":
+        raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
     if dataset in ("imagenet", "imagenet_r"):
         return list(IMAGENET_CLASSNAMES)
-    if dataset == "folder" and class_names:
-        return read_texts(class_names)
     if data_path is None:
-        raise UserError(f"the class names of {dataset} are in its data; add --data_path, or --class_names FILE")
-    return load_images(dataset, data_path, split).class_names
+        raise UserError(f"the class names of {dataset} are in its data; add --data_path")
+    return load_images(dataset, data_path, split, class_names=class_names).class_names
 
 
 def _class_folders(root, data_path, split):

@@ -27,22 +27,26 @@ def open_effects(names, dataset, split, layer, device="cpu"):
     return DenseEffects(names.effects(dataset, split, layer, "merged"), command, device)
 
 
-def stored_layers(names, dataset, layers):
-    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files that are there."""
+def stored_layers(names, dataset, layers, parts, script):
+    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files that are there.
+
+    parts: of which at least one has to be there. script: what makes them, for the message.
+    """
     if layers != ["all"]:
         wrong = [layer for layer in layers if not layer.isdecimal()]
         if wrong:
             raise UserError(f"--mlp_layer {wrong[0]} is no layer; give numbers, or 'all'")
         return sorted({int(layer) for layer in layers})
     found = set()
-    for part in ("coefficients", "merged", "mean"):
+    for part in parts:
         pattern = names.effects(dataset, "train", "*", part)
         prefix, suffix = pattern.name.split("*")
-        found |= {int(path.name.removeprefix(prefix).removesuffix(suffix)) for path in pattern.parent.glob(pattern.name)}
+        middles = (path.name.removeprefix(prefix).removesuffix(suffix) for path in pattern.parent.glob(pattern.name))
+        found |= {int(middle) for middle in middles if middle.isdecimal()}  # others are of weights with a longer name
     if not found:
         raise UserError(
-            f"{names.directory} has no effects of {dataset}; make them with: python compute_second_order_neuron_prs.py "
-            f"--mlp_layer all --dataset {dataset} --split train ..."
+            f"{names.directory} has no {' or '.join(parts)} of {dataset}; make them with: python {script} --mlp_layer all "
+            f"--dataset {dataset} ..."
         )
     return sorted(found)
 

@@ -30,7 +30,7 @@ class NeuronLayer:
         self.clip, self.images, self.layer, self.coefficient = clip, images, layer, coefficient
         self.vit = clip.hooked_vit()
         self.directions = fold(self.vit, layer)
-        self.statistics = load_statistics(names, dataset, layer, k, clip, flags)
+        self.statistics = load_statistics(names, dataset, layer, k, clip, flags, coefficient)
         command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {k} --dataset {dataset} {flags}"
 
         def read(part, *shape, **options):

@@ -41,6 +41,8 @@ def parse_layers(layers, vit):
     attention after it.
     """
     last = vit.L - 2
+    if last < 0:
+        raise UserError("this model has one layer, and no attention comes after its MLP; there are no second-order effects")
     if [str(l) for l in layers] == ["all"]:
         return list(range(last + 1))
     for l in layers:
@@ -190,12 +192,13 @@ class CentredNorms:
 def _centre(values, outputs, mean):
     """Gram matrices of a block of neurons, and their mean as a combination of the directions plus a rest."""
     B_n = torch.einsum("kne,keo->nko", values, outputs)  # [n, K, D]
-    G = B_n @ B_n.mT
-    home, device = G.device, "cpu" if G.device.type == "mps" else G.device  # MPS has no float64
-    G64 = G.to(device, torch.float64)
+    home = B_n.device
+    wide = B_n.to("cpu" if home.type == "mps" else home, torch.float64)  # MPS has no float64
+    G64 = wide @ wide.mT
+    G = G64.to(home, torch.float32)
     ridge = 1e-9 * G64.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)  # directions may be dependent
-    G64 = G64 + ridge[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64, device=device)
-    B_mean = torch.einsum("nko,no->nk", B_n, mean).to(device, torch.float64)
+    G64 = G64 + ridge[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64, device=wide.device)
+    B_mean = torch.einsum("nko,no->nk", wide, mean.to(wide))
     x = torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G64))[..., 0].to(home, torch.float32)
     rest = mean - torch.einsum("nk,nko->no", x, B_n)
     return G, x, rest, torch.einsum("nko,no->nk", B_n, rest)
