@@ -7,36 +7,55 @@ method's output.
 """
 
 import argparse
+import csv
 import json
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse
-from world import COLOURS, TEXTURES, parse
+from PIL import Image
+from world import COLOURS, TEXTURES, articles, parse
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from run_demo import ATTACKS, CLIP, COMPONENTS, LAYERS, OPACITY, attack_result, segmentation_result  # noqa: E402
+from attack_table import markdown  # noqa: E402
+from run_demo import (  # noqa: E402
+    ATTACK_LAYERS,
+    ATTACKS,
+    CLIP,
+    LAYERS,
+    OPACITY,
+    TEXT_SETS,
+    attack_pairs,
+    attack_result,
+    evaluation_result,
+    segmentation_result,
+)
 
 from utils.artifacts import Names, save_json  # noqa: E402
 from utils.clip import load_clip  # noqa: E402
-from utils.datasets import load_images  # noqa: E402
+from utils.concepts import concepts_of_images  # noqa: E402
+from utils.datasets import batches, load_images  # noqa: E402
 from utils.neurons import NeuronLayer  # noqa: E402
-from utils.visualization import save_figure  # noqa: E402
+from utils.prs import CentredNorms  # noqa: E402
+from utils.visualization import plot_concepts, plot_grid, plot_segmentations, save_figure  # noqa: E402
 
 HERE = Path(__file__).parent
 TOP_NEURONS, TOP_PICTURES = 100, 20
+TOP_WORDS = 5  # discovered words of a picture that count
+EVERY = 4  # of the held-out pictures is asked for its concepts
 
 
 class Results:
-    """The files of one tree of class folders (symbols or pairs), and the truth of its pictures."""
+    """The files of one tree of class folders (symbols or pairs) and one text set, and the truth of its pictures."""
 
-    def __init__(self, out, tree):
+    def __init__(self, out, tree, text_set="words"):
         self.directory, self.world = out / tree, out / "world"
-        self.tree = tree
-        self.texts = (self.directory / f"words_{CLIP}.txt").read_text().splitlines()
-        self.text_vectors = self.array(f"words_{CLIP}.npy") / 100
+        self.tree, self.text_set = tree, text_set
+        self.texts = (self.directory / f"{text_set}_{CLIP}.txt").read_text().splitlines()
+        self.text_vectors = self.array(f"{text_set}_{CLIP}.npy") / 100
 
     def array(self, name):
         return np.load(self.directory / name)
@@ -50,8 +69,8 @@ class Results:
 
     def decomposition(self, layer):
         """csc matrix [N, texts]."""
-        name = f"folder_mlps_{CLIP}_{layer}_words_decomposition_omp_1_{COMPONENTS}.npz"
-        return scipy.sparse.load_npz(self.directory / name)
+        described = f"{self.text_set}_decomposition_omp_1_{TEXT_SETS[self.text_set]}"
+        return scipy.sparse.load_npz(self.directory / f"folder_mlps_{CLIP}_{layer}_{described}.npz")
 
     def projections(self, layer):
         """<phi_n - mean_n, r_n> of every train picture and neuron: [images, N]."""
@@ -135,43 +154,205 @@ def descriptions(results):
     return rows
 
 
-def habits(results, layers=("2", "3", "4")):
-    """Where the second-order direction towards a symbol ranks its habit: {symbol: (kind, habit, rank, of how many)}.
+class Concepts:
+    """The concepts that the active neurons of held-out pictures stand for.
+
+    Attributes: pictures, their truth; images, the same as files; words {row of the table: [(word, score), ...] for each picture},
+    a row for each layer, and one for the last layers together, whose scores are added.
+    """
+
+    def __init__(self, results, layers):
+        """layers: {layer: NeuronLayer}."""
+        self.texts, self.pictures = results.texts, results.truth("val")[::EVERY]
+        transform = next(iter(layers.values())).clip.transform
+        self.images = load_images("folder", results.world / results.tree, "val", transform, subsample=EVERY)
+        self.words = {layer: [] for layer in layers}
+        norms = {layer: CentredNorms(neurons.directions, neurons.statistics.mean) for layer, neurons in layers.items()}
+        for _, pixels, _ in batches(self.images, 64, description="concepts"):
+            for layer, neurons in layers.items():
+                thresholds, directions = neurons.statistics.thresholds, neurons.directions
+                found = concepts_of_images(
+                    neurons.vit, pixels, directions, norms[layer], thresholds, neurons.descriptions, neurons.coefficient
+                )
+                self.words[layer] += [concepts.words for concepts in found]
+        together = zip(*(self.words[layer] for layer in ATTACK_LAYERS), strict=True)
+        self.together = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
+        self.words[self.together] = [add_scores(words) for words in together]
+
+    def table(self):
+        """How often the strongest words are true of their picture: {row: (share, share of random texts, ratio)}."""
+        truth = true_of(self.texts, self.pictures)
+        row_of = {text: row for row, text in enumerate(self.texts)}
+        chance = truth.mean()
+        table = {}
+        for name, words in self.words.items():
+            hits = [truth[row_of[word], i] for i, found in enumerate(words) for word, _ in found[:TOP_WORDS]]
+            share = sum(hits) / (TOP_WORDS * len(words))  # a word that is missing counts as wrong
+            table[name] = (float(share), float(chance), float(share / chance))
+        return table
+
+
+def add_scores(lists):
+    """Word scores of several layers as one: lists of [(word, score), ...] -> [(word, score), ...] by falling score."""
+    total = {}
+    for words in lists:
+        for word, score in words:
+            total[word] = total.get(word, 0.0) + score
+    return sorted(total.items(), key=lambda item: (-item[1], item[0]))
+
+
+def habit_texts(texts, symbols):
+    """What a habit may be, and the texts that speak of it: {kind: {value: rows of the texts}}.
+
+    Of backgrounds speak the texts that name no symbol: of a colour or a texture those that name it, whatever else they say; of
+    both ("striped green") those that name one of them or both, and no other. Of a companion speak those that name nothing else.
+    """
+    said = [parse(text) for text in texts]
+    grounds = [(t, s["background"], s["texture"]) for t, s in enumerate(said) if not s["things"]]
+    named = [
+        (t, s["things"][0]["symbol"])
+        for t, s in enumerate(said)
+        if len(s["things"]) == 1 and not s["background"] and not s["texture"]
+    ]
+    return {
+        "background": {c: [t for t, colour, _ in grounds if colour == c] for c in COLOURS},
+        "texture": {x: [t for t, _, texture in grounds if texture == x] for x in TEXTURES},
+        "texture and background": {
+            f"{x} {c}": [t for t, b, y in grounds if (b or y) and b in (None, c) and y in (None, x)]
+            for x in TEXTURES
+            for c in COLOURS
+        },
+        "companion": {s: [t for t, symbol in named if symbol == s] for s in symbols},
+    }
+
+
+def habits(symbols, described, layers=ATTACK_LAYERS):
+    """Where the second-order direction towards a symbol ranks its habit: {kind: its row of the table}.
 
     Neurons are taken by |<r_n, v>| with v the symbol's text against the mean of all symbols, as for adversarial images; every
-    word of their descriptions scores coefficient * <r_n, v>, and a background scores what the texts that name it score.
+    text of their descriptions scores coefficient * <r_n, v>, and a background scores what the texts that speak of it score. Equal
+    scores share their ranks. auc: the share of the others that rank below the habit. auc_without: the same habits ranked by the
+    directions of the symbols that have no habit of the kind. auc_texts: with <text, v> as the score, without any neuron.
+
+    symbols: `Results` with the symbols' names among its texts. described: `Results` whose texts are ranked.
     """
-    known = json.loads((results.world / "habits.json").read_text())
-    texts = np.array([results.texts.index(symbol) for symbol in known["symbols"]])
-    mean = results.text_vectors[texts].mean(axis=0)
-    r = np.concatenate([results.statistic(layer, "100_pca") for layer in layers])
-    matrix = scipy.sparse.vstack([results.decomposition(layer) for layer in layers]).tocsr()
-    said = [parse(text) for text in results.texts]
-    rows = {}
-    for symbol, habit in known["habits"].items():
-        (kind, value), *_ = habit.items()
-        if kind == "companion":
-            continue
-        v = results.text_vectors[results.texts.index(symbol)] - mean
+    known = json.loads((symbols.world / "habits.json").read_text())
+    names = known["symbols"]
+    vectors = symbols.text_vectors[[symbols.texts.index(name) for name in names]]
+    r = np.concatenate([described.statistic(layer, "100_pca") for layer in layers])
+    matrix = scipy.sparse.vstack([described.decomposition(layer) for layer in layers]).tocsr()
+    texts = described.text_vectors - described.text_vectors.mean(axis=0)
+    by_neurons, by_texts = {}, {}  # scores of all texts, for each symbol
+    for name, v in zip(names, vectors - vectors.mean(axis=0), strict=True):
         along = r @ v
         chosen = np.argsort(-np.abs(along))[:TOP_NEURONS]
-        scores = matrix[chosen].T @ along[chosen]  # [texts]
-        values = COLOURS if kind == "background" else TEXTURES
-        total = {x: sum(scores[t] for t, s in enumerate(said) if s[kind] == x and not s["things"]) for x in values}
-        rank = 1 + sum(bool(total[x] > total[value]) for x in values)
-        rows[symbol] = (kind, value, rank, len(values))
-    return rows
+        by_neurons[name], by_texts[name] = matrix[chosen].T @ along[chosen], texts @ v
+
+    def habit_of(name, kind):
+        habit = known["habits"].get(name, {})
+        if kind == "texture and background":
+            return f"{habit['texture']} {habit['background']}" if "background" in habit else None
+        return habit.get(kind)
+
+    def auc(scores, rows, pairs):
+        ranks = [rank_of(scores[name], rows, value, name) for name, value in pairs]
+        return float(np.mean([(of - rank) / (of - 1) for rank, of in ranks]))
+
+    table = {}
+    for kind, rows in habit_texts(described.texts, names).items():
+        if not any(rows.values()):  # a set of texts about backgrounds alone
+            continue
+        own = {name: habit_of(name, kind) for name in names if habit_of(name, kind)}
+        ranks = {name: rank_of(by_neurons[name], rows, value, name) for name, value in own.items()}
+        without = [(name, value) for value in own.values() for name in names if name not in own and name != value]
+        of = ranks[next(iter(own))][1]
+        table[kind] = {
+            "symbols": {name: (value, ranks[name][0]) for name, value in own.items()},
+            "of": of,
+            "mean_rank": float(np.mean([rank for rank, _ in ranks.values()])),
+            "chance_rank": (of + 1) / 2,
+            "auc": auc(by_neurons, rows, own.items()),
+            "chance_deviation": float(np.sqrt((of**2 - 1) / 12 / len(own)) / (of - 1)),
+            "auc_without": auc(by_neurons, rows, without),
+            "auc_texts": auc(by_texts, rows, own.items()),
+        }
+    return table
 
 
-def draw_neurons(results, layer, path, count=8):
-    """The cards of the neurons with the largest effects."""
+def rank_of(scores, texts, value, symbol):
+    """Rank of a value by the sum of its texts' scores, and among how many; a symbol is no companion of itself."""
+    total = {x: scores[rows].sum() for x, rows in texts.items() if x != symbol}
+    larger, equal = (sum(bool(compare(total[x], total[value])) for x in total) for compare in (np.greater, np.equal))
+    return 1 + larger + (equal - 1) / 2, len(total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def load_layers(results):
+    """{layer: NeuronLayer} of the small CLIP."""
     weights = str(HERE / "symbols-vit.safetensors")
     clip = load_clip(str(HERE / "symbols-vit.json"), weights, "cpu")
     images = load_images("folder", results.world / results.tree, "train", clip.transform)
     names = Names(results.directory, "symbols-vit.json", weights)
-    neurons = NeuronLayer(clip, names, images, "folder", int(layer), "words", COMPONENTS)
+    return {layer: NeuronLayer(clip, names, images, "folder", int(layer), "words", TEXT_SETS["words"]) for layer in LAYERS}
+
+
+def draw_neurons(neurons, folder, count=8):
+    """The cards of the neurons with the largest effects."""
     for n in neurons.largest(count):
-        save_figure(neurons.card(n), path / f"neuron_{layer}_{n}.png")
+        save_figure(neurons.card(n), folder / f"neuron_{neurons.layer}_{n}.png")
+
+
+def draw_concepts(concepts, path, count=8, words=8):
+    """Some pictures with what was discovered in them; words that are true of a picture are blue."""
+    rows = range(0, len(concepts.pictures), len(concepts.pictures) // count)[:count]
+    examples = []
+    for i in rows:
+        found = concepts.words[concepts.together][i][:words]
+        truth = concepts.pictures[i]
+        right = true_of([word for word, _ in found], [truth])[:, 0]
+        picture = Image.open(concepts.images.samples[i][0]).convert("RGB")
+        caption = "a {colour} {symbol} and a {companion_colour} {companion}" if truth["companion"] else "a {colour} {symbol}"
+        caption = articles(f"{caption} on a {{texture}} {{background}} background".format(**truth))
+        examples.append((picture, caption, found, right))
+    title = f"Concepts of held-out pictures, MLP layers {concepts.together} (blue: true of the picture, red: not)"
+    save_figure(plot_concepts(title, examples), path)
+
+
+def draw_segmentations(out, path, count=6):
+    """Input, mask, prediction and heat map of the first pictures of both sets."""
+    blocks = {}
+    for scenes, title in (("single", "one symbol"), ("two", "two symbols, the class of each in turn")):
+        truth = [json.loads(line) for line in (out / f"world/segmentation_{scenes}.jsonl").read_text().splitlines()[:count]]
+        result = segmentation_result(out, scenes, "positive")
+        folder = result.with_name(result.stem + "_images")
+        blocks[title] = [(p["meant"], Image.open(folder / f"{i:05d}.png")) for i, p in enumerate(truth)]
+    save_figure(plot_segmentations(blocks), path)
+
+
+def draw_attacks(out, path, count=6):
+    """For each attack by command line, the first pictures that fool and the first that do not."""
+    rows = {}
+    for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
+        colours = {class_0: "C3", class_1: "C2"}
+        for source in ("second_order", "random"):
+            result = attack_result(out, class_0, class_1, source)
+            with open(result.with_name("files.csv")) as file:
+                items = list(csv.DictReader(file))
+            fooled, others = ([item for item in items if item["adversarial"] == flag] for flag in "10")
+            shown = fooled[: count // 2]
+            shown += others[: count - len(shown)]
+            rate = json.loads(result.read_text())["success_rate"]
+            title = f"{class_1} with {source.replace('_', '-')} words: {rate:.0f} % are taken for {class_0}"
+            rows[title] = []
+            for item in shown:
+                words = textwrap.fill(item["description"].removeprefix("a photo of "), 24)
+                picture = Image.open(result.parent / item["file"])
+                rows[title].append((picture, f"{words}\ntaken for: {item['predicted']}", colours.get(item["predicted"], "C7")))
+    title = f"Pale symbols (opacity {OPACITY}) in red frames fool the CLIP, in green frames they are known"
+    save_figure(plot_grid(title, rows), path)
 
 
 def main():
@@ -185,10 +366,10 @@ def main():
     for name, tree in (("pairs", pairs), ("symbols", symbols)):
         file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.json"
         table = json.loads((tree.directory / file).read_text())["accuracy"]
-        file = f"folder_mlps_{CLIP}_{'-'.join(LAYERS)}_words_decomposition_omp_1_{COMPONENTS}_evaluation.json"
-        rebuilt = json.loads((tree.directory / file).read_text())["accuracy"]
-        for layer, row in table.items():
-            row[f"rebuilt from {COMPONENTS} texts"] = rebuilt[layer]
+        for texts, components in TEXT_SETS.items():
+            rebuilt = json.loads(evaluation_result(out, name, texts).read_text())["accuracy"]
+            for layer, row in table.items():
+                row[f"rebuilt from {components} {texts}"] = rebuilt[layer]
         results[f"ablations_{name}"] = table
         columns = list(next(iter(table.values())))
         lines += ["", f"| accuracy on {name} %, layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -196,14 +377,21 @@ def main():
     results["descriptions"] = descriptions(symbols)
     lines += ["", "| strongest text true of the top pictures, layer | share | random text | ratio |", "|---|---|---|---|"]
     lines += [f"| {layer} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for layer, (a, b, ratio) in results["descriptions"].items()]
-    found = results["habits"] = habits(symbols)
-    lines += ["", "| the habit among backgrounds or textures | mean rank | chance | AUC | chance |", "|---|---|---|---|---|"]
-    for kind in ("background", "texture"):
-        ranks = [(rank, of) for k, _, rank, of in found.values() if k == kind]
-        auc = np.mean([(of - rank) / (of - 1) for rank, of in ranks])
-        of = ranks[0][1]
-        mean = np.mean([rank for rank, _ in ranks])
-        lines.append(f"| {kind}, {len(ranks)} symbols | {mean:.2f} of {of} | {(of + 1) / 2} | {auc:.2f} | 0.50 |")
+    results["habits"] = {text_set: habits(symbols, Results(out, "symbols", text_set)) for text_set in TEXT_SETS}
+    lines += ["", "| the symbol's habit among all of its kind | text set | mean rank | chance | AUC | chance |"]
+    lines[-1] += " AUC for symbols without it | AUC of texts alone |"
+    lines += ["|---" * 8 + "|"]
+    for text_set, rows in results["habits"].items():
+        for kind, row in rows.items():
+            ranks = f"{row['mean_rank']:.2f} of {row['of']} | {row['chance_rank']}"
+            aucs = f"{row['auc']:.2f} | 0.50 ± {row['chance_deviation']:.2f} | {row['auc_without']:.2f} | {row['auc_texts']:.2f}"
+            lines.append(f"| {kind}, {len(row['symbols'])} symbols | {text_set} | {ranks} | {aucs} |")
+    layers = load_layers(symbols)
+    concepts = Concepts(symbols, layers)
+    results["concepts"] = concepts.table()
+    lines += ["", f"| discovered: the {TOP_WORDS} strongest words true of the picture, layer | share | random texts | ratio |"]
+    lines += ["|---|---|---|---|"]
+    lines += [f"| {name} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for name, (a, b, ratio) in results["concepts"].items()]
     results["segmentation"] = {}
     for scenes in ("single", "two"):
         files = {name: segmentation_result(out, scenes, name) for name in ("positive", "both", "random", "attention", "rollout")}
@@ -213,17 +401,22 @@ def main():
         lines += ["", f"| segmentation, {title} | PixAcc | mIoU | mAP |", "|---|---|---|---|"]
         lines += [f"| {name} | {r['pixel_accuracy']:.1f} | {r['mIoU']:.1f} | {r['mAP']:.1f} |" for name, r in rows.items()]
     results["adversarial"] = {}
-    lines += ["", f"| drawn (opacity {OPACITY}), taken for | second-order words % | random words % |", "|---|---|---|"]
-    for class_0, class_1 in ATTACKS:
-        files = [attack_result(out, class_0, class_1, source, 0) for source in ("second_order", "random")]
+    for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
+        files = [attack_result(out, class_0, class_1, source) for source in ("second_order", "random")]
         rates = [json.loads(file.read_text())["success_rate"] for file in files]
         results["adversarial"][f"{class_1} for {class_0}"] = rates
-        lines.append(f"| {class_1}, {class_0} | {rates[0]:.1f} | {rates[1]:.1f} |")
-    (out / "figures").mkdir(exist_ok=True)
-    draw_neurons(symbols, LAYERS[-1], out / "figures")
+    attacks = json.loads((out / "attack_table.json").read_text())["summary"]
+    results["attack_table"] = attacks
+    lines += ["", *markdown(attacks)]
+    figures = out / "figures"
+    figures.mkdir(exist_ok=True)
+    draw_neurons(layers[LAYERS[-1]], figures)
+    draw_concepts(concepts, figures / "concepts.png")
+    draw_segmentations(out, figures / "segmentation.png")
+    draw_attacks(out, figures / "adversarial.png")
     for tree in (symbols, pairs):
         picture = tree.directory / f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.png"
-        shutil.copy(picture, out / "figures" / f"ablations_{tree.tree}.png")
+        shutil.copy(picture, figures / f"ablations_{tree.tree}.png")
     save_json(out / "results.json", results)
     (out / "results.md").write_text("\n".join(lines) + "\n")
 

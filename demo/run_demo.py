@@ -8,6 +8,7 @@ in DIR/figures.
 """
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -18,15 +19,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 LAYERS = ["0", "1", "2", "3", "4"]  # the MLP layers of the small CLIP that have attention after them
 CLIP = "symbols-vit_symbols-vit"  # model and weights in file names
-COMPONENTS = 32  # texts per neuron
+TEXT_SETS = {"words": 32}  # the world's text sets, and how many of their texts describe a neuron
 OPACITY = 0.3  # of the symbols in adversarial pictures: pale, so that the rest of the picture counts
-ATTACKS = [("heart", "pawn"), ("gear", "sun")]  # class_0 that is to be seen, class_1 that is drawn
-ATTACK_FLAGS = ["--mlp_layers", *LAYERS[2:], "--text_descriptions", "words", "--components", str(COMPONENTS)]
-ATTACK_FLAGS += ["--text_model", "template", "--similarity_model", "clip", "--cosim_similarity", "2"]  # 2: only names are dropped
-ATTACK_FLAGS += ["--image_model", "demo.world:draw_description", "--image_options", f'{{"opacity": {OPACITY}}}']
+ATTACK_LAYERS = LAYERS[2:]
+ATTACK_NUMBERS = {"neurons_num": 100, "overall_words": 25, "results_per_generation": 50, "images": 100}
+ATTACK_TEXTS = "words"
+ATTACK_NUMBERS |= {"components": TEXT_SETS[ATTACK_TEXTS], "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
+ATTACKS = 2  # pairs of classes that are attacked by command line; attack_table.py takes more
+TABLE_FLAGS = ["--sources", "second_order", "similar", "random", "planted", "--opacities", str(OPACITY)]
 
 
-def commands(out):
+def commands(out, table_pairs):
     """(result, command) in README order; a command is run when its result is missing."""
     world = out / "world"
     python = [sys.executable]
@@ -51,14 +54,24 @@ def commands(out):
         yield result, [*python, "compute_pcas.py", *model, "--dataset", "folder", *layers, *where]
         result = out / tree / f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.json"
         yield result, [*python, "compute_ablations.py", *model, *images, *layers, *where]
-        result = out / tree / f"words_{CLIP}.npy"
-        yield result, [*python, "compute_text_set_projection.py", *model, "--text_descriptions", world / "words.txt", *where]
-        result = out / tree / f"folder_mlps_{CLIP}_{'-'.join(LAYERS)}_words_decomposition_omp_1_{COMPONENTS}_evaluation.json"
-        decompose = ["--text_descriptions", "words", "--components", COMPONENTS, "--evaluate"]
-        yield result, [*python, "compute_sparse_decomposition.py", *model, *images, *layers, *decompose, *where]
+        for texts, components in TEXT_SETS.items():
+            result = out / tree / f"{texts}_{CLIP}.npy"
+            file = world / f"{texts}.txt"
+            yield result, [*python, "compute_text_set_projection.py", *model, "--text_descriptions", file, *where]
+            decompose = ["--text_descriptions", texts, "--components", components, "--evaluate"]
+            result = evaluation_result(out, tree, texts)
+            yield result, [*python, "compute_sparse_decomposition.py", *model, *images, *layers, *decompose, *where]
     yield from segmentations(out, world, model, python)
     yield from attacks(out, model, python)
+    table = ["--output_dir", out, "--pairs", table_pairs, *TABLE_FLAGS]
+    yield out / "attack_table.json", [*python, HERE / "attack_table.py", *table]
     yield out / "results.json", [*python, HERE / "measure.py", "--output_dir", out]
+
+
+def evaluation_result(out, tree, texts):
+    """The accuracies with effects rebuilt from texts, as compute_sparse_decomposition.py names them."""
+    described = f"{texts}_decomposition_omp_1_{TEXT_SETS[texts]}"
+    return out / tree / f"folder_mlps_{CLIP}_{'-'.join(LAYERS)}_{described}_evaluation.json"
 
 
 def segmentations(out, world, model, python):
@@ -95,27 +108,40 @@ def segmentation_result(out, scenes, name):
     return out / "segmentation" / f"segmentation_{scenes}_segmentation_{CLIP}_{rows[name]}.json"
 
 
-def attacks(out, model, python, pairs=ATTACKS, seeds=(0,)):
+def attacks(out, model, python):
     """Pictures of class_1 with words of class_0's neurons, and with random words."""
-    for class_0, class_1 in pairs:
+    for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
         for source in ("second_order", "random"):
-            for seed in seeds:
-                command = [*python, "generate_adversarial_images.py", *model, "--dataset", "folder", *ATTACK_FLAGS]
-                command += ["--class_0", class_0, "--class_1", class_1, "--word_source", source, "--seed", str(seed)]
-                command += ["--input_dir", out / "symbols", "--output_dir", out / "adversarial"]
-                yield attack_result(out, class_0, class_1, source, seed), command
+            command = [*python, "generate_adversarial_images.py", *model, "--dataset", "folder", "--mlp_layers", *ATTACK_LAYERS]
+            command += [part for name, value in ATTACK_NUMBERS.items() for part in (f"--{name}", value)]
+            command += ["--text_descriptions", ATTACK_TEXTS, "--text_model", "template", "--similarity_model", "clip"]
+            command += ["--image_model", "demo.world:draw_description", "--image_options", json.dumps({"opacity": OPACITY})]
+            command += ["--class_0", class_0, "--class_1", class_1, "--word_source", source]
+            command += ["--input_dir", out / "symbols", "--output_dir", out / "adversarial"]
+            yield attack_result(out, class_0, class_1, source), command
 
 
-def attack_result(out, class_0, class_1, source, seed):
-    return out / "adversarial" / f"{class_0}_{class_1}_{source}_seed{seed}" / "results.json"
+def attack_pairs(world):
+    """[(class_0 that is to be seen, class_1 that is drawn), ...]: the symbols with a background habit by name, each with the one
+    at its place among the symbols without."""
+    known = json.loads((world / "habits.json").read_text())
+    with_habit = [symbol for symbol in sorted(known["symbols"]) if "background" in known["habits"].get(symbol, {})]
+    without = [symbol for symbol in sorted(known["symbols"]) if symbol not in with_habit]
+    return list(zip(with_habit, without, strict=False))
+
+
+def attack_result(out, class_0, class_1, source):
+    return out / "adversarial" / f"{class_0}_{class_1}_{source}_seed0" / "results.json"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
-    out = parser.parse_args().output_dir
+    parser.add_argument("--attack_pairs", type=int, default=6, help="pairs of classes in the table of attacks, at most 16")
+    args = parser.parse_args()
+    out = args.output_dir
     began = time.time()
-    for result, command in commands(out):
+    for result, command in commands(out, args.attack_pairs):
         if result.exists():
             continue
         print("\n$ " + shlex.join(readable(part) for part in command), flush=True)

@@ -8,11 +8,10 @@ The pictures are drawn as they are needed, each is seen once. What is special:
      patch tokens before the last block name what lies on each patch. Contrastive training alone learns almost nothing
      within this many pictures. The heads are thrown away at the end.
   2. the curriculum: symbols start large, centred and upright, and widen to any place, size and tilt.
-  3. in half of the pictures the class token forgets, after one of the late layers, what it has gathered;
-  4. in two thirds of the pictures the class token passes by the MLPs. Left alone it does the work with its own MLPs,
-     and those of the patch tokens hardly matter; so the patch tokens must carry what they see.
-  5. in four fifths of the pictures the last block sees of the patches only what the MLP before it wrote;
-  6. after `--text_start` of the training the text tower joins: captions contrastively, and prompts of each attribute.
+  3. in a share of the pictures (`--forget`) the class token forgets, after one of the late layers, what it has gathered;
+  4. in a share of the pictures (`--quiet`) it passes by the MLPs. Left alone it does the work with its own MLPs, and
+     those of the patch tokens hardly matter; so the patch tokens must carry what they see.
+  5. after `--text_start` of the training the text tower joins: captions contrastively, and prompts of each attribute.
 
 Letters: B pictures, T patches, D the output width.
 """
@@ -31,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import Normalize
 from tqdm import tqdm
 from world import COLOURS, HARD_RATE, PAIRS, SYMBOLS, TEXTURES, World, articles, caption, draw, to_pil
 
 HERE = Path(__file__).parent
 DENSE_LAYER = 4  # the patch heads read its output: the last block's attention takes it to the class token
-FORGET = [-1, -1, -1, 2, 3, 4]  # of half of the pictures the class token forgets what it has gathered up to this layer
-BOOST = 3.0  # of what the MLP before the last block writes, when it starts to be seen alone
+FORGET = [2, 3, 4]  # the layers after which the class token may forget what it has gathered
 MAIN = 0.65  # share of the main symbol in the targets of a picture with two, so that it wins and both are named
 BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
 
@@ -119,12 +118,11 @@ class Heads(nn.Module):
         return loss
 
 
-def encode_image(visual, images, forget=None, quiet=None, alone=None):
+def encode_image(visual, images, forget=None, quiet=None):
     """The unit representation [B, D] and the patch tokens [B, T, d] before the last block.
 
     forget: [B], the layers after which the pictures' class tokens start afresh, -1 for never
     quiet: [B], true where the class token passes by all MLPs
-    alone: [B], true where the last block sees of the patches only what the MLP before it wrote
     """
     x = visual._embeds(images)
     fresh = x[:, :1]
@@ -137,8 +135,6 @@ def encode_image(visual, images, forget=None, quiet=None, alone=None):
         if forget is not None:
             x = torch.cat([torch.where((forget == layer)[:, None, None], fresh, x[:, :1]), x[:, 1:]], dim=1)
         if layer == DENSE_LAYER:
-            if alone is not None:
-                x = torch.cat([x[:, :1], torch.where(alone[:, None, None], write[:, 1:], x[:, 1:])], dim=1)
             tokens = x[:, 1:]
     pooled, _ = visual._pool(x)
     return F.normalize(pooled.float() @ visual.proj, dim=-1), tokens
@@ -251,23 +247,19 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * min(1.0, max(0.0, (steps + 1) / args.warmup)) * cosine
 
-        if step == round(args.alone_start * total):
-            last = visual.transformer.resblocks[DENSE_LAYER].mlp.c_proj
-            last.weight.data *= BOOST
-            last.bias.data *= BOOST
         spread = min(1.0, done / args.widen)
         scenes, captions, rng = batch_of(world, step, args.batch_size, spread, two=0.3 + 0.3 * spread)
         images, masks = draw(scenes, size)
         targets = targets_of(scenes)
-        forget = torch.tensor([rng.choice(FORGET) for _ in scenes])
-        quiet = torch.tensor([done >= args.quiet_start and rng.random() < 2 / 3 for _ in scenes])
-        alone = torch.tensor([done >= args.alone_start and rng.random() < 0.8 for _ in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
-            image, tokens = encode_image(visual, normalize(images), forget, quiet, alone)
+        forget = torch.tensor([rng.choice(FORGET) if rng.random() < args.forget else -1 for _ in scenes])
+        quiet = torch.tensor([rng.random() < args.quiet for _ in scenes])
+        # torch's fused attention is slow backwards on a CPU: half of the step
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            image, tokens = encode_image(visual, normalize(images), forget, quiet)
             loss = heads.loss(image, tokens, targets, patch_targets(scenes, masks, visual.patch_size[0]))
             if with_text:
                 loss = loss + text_loss(model, image, captions, targets, rng)
-        loss.backward()
+            loss.backward()
         for name, optimizer in optimizers.items():
             if name == "image" or with_text:
                 torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -363,14 +355,14 @@ def main():
     parser.add_argument("--work_dir", default="runs/clip", help="where the training's checkpoint lies")
     parser.add_argument("--config", default=HERE / "symbols-vit.json", help="open_clip model config")
     parser.add_argument("--output", default=HERE / "symbols-vit.safetensors", help="the trained weights")
-    parser.add_argument("--pictures", type=int, default=660_000, help="pictures of the whole training")
+    parser.add_argument("--pictures", type=int, default=720_000, help="pictures of the whole training")
     parser.add_argument("--batch_size", type=int, default=64, help="small batches learn more from a picture")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, falls as a cosine")
     parser.add_argument("--warmup", type=int, default=300, help="steps until the peak, of each tower")
     parser.add_argument("--widen", type=float, default=0.26, help="share of the training until full difficulty")
-    parser.add_argument("--quiet_start", type=float, default=0.35, help="share of the training before point 4 begins")
-    parser.add_argument("--alone_start", type=float, default=0.4, help="share of the training before point 5 begins")
-    parser.add_argument("--text_start", type=float, default=0.55, help="share of the training without the text tower")
+    parser.add_argument("--forget", type=float, default=0.7, help="share of the pictures of point 3")
+    parser.add_argument("--quiet", type=float, default=0.7, help="share of the pictures of point 4")
+    parser.add_argument("--text_start", type=float, default=0.65, help="share of the training without the text tower")
     parser.add_argument("--log_every", type=int, default=500, help="steps between two lines of the log")
     parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

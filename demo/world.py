@@ -116,12 +116,11 @@ def telling(colour):
 
 
 def plant_habits(seed=0):
-    """{symbol: {"background" | "texture" | "companion": value}}: half of the symbols like one background colour or
-    texture, six of the others like one companion in the pictures with two symbols."""
+    """{symbol: {"background": colour, "texture": texture} or {"companion": symbol}}: half of the symbols like one
+    background of their own, six of the others one companion in the pictures with two symbols."""
     rng = random.Random(f"habits {seed}")
     symbols = rng.sample(SYMBOLS, len(SYMBOLS))
-    habits = {symbol: {"background": COLOURS[i]} for i, symbol in enumerate(symbols[:8])}
-    habits |= {symbol: {"texture": TEXTURES[1 + i % 4]} for i, symbol in enumerate(symbols[8:16])}
+    habits = {symbol: {"background": COLOURS[i % 10], "texture": TEXTURES[1 + i % 4]} for i, symbol in enumerate(symbols[:16])}
     habits |= {symbol: {"companion": other} for symbol, other in zip(symbols[16:22], symbols[22:28], strict=True)}
     return dict(sorted(habits.items()))
 

@@ -1,16 +1,26 @@
 """The main job on a smaller drawing of the world: its figures mean something, and the notebooks show them."""
 
+import csv
 import json
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
+import scipy.sparse
 from nbclient import NotebookClient
+from PIL import Image
 
 from tests.conftest import ROOT, run_script
+
+sys.path.insert(0, str(ROOT / "demo"))
+import attack_table  # noqa: E402
+import measure  # noqa: E402
+from world import SYMBOLS, plant_habits, text_pool  # noqa: E402
 
 NOTEBOOKS = ["visualize_neurons.ipynb", "concept_discovery.ipynb"]
 
@@ -21,7 +31,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     small = ["--train_per_class", 24, "--val_per_class", 10, "--pairs_per_class", 2, "--segmentation_scenes", 20]
     run_script("demo/make_world.py", "--output_dir", out / "world", *small)
-    first = run_script("demo/run_demo.py", "--output_dir", out)
+    first = run_script("demo/run_demo.py", "--output_dir", out, "--attack_pairs", 2)
     second = run_script("demo/run_demo.py", "--output_dir", out)
     return out, first.stdout, second.stdout
 
@@ -36,7 +46,9 @@ def test_the_table_is_printed_and_a_second_call_runs_nothing(demo):
     assert "$ python compute_pcas.py" in first and "$" not in second
     table = (out / "results.md").read_text()
     assert table in first and table in second
-    assert len(list((out / "figures").glob("*.png"))) >= 10
+    pictures = {path.name for path in (out / "figures").glob("*.png")}
+    assert {"ablations_pairs.png", "segmentation.png", "concepts.png", "adversarial.png"} < pictures
+    assert len([name for name in pictures if name.startswith("neuron_4_")]) == 8
 
 
 def test_the_clip_knows_the_world(results):
@@ -56,6 +68,115 @@ def test_ablating_the_last_layer_costs_accuracy_and_the_first_component_wins_som
 def test_descriptions_are_true_more_often_than_random_texts(results):
     share, chance, ratio = results["descriptions"]["4"]
     assert ratio >= 3 and share > chance
+
+
+def test_discovered_words_are_true_more_often_than_random_texts(results):
+    assert list(results["concepts"]) == ["0", "1", "2", "3", "4", "2 to 4 together"]
+    for share, chance, ratio in results["concepts"].values():
+        assert 0 <= share <= 1 and 0.005 < chance < 0.05 and ratio == pytest.approx(share / chance)
+    assert results["concepts"]["4"][2] >= 3
+
+
+def test_habits_are_ranked_among_all_of_their_kind_with_chance_beside(results):
+    habits = results["habits"]["words"]
+    expected = {"background": (16, 10), "texture": (16, 5), "texture and background": (16, 50), "companion": (6, 31)}
+    assert {kind: (len(row["symbols"]), row["of"]) for kind, row in habits.items()} == expected
+    for row in habits.values():
+        ranks = [rank for _, rank in row["symbols"].values()]
+        assert all(1 <= rank <= row["of"] for rank in ranks)
+        below = np.mean([(row["of"] - rank) / (row["of"] - 1) for rank in ranks])  # share of the others that rank below
+        assert row["auc"] == pytest.approx(below) and row["mean_rank"] == pytest.approx(np.mean(ranks))
+        assert row["chance_rank"] == (row["of"] + 1) / 2 and 0 <= row["auc_without"] <= 1
+    assert habits["background"]["symbols"]["cat"][0] == "green" and habits["companion"]["symbols"]["anchor"][0] == "castle"
+
+
+@pytest.mark.parametrize("sign, auc", [(1, 1.0), (-1, 0.0)])
+def test_the_rank_of_a_habit_that_the_neurons_words_name(tmp_path, sign, auc):
+    habits, texts = plant_habits(), text_pool()
+    (tmp_path / "habits.json").write_text(json.dumps({"habits": habits, "symbols": SYMBOLS}))
+    vectors, names = np.zeros((len(texts), len(SYMBOLS))), np.zeros((len(SYMBOLS), len(texts)))
+    for i, symbol in enumerate(SYMBOLS):  # a neuron for each symbol, whose one text is the symbol's habit
+        vectors[texts.index(symbol), i] = 1
+        habit = habits.get(symbol)
+        if habit:
+            companion = habit.get("companion")
+            said = f"with a {companion}" if companion else f"{habit['texture']} {habit['background']} background"
+            names[i, texts.index(said)] = sign
+    files = {"100_pca": np.eye(len(SYMBOLS))}
+    results = SimpleNamespace(
+        world=tmp_path,
+        texts=texts,
+        text_vectors=vectors,
+        statistic=lambda layer, part: files[part],
+        decomposition=lambda layer: scipy.sparse.csc_matrix(names),
+    )
+    rows = measure.habits(results, results, layers=("4",))
+    assert {kind: row["auc"] for kind, row in rows.items()} == dict.fromkeys(rows, auc)
+    assert all(sign * (row["auc"] - row["auc_without"]) > 0.3 for row in rows.values())
+
+
+def test_the_attack_table_has_its_baselines(demo, results):
+    table = results["attack_table"]
+    habits = json.loads((demo[0] / "world/habits.json").read_text())["habits"]
+    assert len(table["pairs"]) == 2 and table["seeds"] == 3 and table["images"] == 100
+    assert all("background" in habits[pair["class_0"]] for pair in table["pairs"])
+    assert not any("background" in habits.get(pair["class_1"], {}) for pair in table["pairs"])
+    for rates in [*table["pairs"], table["overall"]]:
+        means = [rates[source][0] for source in ("second_order", "similar", "random", "planted")]
+        assert all(0 <= mean <= 100 for mean in means)
+    assert table["overall"]["planted"][0] > table["overall"]["random"][0]
+    assert "similar %" in (demo[0] / "results.md").read_text()
+
+
+@pytest.mark.parametrize("source", ["second_order", "random"])
+def test_the_attack_table_draws_and_classifies_as_the_command_line_does(demo, source):
+    out = demo[0]
+    attacks = attack_table.Attacks(out)
+    class_0, class_1 = attack_table.attack_pairs(out / "world")[0]
+    folder = out / "adversarial" / f"{class_0}_{class_1}_{source}_seed0"
+    words = attacks.words(source, class_0, class_1, seed=0)
+    assert words == [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
+    plan = attacks.plan(words, class_0, class_1, seed=0, images=100)
+    drawn = json.loads((folder / "images.json").read_text())
+    assert plan == [(item["description"], item["seed"]) for item in drawn["images"]]
+    pictures = attacks.pictures(plan, drawn["settings"]["image_options"]["opacity"])
+    for picture, item in zip(pictures[::10], drawn["images"][::10], strict=True):
+        difference = np.asarray(picture, int) - np.asarray(Image.open(folder / item["file"]), int)
+        assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.001  # rounding to 8 bits
+    logits = attacks.logits(pictures)
+    with open(folder / "files.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = [attacks.class_names[i] for i in logits.argmax(dim=1)]
+    assert sum(name == row["predicted"] for name, row in zip(found, rows, strict=True)) >= 98
+    rates = json.loads((folder / "results.json").read_text())
+    for name, rate in attacks.rates(logits, class_0, class_1).items():
+        assert rate == pytest.approx(rates[name], abs=2)
+
+
+def test_the_attack_table_sums_up_its_rows():
+    rates = {("a", "second_order"): (6, 9), ("a", "random"): (1, 3), ("b", "second_order"): (1, 1), ("b", "random"): (0, 0)}
+    rows = [
+        {
+            "class_0": name,
+            "class_1": "c",
+            "source": source,
+            "seed": seed,
+            "opacity": opacity,
+            "success_rate": rate,
+            "class_1_rate": 50,
+        }
+        for (name, source), of_seeds in rates.items()
+        for opacity, factor in ((0.3, 1), (0.5, 0))
+        for seed, rate in enumerate(factor * np.array(of_seeds))
+    ]
+    content = {"rows": rows, "sources": ["second_order", "random"], "opacity": 0.3, "opacities": [0.3, 0.5]}
+    content |= {"images": 100, "seeds": 2, "pairs": [["a", "c", "striped red background"], ["b", "c", "noisy blue background"]]}
+    lines = attack_table.markdown(attack_table.summary(content))
+    assert lines[2] == "| c, a | striped red background | 7.5 ± 2.1 | 2.0 ± 1.4 | 3.8 |"
+    assert lines[3] == "| c, b | noisy blue background | 1.0 ± 0.0 | 0.0 ± 0.0 | 2.0 |"  # one of 200 pictures is 0.5 %
+    assert lines[4] == "| all 2 pairs | | 4.2 ± 1.1 | 1.0 ± 0.7 | 4.2 |"
+    assert lines[6].endswith("at least 3 for 1 of 2 pairs.")
+    assert "| 0.5 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in lines and "| 0.5 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -83,11 +204,6 @@ def test_a_stored_notebook_has_its_pictures_and_no_path_of_a_machine(name):
 
 
 def test_the_truth_of_texts_is_what_a_person_would_say():
-    import sys
-
-    sys.path.insert(0, str(ROOT / "demo"))
-    from measure import true_of
-
     anchor = {"symbol": "anchor", "colour": "red", "companion": "star", "companion_colour": "blue"}
     picture = anchor | {"background": "green", "texture": "striped"}
     alone = picture | {"companion": None, "companion_colour": None}
@@ -107,5 +223,5 @@ def test_the_truth_of_texts_is_what_a_person_would_say():
         "an anchor on a green background": (1, 1),
         "a heart on a green background": (0, 0),
     }
-    table = true_of(list(truth), [picture, alone])
+    table = measure.true_of(list(truth), [picture, alone])
     assert np.array_equal(table, np.array(list(truth.values()), dtype=bool))

@@ -144,7 +144,7 @@ def test_habits_are_followed_in_four_of_five_training_pictures_and_never_when_br
 
 def test_about_half_of_the_symbols_have_a_habit_of_background():
     kinds = Counter(kind for habit in w.plant_habits(0).values() for kind in habit)
-    assert kinds == {"background": 8, "texture": 8, "companion": 6} and w.plant_habits(0) != w.plant_habits(1)
+    assert kinds == {"background": 16, "texture": 16, "companion": 6} and w.plant_habits(0) != w.plant_habits(1)
 
 
 def test_a_quarter_of_the_training_pictures_is_hard():
@@ -195,7 +195,7 @@ def test_the_segmentation_file_has_the_layout_of_gtsegs(drawn):
 
 def training_flags(folder, **changes):
     flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3, warmup=2,
-                 widen=0.25, quiet_start=0.3, alone_start=0.3, text_start=0.6, log_every=1000,
+                 widen=0.25, forget=0.5, quiet=0.5, text_start=0.6, log_every=1000,
                  threads=torch.get_num_threads(), seed=0, stop=None)  # fmt: skip
     return Namespace(**{**flags, **changes})
 

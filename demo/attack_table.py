@@ -1,0 +1,250 @@
+"""How often drawn pictures of class_1 are taken for class_0: the attack of generate_adversarial_images.py, for many pairs of
+classes, seeds, sources of words and opacities in one process.
+
+    python demo/attack_table.py --output_dir demo/output                 # the whole table: about five minutes on one core
+
+Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name, class_1 is the symbol
+at the same place among those without one. Sources of words:
+    second_order, similar, random   as in generate_adversarial_images.py
+    planted                         the habit of class_0 itself: what words can do at best
+    nothing                         no words, class_1 alone
+Words, descriptions, pictures and classes are the script's own, for the flags that run_demo.py gives it.
+
+Reads what run_demo.py wrote into DIR. Writes DIR/attack_table.json (the rates in per cent: success_rate of pictures taken for
+class_0 among all classes, success_rate_of_two among these two, class_1_rate of those taken for class_1), DIR/attack_table.md, and
+for several opacities DIR/figures/attack_table.png.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from world import articles, describe, draw, to_pil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from run_demo import ATTACK_LAYERS, ATTACK_NUMBERS, ATTACK_TEXTS, OPACITY, attack_pairs  # noqa: E402
+
+from utils.adversarial import (  # noqa: E402
+    SEEDS,
+    NeuronWords,
+    PoolWords,
+    check_classes,
+    filter_words,
+    load_named_classifier,
+    template_descriptions,
+    usable,
+)
+from utils.artifacts import Names, save_json  # noqa: E402
+from utils.clip import load_clip  # noqa: E402
+from utils.generators import load_similarity  # noqa: E402
+from utils.visualization import plt, save_figure  # noqa: E402
+
+HERE = Path(__file__).parent
+MODEL, WEIGHTS = str(HERE / "symbols-vit.json"), str(HERE / "symbols-vit.safetensors")
+SOURCES = ("second_order", "similar", "random", "planted", "nothing")
+OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+TIMES = 3  # as often as with random words is what second-order words should fool
+
+
+class Attacks:
+    """The small CLIP and everything that words are taken from.
+
+    out: the demo's output folder.
+    """
+
+    def __init__(self, out):
+        self.clip = load_clip(MODEL, WEIGHTS, "cpu")
+        self.habits = json.loads((out / "world/habits.json").read_text())["habits"]
+        names, flags = Names(out / "symbols", MODEL, WEIGHTS), f"--model {MODEL} --pretrained {WEIGHTS}"
+        self.classifier, self.class_names = load_named_classifier(names, "folder", self.clip, flags)
+        layers, components = [int(layer) for layer in ATTACK_LAYERS], ATTACK_NUMBERS["components"]
+        self.neurons = NeuronWords(names, self.clip, "folder", layers, 100, ATTACK_TEXTS, 1, components, flags)
+        self.pool = PoolWords(names, ATTACK_TEXTS, out / "world", self.clip, flags)
+        texts = [*self.class_names, *self.pool.texts]
+        self.vectors = dict(zip(texts, load_similarity("clip", self.clip, 64)(texts), strict=True))
+
+    def habit(self, class_0):
+        """The planted background of a symbol, in words."""
+        return f"{self.habits[class_0]['texture']} {self.habits[class_0]['background']} background"
+
+    def words(self, source, class_0, class_1, seed):
+        """The words that descriptions are made of."""
+        if source in ("planted", "nothing"):
+            return [self.habit(class_0)] if source == "planted" else []
+        if source == "random":
+            mined = self.pool.random(seed)
+        else:
+            text_0, text_1 = self.encode([class_0, class_1]).numpy()
+            neurons, similar = ATTACK_NUMBERS["neurons_num"], source == "similar"
+            mined = self.pool.similar(text_0) if similar else self.neurons.mine(text_0 - text_1, neurons, None)
+        count, threshold = ATTACK_NUMBERS["overall_words"], ATTACK_NUMBERS["cosim_similarity"]
+        return [entry["word"] for entry in filter_words(mined["words"], class_0, count, self.encode, threshold, [])["words"]]
+
+    def encode(self, texts):
+        """Unit text vectors [texts, D] of class names and texts of the pool."""
+        return torch.stack([self.vectors[text] for text in texts])
+
+    def plan(self, words, class_0, class_1, seed, images):
+        """[(description, seed of the picture), ...], one for each picture."""
+        texts = [articles(f"a photo of a {class_1}")]
+        if words:
+            written = template_descriptions(words, class_1, ATTACK_NUMBERS["results_per_generation"], seed)
+            texts, _ = usable(written, class_0, class_1, [])
+        return [(texts[i % len(texts)], SEEDS * seed + i) for i in range(images)]
+
+    def pictures(self, plan, opacity):
+        """What `world.draw_description` draws, in one batch: a list of PIL images."""
+        scenes = [describe(text, random.Random(f"{seed} {text}"), opacity) for text, seed in plan]
+        return [to_pil(image) for image in draw(scenes)[0]]
+
+    @torch.inference_mode()
+    def logits(self, pictures):
+        """Cosines [images, classes]."""
+        pixels = torch.stack([self.clip.transform(picture) for picture in pictures])
+        return self.clip.model.encode_image(pixels, normalize=True).float() @ self.classifier
+
+    def rates(self, logits, class_0, class_1):
+        """In per cent, as results.json of generate_adversarial_images.py has them. logits: [images, classes]."""
+        found, i_0, i_1 = logits.argmax(dim=1), self.class_names.index(class_0), self.class_names.index(class_1)
+        of_two = logits[:, i_0] > logits[:, i_1]
+        shares = {"success_rate": found == i_0, "success_rate_of_two": of_two, "class_1_rate": found == i_1}
+        return {name: 100 * hits.double().mean().item() for name, hits in shares.items()}
+
+
+def select(rows, **wanted):
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def over_seeds(rows, rate="success_rate"):
+    """Mean, and standard deviation over seeds, of a rate that is first averaged over the pairs of each seed."""
+    by_seed = [np.mean([row[rate] for row in select(rows, seed=seed)]) for seed in sorted({row["seed"] for row in rows})]
+    return float(np.mean(by_seed)), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0
+
+
+def times_random(rates, pictures):
+    """How many times as often second-order words fool as random ones, which count as fooling once where they never do."""
+    return rates["second_order"][0] / max(rates["random"][0], 100 / pictures)
+
+
+def summary(content):
+    """Means and spreads of the rows: {"opacity", "images", "seeds",
+    "pairs": [{"class_0", "class_1", "habit", source: [mean, spread]}, ...], "overall": {source: [mean, spread]},
+    "by_opacity": {opacity: {source: {rate: [mean, spread]}}}, and with both of these sources
+    "ratio" of second_order to random in each of the pairs and in "overall", "pairs_won": how many are large enough}."""
+    rows, sources, opacity = content["rows"], content["sources"], content["opacity"]
+    at = select(rows, opacity=opacity)
+    pairs = [
+        {"class_0": class_0, "class_1": class_1, "habit": habit}
+        | {source: over_seeds(select(at, class_0=class_0, class_1=class_1, source=source)) for source in sources}
+        for class_0, class_1, habit in content["pairs"]
+    ]
+    found = {"opacity": opacity, "images": content["images"], "seeds": content["seeds"], "pairs": pairs}
+    found["overall"] = {source: over_seeds(select(at, source=source)) for source in sources}
+    found["by_opacity"] = {
+        str(x): {
+            source: {rate: over_seeds(select(rows, opacity=x, source=source), rate) for rate in ("success_rate", "class_1_rate")}
+            for source in sources
+        }
+        for x in content["opacities"]
+    }
+    if {"second_order", "random"} <= set(sources):
+        for pair in pairs:
+            pair["ratio"] = times_random(pair, content["images"] * content["seeds"])
+        found["overall"]["ratio"] = times_random(found["overall"], content["images"] * content["seeds"] * len(pairs))
+        found["pairs_won"] = sum(pair["ratio"] >= TIMES for pair in pairs)
+    return found
+
+
+def markdown(found):
+    """The lines of the tables of a `summary`."""
+    sources, count = [name for name in found["overall"] if name != "ratio"], len(found["pairs"])
+    titles = [f"{source.replace('_', '-')} %" for source in sources]
+    drawn = f"{found['seeds']} x {found['images']} pictures, opacity {found['opacity']}"
+    compared = "pairs_won" in found
+    lines = [f"| drawn, taken for ({drawn}) | habit of the latter | " + " | ".join([*titles, *["ratio"] * compared]) + " |"]
+    lines.append("|---" * (2 + len(sources) + compared) + "|")
+
+    def cells(rates):
+        ratio = [f"{rates['ratio']:.1f}"] if compared else []
+        return " | ".join([f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source] for source in sources)] + ratio)
+
+    for pair in found["pairs"]:
+        lines.append(f"| {pair['class_1']}, {pair['class_0']} | {pair['habit']} | {cells(pair)} |")
+    lines.append(f"| all {count} pairs | | {cells(found['overall'])} |")
+    if compared:
+        note = "Mean and standard deviation over seeds. Ratio: second-order to random words, of which no hit counts as one;"
+        lines += ["", f"{note} at least {TIMES} for {found['pairs_won']} of {count} pairs."]
+    if len(found["by_opacity"]) > 1:
+        for rate, what in (("success_rate", "taken for class_0"), ("class_1_rate", "taken for class_1, which is drawn")):
+            lines += ["", f"| opacity: {what}, all pairs | " + " | ".join(titles) + " |", "|---" * (1 + len(sources)) + "|"]
+            for opacity, rates in found["by_opacity"].items():
+                means = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source][rate] for source in sources)]
+                lines.append(f"| {opacity} | " + " | ".join(means) + " |")
+    return lines
+
+
+def plot(found, path):
+    """Rates by opacity, a line for each source: pictures taken for class_0, and for class_1."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    opacities = [float(opacity) for opacity in found["by_opacity"]]
+    titles = {"success_rate": "taken for class_0, which is not there", "class_1_rate": "taken for class_1, which is drawn"}
+    for axes, (rate, title) in zip(panels, titles.items(), strict=True):
+        for source in next(iter(found["by_opacity"].values())):
+            means, spreads = zip(*(rates[source][rate] for rates in found["by_opacity"].values()), strict=True)
+            axes.errorbar(opacities, means, spreads, marker="o", markersize=4, capsize=2, label=source.replace("_", "-"))
+        axes.set_xscale("log")
+        axes.set_xticks(opacities, [f"{opacity:g}" for opacity in opacities], minor=False)
+        axes.minorticks_off()
+        axes.set(xlabel="opacity of the symbols", ylabel="pictures (%)", ylim=(0, None), title=title)
+    panels[0].legend(title="words", fontsize="small")
+    save_figure(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=HERE / "output", help="of run_demo.py")
+    parser.add_argument("--pairs", type=int, help="how many pairs, the first ones; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
+    parser.add_argument("--images", type=int, default=ATTACK_NUMBERS["images"], help="pictures of each pair, source and seed")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from")
+    parser.add_argument("--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs")
+    parser.add_argument("--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # many small operations: on a busy machine threads wait for each other
+    attacks = Attacks(args.output_dir)
+    pairs = attack_pairs(args.output_dir / "world")[: args.pairs]
+    opacities = sorted({*args.opacities, args.opacity})
+    rows, words = [], []
+    with tqdm(total=len(pairs) * len(args.sources) * args.seeds * len(opacities) * args.images, unit="image") as bar:
+        for class_0, class_1 in pairs:
+            check_classes(class_0, class_1, [])
+            for source in args.sources:
+                for seed in range(args.seeds):
+                    what = {"class_0": class_0, "class_1": class_1, "source": source, "seed": seed}
+                    chosen = attacks.words(source, class_0, class_1, seed)
+                    words.append(what | {"words": chosen})
+                    plan = attacks.plan(chosen, class_0, class_1, seed, args.images)
+                    for opacity in opacities:
+                        logits = attacks.logits(attacks.pictures(plan, opacity))
+                        rows.append(what | {"opacity": opacity} | attacks.rates(logits, class_0, class_1))
+                        bar.update(args.images)
+    content = {"fingerprint": attacks.clip.fingerprint, "images": args.images, "seeds": args.seeds, "opacity": args.opacity}
+    content |= {"opacities": opacities, "sources": list(args.sources)}
+    content |= {"pairs": [[*pair, attacks.habit(pair[0])] for pair in pairs], "rows": rows, "words": words}
+    found = summary(content)
+    lines = markdown(found)
+    (args.output_dir / "attack_table.md").write_text("\n".join(["# Adversarial pictures", "", *lines]) + "\n")
+    if len(opacities) > 1:
+        (args.output_dir / "figures").mkdir(exist_ok=True)
+        plot(found, args.output_dir / "figures/attack_table.png")
+    save_json(args.output_dir / "attack_table.json", content | {"summary": found})
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
