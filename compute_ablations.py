@@ -7,7 +7,7 @@ imagenet_r) and the classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED
 beside it a .png of the bars and ..._predictions.npy [images, layers, 5], the predicted classes.
 """
 
-from utils import arguments
+from utils import arguments, distributed
 from utils.ablation import ABLATIONS, Ablations, load_classifier, load_statistics, predict
 from utils.artifacts import Names, save_json
 from utils.clip import load_clip
@@ -19,7 +19,7 @@ from utils.visualization import accuracy_table, plot_ablations
 def main(args):
     train = args.train_dataset or args.dataset
     names = Names(args.input_dir, args.model, args.pretrained)
-    clip = load_clip(args.model, args.pretrained, args.device)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
     vit = clip.hooked_vit()
     layers = parse_layers(args.mlp_layer, vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
@@ -47,9 +47,12 @@ def main(args):
         args.coefficient,
         path,
         meta,
+        args.batch_size,
         arguments.passing(args),
         args.overwrite,
     )
+    if not distributed.first():
+        return
     table = {str(layer): dict(zip(ABLATIONS, row, strict=True)) for layer, row in zip(layers, accuracies, strict=True)}
     save_json(path, {**meta, "images": len(images), "accuracy": table})
     plot_ablations(table, path.with_suffix(".png"))
@@ -65,6 +68,7 @@ if __name__ == "__main__":
     arguments.add_layers(parser)
     parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="as in compute_pcas.py")
     arguments.add_compute(parser)
+    arguments.add_precision(parser)
     arguments.add_directories(parser, streams=True)
     arguments.add_coefficient(parser)
-    arguments.run(main, parser)
+    arguments.run(main, parser, parallel=True)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.artifacts import RowWriter, load_array
+from utils.artifacts import load_array
 from utils.datasets import batches
 from utils.errors import UserError
 from utils.prs import CentredNorms, second_order, sum_of_effects
+from utils.rows import RowWriter, row_pieces
 
 ABLATIONS = (
     "baseline",
@@ -127,28 +128,29 @@ def load_classifier(names, dataset, clip, images, flags):
     return torch.from_numpy(classifier).to(clip.device)
 
 
-def predict(vit, directions, ablations, images, classifier, coefficient, path, meta, passing, overwrite):
+def predict(vit, directions, ablations, images, classifier, coefficient, path, meta, batch_size, passing, overwrite):
     """Classify held-out images by ablated representations, in one pass for all layers.
 
     Parameters
     directions, ablations: for every layer its `Directions`, and what maps (representation, C, kappa) to [B, V, D].
     images: `Images`. classifier [D, classes]. path: the result's path; predictions [images, layers, V] are written beside it.
-    meta: what they are made from. passing: the keyword arguments batch_size, num_workers and device of
-    `batches`. overwrite: drop what a broken run left.
+    meta: what they are made from. passing: the keyword arguments num_workers and device of `batches`.
+    overwrite: drop what a broken run left.
 
     Returns accuracies in per cent, a list of V for every layer.
     """
     predictions_path = path.with_name(path.stem + "_predictions.npy")
     shape = (len(images), len(directions), len(ablations[0].names))
-    meta = {**meta, "batch_size": passing["batch_size"], "statistics": [ablation.checksum for ablation in ablations]}
+    meta = {**meta, "batch_size": batch_size, "statistics": [ablation.checksum for ablation in ablations]}
     meta["coefficient"] = coefficient
     meta["classifier"] = float(classifier.cpu().double().sum())
-    with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, overwrite) as writer:
-        for row, pixels, _ in batches(images, start=writer.start, **passing):
+    pieces = row_pieces(len(images), batch_size)
+    with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, pieces, overwrite) as writer:
+        for number, row, pixels, _ in batches(images, writer.todo, **passing):
             representation, effects = second_order(vit, pixels, directions, coefficient)
             representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
             ablated = [ablate(representation, *effect) for ablate, effect in zip(ablations, effects, strict=True)]
             logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
-            writer.write(row, {predictions_path: logits.argmax(dim=-1).cpu().numpy()})
+            writer.write(number, row, {predictions_path: logits.argmax(dim=-1).cpu().numpy()})
     predictions = load_array(predictions_path, "the same command", shape)
     return (100 * (predictions == images.labels[:, None, None]).mean(axis=0)).tolist()
