@@ -19,7 +19,7 @@ from utils.clip import load_clip
 from utils.datasets import load_images
 from utils.effects import stored_layers
 from utils.errors import UserError
-from utils.prs import fold
+from utils.prs import fold, groups_of_layers
 from utils.sparse_coding import decompose, decomposition_matrix, load_texts, make_atoms, save_decomposition
 
 
@@ -58,31 +58,48 @@ def main(args):
         print(f"wrote {output([layer])} and .npz: {len(target)} neurons, {args.components} of {len(texts)} texts each")
         print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
     if args.evaluate:
-        path = output(layers)
-        evaluate(args, names, path.with_name(path.stem + "_evaluation.json"), rebuilt)
+
+        def path_of(group, ending):
+            return output(group).with_name(f"{output(group).stem}_evaluation{ending}")
+
+        evaluate(args, names, path_of, rebuilt)
 
 
-def evaluate(args, names, path, rebuilt):
+def evaluate(args, names, path_of, rebuilt):
     """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: array [N, D]}."""
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
     vit = clip.hooked_vit()
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
     flags = arguments.repeated_flags(args)
     classifier = load_classifier(names, args.dataset, clip, images, flags)
-    directions = [fold(vit, layer) for layer in rebuilt]
-    ablations = []
-    for item in directions:
-        mean = load_statistics(names, args.dataset, item.layer, args.top_k_pca, clip, flags, args.coefficient).mean
-        ablations.append(Rebuilt(item, mean, torch.from_numpy(rebuilt[item.layer]).to(clip.device)))
+    statistics = {
+        layer: load_statistics(names, args.dataset, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in rebuilt
+    }
+
+    def make(layer):
+        directions = fold(vit, layer)
+        return directions, Rebuilt(directions, statistics[layer].mean, torch.from_numpy(rebuilt[layer]).to(clip.device))
+
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
     meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}
-    passing = arguments.passing(args)
+    sums = [statistics[layer].checksum() + float(np.abs(rebuilt[layer]).sum(dtype=float)) for layer in rebuilt]
     accuracies = predict(
-        vit, directions, ablations, images, classifier, args.coefficient, path, meta, args.batch_size, passing, args.overwrite
+        vit,
+        groups_of_layers(vit, list(rebuilt), args.memory * 1e9),
+        make,
+        images,
+        classifier,
+        args.coefficient,
+        lambda group: path_of(group, "_predictions.npy"),
+        {**meta, "statistics": sums},
+        args.batch_size,
+        arguments.passing(args),
+        args.overwrite,
     )
     if not distributed.first():
         return
-    table = {str(layer): accuracy for layer, (accuracy,) in zip(rebuilt, accuracies, strict=True)}
+    path = path_of(list(rebuilt), ".json")
+    table = {str(layer): accuracy for layer, (accuracy,) in accuracies.items()}
     save_json(path, {**meta, "images": len(images), "accuracy": table})
     for layer, accuracy in table.items():
         print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")
@@ -103,6 +120,7 @@ if __name__ == "__main__":
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy with effects rebuilt from the texts")
     arguments.add_compute(parser)
     arguments.add_precision(parser)
+    arguments.add_memory(parser)
     arguments.add_directories(parser, streams=True)
     arguments.add_coefficient(parser)
     arguments.run(main, parser, parallel=True)

@@ -49,6 +49,12 @@ def add_precision(parser):
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
 
 
+def add_memory(parser):
+    parser.add_argument(
+        "--memory", type=float, default=4, help="GB for the weights of the layers that are worked on in one pass over the images"
+    )
+
+
 def add_data(parser, split="val", required=True):
     group = parser.add_argument_group("data")
     add_dataset(group)

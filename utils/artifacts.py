@@ -161,6 +161,13 @@ def save_json(path, content):
     save_atomic(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
+def save_table(path, table):
+    """A table {row: {column: number}} as .csv."""
+    lines = [["layer", *next(iter(table.values()))], *([name, *row.values()] for name, row in table.items())]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    save_atomic(path, lambda file: file.write(text.encode()))
+
+
 def save_array(path, array, meta):
     """Write an array and its record, each in one step."""
     save_atomic(path, lambda file: np.save(file, array, allow_pickle=False))

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from utils.artifacts import load_array, load_meta
+from utils.artifacts import load_array, load_meta, save_array
 from utils.errors import UserError
 from utils.prs import CentredNorms, Directions
 
@@ -29,6 +29,13 @@ def open_effects(names, dataset, split, layer, device="cpu"):
     there = [part for part in forms if names.effects(dataset, split, layer, part).is_file()]
     form = forms[there[0] if there else "coefficients"]
     return form(names, dataset, split, layer, command, device)
+
+
+def save_directions(names, dataset, split, directions, meta):
+    """Write the weights' part of one layer's effects, values and outputs."""
+    for part in ("values", "outputs"):
+        path = names.effects(dataset, split, directions.layer, part)
+        save_array(path, getattr(directions, part).cpu().numpy(), meta)
 
 
 def stored_layers(names, dataset, layers, parts, script):

@@ -19,8 +19,9 @@ import torch
 from utils import distributed
 from utils.artifacts import meta_path, save_array, save_atomic, save_json
 from utils.datasets import batches
+from utils.effects import save_directions
 from utils.errors import UserError
-from utils.prs import CentredNorms, second_order
+from utils.prs import CentredNorms, fold, second_order
 from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
@@ -67,19 +68,18 @@ class TopEffects:
     """Means, norms and the k largest effects of some layers, by two passes over the images.
 
     Parameters
-    vit: HookedViT. directions: `Directions` of every layer. images: `Images`. k: effects to keep of every neuron. names: Names of
+    vit: HookedViT. layers: that are worked on together. images: `Images`. k: effects to keep of every neuron. names: Names of
     the output. dataset, split: for its names. meta: what the effects are made from. batch_size. passing: the keyword arguments
     num_workers and device of `batches`. coefficient: as in `second_order`. overwrite: drop what a broken run left.
     """
 
-    def __init__(self, vit, directions, images, k, names, dataset, split, meta, batch_size, passing, coefficient, overwrite):
+    def __init__(self, vit, layers, images, k, names, dataset, split, meta, batch_size, passing, coefficient, overwrite):
         if len(images) < k:
             raise UserError(f"there are {len(images)} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
-        self.vit, self.directions, self.images, self.k = vit, directions, images, k
+        self.vit, self.layers, self.images, self.k = vit, layers, images, k
         self.names, self.dataset, self.split, self.meta = names, dataset, split, {**meta, "top_k_pca": k}
         self.passing, self.coefficient, self.overwrite = passing, coefficient, overwrite
         self.pieces = row_pieces(len(images), batch_size)
-        self.layers = [item.layer for item in directions]
         self.work = distributed.share(list(enumerate(self.pieces)))  # the same in every run of as many processes
         self.identity = {**self.meta, "layers": self.layers, "processes": distributed.size()}
 
@@ -92,18 +92,28 @@ class TopEffects:
         path = self.path(layer, part)
         return path.with_name(f"{path.stem}.rank{rank}.partial")
 
-    @torch.inference_mode()
-    def run(self):
-        """Write, for every layer, bias, top_coefficients [N, k, K], top_images [N, k], top_mean [N, D] and image_norms."""
+    def writer(self):
+        """Of bias and image_norms, to be entered before `run` and left after it."""
         arrays, kept = {}, 0
-        for item in self.directions:
-            K, N, _ = item.values.shape
-            arrays[self.path(item.layer, "bias")] = ((len(self.images), self.vit.D), "float32")
-            arrays[self.path(item.layer, "image_norms")] = ((len(self.images), N), "float32")
-            kept += 4 * N * self.k * K
-        record = {**self.meta, "layers": self.layers}
-        with RowWriter(arrays, record, self.pieces, self.overwrite, besides=kept) as writer:
-            self.second_pass(self.first_pass(), writer)
+        for layer in self.layers:
+            arrays[self.path(layer, "bias")] = ((len(self.images), self.vit.D), "float32")
+            arrays[self.path(layer, "image_norms")] = ((len(self.images), self.vit.N), "float32")
+            kept += 4 * self.vit.N * self.k * (self.vit.L - 1 - layer) * self.vit.H
+        return RowWriter(arrays, {**self.meta, "layers": self.layers}, self.pieces, self.overwrite, besides=kept)
+
+    @torch.inference_mode()
+    def run(self, writer):
+        """Both passes. Besides the writer's arrays they leave values, outputs, top_coefficients [N, k, K], top_images [N, k] and
+        top_mean [N, D] of every layer."""
+        self.directions = [fold(self.vit, layer) for layer in self.layers]
+        self.second_pass(self.first_pass(), writer)
+        if distributed.first():
+            for item in self.directions:
+                save_directions(self.names, self.dataset, self.split, item, self.meta)
+        self.directions = None
+
+    def clean(self):
+        """Remove what an interrupted run would have gone on with."""
         if distributed.first():
             for rank in range(distributed.size()):
                 self.of_rank("sums", self.layers[0], rank).unlink(missing_ok=True)
