@@ -12,7 +12,7 @@ After this stage the effects can be deleted.
 
 from utils import arguments
 from utils.artifacts import Names
-from utils.effects import open_effects, stored_layers
+from utils.effects import stored_layers
 from utils.pca import write_statistics
 
 
@@ -20,12 +20,13 @@ def main(args):
     names = Names(args.input_dir, args.model, args.pretrained)
     results = Names(args.output_dir, args.model, args.pretrained)
     makes_effects = "compute_second_order_neuron_prs.py"
-    layers = stored_layers(names, args.dataset, args.mlp_layer, ("coefficients", "merged"), makes_effects)
-    for layer in layers:
-        effects = open_effects(names, args.dataset, "train", layer, args.device)
-        explained = write_statistics(effects, results, args.dataset, layer, args.top_k_pca, args.memory * 1e9)
-        print(f"wrote {results.statistics(args.dataset, layer, '*')} for {effects.N} neurons and {effects.images} images")
-        print(f"layer {layer}: the first component explains {100 * explained:.1f} % of the effects on the top images")
+    layers = stored_layers(names, args.dataset, args.mlp_layer, ("coefficients", "top_coefficients", "merged"), makes_effects)
+    explained = write_statistics(
+        names, results, args.dataset, layers, args.top_k_pca, args.memory * 1e9, args.device, args.overwrite
+    )
+    for layer, share in explained.items():
+        print(f"wrote {results.statistics(args.dataset, layer, '*')}")
+        print(f"layer {layer}: the first component explains {100 * share:.1f} % of the effects on the top images")
     layers = " ".join(map(str, layers))
     print(f"next: python compute_ablations.py --mlp_layer {layers} --dataset {args.dataset} {arguments.repeated_flags(args)}")
 
@@ -38,5 +39,5 @@ if __name__ == "__main__":
     parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="images of largest centred norm per neuron")
     parser.add_argument("--memory", type=float, default=0.25, help="GB of effects that are read at a time")
     parser.add_argument("--device", help="where the statistics are computed; default: the GPU if there is one, else the CPU")
-    arguments.add_directories(parser)
-    arguments.run(main, parser)
+    arguments.add_directories(parser, streams=True)
+    arguments.run(main, parser, parallel=True)

@@ -6,19 +6,22 @@ Reads the first components of --train_dataset (compute_pcas.py, for all --mlp_la
 FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
     .json                             the scores in per cent: one row of a table of methods
     _precision.npy _recall.npy .png   the curve over all pixels, at the thresholds 0, 1/65536, ..., 1
+    _maps.npy [images, patches]       the maps before they are scaled
     _images/00000.png, ...            with --save_img: input, mask, prediction and heat map, side by side
 The rows to compare with: --method random (or --random), attention, rollout.
 """
 
 import os
 
+import numpy as np
 import torch
 
-from utils import arguments
+from utils import arguments, distributed
 from utils.artifacts import Names
 from utils.clip import load_clip
 from utils.datasets import batches
 from utils.prs import parse_layers
+from utils.rows import RowWriter, row_pieces
 from utils.segmentation import (
     METHODS,
     AttentionMaps,
@@ -28,9 +31,10 @@ from utils.segmentation import (
     Scores,
     SegmentationSet,
     check_settings,
-    heat_maps,
+    enlarge,
     load_neurons,
     mask_transform,
+    patch_maps,
     row_name,
     save_scores,
     whole_folder,
@@ -42,7 +46,7 @@ def main(args):
     settings = {"method": args.method, "geometry": args.geometry, "image_size": args.image_size, "thr": args.thr}
     check_settings(settings)
     data = SegmentationSet(args.dataset_path)
-    clip = load_clip(args.model, args.pretrained, args.device)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
     vit = clip.hooked_vit()
     size = (args.image_size, args.image_size) if args.image_size else clip.model.visual.image_size
     data.transform, data.mask_transform = clip.transform, mask_transform(clip.transform, args.geometry, size)
@@ -51,16 +55,26 @@ def main(args):
     results = Names(args.output_dir, args.model, args.pretrained)
     path = results.directory / f"{data.path.stem}_segmentation_{results.clip}_{row_name(settings)}.json"
     pictures = path.with_name(path.stem + "_images") if args.save_img else None
+    record = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "dataset": data.path.stem}
+    record |= {**settings, "data": data.fingerprint(), "size": size, "batch_size": args.batch_size}
+    pieces = row_pieces(len(data), args.batch_size)
+    maps_path = path.with_name(path.stem + "_maps.npy")
+    shape = (len(data), vit.grid[0] * vit.grid[1])
+    with torch.inference_mode(), RowWriter({maps_path: (shape, "float32")}, record, pieces, args.overwrite) as writer:
+        for number, row, pixels, _ in batches(data, writer.todo, **arguments.passing(args)):
+            writer.write(number, row, {maps_path: patch_maps(vit, method, pixels, row).cpu().numpy()})
+    if not distributed.first():
+        return
+    maps = np.load(maps_path, mmap_mode="r", allow_pickle=False)
     scores = Scores(args.thr)
-    with torch.inference_mode(), whole_folder(pictures) as folder:
-        for row, pixels, masks in batches(data, **arguments.passing(args)):
-            maps = heat_maps(vit, method, pixels, row, size).numpy()
-            scores.add(maps, masks.numpy())
+    data.reads_images = bool(pictures)
+    with whole_folder(pictures) as folder:
+        for _, row, pixels, masks in batches(data, list(enumerate(pieces)), args.num_workers, description="scores"):
+            enlarged = enlarge(torch.tensor(maps[row : row + len(masks)]), vit.grid, size).numpy()
+            scores.add(enlarged, masks.numpy())
             if folder:
                 for i, picture in enumerate(to_pictures(pixels, clip.transform, size)):
-                    save_segmentation(folder / f"{row + i:05d}.png", picture, masks[i].numpy(), maps[i], args.thr)
-    record = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "dataset": data.path.stem}
-    record |= {**settings, "data": data.fingerprint(), "size": size}
+                    save_segmentation(folder / f"{row + i:05d}.png", picture, masks[i].numpy(), enlarged[i], args.thr)
     result, precision, recall = save_scores(path, scores, record)
     plot_precision_recall(precision, recall, row_name(settings), path.with_suffix(".png"))
     print(segmentation_table({row_name(settings): result}))
@@ -111,7 +125,8 @@ if __name__ == "__main__":
     group.add_argument("--train_dataset", choices=arguments.DATASETS, default="imagenet", help="of components and classifier")
     group.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="as in compute_pcas.py")
     arguments.add_compute(parser)
-    arguments.add_directories(parser)
+    arguments.add_precision(parser)
+    arguments.add_directories(parser, streams=True)
     parser.add_argument("--classifier_dir", help="where the classifier is; default: --input_dir")
     parser.add_argument("--save_img", action="store_true", help="save a picture of every image, mask, prediction and heat map")
-    arguments.run(main, parser)
+    arguments.run(main, parser, parallel=True)

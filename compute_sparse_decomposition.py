@@ -9,17 +9,18 @@ Writes  DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_decomposition_omp_ALPHA_COMPONE
 With --evaluate, the accuracy on held-out images when effects are rebuilt from the descriptions, in ..._evaluation.json.
 """
 
+import numpy as np
 import torch
 
-from utils import arguments
+from utils import arguments, distributed
 from utils.ablation import Rebuilt, load_classifier, load_statistics, predict
 from utils.artifacts import Names, load_array, save_json
 from utils.clip import load_clip
 from utils.datasets import load_images
 from utils.effects import stored_layers
 from utils.errors import UserError
-from utils.prs import fold
-from utils.sparse_coding import load_texts, make_atoms, orthogonal_matching_pursuit, save_decomposition
+from utils.prs import fold, groups_of_layers
+from utils.sparse_coding import decompose, decomposition_matrix, load_texts, make_atoms, save_decomposition
 
 
 def main(args):
@@ -34,43 +35,71 @@ def main(args):
     meta = {**arguments.clip_record(args), "fingerprint": fingerprint, "dataset": args.dataset, "top_k_pca": args.top_k_pca}
     meta |= {"text_descriptions": args.text_descriptions, "components": args.components, "normalise": args.normalise}
 
-    def output(layer):
-        return results.decomposition(args.dataset, layer, args.text_descriptions, args.transform_alpha, args.components)
+    def output(layers):
+        name = "-".join(map(str, layers))
+        return results.decomposition(args.dataset, name, args.text_descriptions, args.transform_alpha, args.components)
 
-    for layer in stored_layers(names, args.dataset, args.mlp_layer, (f"{args.top_k_pca}_pca",), "compute_pcas.py"):
+    layers = stored_layers(names, args.dataset, args.mlp_layer, (f"{args.top_k_pca}_pca",), "compute_pcas.py")
+    targets = []
+    for layer in layers:
         make_pcas = f"python compute_pcas.py --mlp_layer {layer} --dataset {args.dataset} {flags}"
         pca_path = names.statistics(args.dataset, layer, f"{args.top_k_pca}_pca")
-        pcas = load_array(pca_path, make_pcas, (None, vectors.shape[1]), fingerprint=fingerprint)
-        targets = torch.from_numpy(pcas).to(args.device)
-        support, coefficients = orthogonal_matching_pursuit(atoms, targets, args.components, progress=True)
-        matrix = save_decomposition(output(layer), support, coefficients, texts, {**meta, "layer": layer})
-        rebuilt[layer] = torch.from_numpy(matrix @ atoms.cpu().numpy()).to(args.device)
-        loss = ((rebuilt[layer] - targets).norm(dim=1) / targets.norm(dim=1)).mean()
-        print(f"wrote {output(layer)} and .npz: {len(targets)} neurons, {args.components} of {len(texts)} texts each")
+        targets.append(load_array(pca_path, make_pcas, (None, vectors.shape[1]), fingerprint=fingerprint))
+    together = torch.from_numpy(np.concatenate(targets)).to(args.device)
+    made_of = {**meta, "layers": layers}
+    support, coefficients = decompose(atoms, together, args.components, output(layers), made_of, args.overwrite)
+    ends = np.cumsum([len(target) for target in targets])[:-1]
+    parts = zip(layers, targets, np.split(support, ends), np.split(coefficients, ends), strict=True)
+    for layer, target, *found in parts:
+        if distributed.first():
+            save_decomposition(output([layer]), *found, texts, {**meta, "layer": layer})
+        rebuilt[layer] = decomposition_matrix(*found, len(texts)) @ atoms.cpu().numpy()
+        loss = (np.linalg.norm(rebuilt[layer] - target, axis=1) / np.linalg.norm(target, axis=1)).mean()
+        print(f"wrote {output([layer])} and .npz: {len(target)} neurons, {args.components} of {len(texts)} texts each")
         print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
     if args.evaluate:
-        path = output("-".join(map(str, rebuilt)))
-        evaluate(args, names, path.with_name(path.stem + "_evaluation.json"), rebuilt)
+
+        def path_of(group, ending):
+            return output(group).with_name(f"{output(group).stem}_evaluation{ending}")
+
+        evaluate(args, names, path_of, rebuilt)
 
 
-def evaluate(args, names, path, rebuilt):
-    """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: [N, D]}."""
-    clip = load_clip(args.model, args.pretrained, args.device)
+def evaluate(args, names, path_of, rebuilt):
+    """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: array [N, D]}."""
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
     vit = clip.hooked_vit()
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
     flags = arguments.repeated_flags(args)
     classifier = load_classifier(names, args.dataset, clip, images, flags)
-    directions = [fold(vit, layer) for layer in rebuilt]
-    ablations = []
-    for item in directions:
-        mean = load_statistics(names, args.dataset, item.layer, args.top_k_pca, clip, flags, args.coefficient).mean
-        ablations.append(Rebuilt(item, mean, rebuilt[item.layer]))
+    statistics = {
+        layer: load_statistics(names, args.dataset, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in rebuilt
+    }
+
+    def make(layer):
+        directions = fold(vit, layer)
+        return directions, Rebuilt(directions, statistics[layer].mean, torch.from_numpy(rebuilt[layer]).to(clip.device))
+
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
     meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}
+    sums = [statistics[layer].checksum() + float(np.abs(rebuilt[layer]).sum(dtype=float)) for layer in rebuilt]
     accuracies = predict(
-        vit, directions, ablations, images, classifier, args.coefficient, path, meta, arguments.passing(args), args.overwrite
+        vit,
+        groups_of_layers(vit, list(rebuilt), args.memory * 1e9),
+        make,
+        images,
+        classifier,
+        args.coefficient,
+        lambda group: path_of(group, "_predictions.npy"),
+        {**meta, "statistics": sums},
+        args.batch_size,
+        arguments.passing(args),
+        args.overwrite,
     )
-    table = {str(layer): accuracy for layer, (accuracy,) in zip(rebuilt, accuracies, strict=True)}
+    if not distributed.first():
+        return
+    path = path_of(list(rebuilt), ".json")
+    table = {str(layer): accuracy for layer, (accuracy,) in accuracies.items()}
     save_json(path, {**meta, "images": len(images), "accuracy": table})
     for layer, accuracy in table.items():
         print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")
@@ -90,6 +119,8 @@ if __name__ == "__main__":
     parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="atoms as published, or each of norm 100")
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy with effects rebuilt from the texts")
     arguments.add_compute(parser)
+    arguments.add_precision(parser)
+    arguments.add_memory(parser)
     arguments.add_directories(parser, streams=True)
     arguments.add_coefficient(parser)
-    arguments.run(main, parser)
+    arguments.run(main, parser, parallel=True)

@@ -1,63 +1,89 @@
 """A real-size rehearsal: every stage in README order on photos at full size, with random weights; time, memory and disk of each.
 
-python benchmarks/rehearsal.py [--model ViT-L-14 --mlp_layer 22 --images 100 --texts 1000]
+    python benchmarks/rehearsal.py --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
+    python benchmarks/rehearsal.py --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top
+
+Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own benchmark.
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from common import ROOT, bench_parser, measured, row, save_table
 
 from tests.photos import SYNSETS, write_photos
-from utils.artifacts import read_texts
+from utils.artifacts import Names
+from utils.clip import load_clip
 
 
 def main(args):
     if args.quick:
-        args.images, args.texts, args.components = 8, 20, 4
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        photos = write_photos(Path(folder) / "photos", per_class=args.images // len(SYNSETS))
-        words = Path(folder) / "words.txt"
-        words.write_text("\n".join(read_texts(ROOT / "text_descriptions" / "30k.txt")[: args.texts]) + "\n")
+        args.images, args.val_images, args.texts, args.components, args.describe = 8, 8, 20, 4, args.describe[:1]
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        out, photos, rng = Path(folder) / "out", Path(folder) / "photos", np.random.default_rng(0)
+        out.mkdir()
+        for split, images in (("train", args.images), ("val", args.val_images)):
+            write_photos(photos, splits=(split,), per_class=images // len(SYNSETS))
+        names = Names(out, args.model, "random")
+        D = load_clip(args.model, "random", "cpu").model.visual.output_dim
+        for path, count, columns in ((names.classifier("imagenet"), 1000, True), (names.texts("words"), args.texts, False)):
+            vectors = rng.standard_normal((count, D), dtype=np.float32)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.save(path, vectors.T if columns else vectors)
+        (out / f"words_{names.clip}.txt").write_text("".join(f"word {i}\n" for i in range(args.texts)))
+
         model = ["--model", args.model, "--pretrained", "random", "--device", args.device, "--output_dir", out]
-        folders = ["--dataset", "folder", "--data_path", photos]
-        images = [*folders, "--batch_size", 8]
-        layers = ["--mlp_layer", *args.mlp_layer]
-        pca = [*layers, "--top_k_pca", min(100, args.images)]
-        stages = {
-            "compute_representations": images,
-            "compute_classifier_projection": [*folders, "--batch_size", 160],
-            "compute_second_order_neuron_prs": [*images, *layers, "--split", "train"],
-            "compute_pcas": ["--dataset", "folder", *pca],
-            "compute_ablations": [*images, *pca],
-            "compute_text_set_projection": ["--text_descriptions", words],
-            "compute_sparse_decomposition": [
-                *[*images, *pca, "--text_descriptions", "words", "--components", args.components, "--evaluate"],
-            ],
-        }
-        rows = []
-        for script, flags in stages.items():
+        images = ["--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
+        layers, pca = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+        effects = [*images, *layers, "--split", "train"]
+        describe = ["--mlp_layer", *args.describe, *pca, "--text_descriptions", "words", "--components", args.components]
+        stages = [("compute_representations", [*images, "--split", "train"])]
+        for keep in args.keep:
+            form = ["--keep", keep, *(pca if keep == "top" else ["--store_dtype", "float16"])]
+            stages += [("compute_second_order_neuron_prs", [*effects, *form]), ("compute_pcas", [*layers, *pca])]
+        stages += [("compute_ablations", [*images, *layers, *pca]), ("compute_sparse_decomposition", describe)]
+
+        rows, plain, keep = [], None, None
+        for script, flags in stages:
             before = _bytes(out)
             _, seconds, peak = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
-            note = f"peak {peak / 1e9:.2f} GB, {(_bytes(out) - before) / 1e6:,.0f} MB written"
-            rows.append(row(script, seconds, "s", None, note))
-    title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, "
-    title += f"{args.images} + {args.images} photos, {args.texts} texts, {args.components} of them for each neuron"
+            written = _bytes(out) - before
+            plain = plain or seconds
+            name = script
+            if "--keep" in flags:
+                keep = flags[flags.index("--keep") + 1]
+                name += f" --keep {keep}"
+            elif script == "compute_pcas":
+                name += f", after --keep {keep}"
+                for part in ("coefficients", "top_coefficients"):  # the other form comes next
+                    for path in out.glob(f"*_{part}.npy"):
+                        path.unlink()
+            note = f"{seconds / plain:.2f} x the plain pass, " if script == "compute_second_order_neuron_prs" else ""
+            note += f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"
+            rows.append(row(name, seconds, "s", None, note))
+            print(rows[-1], flush=True)
+    title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
+    title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
     save_table(f"rehearsal_{args.model}", title, rows, args, args.device)
 
 
 def _bytes(folder):
-    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    return sum(path.stat().st_size for path in folder.glob("*"))
 
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=200, help="photos of each split")
+    parser.add_argument("--images", type=int, default=200, help="photos of the train split")
+    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split")
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
+    parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
+    parser.add_argument("--keep", nargs="+", default=["full", "top"])
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")
     main(parser.parse_args())

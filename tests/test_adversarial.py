@@ -67,7 +67,7 @@ class Attack:
             coefficients = torch.randn(N, COMPONENTS, generator=generator)
             save_array(self.names.statistics("imagenet", layer, f"{K}_pca"), r.numpy(), meta)
             path = self.names.decomposition("imagenet", layer, "pool", 1.0, COMPONENTS)
-            save_decomposition(path, support, coefficients, POOL, {**meta, "top_k_pca": K})
+            save_decomposition(path, support.numpy(), coefficients.numpy(), POOL, {**meta, "top_k_pca": K})
             self.pcas[layer], self.supports[layer], self.coefficients[layer] = r.numpy(), support, coefficients
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
         save_array(self.names.classifier("imagenet"), self.classifier, {**meta, "class_names": CLASSES})

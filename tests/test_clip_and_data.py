@@ -188,8 +188,8 @@ def test_batches_come_in_order_and_may_start_later(photos, clip):
     images = load_images("folder", photos, "val", clip.transform)
     all_pixels = torch.stack([images[i][0] for i in range(12)])
     for workers in (0, 2):
-        rows, pixels, labels = zip(*batches(images, 4, workers, start=4), strict=True)
-        assert rows == (4, 8)
+        numbers, rows, pixels, labels = zip(*batches(images, [[1, [4, 8]], [2, [8, 12]]], workers), strict=True)
+        assert numbers == (1, 2) and rows == (4, 8)
         assert torch.equal(torch.cat(pixels), all_pixels[4:]) and torch.cat(labels).tolist() == images.labels[4:].tolist()
 
 
@@ -200,7 +200,7 @@ def test_a_broken_image_is_named(tmp_path, clip, workers):
     broken.write_bytes(broken.read_bytes()[:200])
     images = load_images("folder", tmp_path, "val", clip.transform)
     with pytest.raises(UserError, match="b/0001.JPEG cannot be read"):
-        list(batches(images, 2, workers))
+        list(batches(images, [[0, [0, 2]], [1, [2, 4]]], workers))
 
 
 def test_images_are_taken_as_rgb(tmp_path, clip):

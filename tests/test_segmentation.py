@@ -27,9 +27,9 @@ from utils.segmentation import (
     Scores,
     SegmentationSet,
     enlarge,
-    heat_maps,
     mask_transform,
     neurons_of_classes,
+    patch_maps,
 )
 
 LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
@@ -461,7 +461,7 @@ def test_bad_input_is_a_line_and_leaves_nothing(monkeypatch, tmp_path, inputs, t
     flags = flags_of(inputs, tiny_model, output, *(flag.format(tmp=tmp_path) for flag in flags))
     said = segment(monkeypatch, flags)
     assert said.startswith("error: ") and message in said and "\n" not in said
-    assert not any(output.iterdir())
+    assert {path.suffix for path in output.iterdir()} <= {".partial", ".progress"}  # a broken pass may go on
 
 
 def test_components_of_other_weights_are_refused(monkeypatch, tmp_path, inputs, tiny_model):
@@ -492,5 +492,5 @@ def test_an_unreadable_image_is_an_error_of_its_own(tmp_path, clip):
 
 def test_maps_have_the_size_that_is_asked_for(clip, pixels):
     vit = clip.hooked_vit()
-    maps = heat_maps(vit, AttentionMaps(vit), pixels, 0, (20, 30))
+    maps = enlarge(patch_maps(vit, AttentionMaps(vit), pixels, 0), vit.grid, (20, 30))
     assert maps.shape == (5, 20, 30) and 0 <= maps.min() and maps.max() <= 1

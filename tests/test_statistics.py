@@ -59,8 +59,7 @@ def numpy_statistics(phi, k):
 def test_statistics_equal_numpys_svd_on_the_dense_effects(many, store, tmp_path, form, memory):
     phi = many[-1]
     results = Names(tmp_path, "tiny", "random")
-    effects = open_effects(store[form], "folder", "train", LAYER)
-    share = write_statistics(effects, results, "folder", LAYER, K, memory)
+    share = write_statistics(store[form], results, "folder", [LAYER], K, memory)[LAYER]
     mean, pcas, top_norms, norms = numpy_statistics(phi, K)
 
     def read(part):
@@ -116,9 +115,8 @@ def test_a_neuron_without_effects_has_no_direction_and_no_nan():
 
 
 def test_too_few_images_for_the_components_are_refused(store, tmp_path):
-    effects = open_effects(store[0], "folder", "train", LAYER)
     with pytest.raises(UserError, match="40 images"):
-        write_statistics(effects, Names(tmp_path, "tiny", "random"), "folder", LAYER, 41, 1e9)
+        write_statistics(store[0], Names(tmp_path, "tiny", "random"), "folder", [LAYER], 41, 1e9)
     assert not list(tmp_path.glob("*.npy*"))
 
 

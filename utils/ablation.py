@@ -1,13 +1,15 @@
 """Mean-ablation of second-order effects (section 4.2 of the paper)."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
-from utils.artifacts import RowWriter, load_array
+from utils.artifacts import load_array
 from utils.datasets import batches
 from utils.errors import UserError
 from utils.prs import CentredNorms, second_order, sum_of_effects
+from utils.rows import RowWriter, row_pieces
 
 ABLATIONS = (
     "baseline",
@@ -26,6 +28,10 @@ class Statistics:
     pcas: torch.Tensor
     thresholds: torch.Tensor
 
+    def checksum(self):
+        """A number that tells a broken run whether its statistics are the same."""
+        return sum(float(part.cpu().double().abs().sum()) for part in (self.mean, self.pcas, self.thresholds))
+
 
 class Rebuilt:
     """Effects replaced by their projections on one vector per neuron: base + sum_n <c_n, r_n> r_n with c_n = phi_n - mean_n,
@@ -43,7 +49,6 @@ class Rebuilt:
         heads = torch.einsum("keo,no->kne", directions.outputs, vectors)
         self.along = (directions.values * heads).sum(dim=-1)  # [K, N], <B_n, r_n>
         self.mean_along = (mean * vectors).sum(dim=-1)
-        self.checksum = float(self.mean_along.cpu().double().sum())  # tells a broken run whether its statistics are the same
 
     def base(self, representation, C, kappa):
         """All effects at their means: representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, D]."""
@@ -76,7 +81,6 @@ class Ablations:
         self.directions, self.mean, self.thresholds = directions, statistics.mean, statistics.thresholds
         self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
         self.norms = CentredNorms(directions, statistics.mean)
-        self.checksum = self.rebuilt.checksum + float(self.thresholds.cpu().double().sum())
 
     def __call__(self, representation, C, kappa):
         """Representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, 5, D] in the order of ABLATIONS."""
@@ -127,28 +131,38 @@ def load_classifier(names, dataset, clip, images, flags):
     return torch.from_numpy(classifier).to(clip.device)
 
 
-def predict(vit, directions, ablations, images, classifier, coefficient, path, meta, passing, overwrite):
-    """Classify held-out images by ablated representations, in one pass for all layers.
+def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, batch_size, passing, overwrite):
+    """Classify held-out images by ablated representations, in one pass for every group of layers.
 
     Parameters
-    directions, ablations: for every layer its `Directions`, and what maps (representation, C, kappa) to [B, V, D].
-    images: `Images`. classifier [D, classes]. path: the result's path; predictions [images, layers, V] are written beside it.
-    meta: what they are made from. passing: the keyword arguments batch_size, num_workers and device of
-    `batches`. overwrite: drop what a broken run left.
+    groups: lists of layers, of `groups_of_layers`. make: layer -> (its `Directions`, what maps (representation, C, kappa) to
+    [B, V, D]). images: `Images`. classifier [D, classes]. path_of: group -> the path of its predictions [images, layers, V].
+    meta: what they are made from. passing: the keyword arguments num_workers and device of `batches`. overwrite: drop what a
+    broken run left.
 
-    Returns accuracies in per cent, a list of V for every layer.
+    Returns accuracies in per cent, {layer: a list of V}.
     """
-    predictions_path = path.with_name(path.stem + "_predictions.npy")
-    shape = (len(images), len(directions), len(ablations[0].names))
-    meta = {**meta, "batch_size": passing["batch_size"], "statistics": [ablation.checksum for ablation in ablations]}
-    meta["coefficient"] = coefficient
-    meta["classifier"] = float(classifier.cpu().double().sum())
-    with torch.inference_mode(), RowWriter({predictions_path: (shape, "int32")}, meta, overwrite) as writer:
-        for row, pixels, _ in batches(images, start=writer.start, **passing):
-            representation, effects = second_order(vit, pixels, directions, coefficient)
-            representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
-            ablated = [ablate(representation, *effect) for ablate, effect in zip(ablations, effects, strict=True)]
-            logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
-            writer.write(row, {predictions_path: logits.argmax(dim=-1).cpu().numpy()})
-    predictions = load_array(predictions_path, "the same command", shape)
-    return (100 * (predictions == images.labels[:, None, None]).mean(axis=0)).tolist()
+    meta = {**meta, "batch_size": batch_size, "coefficient": coefficient, "classifier": float(classifier.cpu().double().sum())}
+    pieces, table = row_pieces(len(images), batch_size), {}
+    with torch.inference_mode(), ExitStack() as stack:  # all appear together, so that a broken run goes on at its group
+        made = [make(layer) for layer in groups[0]]
+        writers = []
+        for group in groups:
+            arrays = {path_of(group): ((len(images), len(group), len(made[0][1].names)), "int32")}
+            writers.append(stack.enter_context(RowWriter(arrays, {**meta, "layers": group}, pieces, overwrite)))
+        for turn, (group, writer) in enumerate(zip(groups, writers, strict=True)):
+            if turn:
+                made = None  # room for the next ones
+                made = [make(layer) for layer in group]
+            directions, ablations = zip(*made, strict=True)
+            for number, row, pixels, _ in batches(images, writer.todo, **passing):
+                representation, effects = second_order(vit, pixels, directions, coefficient)
+                representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
+                ablated = [ablate(representation, *effect) for ablate, effect in zip(ablations, effects, strict=True)]
+                logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
+                writer.write(number, row, {path_of(group): logits.argmax(dim=-1).cpu().numpy()})
+    for group in groups:
+        predictions = load_array(path_of(group), "the same command", (len(images), len(group), None))
+        right = 100 * (predictions == images.labels[:, None, None]).mean(axis=0)
+        table |= dict(zip(group, right.tolist(), strict=True))
+    return table

@@ -22,6 +22,7 @@ from utils.clip import text_vectors
 from utils.concepts import load_descriptions, word_scores
 from utils.datasets import Images, batches, class_names_of
 from utils.errors import UserError
+from utils.rows import row_pieces
 from utils.sparse_coding import load_texts
 
 FILES = ("candidates.json", "words.json", "generations.json", "prompts.json", "images.json", "files.csv", "results.json")
@@ -398,7 +399,7 @@ def classify(folder, drawings, clip, classifier, class_names, class_0, class_1, 
     images = Images(samples, class_names, clip.transform)
     logits = [
         clip.model.encode_image(pixels, normalize=True).float() @ classifier
-        for _, pixels, _ in batches(images, batch_size, device=clip.device)
+        for _, _, pixels, _ in batches(images, list(enumerate(row_pieces(len(images), batch_size))), device=clip.device)
     ]
     logits = torch.cat(logits)  # [images, classes], cosines
     predicted = [class_names[i] for i in logits.argmax(dim=1).tolist()]

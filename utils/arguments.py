@@ -3,10 +3,13 @@
 import argparse
 import os
 import sys
+import time
 
 import torch
 
+from utils import distributed
 from utils.artifacts import model_name, pretrained_name
+from utils.clip import PRECISIONS
 from utils.errors import UserError
 from utils.prs import COEFFICIENT
 
@@ -40,6 +43,16 @@ def add_compute(parser, batch_size=16):
     group = parser.add_argument_group("computation")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
     group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
+
+
+def add_precision(parser):
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
+
+
+def add_memory(parser):
+    parser.add_argument(
+        "--memory", type=float, default=4, help="GB for the weights of the layers that are worked on in one pass over the images"
+    )
 
 
 def add_data(parser, split="val", required=True):
@@ -93,20 +106,23 @@ def repeated_flags(args):
 
 def clip_record(args):
     """What every record says about the model: its name and its weights' name."""
-    return {"model": model_name(args.model), "pretrained": pretrained_name(args.model, args.pretrained)}
+    record = {"model": model_name(args.model), "pretrained": pretrained_name(args.model, args.pretrained)}
+    if getattr(args, "precision", "float32") != "float32":
+        record["precision"] = args.precision
+    return record
 
 
 def passing(args):
-    """How to go through images: the keyword arguments of `utils.datasets.batches`."""
-    return {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": args.device}
+    """How to go through images: keyword arguments of `utils.datasets.batches`."""
+    return {"num_workers": args.num_workers, "device": args.device}
 
 
 def choose_device(name):
     """The device of `--device`, or the best one that is there. Raises UserError for one that is not."""
-    torch.backends.cudnn.allow_tf32 = False  # everything is float32, the patch embedding's convolution too
     if name is None:
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(best)
+        if torch.cuda.is_available():
+            return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -120,10 +136,19 @@ def choose_device(name):
     return device
 
 
-def run(main, parser):
-    """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1."""
+def run(main, parser, parallel=False):
+    """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1.
+
+    parallel: whether the processes of torchrun share this stage's work; else the first of them does it, and the others leave.
+    """
     args = parser.parse_args()
+    if not distributed.first():
+        if not parallel:
+            return
+        sys.stdout = open(os.devnull, "w")
     try:
+        if parallel:
+            distributed.start()
         if getattr(args, "output_dir", None):
             os.makedirs(args.output_dir, exist_ok=True)
             if not os.access(args.output_dir, os.W_OK):
@@ -133,12 +158,22 @@ def run(main, parser):
         if hasattr(args, "device"):
             args.device = choose_device(args.device)
         main(args)
+        distributed.stop()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _leave(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
-        sys.exit("error: the device has not enough memory; use a smaller --batch_size")
+        _leave("error: the device has not enough memory; use a smaller --batch_size")
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"error: {error.strerror or error}{place}; see --output_dir, --data_path and the disk")
+        _leave(f"error: {error.strerror or error}{place}; see --output_dir, --data_path and the disk")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here where the stage can")
+        _leave("interrupted; the same command goes on from here where the stage can")
+
+
+def _leave(message):
+    if distributed.size() == 1:
+        sys.exit(message)
+    if not distributed.first():
+        time.sleep(3)  # what all ranks meet is said by the first one, with which torchrun ends the others
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)  # gloo would wait for ranks that wait in a barrier

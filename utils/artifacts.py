@@ -4,7 +4,6 @@ Every array is a plain .npy in one directory. Beside `X.npy` lies `X.meta.json` 
 next stage compares it. Files without one (made by the published code) are taken as they are, after a look at their shape.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -150,155 +149,26 @@ def save_atomic(path, write):
         raise
 
 
+def copy_array(source, path):
+    """An array and its record in another directory; nothing where both are one."""
+    if Path(source).resolve() != Path(path).resolve():
+        for old, new in ((source, path), (meta_path(source), meta_path(path))):
+            with open(old, "rb") as content:
+                save_atomic(new, lambda file, content=content: shutil.copyfileobj(content, file))
+
+
 def save_json(path, content):
     save_atomic(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def save_table(path, table):
+    """A table {row: {column: number}} as .csv."""
+    lines = [["layer", *next(iter(table.values()))], *([name, *row.values()] for name, row in table.items())]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    save_atomic(path, lambda file: file.write(text.encode()))
 
 
 def save_array(path, array, meta):
     """Write an array and its record, each in one step."""
     save_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
     save_json(meta_path(path), {**meta, "shape": list(array.shape), "dtype": str(array.dtype)})
-
-
-class RowWriter:
-    """Arrays [rows, ...] written to disk while the rows arrive; a broken run goes on where it stopped.
-
-    The rows are written to `X.npy.partial`; a small json beside the first array counts the finished ones. `X.npy` appears when
-    all rows are there. Nothing is held in memory, and the disk is asked before the first row.
-
-    Parameters
-    arrays: {path: (shape, dtype)}, the first size of each shape is the number of rows.
-    meta: what the rows are made from. A started file with another meta is refused, with `overwrite` it is dropped.
-
-    Use as a context manager: `start` is the number of rows that an earlier run finished.
-    """
-
-    def __init__(self, arrays, meta, overwrite=False):
-        self.arrays = {Path(path): (tuple(shape), np.dtype(dtype)) for path, (shape, dtype) in arrays.items()}
-        self.meta = meta
-        described = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
-        self.identity = json.loads(json.dumps({**meta, "arrays": described}))  # what a started pass has to agree with
-        self.rows = next(iter(self.arrays.values()))[0][0]
-        first = next(iter(self.arrays))
-        self.record = first.with_name(first.name + ".progress.json")
-        self.partials = {path: path.with_name(path.name + ".partial") for path in self.arrays}
-        self.start = self._earlier_rows(overwrite)
-        self.done = self.start
-        self._files = {}
-
-    def _earlier_rows(self, overwrite):
-        if overwrite or not self.record.is_file() or not all(path.is_file() for path in self.partials.values()):
-            return 0
-        try:
-            record = json.loads(self.record.read_text())
-        except ValueError:
-            return 0
-        if record["identity"] != self.identity:
-            differing = [key for key in self.identity if record["identity"].get(key) != self.identity[key]]
-            raise UserError(
-                f"{self.record} belongs to a run with other {', '.join(differing) or 'settings'}; "
-                "repeat that run to finish it, or add --overwrite to start afresh"
-            )
-        return record["done"]
-
-    def __enter__(self):
-        self._require_space()
-        if not self.start:
-            self._drop_records_of_these_files()
-        try:
-            for path, (shape, dtype) in self.arrays.items():
-                partial = self.partials[path]
-                file = self._files[path] = open(partial, "r+b" if self.start else "w+b")
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-            self._offsets = {path: file.tell() for path, file in self._files.items()}
-        except BaseException:
-            self._close(remove=not self.start)
-            raise
-        return self
-
-    def _drop_records_of_these_files(self):
-        """Files that are begun anew no longer hold what a broken pass over other layers counts as finished there."""
-        for record in self.record.parent.glob("*.progress.json"):
-            with contextlib.suppress(ValueError, KeyError):
-                if json.loads(record.read_text())["identity"]["arrays"].keys() & self.identity["arrays"].keys():
-                    record.unlink()
-
-    def _require_space(self):
-        """Refuse what cannot fit, before any work is done."""
-        directory = next(iter(self.arrays)).parent
-        needed = sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.arrays.values())
-        there = sum(path.stat().st_blocks * 512 for path in self.partials.values() if path.is_file())
-        free = shutil.disk_usage(directory).free
-        if needed - there > free:
-            raise UserError(
-                f"{directory} has {free / 1e9:.2f} GB free and this run writes {needed / 1e9:.2f} GB; make room, choose another "
-                "--output_dir, or write less (--store_dtype float16, fewer layers, a larger --subsample)"
-            )
-
-    def write(self, row, blocks):
-        """Write rows from number `row` on: blocks {path: array [n, ...]}. Converts to the dtype of the file."""
-        for path, block in blocks.items():
-            shape, dtype = self.arrays[Path(path)]
-            row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-            file = self._files[Path(path)]
-            try:
-                file.seek(self._offsets[Path(path)] + row * row_bytes)
-                file.write(np.ascontiguousarray(block, dtype=dtype).data)
-                file.flush()
-            except OSError as error:
-                raise UserError(
-                    f"{path} cannot be written ({error.strerror}); {self.done} of {self.rows} rows are kept, and the same "
-                    "command goes on from there when there is room"
-                ) from error
-        self.done = row + len(block)
-        self.record.write_text(json.dumps({"identity": self.identity, "done": self.done}))
-
-    def __exit__(self, kind, error, trace):
-        if kind is not None or self.done < self.rows:
-            self._close(remove=self.done == 0)
-            return
-        self._close(remove=False)
-        for path, (shape, dtype) in self.arrays.items():
-            os.replace(self.partials[path], path)
-            save_json(meta_path(path), {**self.meta, "shape": list(shape), "dtype": str(dtype)})
-        self.record.unlink(missing_ok=True)
-
-    def _close(self, remove):
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk says so once more
-                file.close()
-        if remove:
-            self.record.unlink(missing_ok=True)
-            for partial in self.partials.values():
-                partial.unlink(missing_ok=True)
-
-
-class ColumnWriter:
-    """One float32 array [rows, columns] written to disk by blocks of columns; it appears under its name when all are there."""
-
-    def __init__(self, path, shape, meta):
-        self.path, self.shape, self.meta = Path(path), shape, meta
-        self.partial = self.path.with_name(self.path.name + ".partial")
-
-    def __enter__(self):
-        self._file = open(self.partial, "wb")
-        np.lib.format.write_array_header_1_0(self._file, {"descr": "<f4", "fortran_order": False, "shape": self.shape})
-        self._offset = self._file.tell()
-        return self
-
-    def write(self, column, block):
-        """Write columns from number `column` on: block [rows, n]."""
-        for row, values in enumerate(np.ascontiguousarray(block, dtype="<f4")):
-            self._file.seek(self._offset + 4 * (row * self.shape[1] + column))
-            self._file.write(values.data)
-
-    def __exit__(self, kind, error, trace):
-        try:
-            self._file.close()
-        finally:
-            if kind is not None:
-                self.partial.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self.partial, self.path)
-            save_json(meta_path(self.path), {**self.meta, "shape": list(self.shape), "dtype": "float32"})

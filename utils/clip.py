@@ -18,6 +18,7 @@ from utils.artifacts import is_checkpoint_path, one_line
 from utils.errors import UserError
 from utils.hooked_vit import HookedViT, check_supported
 
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 SCHEMES = ("hf-hub:", "local-dir:")
 
 
@@ -30,19 +31,22 @@ class Clip:
     tokenizer: Any
     fingerprint: str
     device: torch.device
+    autocast: Any = None
 
     def hooked_vit(self):
         """The image tower with named activations."""
-        return HookedViT(self.model.visual)
+        return HookedViT(self.model.visual, self.autocast)
 
 
-def load_clip(model, pretrained, device, seed=0):
+def load_clip(model, pretrained, device, seed=0, precision="float32"):
     """Load a CLIP in float32 and evaluation mode.
 
     Parameters
     model: an open_clip name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the path of a model-config json.
     pretrained: an open_clip tag, the path of a checkpoint (.safetensors or .pt), or 'random' for weights drawn from `seed`.
         Ignored for hf-hub and local-dir names, which bring their weights.
+
+    precision: of the image tower's forward pass, PRECISIONS; the weights stay in float32.
 
     The activation (GELU or QuickGELU) is the one that the weights were trained with: the tag's own, or the config's.
     Raises UserError for an unknown name or tag (with near matches), for weights that do not fit, cannot be fetched or are not
@@ -72,7 +76,19 @@ def load_clip(model, pretrained, device, seed=0):
     check_supported(clip.visual)
     transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     fingerprint = weights_fingerprint(clip)
-    return Clip(clip, transform, tokenizer, fingerprint, torch.device(device))
+    return Clip(clip, transform, tokenizer, fingerprint, torch.device(device), set_precision(precision, torch.device(device)))
+
+
+def set_precision(precision, device):
+    """Choose how float32 products are computed, for the process; returns the autocast dtype of the forward pass, or None.
+
+    Raises UserError for tf32 without a CUDA GPU.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bfloat16")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
 
 
 def _register_config(path):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from tqdm import tqdm
 
+from utils import distributed
 from utils.artifacts import one_line, read_texts
 from utils.errors import UserError
 
@@ -146,23 +147,22 @@ def _cifar(dataset, data_path, split):
     return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
 
 
-def batches(images, batch_size, num_workers=0, start=0, device="cpu", description="images"):
-    """Go through the images in order, with a progress bar.
+def batches(images, todo, num_workers=0, device="cpu", description="images"):
+    """Go through batches of images, with a progress bar.
 
-    Yields (row number of the first, images [B, 3, side, side] on `device`, labels [B] or masks [B, ...]), beginning with row
-    `start`, which has to be a multiple of the batch size. Raises UserError for an image that cannot be read.
+    todo: what a `RowWriter` has to do, a list of [number, [first row, end]]. Yields (number, first row, images
+    [B, 3, side, side] on `device`, labels [B] or masks [B, ...]). Raises UserError for an image that cannot be read.
     """
-    rest = torch.utils.data.Subset(images, range(start, len(images)))
     on_gpu = torch.device(device).type == "cuda"
-    loader = DataLoader(rest, batch_size, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
-    row = start
-    with tqdm(total=len(images), initial=start, desc=description, unit="image") as bar:
-        for batch in loader:
+    rows = [range(*piece) for _, piece in todo]
+    loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
+    count = sum(map(len, rows))
+    with tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
+        for (number, piece), batch in zip(todo, loader, strict=True):
             if isinstance(batch, UserError):
                 raise batch
             pixels, labels = batch
-            yield row, pixels.to(device, non_blocking=on_gpu), labels
-            row += len(labels)
+            yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
             bar.update(len(labels))
 
 

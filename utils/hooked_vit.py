@@ -18,6 +18,8 @@ class HookedViT:
 
     The tower itself is used as it is: no weights are copied and its fused attention stays in place.
 
+    autocast: torch.bfloat16 or float16 for a forward pass in that precision; what is recorded from it is computed in float32.
+
     Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `T` (tokens at the trained resolution), `grid` (rows, columns of patches).
 
     Activations that `record` knows, for block l:
@@ -31,9 +33,9 @@ class HookedViT:
     Raises UserError for a tower that the method does not cover.
     """
 
-    def __init__(self, visual):
+    def __init__(self, visual, autocast=None):
         check_supported(visual)
-        self.visual = visual
+        self.visual, self.autocast = visual, autocast
         self.blocks = visual.transformer.resblocks
         first = self.blocks[0]
         self.L, self.H = len(self.blocks), first.attn.num_heads
@@ -50,8 +52,10 @@ class HookedViT:
 
     def __call__(self, images):
         """[B, 3, side, side] -> the un-normalised representation [B, D]."""
-        output = self.visual(images)
-        return output[0] if isinstance(output, tuple) else output  # towers with output_tokens return both
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.visual(images)
+        output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens return both
+        return output.float()
 
     @contextmanager
     def record(self, *patterns):
@@ -83,9 +87,11 @@ def _hook(wanted, cache, activations):
     """A forward hook that keeps, of what activations(module, input, output) gives by name, what is wanted."""
 
     def hook(module, inputs, output):
-        for name, compute in activations(module, inputs[0].detach(), output.detach()).items():
-            if name in wanted:
-                cache[name] = compute()
+        z, x = inputs[0].detach(), output.detach()
+        with torch.autocast(x.device.type, enabled=False):
+            for name, compute in activations(module, z.float(), x.float()).items():
+                if name in wanted:
+                    cache[name] = compute()
 
     return hook
 

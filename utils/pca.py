@@ -1,13 +1,16 @@
 """The main direction of every neuron's second-order effects (section 4.1 of the paper)."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.artifacts import ColumnWriter, save_array
+from utils import distributed
+from utils.artifacts import copy_array
+from utils.effects import open_effects
 from utils.errors import UserError
-
-IMAGES = 512  # images whose norms are computed at a time
+from utils.rows import RowWriter
 
 
 def principal_directions(rows):
@@ -36,39 +39,48 @@ def principal_directions(rows):
     return (r * sign[:, None]).float(), explained.float()
 
 
-def write_statistics(effects, names, dataset, layer, k, memory):
-    """The statistics of all neurons of one layer, a block of neurons at a time, written to the files of `names.statistics`.
+def write_statistics(names, results, dataset, layers, k, memory, device="cpu", overwrite=False):
+    """The statistics of all neurons, a block of neurons at a time, written to the files of `results.statistics`.
 
     Parameters
-    effects: what `open_effects` returns. names: Names of the output. k: images per neuron. memory: bytes to read at a time.
+    names: Names of the input, whose effects of the train split are read. k: images per neuron. memory: bytes to read at a time.
+    overwrite: drop what a broken run left.
 
-    Returns the share of the top images' squared norm along the first component, averaged over neurons.
+    Returns {layer: share of the top images' squared norm along the first component, averaged over neurons}.
     Raises UserError when there are fewer than k images.
     """
-    if effects.images < k:
-        raise UserError(
-            f"{effects.path} has {effects.images} images, and --top_k_pca {k} needs {k}; lower --top_k_pca, or run "
-            "compute_second_order_neuron_prs.py with a smaller --subsample"
-        )
-    N, D = effects.N, effects.D
-    mean, pcas = np.empty((N, D), np.float32), np.empty((N, D), np.float32)
-    norms, shares = np.empty((N, k), np.float32), np.empty(N, np.float32)
-    meta = {key: value for key, value in effects.meta.items() if key not in ("shape", "dtype", "layers")}
-
-    def path(part):
-        return names.statistics(dataset, layer, part)
-
-    with ColumnWriter(path("image_norms"), (effects.images, N), meta) as image_norms:
-        for neurons in tqdm(effects.slices(memory, k), desc=f"layer {layer}", unit="block"):
-            block = effects.read(neurons)
-            all_norms = torch.cat([block.norms(slice(i, i + IMAGES)) for i in range(0, effects.images, IMAGES)])  # [images, n]
-            rows = block.take(all_norms.topk(k, dim=0).indices.T)  # [n, k, D]
-            r, explained = principal_directions(rows)
-            mean[neurons], pcas[neurons], shares[neurons] = block.mean.cpu(), r.cpu(), explained.cpu()
-            norms[neurons] = rows.norm(dim=-1).sort(dim=1).values.cpu()
-            image_norms.write(neurons.start, all_norms.cpu().numpy())
-    save_array(path("mean"), mean, meta)
-    save_array(path(f"{k}_pca"), pcas, meta)
-    save_array(path(f"{k}_norm"), norms, meta)
-    save_array(path(f"{k}_explained"), shares, meta)
-    return float(shares.mean())
+    with ExitStack() as stack:  # all layers' files appear together, so that a broken run goes on at its layer
+        writers = {}
+        for layer in layers:
+            effects = open_effects(names, dataset, "train", layer, device)
+            if (effects.kept or effects.images) < k:
+                raise UserError(
+                    f"{effects.path} has {effects.kept or effects.images} images for a neuron, and --top_k_pca {k} needs {k}; "
+                    "lower it, or run compute_second_order_neuron_prs.py with a smaller --subsample (for --keep top, a larger "
+                    "--top_k_pca)"
+                )
+            N, D = effects.N, effects.D
+            shapes = {"mean": (N, D), f"{k}_pca": (N, D), f"{k}_norm": (N, k), f"{k}_explained": (N,)}
+            paths = {part: results.statistics(dataset, layer, part) for part in (*shapes, "image_norms")}
+            arrays = {paths[part]: (shape, "float32") for part, shape in shapes.items()}
+            if effects.image_norms is None:
+                arrays[paths["image_norms"]] = ((effects.images, N), "float32")
+            elif distributed.first():
+                copy_array(effects.image_norms, paths["image_norms"])
+            meta = {key: value for key, value in effects.meta.items() if key not in ("shape", "dtype", "layers")}
+            pieces = [[neurons.start, neurons.stop] for neurons in effects.slices(memory, k)]
+            writer = RowWriter(arrays, meta, pieces, overwrite, columns=[paths["image_norms"]])
+            writers[layer] = stack.enter_context(writer), paths
+        for layer, (writer, paths) in writers.items():
+            effects = open_effects(names, dataset, "train", layer, device)
+            bar = tqdm(writer.todo, desc=f"layer {layer}", unit="block", disable=not distributed.first())
+            for number, (start, stop) in bar:
+                block = effects.read(slice(start, stop))
+                rows, norms = block.top(k)  # [n, k, D], [images, n]
+                r, explained = principal_directions(rows)
+                top = rows.norm(dim=-1).sort(dim=1).values
+                found = {"mean": block.mean, f"{k}_pca": r, f"{k}_norm": top, f"{k}_explained": explained}
+                if norms is not None:
+                    found["image_norms"] = norms
+                writer.write(number, start, {paths[part]: values.cpu().numpy() for part, values in found.items()})
+    return {layer: float(np.load(paths[f"{k}_explained"]).mean()) for layer, (_, paths) in writers.items()}

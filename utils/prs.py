@@ -55,6 +55,23 @@ def parse_layers(layers, vit):
     return sorted({int(l) for l in layers})
 
 
+def groups_of_layers(vit, layers, memory):
+    """Divide layers into lists that are worked on in one pass over the images.
+
+    memory: bytes that the folded weights [K, N, e] and the Gram matrices [N, K, K] of a list may take; it has one layer at least.
+    """
+    groups, used = [], memory
+    for layer in layers:
+        K = (vit.L - 1 - layer) * vit.H
+        needed = 4 * vit.N * K * (vit.d // vit.H + K)
+        if used + needed > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += needed
+    return groups
+
+
 @torch.no_grad()
 def fold(vit, layer):
     """Fold the weights of every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).

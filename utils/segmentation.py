@@ -46,6 +46,7 @@ class SegmentationSet(Dataset):
         path = Path(path)
         self.path = path / "gtsegs_ijcv.mat" if path.is_dir() else path
         self.transform, self.mask_transform = transform, mask_transform
+        self.reads_images = True  # else item i has nothing in the image's place, when only masks are needed
         if not self.path.is_file():
             raise UserError(f"--dataset_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one of its layout")
         try:
@@ -74,7 +75,8 @@ class SegmentationSet(Dataset):
             image, mask = self.read(index)
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             return UserError(f"{self.path}: image {index} (of 0 to {len(self) - 1}) cannot be read ({one_line(error)[:120]})")
-        return self.transform(image), torch.from_numpy(np.array(self.mask_transform(mask)).view(np.int8))
+        pixels = self.transform(image) if self.reads_images else torch.empty(0)
+        return pixels, torch.from_numpy(np.array(self.mask_transform(mask)).view(np.int8))
 
     def read(self, index):
         """Image and mask as they are in the file, as PIL images; the mask is 0, 1, and 255 where it is to be ignored."""
@@ -256,11 +258,11 @@ class RolloutMaps:
         return reached[:, 1:]
 
 
-def heat_maps(vit, method, images, row, size):
-    """One forward pass: images [B, 3, side, side], the first being number `row` -> maps [B, *size] in [0, 1] on the CPU."""
+def patch_maps(vit, method, images, row):
+    """One forward pass: images [B, 3, side, side], the first being number `row` -> maps over patches [B, T-1]."""
     with vit.record(*method.activations) as cache:
         representation = vit(images)
-    return enlarge(method(cache, row, representation).cpu(), vit.grid, size)
+    return method(cache, row, representation)
 
 
 def enlarge(maps, grid, size):

@@ -3,12 +3,17 @@
 import hashlib
 import json
 
+import numpy as np
 import scipy.sparse
 import torch
 from tqdm import tqdm
 
+from utils import distributed
 from utils.artifacts import load_array, load_meta, meta_path, read_texts, save_atomic, save_json
 from utils.errors import UserError
+from utils.rows import RowWriter, row_pieces
+
+BLOCK = 256  # targets that are pursued at a time
 
 
 def load_texts(names, name, descriptions_dir, flags):
@@ -26,26 +31,29 @@ def load_texts(names, name, descriptions_dir, flags):
     return texts, vectors, load_meta(path).get("fingerprint")
 
 
+def decomposition_matrix(support, coefficients, texts):
+    """Support and coefficients [N, S] as the pursuit finds them -> csc matrix [N, texts]."""
+    chosen = support >= 0
+    shape = (len(support), texts)
+    return scipy.sparse.coo_matrix((coefficients[chosen], (chosen.nonzero()[0], support[chosen])), shape=shape).tocsc()
+
+
 def save_decomposition(path, support, coefficients, texts, meta):
     """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it.
 
-    support, coefficients [N, S] as `orthogonal_matching_pursuit` returns them. meta: what they are made from, for the record
-    beside. Returns the csc matrix [N, texts] of the .npz.
+    support, coefficients [N, S], numpy arrays. meta: what they are made from, for the record beside.
     """
-    order = coefficients.abs().argsort(dim=1, descending=True, stable=True)
-    support, coefficients = support.gather(1, order).cpu().numpy(), coefficients.gather(1, order).cpu().numpy()
+    order = np.argsort(-np.abs(coefficients), axis=1, kind="stable")
+    support, coefficients = np.take_along_axis(support, order, 1), np.take_along_axis(coefficients, order, 1)
     chosen = support >= 0
     lines = []
     for n in range(len(support)):
         entries = zip(support[n][chosen[n]].tolist(), coefficients[n][chosen[n]].tolist(), strict=True)
         lines.append(f'"{n}": ' + json.dumps([[i, c, texts[i]] for i, c in entries], ensure_ascii=False))
     save_atomic(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
-    rows = chosen.nonzero()[0]
-    shape = (len(support), len(texts))
-    matrix = scipy.sparse.coo_matrix((coefficients[chosen], (rows, support[chosen])), shape=shape).tocsc()
+    matrix = decomposition_matrix(support, coefficients, len(texts))
     save_atomic(path.with_suffix(".npz"), lambda file: scipy.sparse.save_npz(file, matrix))
-    save_json(meta_path(path), {**meta, "shape": list(shape)})
-    return matrix
+    save_json(meta_path(path), {**meta, "shape": list(matrix.shape)})
 
 
 def make_atoms(text_vectors, normalise="axis"):
@@ -59,7 +67,7 @@ def make_atoms(text_vectors, normalise="axis"):
     return 100 * centred / norms.clamp_min(torch.finfo(centred.dtype).tiny)
 
 
-def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=256, progress=False):
+def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     """Orthogonal matching pursuit of many targets at once; what scikit-learn's SparseCoder("omp") computes, one by one.
 
     Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all chosen atoms anew
@@ -76,17 +84,50 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=256, progress=F
 
     Raises UserError when more atoms are asked for than there are.
     """
-    if not 1 <= n_nonzero <= len(atoms):
-        raise UserError(f"--components {n_nonzero} cannot be chosen from {len(atoms)} texts; give 1 to {len(atoms)}")
-    first, distinct = _first_of_equal(atoms)
-    support = torch.full((len(targets), n_nonzero), -1, dtype=torch.int64, device=atoms.device)
-    coefficients = torch.zeros(len(targets), n_nonzero, dtype=atoms.dtype, device=atoms.device)
-    starts = range(0, len(targets), block)
-    for start in tqdm(starts, desc="OMP", unit="block", disable=not progress):
-        rows = slice(start, start + block)
-        support[rows], coefficients[rows] = _pursue(distinct, targets[rows], min(n_nonzero, len(distinct)), n_nonzero)
-    chosen = support >= 0
-    support[chosen] = first[support[chosen]]
+    pursue = Pursuit(atoms, n_nonzero)
+    support, coefficients = zip(*(pursue(part) for part in targets.split(block)), strict=True)
+    return torch.cat(support), torch.cat(coefficients)
+
+
+class Pursuit:
+    """`orthogonal_matching_pursuit` of one block of targets [b, D] at a time, over the same atoms."""
+
+    def __init__(self, atoms, n_nonzero):
+        if not 1 <= n_nonzero <= len(atoms):
+            raise UserError(f"--components {n_nonzero} cannot be chosen from {len(atoms)} texts; give 1 to {len(atoms)}")
+        self.first, self.distinct = _first_of_equal(atoms)
+        self.n_nonzero = n_nonzero
+
+    def __call__(self, targets):
+        support, coefficients = _pursue(self.distinct, targets, min(self.n_nonzero, len(self.distinct)), self.n_nonzero)
+        chosen = support >= 0
+        support[chosen] = self.first[support[chosen]]
+        return support, coefficients
+
+
+def decompose(atoms, targets, n_nonzero, path, meta, overwrite=False):
+    """The pursuit of all targets, BLOCK at a time, by all processes; a broken run goes on where it stopped.
+
+    Parameters
+    atoms [texts, D], targets [n, D]. path: of the result, beside which the finished blocks are kept. meta: what it is made from.
+
+    Returns support and coefficients [n, n_nonzero], numpy arrays.
+    """
+    pursue = Pursuit(atoms, n_nonzero)
+    paths = [path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients")]
+    shape = (len(targets), n_nonzero)
+    arrays = dict(zip(paths, ((shape, "int32"), (shape, "float32")), strict=True))
+    sums = {"atoms": float(atoms.double().sum().cpu()), "targets": float(targets.double().sum().cpu())}
+    with RowWriter(arrays, {**meta, **sums}, row_pieces(len(targets), BLOCK), overwrite) as writer:
+        for number, (start, stop) in tqdm(writer.todo, desc="OMP", unit="block", disable=not distributed.first()):
+            found = pursue(targets[start:stop])
+            writer.write(number, start, {path: part.cpu().numpy() for path, part in zip(paths, found, strict=True)})
+    support, coefficients = (np.load(path, allow_pickle=False) for path in paths)
+    distributed.barrier()  # every process has read what the first one now removes: the result will hold it
+    if distributed.first():
+        for path in paths:
+            path.unlink()
+            meta_path(path).unlink()
     return support, coefficients
 
 

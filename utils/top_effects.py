@@ -1,0 +1,260 @@
+"""The second-order effects of many layers without their store: only each neuron's largest ones are kept (`--keep top`).
+
+`compute_pcas.py` needs the mean effect of every neuron, the centred norm of every effect, and the k largest centred effects. Two
+passes over the images give these: the first sums up the coefficients, the second takes the norms about the mean (quadratic forms
+in the coefficients) and keeps the coefficients of the k largest. Shapes as in `utils.prs`; k images per neuron.
+
+Both passes are gone on with after an interruption: what a process has summed up or kept is saved every few seconds, together with
+the number of its batches that are in it. Under torchrun every process has its own; the first one puts them together at the end.
+"""
+
+import json
+import mmap
+import time
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from utils import distributed
+from utils.artifacts import meta_path, save_array, save_atomic, save_json
+from utils.datasets import batches
+from utils.effects import save_directions
+from utils.errors import UserError
+from utils.prs import CentredNorms, fold, second_order
+from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces
+
+FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
+MERGED = 64  # neurons that are put together at a time
+
+
+class Saved:
+    """Arrays of one process, changed in memory, saved with the number of batches that are in them.
+
+    path: where. identity: what they belong to; a file of something else is refused. make: gives the arrays at the start.
+    """
+
+    def __init__(self, path, identity, make, overwrite):
+        self.path, self.identity = path, json.dumps(identity, sort_keys=True)
+        self.done, self.arrays = 0, None
+        if path.is_file() and not overwrite:
+            self._load()
+        if self.arrays is None:
+            self.arrays = make()
+        self.saved = time.monotonic()
+
+    def _load(self):
+        with suppress(ValueError, EOFError, OSError, KeyError), np.load(self.path, allow_pickle=False) as file:
+            if str(file["identity"]) != self.identity:
+                raise UserError(
+                    f"{self.path} belongs to a run with other settings; repeat that run to finish it, or add --overwrite to "
+                    "start afresh"
+                )
+            self.done = int(file["done"])
+            self.arrays = {name: file[name] for name in file.files if name not in ("identity", "done")}
+
+    def step(self, before=None, last=False):
+        """Count one more batch, or with `last` none; save when it is time. before: called first, to save what belongs to it."""
+        self.done += not last
+        if last or time.monotonic() - self.saved > COMMIT_SECONDS:
+            if before:
+                before()
+            content = {"identity": self.identity, "done": self.done, **self.arrays}
+            save_atomic(self.path, lambda file: np.savez(file, **content))
+            self.saved = time.monotonic()
+
+
+class TopEffects:
+    """Means, norms and the k largest effects of some layers, by two passes over the images.
+
+    Parameters
+    vit: HookedViT. layers: that are worked on together. images: `Images`. k: effects to keep of every neuron. names: Names of
+    the output. dataset, split: for its names. meta: what the effects are made from. batch_size. passing: the keyword arguments
+    num_workers and device of `batches`. coefficient: as in `second_order`. overwrite: drop what a broken run left.
+    """
+
+    def __init__(self, vit, layers, images, k, names, dataset, split, meta, batch_size, passing, coefficient, overwrite):
+        if len(images) < k:
+            raise UserError(f"there are {len(images)} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
+        self.vit, self.layers, self.images, self.k = vit, layers, images, k
+        self.names, self.dataset, self.split, self.meta = names, dataset, split, {**meta, "top_k_pca": k}
+        self.passing, self.coefficient, self.overwrite = passing, coefficient, overwrite
+        self.pieces = row_pieces(len(images), batch_size)
+        self.work = distributed.share(list(enumerate(self.pieces)))  # the same in every run of as many processes
+        self.identity = {**self.meta, "layers": self.layers, "processes": distributed.size()}
+
+    def path(self, layer, part):
+        return self.names.effects(self.dataset, self.split, layer, part)
+
+    def of_rank(self, part, layer, rank=None):
+        """A file of one process."""
+        rank = distributed.rank() if rank is None else rank
+        path = self.path(layer, part)
+        return path.with_name(f"{path.stem}.rank{rank}.partial")
+
+    def writer(self):
+        """Of bias and image_norms, to be entered before `run` and left after it."""
+        arrays, kept = {}, 0
+        for layer in self.layers:
+            arrays[self.path(layer, "bias")] = ((len(self.images), self.vit.D), "float32")
+            arrays[self.path(layer, "image_norms")] = ((len(self.images), self.vit.N), "float32")
+            kept += 4 * self.vit.N * self.k * (self.vit.L - 1 - layer) * self.vit.H
+        return RowWriter(arrays, {**self.meta, "layers": self.layers}, self.pieces, self.overwrite, besides=kept)
+
+    @torch.inference_mode()
+    def run(self, writer):
+        """Both passes. Besides the writer's arrays they leave values, outputs, top_coefficients [N, k, K], top_images [N, k] and
+        top_mean [N, D] of every layer."""
+        self.directions = [fold(self.vit, layer) for layer in self.layers]
+        self.second_pass(self.first_pass(), writer)
+        if distributed.first():
+            for item in self.directions:
+                save_directions(self.names, self.dataset, self.split, item, self.meta)
+        self.directions = None
+
+    def clean(self):
+        """Remove what an interrupted run would have gone on with."""
+        if distributed.first():
+            for rank in range(distributed.size()):
+                self.of_rank("sums", self.layers[0], rank).unlink(missing_ok=True)
+                self.of_rank("top", self.layers[0], rank).unlink(missing_ok=True)
+
+    def first_pass(self):
+        """The mean coefficients [K, N] and mean kappa [D] of every layer, float32."""
+        first = self.layers[0]
+
+        def zeros():
+            arrays = {}
+            for item in self.directions:
+                K, N, _ = item.values.shape
+                arrays |= {f"C{item.layer}": np.zeros((K, N), np.int64), f"kappa{item.layer}": np.zeros(self.vit.D, np.int64)}
+            return arrays
+
+        sums = Saved(self.of_rank("sums", first), self.identity, zeros, self.overwrite)
+        scale = FIXED / self.coefficient
+
+        def add(name, values):
+            sums.arrays[name] += (values.sum(dim=0, dtype=torch.float64) * scale).round().to(torch.int64).numpy()
+
+        for _, _, pixels, _ in batches(self.images, self.work[sums.done :], **self.passing, description="means"):
+            _, effects = second_order(self.vit, pixels, self.directions, self.coefficient)
+            for layer, (C, kappa) in zip(self.layers, effects, strict=True):
+                add(f"C{layer}", C.cpu())
+                add(f"kappa{layer}", kappa.cpu())
+            sums.step()
+        sums.step(last=True)
+        distributed.barrier()
+        total = None
+        for rank in range(distributed.size()):
+            with np.load(self.of_rank("sums", first, rank), allow_pickle=False) as file:
+                part = {name: file[name] for name in sums.arrays}
+            total = part if total is None else {name: total[name] + part[name] for name in total}
+        count = len(self.images) * scale
+        return {name: torch.from_numpy((value / count).astype(np.float32)) for name, value in total.items()}
+
+    def second_pass(self, means, writer):
+        """Keep the largest effects, and write bias and norms with `writer`."""
+        device, stores = self.passing["device"], []
+        for item in self.directions:
+            layer = item.layer
+            stores.append(_Store(item, means[f"C{layer}"].to(device), means[f"kappa{layer}"].to(device), self.k))
+
+        def empty():
+            made = {f"norms{s.layer}": np.full((s.N, self.k), -1, np.float32) for s in stores}
+            return made | {f"images{s.layer}": np.full((s.N, self.k), -1, np.int32) for s in stores}
+
+        top = Saved(self.of_rank("top", self.layers[0]), self.identity, empty, self.overwrite)
+        if top.done < len(self.work):
+            for store in stores:
+                store.open(self.of_rank("top_coefficients", store.layer), fresh=not top.done)
+
+            def save_first():  # what counts as kept has to be on the disk before
+                for store in stores:
+                    store.file.flush()
+                writer.commit()
+
+            for number, row, pixels, _ in batches(self.images, self.work[top.done :], **self.passing, description="effects"):
+                _, effects = second_order(self.vit, pixels, self.directions, self.coefficient)
+                blocks = {}
+                for store, (C, kappa) in zip(stores, effects, strict=True):
+                    norms = store.norms(C, kappa).cpu().numpy()
+                    kept = top.arrays[f"norms{store.layer}"], top.arrays[f"images{store.layer}"]
+                    store.keep(*kept, norms, (C - store.mean_C).cpu().numpy(), row)
+                    blocks[self.path(store.layer, "bias")] = kappa.cpu().numpy()
+                    blocks[self.path(store.layer, "image_norms")] = norms
+                writer.write(number, row, blocks)
+                top.step(save_first)
+            top.step(save_first, last=True)
+        distributed.barrier()
+        if distributed.first():
+            self.put_together(stores)
+
+    def put_together(self, stores):
+        """Of what all processes kept, the k largest by falling norm, of equal ones the earlier image."""
+        ranks = range(distributed.size())
+        kept = [np.load(self.of_rank("top", self.layers[0], rank), allow_pickle=False) for rank in ranks]
+        for store in stores:
+            layer, paths = store.layer, [self.of_rank("top_coefficients", store.layer, rank) for rank in ranks]
+            if not all(path.is_file() for path in paths):
+                continue  # done before an interruption
+            norms = np.concatenate([file[f"norms{layer}"] for file in kept], axis=1)  # [N, ranks k]
+            images = np.concatenate([file[f"images{layer}"] for file in kept], axis=1)
+            order = np.lexsort((images, -norms), axis=1)[:, : self.k]
+            files = [np.memmap(path, np.float32, "r", shape=store.shape) for path in paths]
+
+            _save_sorted(self.path(layer, "top_coefficients"), files, order, self.meta)
+            save_array(self.path(layer, "top_images"), np.take_along_axis(images, order, axis=1), self.meta)
+            save_array(self.path(layer, "top_mean"), store.mean.cpu().numpy(), self.meta)
+            for path in paths:
+                path.unlink()
+
+
+class _Store:
+    """What the second pass needs of one layer, and the coefficients [N, k, K] that it keeps, in a file."""
+
+    def __init__(self, directions, mean_C, mean_kappa, k):
+        self.layer, self.mean_C = directions.layer, mean_C
+        K, self.N, _ = directions.values.shape
+        self.shape = (self.N, k, K)
+        heads = torch.einsum("kn,kne->nke", mean_C, directions.values)
+        self.mean = torch.einsum("nke,keo->no", heads, directions.outputs) + mean_kappa
+        self.norms = CentredNorms(directions, self.mean)
+
+    def open(self, path, fresh):
+        if fresh:
+            with open(path, "wb") as file:
+                file.truncate(4 * int(np.prod(self.shape, dtype=np.int64)))
+        try:
+            self.file = np.memmap(path, np.float32, "r+", shape=self.shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} of a broken run is missing or cut off; add --overwrite to start afresh") from error
+
+    def keep(self, top_norms, top_images, norms, C, row):
+        """Let the effects of a batch take the places of smaller ones.
+
+        top_norms, top_images [N, k]: of the kept ones, changed in place. norms [B, N]. C [B, K, N], centred. row: first image.
+        """
+        smallest = top_norms.argmin(axis=1)  # [N]
+        for image in range(len(norms)):
+            neurons = np.flatnonzero(norms[image] > top_norms[np.arange(self.N), smallest])
+            slots = smallest[neurons]
+            self.file[neurons, slots] = C[image][:, neurons].T
+            top_norms[neurons, slots], top_images[neurons, slots] = norms[image, neurons], row + image
+            smallest[neurons] = top_norms[neurons].argmin(axis=1)
+        with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
+            self.file._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _save_sorted(path, files, order, meta):
+    """[N, k, K] from the processes' files [N, k, K], a block of neurons at a time; order [N, k]: the places in all of theirs."""
+    shape = (*order.shape, files[0].shape[2])
+
+    def write(out):
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, header)
+        for start in range(0, len(order), MERGED):
+            every = np.concatenate([file[start : start + MERGED] for file in files], axis=1)  # [n, processes k, K]
+            out.write(np.take_along_axis(every, order[start : start + MERGED, :, None], axis=1).data)
+
+    save_atomic(path, write)
+    save_json(meta_path(path), {**meta, "shape": list(shape), "dtype": "float32"})
