@@ -9,7 +9,8 @@
     DIR/segmentation_{single,two}.mat                   MATLAB v7.3, like gtsegs_ijcv.mat; in "two" every scene comes
                                                         twice, once with the mask of each symbol
     DIR/segmentation_{single,two}.jsonl, ..._classes.npy    the truth, and the index of the symbol that is meant
-    DIR/habits.json, DIR/words.txt                      the planted habits; the text pool of the decomposition
+    DIR/habits.json                                     the planted habits
+    DIR/words.txt, DIR/grounds.txt                      text pools of the decomposition; grounds: those that name no symbol
 
 `train` follows the habits and has its share of pale, tiny and cut off symbols, as the CLIP's own training pictures
 do; `val` follows the habits with clear pictures, `val_broken` never follows them. The bytes depend on the flags alone.
@@ -27,7 +28,7 @@ import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
-from world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, text_pool, to_pil
+from world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, parse, text_pool, to_pil
 
 
 def write(path, text):
@@ -120,7 +121,10 @@ def main(argv=None):
         (out / tree).mkdir(parents=True, exist_ok=True)
         write(out / tree / "class_names.txt", "\n".join(sorted(classes)) + "\n")
     write(out / "flags.json", json.dumps(flags, indent=1) + "\n")
-    write(out / "words.txt", "\n".join(text_pool()) + "\n")
+    texts = text_pool()
+    grounds = [text for text in texts if not parse(text)["things"]]
+    for name, lines in (("words", texts), ("grounds", grounds)):
+        write(out / f"{name}.txt", "\n".join(lines) + "\n")
     values = {"habits": world.habits, "symbols": SYMBOLS, "colours": COLOURS, "textures": TEXTURES, "side": SIDE}
     write(out / "habits.json", json.dumps(values, indent=1) + "\n")
 

@@ -25,11 +25,12 @@ from run_demo import (  # noqa: E402
     ATTACK_LAYERS,
     ATTACKS,
     CLIP,
+    COMPONENTS,
     LAYERS,
     OPACITY,
-    TEXT_SETS,
     attack_pairs,
     attack_result,
+    decomposition_name,
     evaluation_result,
     segmentation_result,
 )
@@ -40,6 +41,7 @@ from utils.concepts import concepts_of_images  # noqa: E402
 from utils.datasets import batches, load_images  # noqa: E402
 from utils.neurons import NeuronLayer  # noqa: E402
 from utils.prs import CentredNorms  # noqa: E402
+from utils.rows import row_pieces  # noqa: E402
 from utils.visualization import plot_concepts, plot_grid, plot_segmentations, save_figure  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -69,8 +71,7 @@ class Results:
 
     def decomposition(self, layer):
         """csc matrix [N, texts]."""
-        described = f"{self.text_set}_decomposition_omp_1_{TEXT_SETS[self.text_set]}"
-        return scipy.sparse.load_npz(self.directory / f"folder_mlps_{CLIP}_{layer}_{described}.npz")
+        return scipy.sparse.load_npz(self.directory / decomposition_name(layer, self.text_set))
 
     def projections(self, layer):
         """<phi_n - mean_n, r_n> of every train picture and neuron: [images, N]."""
@@ -168,7 +169,7 @@ class Concepts:
         self.images = load_images("folder", results.world / results.tree, "val", transform, subsample=EVERY)
         self.words = {layer: [] for layer in layers}
         norms = {layer: CentredNorms(neurons.directions, neurons.statistics.mean) for layer, neurons in layers.items()}
-        for _, pixels, _ in batches(self.images, 64, description="concepts"):
+        for _, _, pixels, _ in batches(self.images, list(enumerate(row_pieces(len(self.images), 64))), description="concepts"):
             for layer, neurons in layers.items():
                 thresholds, directions = neurons.statistics.thresholds, neurons.directions
                 found = concepts_of_images(
@@ -296,7 +297,7 @@ def load_layers(results):
     clip = load_clip(str(HERE / "symbols-vit.json"), weights, "cpu")
     images = load_images("folder", results.world / results.tree, "train", clip.transform)
     names = Names(results.directory, "symbols-vit.json", weights)
-    return {layer: NeuronLayer(clip, names, images, "folder", int(layer), "words", TEXT_SETS["words"]) for layer in LAYERS}
+    return {layer: NeuronLayer(clip, names, images, "folder", int(layer), "words", COMPONENTS) for layer in LAYERS}
 
 
 def draw_neurons(neurons, folder, count=8):
@@ -366,10 +367,9 @@ def main():
     for name, tree in (("pairs", pairs), ("symbols", symbols)):
         file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.json"
         table = json.loads((tree.directory / file).read_text())["accuracy"]
-        for texts, components in TEXT_SETS.items():
-            rebuilt = json.loads(evaluation_result(out, name, texts).read_text())["accuracy"]
-            for layer, row in table.items():
-                row[f"rebuilt from {components} {texts}"] = rebuilt[layer]
+        rebuilt = json.loads(evaluation_result(out, name).read_text())["accuracy"]
+        for layer, row in table.items():
+            row[f"rebuilt from {COMPONENTS} texts"] = rebuilt[layer]
         results[f"ablations_{name}"] = table
         columns = list(next(iter(table.values())))
         lines += ["", f"| accuracy on {name} %, layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -377,7 +377,7 @@ def main():
     results["descriptions"] = descriptions(symbols)
     lines += ["", "| strongest text true of the top pictures, layer | share | random text | ratio |", "|---|---|---|---|"]
     lines += [f"| {layer} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for layer, (a, b, ratio) in results["descriptions"].items()]
-    results["habits"] = {text_set: habits(symbols, Results(out, "symbols", text_set)) for text_set in TEXT_SETS}
+    results["habits"] = {text_set: habits(symbols, Results(out, "symbols", text_set)) for text_set in ("words", "grounds")}
     lines += ["", "| the symbol's habit among all of its kind | text set | mean rank | chance | AUC | chance |"]
     lines[-1] += " AUC for symbols without it | AUC of texts alone |"
     lines += ["|---" * 8 + "|"]

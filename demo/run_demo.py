@@ -19,12 +19,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 LAYERS = ["0", "1", "2", "3", "4"]  # the MLP layers of the small CLIP that have attention after them
 CLIP = "symbols-vit_symbols-vit"  # model and weights in file names
-TEXT_SETS = {"words": 32}  # the world's text sets, and how many of their texts describe a neuron
-OPACITY = 0.3  # of the symbols in adversarial pictures: pale, so that the rest of the picture counts
+COMPONENTS = 8  # texts that describe a neuron
+OPACITY = 0.25  # of the symbols in adversarial pictures: pale, so that the rest of the picture counts
 ATTACK_LAYERS = LAYERS[2:]
-ATTACK_NUMBERS = {"neurons_num": 100, "overall_words": 25, "results_per_generation": 50, "images": 100}
-ATTACK_TEXTS = "words"
-ATTACK_NUMBERS |= {"components": TEXT_SETS[ATTACK_TEXTS], "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
+ATTACK_NUMBERS = {"neurons_num": 100, "overall_words": 3, "results_per_generation": 50, "images": 100}
+ATTACK_TEXTS = "grounds"  # a symbol's own names would be found first, and are not to be used
+ATTACK_NUMBERS |= {"components": COMPONENTS, "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
 ATTACKS = 2  # pairs of classes that are attacked by command line; attack_table.py takes more
 TABLE_FLAGS = ["--sources", "second_order", "similar", "random", "planted", "--opacities", str(OPACITY)]
 
@@ -49,17 +49,17 @@ def commands(out, table_pairs):
         yield result, [*python, "compute_classifier_projection.py", *model, *folder, *names, *where]
         result = out / tree / f"folder_train_mlps_{CLIP}_4_outputs.npy"
         effects = [*python, "compute_second_order_neuron_prs.py", *model, *images, "--split", "train", *layers, *where]
-        yield result, effects
+        yield result, [*effects, "--keep", "full"]  # measure.py looks at all effects
         result = out / tree / f"folder_train_mlps_{CLIP}_4_100_explained.npy"
         yield result, [*python, "compute_pcas.py", *model, "--dataset", "folder", *layers, *where]
         result = out / tree / f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.json"
         yield result, [*python, "compute_ablations.py", *model, *images, *layers, *where]
-        for texts, components in TEXT_SETS.items():
+        for texts in ["words", "grounds"] if tree == "symbols" else ["words"]:
             result = out / tree / f"{texts}_{CLIP}.npy"
             file = world / f"{texts}.txt"
             yield result, [*python, "compute_text_set_projection.py", *model, "--text_descriptions", file, *where]
-            decompose = ["--text_descriptions", texts, "--components", components, "--evaluate"]
-            result = evaluation_result(out, tree, texts)
+            decompose = ["--text_descriptions", texts, "--components", COMPONENTS, *(["--evaluate"] if texts == "words" else [])]
+            result = evaluation_result(out, tree) if texts == "words" else out / tree / decomposition_name(LAYERS[-1], texts)
             yield result, [*python, "compute_sparse_decomposition.py", *model, *images, *layers, *decompose, *where]
     yield from segmentations(out, world, model, python)
     yield from attacks(out, model, python)
@@ -68,17 +68,21 @@ def commands(out, table_pairs):
     yield out / "results.json", [*python, HERE / "measure.py", "--output_dir", out]
 
 
-def evaluation_result(out, tree, texts):
-    """The accuracies with effects rebuilt from texts, as compute_sparse_decomposition.py names them."""
-    described = f"{texts}_decomposition_omp_1_{TEXT_SETS[texts]}"
-    return out / tree / f"folder_mlps_{CLIP}_{'-'.join(LAYERS)}_{described}_evaluation.json"
+def decomposition_name(layer, texts):
+    """A layer's descriptions, as compute_sparse_decomposition.py names them."""
+    return f"folder_mlps_{CLIP}_{layer}_{texts}_decomposition_omp_1_{COMPONENTS}.npz"
+
+
+def evaluation_result(out, tree):
+    """The accuracies with effects rebuilt from the descriptions."""
+    return out / tree / decomposition_name("-".join(LAYERS), "words").replace(".npz", "_evaluation.json")
 
 
 def segmentations(out, world, model, python):
     """A row of each table of methods per command: one symbol on a background, and two with the class of each in turn."""
     read = ["--input_dir", out / "symbols", "--train_dataset", "folder", "--output_dir", out / "segmentation"]
     tables = {
-        "single": ["--mlp_layers", *LAYERS[1:], "--top_neurons", "200"],
+        "single": ["--mlp_layers", *LAYERS[1:], "--top_neurons", "50"],
         "two": ["--mlp_layers", *LAYERS[3:], "--top_neurons", "50", "--class_source", world / "segmentation_two_classes.npy"],
     }
     for scenes, neurons in tables.items():
@@ -96,7 +100,7 @@ def segmentations(out, world, model, python):
 
 def segmentation_result(out, scenes, name):
     """The scores' file of one row, as compute_segmentation.py names it."""
-    layers, top = ("-".join(LAYERS[1:]), 200) if scenes == "single" else ("-".join(LAYERS[3:]), 50)
+    layers, top = "-".join(LAYERS[1:] if scenes == "single" else LAYERS[3:]), 50
     source = "" if scenes == "single" else "_segmentation_two_classes"
     rows = {
         "positive": f"second_order_{layers}_{top}_positive{source}",

@@ -53,21 +53,21 @@ def test_the_table_is_printed_and_a_second_call_runs_nothing(demo):
 
 def test_the_clip_knows_the_world(results):
     accuracy = {what: value for what, (value, chance) in results["zero_shot"].items()}
-    assert accuracy["symbol, one symbol"] >= 92  # a few points below what the demo prints on more pictures
-    assert accuracy["symbol, habits broken"] >= 82
-    assert accuracy["background colour"] >= 96
-    assert accuracy["colour and symbol of the larger of two"] >= 64
+    assert accuracy["symbol, one symbol"] >= 95  # a few points below what the demo prints on more pictures
+    assert accuracy["symbol, habits broken"] >= 85
+    assert accuracy["background colour"] >= 98
+    assert accuracy["colour and symbol of the larger of two"] >= 72
 
 
-def test_ablating_the_last_layer_costs_accuracy_and_the_first_component_wins_some_of_it_back(results):
+def test_ablating_the_last_layer_costs_accuracy_and_the_first_component_wins_most_of_it_back(results):
     row = results["ablations_pairs"]["4"]
-    assert row["baseline"] - row["without all effects"] >= 8
-    assert row["reconstructed from PC"] - row["without all effects"] >= 2
+    assert row["baseline"] - row["without all effects"] >= 15
+    assert row["reconstructed from PC"] - row["without all effects"] >= 0.7 * (row["baseline"] - row["without all effects"])
 
 
 def test_descriptions_are_true_more_often_than_random_texts(results):
     share, chance, ratio = results["descriptions"]["4"]
-    assert ratio >= 3 and share > chance
+    assert ratio >= 4 and share > chance
 
 
 def test_discovered_words_are_true_more_often_than_random_texts(results):
@@ -78,6 +78,7 @@ def test_discovered_words_are_true_more_often_than_random_texts(results):
 
 
 def test_habits_are_ranked_among_all_of_their_kind_with_chance_beside(results):
+    assert results["habits"]["grounds"]["texture and background"]["auc"] >= 0.9
     habits = results["habits"]["words"]
     expected = {"background": (16, 10), "texture": (16, 5), "texture and background": (16, 50), "companion": (6, 31)}
     assert {kind: (len(row["symbols"]), row["of"]) for kind, row in habits.items()} == expected
@@ -124,7 +125,8 @@ def test_the_attack_table_has_its_baselines(demo, results):
     for rates in [*table["pairs"], table["overall"]]:
         means = [rates[source][0] for source in ("second_order", "similar", "random", "planted")]
         assert all(0 <= mean <= 100 for mean in means)
-    assert table["overall"]["planted"][0] > table["overall"]["random"][0]
+    assert table["overall"]["planted"][0] > table["overall"]["second_order"][0] >= 3 * table["overall"]["random"][0]
+    assert table["overall"]["random"][0] <= 5
     assert "similar %" in (demo[0] / "results.md").read_text()
 
 

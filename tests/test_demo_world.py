@@ -228,9 +228,8 @@ def test_the_checkpoint_is_small_and_fits_the_config_strictly(clip):
 
 def test_the_checkpoint_names_symbols_and_backgrounds_zero_shot():
     found = train_clip.evaluate(DEMO / "symbols-vit.json", DEMO / "symbols-vit.safetensors", n=300)
-    # A little under the model card's 95.2, 90.0, 100 and 72.9, for the noise of 300 pictures.
-    assert found["symbol: one symbol"] >= 0.92 and found["symbol: one symbol, habits broken"] >= 0.85
-    assert found["background colour: one symbol"] >= 0.98 and found["pair: two symbols"] >= 0.68
+    assert found["symbol: one symbol"] >= 0.95 and found["symbol: one symbol, habits broken"] >= 0.88
+    assert found["background colour: one symbol"] >= 0.98 and found["pair: two symbols"] >= 0.75
 
 
 def test_a_caption_finds_its_picture(clip):
