@@ -41,7 +41,7 @@ def main(args):
     data = {"dataset": args.dataset, "split": args.split, "data": images.fingerprint()}
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, **data}
     meta |= {"train_dataset": train, "top_k_pca": args.top_k_pca, "layers": layers}
-    made_of = {**meta, "statistics": [statistics[layer].checksum() for layer in layers]}
+    made_of = {**meta, "statistics": [statistics[layer].digest() for layer in layers]}
     accuracies = predict(
         vit,
         groups_of_layers(vit, layers, args.memory * 1e9),

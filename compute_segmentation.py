@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from utils import arguments, distributed
-from utils.artifacts import Names
+from utils.artifacts import Names, digest
 from utils.clip import load_clip
 from utils.datasets import batches
 from utils.prs import parse_layers
@@ -102,7 +102,10 @@ def choose_method(args, clip, vit, images, settings):
     names = Names(args.input_dir, args.model, args.pretrained)
     classifiers = Names(args.classifier_dir or args.input_dir, args.model, args.pretrained)
     flags = f"--model {args.model} --pretrained {args.pretrained}"
-    return NeuronMaps(layers, load_neurons(names, classifiers, clip, vit, images, settings, flags))
+    chosen = load_neurons(names, classifiers, clip, vit, images, settings, flags)
+    classes = [] if chosen.classes is None else [chosen.classes]
+    settings["inputs"] = digest(chosen.neurons, chosen.weights, chosen.classifier, *classes)
+    return NeuronMaps(layers, chosen)
 
 
 if __name__ == "__main__":

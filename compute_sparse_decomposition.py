@@ -14,7 +14,7 @@ import torch
 
 from utils import arguments, distributed
 from utils.ablation import Rebuilt, load_classifier, load_statistics, predict
-from utils.artifacts import Names, load_array, save_json
+from utils.artifacts import Names, digest, load_array, save_json
 from utils.clip import load_clip
 from utils.datasets import load_images
 from utils.effects import stored_layers
@@ -82,7 +82,7 @@ def evaluate(args, names, path_of, rebuilt):
 
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
     meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}
-    sums = [statistics[layer].checksum() + float(np.abs(rebuilt[layer]).sum(dtype=float)) for layer in rebuilt]
+    sums = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in rebuilt]
     accuracies = predict(
         vit,
         groups_of_layers(vit, list(rebuilt), args.memory * 1e9),

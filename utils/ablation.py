@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.artifacts import load_array
+from utils.artifacts import digest, load_array
 from utils.datasets import batches
 from utils.errors import UserError
 from utils.prs import CentredNorms, second_order, sum_of_effects
@@ -28,9 +28,8 @@ class Statistics:
     pcas: torch.Tensor
     thresholds: torch.Tensor
 
-    def checksum(self):
-        """A number that tells a broken run whether its statistics are the same."""
-        return sum(float(part.cpu().double().abs().sum()) for part in (self.mean, self.pcas, self.thresholds))
+    def digest(self):
+        return digest(self.mean, self.pcas, self.thresholds)
 
 
 class Rebuilt:
@@ -142,7 +141,7 @@ def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, b
 
     Returns accuracies in per cent, {layer: a list of V}.
     """
-    meta = {**meta, "batch_size": batch_size, "coefficient": coefficient, "classifier": float(classifier.cpu().double().sum())}
+    meta = {**meta, "batch_size": batch_size, "coefficient": coefficient, "classifier": digest(classifier)}
     pieces, table = row_pieces(len(images), batch_size), {}
     with torch.inference_mode(), ExitStack() as stack:  # all appear together, so that a broken run goes on at its group
         made = [make(layer) for layer in groups[0]]

@@ -7,9 +7,12 @@ passes between them. Without torchrun there is one process, of rank 0.
 """
 
 import os
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from utils.errors import UserError
 
 PATIENCE = timedelta(days=1)  # ranks wait for the slowest one; torchrun ends them all when one dies
 
@@ -48,7 +51,14 @@ def stop():
 def barrier():
     """Wait until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            time.sleep(5)  # torchrun ends those on the same machine, so that this is said on others only
+            raise UserError(
+                "another process of this run has ended; mend what it says, maybe on another machine, and run the same command "
+                "again"
+            ) from error
 
 
 def share(items):

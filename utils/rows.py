@@ -61,6 +61,7 @@ class RowWriter:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
         self._offsets = {path: file.tell() for path, file in self._files.items()}
+        self.unfinished = {i for i in range(len(self.pieces)) if not flags[i]}  # of all processes
         self.todo = distributed.share([[i, piece] for i, piece in enumerate(self.pieces) if not flags[i]])
         distributed.barrier()  # every rank has read the flags before one sets new ones
         return self
@@ -86,7 +87,7 @@ class RowWriter:
         self._drop_progress_of_these_files()
         try:
             for path, (shape, dtype) in self.arrays.items():
-                with _telling(path), open(self.partials[path], "wb") as file:
+                with telling(path), open(self.partials[path], "wb") as file:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                     file.flush()
@@ -130,7 +131,7 @@ class RowWriter:
             path = Path(path)
             shape, dtype = self.arrays[path]
             block = np.ascontiguousarray(block, dtype=dtype)
-            with _telling(path):
+            with telling(path):
                 if path in self.columns:
                     for i, values in enumerate(block):
                         self._write_at(path, i * shape[1] + row, values)
@@ -193,7 +194,7 @@ def read_identity(progress):
 
 
 @contextlib.contextmanager
-def _telling(path):
+def telling(path):
     """A full disk, or one that is not to be written, in words that name the file."""
     try:
         yield

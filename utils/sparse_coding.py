@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
-from utils.artifacts import load_array, load_meta, meta_path, read_texts, save_atomic, save_json
+from utils.artifacts import digest, load_array, load_meta, meta_path, read_texts, save_atomic, save_json
 from utils.errors import UserError
 from utils.rows import RowWriter, row_pieces
 
@@ -117,7 +117,7 @@ def decompose(atoms, targets, n_nonzero, path, meta, overwrite=False):
     paths = [path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients")]
     shape = (len(targets), n_nonzero)
     arrays = dict(zip(paths, ((shape, "int32"), (shape, "float32")), strict=True))
-    sums = {"atoms": float(atoms.double().sum().cpu()), "targets": float(targets.double().sum().cpu())}
+    sums = {"atoms": digest(atoms), "targets": digest(targets)}
     with RowWriter(arrays, {**meta, **sums}, row_pieces(len(targets), BLOCK), overwrite) as writer:
         for number, (start, stop) in tqdm(writer.todo, desc="OMP", unit="block", disable=not distributed.first()):
             found = pursue(targets[start:stop])

@@ -10,8 +10,10 @@ the number of its batches that are in it. Under torchrun every process has its o
 
 import json
 import mmap
+import os
 import time
 from contextlib import suppress
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from utils.datasets import batches
 from utils.effects import save_directions
 from utils.errors import UserError
 from utils.prs import CentredNorms, fold, second_order
-from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces
+from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
 MERGED = 64  # neurons that are put together at a time
@@ -44,7 +46,7 @@ class Saved:
         self.saved = time.monotonic()
 
     def _load(self):
-        with suppress(ValueError, EOFError, OSError, KeyError), np.load(self.path, allow_pickle=False) as file:
+        with suppress(ValueError, EOFError, OSError, KeyError, BadZipFile), np.load(self.path, allow_pickle=False) as file:
             if str(file["identity"]) != self.identity:
                 raise UserError(
                     f"{self.path} belongs to a run with other settings; repeat that run to finish it, or add --overwrite to "
@@ -99,6 +101,7 @@ class TopEffects:
             arrays[self.path(layer, "bias")] = ((len(self.images), self.vit.D), "float32")
             arrays[self.path(layer, "image_norms")] = ((len(self.images), self.vit.N), "float32")
             kept += 4 * self.vit.N * self.k * (self.vit.L - 1 - layer) * self.vit.H
+        kept *= distributed.size()  # every process has its own
         return RowWriter(arrays, {**self.meta, "layers": self.layers}, self.pieces, self.overwrite, besides=kept)
 
     @torch.inference_mode()
@@ -113,11 +116,13 @@ class TopEffects:
         self.directions = None
 
     def clean(self):
-        """Remove what an interrupted run would have gone on with."""
+        """Remove what an interrupted run would have gone on with, also that of an earlier one by more processes."""
         if distributed.first():
-            for rank in range(distributed.size()):
-                self.of_rank("sums", self.layers[0], rank).unlink(missing_ok=True)
-                self.of_rank("top", self.layers[0], rank).unlink(missing_ok=True)
+            for layer in self.layers:
+                for part in ("sums", "top", "top_coefficients"):
+                    path = self.path(layer, part)
+                    for file in path.parent.glob(f"{path.stem}.rank*.partial*"):
+                        file.unlink()
 
     def first_pass(self):
         """The mean coefficients [K, N] and mean kappa [D] of every layer, float32."""
@@ -163,8 +168,11 @@ class TopEffects:
             made = {f"norms{s.layer}": np.full((s.N, self.k), -1, np.float32) for s in stores}
             return made | {f"images{s.layer}": np.full((s.N, self.k), -1, np.int32) for s in stores}
 
-        top = Saved(self.of_rank("top", self.layers[0]), self.identity, empty, self.overwrite)
-        if top.done < len(self.work):
+        path = self.of_rank("top", self.layers[0])
+        top = Saved(path, self.identity, empty, self.overwrite)
+        if any(number in writer.unfinished for number, _ in self.work[: top.done]):  # its bias and norms were begun anew
+            top = Saved(path, self.identity, empty, overwrite=True)
+        if top.done < len(self.work) or not path.is_file():
             for store in stores:
                 store.open(self.of_rank("top_coefficients", store.layer), fresh=not top.done)
 
@@ -221,28 +229,35 @@ class _Store:
         self.norms = CentredNorms(directions, self.mean)
 
     def open(self, path, fresh):
+        size = 4 * int(np.prod(self.shape, dtype=np.int64))
         if fresh:
-            with open(path, "wb") as file:
-                file.truncate(4 * int(np.prod(self.shape, dtype=np.int64)))
-        try:
-            self.file = np.memmap(path, np.float32, "r+", shape=self.shape)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} of a broken run is missing or cut off; add --overwrite to start afresh") from error
+            with telling(path), open(path, "wb") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends the process without a word
+                    os.posix_fallocate(file.fileno(), 0, size)
+        if not path.is_file() or path.stat().st_size != size:  # a map would fill up what is cut off with zeros
+            raise UserError(f"{path} of a broken run is missing or cut off; add --overwrite to start afresh")
+        self.file = np.memmap(path, np.float32, "r+", shape=self.shape)
 
     def keep(self, top_norms, top_images, norms, C, row):
         """Let the effects of a batch take the places of smaller ones.
 
         top_norms, top_images [N, k]: of the kept ones, changed in place. norms [B, N]. C [B, K, N], centred. row: first image.
         """
-        smallest = top_norms.argmin(axis=1)  # [N]
+        smallest = _last_of_the_smallest(top_norms, top_images)  # [N]
         for image in range(len(norms)):
             neurons = np.flatnonzero(norms[image] > top_norms[np.arange(self.N), smallest])
             slots = smallest[neurons]
             self.file[neurons, slots] = C[image][:, neurons].T
             top_norms[neurons, slots], top_images[neurons, slots] = norms[image, neurons], row + image
-            smallest[neurons] = top_norms[neurons].argmin(axis=1)
+            smallest[neurons] = _last_of_the_smallest(top_norms[neurons], top_images[neurons])
         with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
             self.file._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _last_of_the_smallest(norms, images):
+    """Where the smallest norm of every row is, of equal ones the latest image's: norms, images [N, k] -> [N]."""
+    return np.where(norms == norms.min(axis=1, keepdims=True), images, -2).argmax(axis=1)
 
 
 def _save_sorted(path, files, order, meta):
