@@ -13,6 +13,8 @@ effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[
 
 from contextlib import ExitStack
 
+import torch
+
 from utils import arguments, distributed
 from utils.artifacts import Names
 from utils.clip import load_clip
@@ -63,7 +65,7 @@ def keep_top(args, vit, layers, images, names, meta):
 
 def keep_all(args, vit, layers, images, names, meta):
     """One pass that stores every effect."""
-    directions, arrays = [fold(vit, layer) for layer in layers], {}
+    directions, arrays, dtype = [fold(vit, layer) for layer in layers], {}, getattr(torch, args.store_dtype)
 
     def path(layer, part):
         return names.effects(args.dataset, args.split, layer, part)
@@ -79,10 +81,10 @@ def keep_all(args, vit, layers, images, names, meta):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
             blocks = {}
             for item, (C, kappa) in zip(directions, effects, strict=True):
-                blocks[path(item.layer, "coefficients")] = C.cpu().numpy()
+                blocks[path(item.layer, "coefficients")] = C.to(dtype).cpu().numpy()
                 blocks[path(item.layer, "bias")] = kappa.cpu().numpy()
                 if args.merged:
-                    blocks[path(item.layer, "merged")] = dense(C, kappa, item).cpu().numpy()
+                    blocks[path(item.layer, "merged")] = dense(C, kappa, item).to(dtype).cpu().numpy()
             writer.write(number, row, blocks)
     if distributed.first():
         for item in directions:

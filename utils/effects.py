@@ -65,12 +65,14 @@ def stored_layers(names, dataset, layers, parts, script):
 class _Effects:
     """Sizes and the walk over blocks of neurons that all forms share."""
 
+    K = 0  # directions of a neuron
     image_norms = None  # where the norms of all effects lie, if an earlier stage has computed them
     kept = None  # how many effects of every neuron there are, if not all
 
     def slices(self, memory, k):
-        """Slices of the neurons; reading one, or forming its k top effects in float64, takes about `memory` bytes."""
-        floats = max(self.images * self.floats_per_neuron, 3 * k * self.D)
+        """Slices of the neurons; reading one, or forming its directions or its k top effects in float64, takes about `memory`
+        bytes."""
+        floats = max(self.images * self.floats_per_neuron, 3 * k * self.D, 3 * self.K * self.D)
         block = max(1, int(memory / (4 * floats)))
         return [slice(n, min(n + block, self.N)) for n in range(0, self.N, block)]
 
