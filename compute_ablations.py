@@ -19,7 +19,7 @@ from utils.visualization import accuracy_table, plot_ablations
 def main(args):
     train = args.train_dataset or args.dataset
     names = Names(args.input_dir, args.model, args.pretrained)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit = clip.hooked_vit()
     layers = parse_layers(args.mlp_layer, vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)

@@ -17,7 +17,7 @@ from utils.rows import RowWriter, row_pieces
 
 def main(args):
     names = Names(args.output_dir, args.model, args.pretrained)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
     data = {"dataset": args.dataset, "split": args.split, "data": images.fingerprint()}
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, **data, "batch_size": args.batch_size}

@@ -26,7 +26,7 @@ from utils.top_effects import TopEffects
 
 
 def main(args):
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit = clip.hooked_vit()
     layers = parse_layers(args.mlp_layer, vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)

@@ -37,15 +37,17 @@ def main(args):
         model = ["--model", args.model, "--pretrained", "random", "--device", args.device, "--output_dir", out]
         images = ["--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
         layers, pca = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+        memory = ["--memory", args.memory] if args.memory else []
         effects = [*images, *layers, "--split", "train"]
         describe = ["--mlp_layer", *args.describe, *pca, "--text_descriptions", "words", "--components", args.components]
         stages = [("compute_representations", [*images, "--split", "train"])]
         for keep in args.keep:
             form = ["--keep", keep, *(pca if keep == "top" else ["--store_dtype", "float16"])]
-            stages += [("compute_second_order_neuron_prs", [*effects, *form]), ("compute_pcas", [*layers, *pca])]
-        stages += [("compute_ablations", [*images, *layers, *pca]), ("compute_sparse_decomposition", describe)]
+            stages += [("compute_second_order_neuron_prs", [*effects, *form, *memory]), ("compute_pcas", [*layers, *pca])]
+        stages += [("compute_ablations", [*images, *layers, *pca, *memory]), ("compute_sparse_decomposition", describe)]
 
-        rows, plain, keep = [], None, None
+        rows, judged, peaks, plain, keep = [], [], [], None, None
+        barred = args.model == "ViT-B-32" and args.mlp_layer == ["all"]
         for script, flags in stages:
             before = _bytes(out)
             _, seconds, peak = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
@@ -60,13 +62,18 @@ def main(args):
                 for part in ("coefficients", "top_coefficients"):  # the other form comes next
                     for path in out.glob(f"*_{part}.npy"):
                         path.unlink()
-            note = f"{seconds / plain:.2f} x the plain pass, " if script == "compute_second_order_neuron_prs" else ""
-            note += f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"
-            rows.append(row(name, seconds, "s", None, note))
+            if script == "compute_second_order_neuron_prs":
+                bar = {"full": 1.3, "top": 2.6}[keep] if barred else None
+                judged.append(row(f"effects, --keep {keep}", seconds / plain, "x plain", bar, "the whole processes"))
+                if keep == "top":
+                    judged.append(row("effects, --keep top, on disk", written / 1e9, "GB", 3 if barred else None))
+            peaks.append(peak)
+            rows.append(row(name, seconds, "s", None, f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"))
             print(rows[-1], flush=True)
+        judged.append(row("peak memory of all stages", max(peaks) / 1e9, "GB", 3 if barred else None, "with their workers"))
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
     title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
-    save_table(f"rehearsal_{args.model}", title, rows, args, args.device)
+    save_table(f"rehearsal_{args.model}", title, rows + judged, args, args.device)
 
 
 def _bytes(folder):
@@ -83,6 +90,7 @@ if __name__ == "__main__":
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
     parser.add_argument("--keep", nargs="+", default=["full", "top"])
+    parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")

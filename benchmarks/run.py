@@ -13,7 +13,7 @@ from pathlib import Path
 from common import RESULTS, bench_parser, markdown
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("naive", "second_order", "stages", "pca", "omp", "rehearsal")
+BENCHMARKS = ("naive", "second_order", "stages", "pca", "omp", "precision", "pipeline", "curves", "rehearsal")
 
 
 def main(args):

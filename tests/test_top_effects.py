@@ -143,14 +143,15 @@ def kept(norms, k, split):
     """What `_Store.keep` keeps of norms [images, N] that come in batches: images [N, k] by falling norm."""
     N = norms.shape[1]
     store = object.__new__(_Store)
-    store.N, store.file = N, np.zeros((N, k, 1), np.float32)
-    top_norms, top_images = np.full((N, k), -1, np.float32), np.full((N, k), -1, np.int32)
+    store.shape, store.mean_rows = (N, k, 1), np.zeros((N, 1), np.float32)
+    store.file = np.zeros(store.shape, np.float32)
+    keys = np.zeros((N, k), np.uint64)
     for rows in np.split(np.arange(len(norms)), split):
-        C = np.broadcast_to(rows[:, None, None], (len(rows), 1, N)).astype(np.float32)  # a coefficient says whose it is
-        store.keep(top_norms, top_images, norms[rows], C, int(rows[0]))
-    assert (store.file[..., 0] == top_images).all()
-    order = np.lexsort((top_images, -top_norms), axis=1)
-    return np.take_along_axis(top_images, order, axis=1)
+        C = torch.from_numpy(rows[:, None, None]).float().expand(len(rows), 1, N)  # a coefficient says whose it is
+        store.keep(keys, norms[rows], C, int(rows[0]))
+    kept_images = store.file[..., 0].astype(int)
+    order = np.lexsort((kept_images, -np.take_along_axis(norms.T, kept_images, axis=1)), axis=1)
+    return np.take_along_axis(kept_images, order, axis=1)
 
 
 @pytest.mark.parametrize("k", [1, 4, 7])

@@ -55,7 +55,7 @@ class Rebuilt:
 
     def projections(self, C, kappa):
         """<c_n, r_n>: C [B, K, N], kappa [B, D] -> [B, N]."""
-        return torch.einsum("bkn,kn->bn", C, self.along) + kappa @ self.vectors.T - self.mean_along
+        return (C * self.along).sum(dim=1) + kappa @ self.vectors.T - self.mean_along
 
     def projected(self, C, kappa):
         """sum_n <c_n, r_n> r_n: C [B, K, N], kappa [B, D] -> [B, D]."""

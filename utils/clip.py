@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,15 @@ class Clip:
         return HookedViT(self.model.visual, self.autocast)
 
 
-def load_clip(model, pretrained, device, seed=0, precision="float32"):
+def load_clip(model, pretrained, device, seed=0, precision="float32", image_only=False):
     """Load a CLIP in float32 and evaluation mode.
 
     Parameters
     model: an open_clip name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the path of a model-config json.
     pretrained: an open_clip tag, the path of a checkpoint (.safetensors or .pt), or 'random' for weights drawn from `seed`.
         Ignored for hf-hub and local-dir names, which bring their weights.
-
     precision: of the image tower's forward pass, PRECISIONS; the weights stay in float32.
+    image_only: let go of the text tower, so that it takes no memory.
 
     The activation (GELU or QuickGELU) is the one that the weights were trained with: the tag's own, or the config's.
     Raises UserError for an unknown name or tag (with near matches), for weights that do not fit, cannot be fetched or are not
@@ -76,6 +77,8 @@ def load_clip(model, pretrained, device, seed=0, precision="float32"):
     check_supported(clip.visual)
     transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     fingerprint = weights_fingerprint(clip)
+    if image_only:
+        clip = SimpleNamespace(visual=clip.visual)
     return Clip(clip, transform, tokenizer, fingerprint, torch.device(device), set_precision(precision, torch.device(device)))
 
 

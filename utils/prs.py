@@ -17,6 +17,8 @@ import torch
 from utils.errors import UserError
 
 COEFFICIENT = 100.0  # representations are scaled to this norm; effects are parts of that
+BLOCK = 256  # neurons whose norms are computed together
+STRIP = 32  # columns of a Gram matrix that are multiplied together
 
 
 @dataclass
@@ -58,12 +60,13 @@ def parse_layers(layers, vit):
 def groups_of_layers(vit, layers, memory):
     """Divide layers into lists that are worked on in one pass over the images.
 
-    memory: bytes that the folded weights [K, N, e] and the Gram matrices [N, K, K] of a list may take; it has one layer at least.
+    memory: bytes that the folded weights [K, N, e] and the Gram matrices (half of [N, K, K]) of a list may take; it has one
+    layer at least.
     """
     groups, used = [], memory
     for layer in layers:
         K = (vit.L - 1 - layer) * vit.H
-        needed = 4 * vit.N * K * (vit.d // vit.H + K)
+        needed = 4 * vit.N * K * (vit.d // vit.H + (K + STRIP) // 2)
         if used + needed > memory:
             groups.append([])
             used = 0
@@ -109,7 +112,7 @@ def fold(vit, layer):
         c, c_post = (1 + 2 * l) * N, (1 + 2 * l) * (1 + 2 * L) * H * N
 
         out = (W_O * gamma_post) @ P  # [H, e, D]
-        values.append(torch.einsum("nd,hed->hne", W_out * gamma, W_V))
+        values.append(torch.einsum("nd,hed->hne", W_out * gamma, W_V).float())
         outputs.append(out)
         with_s.append(torch.einsum("d,hed,heo->ho", gamma * b_out / N, W_V, out))
         with_t.append(torch.einsum("d,hed,heo->ho", -gamma / c, W_V, out))
@@ -123,40 +126,43 @@ def fold(vit, layer):
 
 
 @torch.inference_mode()
-def second_order(vit, images, directions, coefficient=COEFFICIENT):
+def second_order(vit, images, directions, coefficient=COEFFICIENT, summed=False):
     """One forward pass: the representation, and the factorised second-order effects of one or several MLP layers.
 
-    vit: HookedViT. images: [B, 3, side, side], transformed. directions: list of `Directions`, one for each layer.
+    vit: HookedViT. images: [B, 3, side, side], transformed. directions: list of `Directions`, one for each layer. summed: give
+    effects summed over the images, C [K, N] and kappa [D], without forming those of each.
 
     Returns
-    representation [B, D], not normalised; and for each layer (C [B, K, N], kappa [B, D]) with
-    phi[b, n] = sum_k C[b, k, n] values[k, n] @ outputs[k] + kappa[b], in units where |representation| is `coefficient`.
+    representation [B, D], not normalised; and an iterator that gives (C [B, K, N], kappa [B, D]) of each layer when it is asked
+    for, so that one layer's are in memory at a time, with phi[b, n] = sum_k C[b, k, n] values[k, n] @ outputs[k] + kappa[b], in
+    units where |representation| is `coefficient`.
     """
     first = min(item.layer for item in directions)
     attention = [f"blocks.{l}.{name}" for l in range(first + 1, vit.L) for name in ("attn.row", "ln1.mean", "ln1.std")]
     with vit.record("ln_post.*", *attention, *(f"blocks.{item.layer}.mlp.post" for item in directions)) as cache:
         representation = vit(images)
     scale = coefficient / representation.norm(dim=-1)  # [B]
+    return representation, _effects(vit, cache, directions, scale, summed)
+
+
+def _effects(vit, cache, directions, scale, summed):
+    """The effects of each layer from what one forward pass has recorded."""
     rstd_post = 1 / cache["ln_post.std"]
-
-    rows, means = {}, {}
-    for l in range(first + 1, vit.L):
-        rows[l] = cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None]  # [B, H, T], a / sigma
-        means[l] = cache[f"blocks.{l}.ln1.mean"]
-
-    effects = []
     for item in directions:
         later = range(item.layer + 1, vit.L)
+        rows = {l: cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later}  # [B, H, T], a / sigma
         row = torch.cat([rows[l] for l in later], dim=1)  # [B, K, T]
         post = cache[f"blocks.{item.layer}.mlp.post"]  # [B, T, N]
-        C = torch.bmm(row * (scale * rstd_post)[:, None, None], post)  # [B, K, N]
+        scaled = row * (scale * rstd_post)[:, None, None]
         s = row.sum(dim=-1)  # [B, K]
-        t = torch.cat([torch.einsum("bht,bt->bh", rows[l], means[l]) for l in later], dim=1)
+        t = torch.cat([torch.einsum("bht,bt->bh", rows[l], cache[f"blocks.{l}.ln1.mean"]) for l in later], dim=1)
         one = torch.ones_like(rstd_post)[:, None]
         weights = torch.cat([torch.cat([s, t, one, cache["ln_post.mean"][:, None]], 1) * rstd_post[:, None], one], 1)
         kappa = scale[:, None] * (weights @ item.shares)  # [B, D]
-        effects.append((C, kappa))
-    return representation, effects
+        if summed:
+            yield scaled.transpose(0, 1).flatten(1) @ post.flatten(0, 1), kappa.sum(dim=0)
+        else:
+            yield torch.bmm(scaled, post), kappa
 
 
 def dense(C, kappa, directions):
@@ -177,33 +183,54 @@ class CentredNorms:
 
     An effect is a combination of the K directions B_n plus kappa, so its norm is a quadratic form in the coefficients with the
     Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first (x_n B_n + rest_n = mean_n, with x_n chosen so that the
-    rest is small): the form then has no cancellation when effects vary little about a large mean.
+    rest is small): the form then has no cancellation when effects vary little about a large mean. G is symmetric, so strips
+    of its columns are kept from the diagonal on, [N, K - first column, STRIP], what comes below it doubled.
 
     Parameters
     directions: `Directions` of the neurons. mean: [N, D], what the effects are centred on.
     """
 
-    def __init__(self, directions, mean, block=256):
-        self.directions = directions
-        parts = [
-            _centre(directions.values[:, n : n + block], directions.outputs, mean[n : n + block])
-            for n in range(0, len(mean), block)
-        ]
-        G, x, rest, B_rest = zip(*parts, strict=True)
-        self.gram, self.rest = torch.cat(G), torch.cat(rest)  # [N, K, K], [N, D]
-        self.origin, self.B_rest = torch.cat(x).T.contiguous(), torch.cat(B_rest).T.contiguous()  # [K, N] each
+    def __init__(self, directions, mean):
+        self.directions, (N, D) = directions, mean.shape
+        K = len(directions.values)
+        firsts = range(0, K, STRIP)
+        self.strips = [mean.new_empty(N, K - first, min(STRIP, K - first)) for first in firsts]
+        self.rest, self.origin, self.B_rest = mean.new_empty(N, D), mean.new_empty(K, N), mean.new_empty(K, N)
+        for start in range(0, N, BLOCK):
+            n = slice(start, start + BLOCK)
+            G, x, self.rest[n], B_rest = _centre(directions.values[:, n], directions.outputs, mean[n])
+            self.origin[:, n], self.B_rest[:, n] = x.T, B_rest.T
+            for first, strip in zip(firsts, self.strips, strict=True):
+                width = strip.shape[2]
+                strip[n] = G[:, first:, first : first + width]
+                strip[n, width:] *= 2
         self.rest_squared = self.rest.square().sum(dim=-1)  # [N]
 
     def __call__(self, C, kappa):
         """C [B, K, N], kappa [B, D] -> norms [B, N]."""
-        x = C - self.origin  # phi - mean = x B_n + (kappa - rest)
-        heads = torch.einsum("bo,keo->bke", kappa, self.directions.outputs)
-        B_kappa = torch.einsum("bke,kne->bkn", heads, self.directions.values)
-        cross = (x * (B_kappa - self.B_rest)).sum(dim=1)  # [B, N]
-        offset = kappa.square().sum(-1, keepdim=True) - 2 * kappa @ self.rest.T + self.rest_squared
-        x = x.permute(2, 0, 1).contiguous()  # [N, B, K]
-        quadratic = (torch.bmm(x, self.gram) * x).sum(dim=-1).T
-        return (quadratic + 2 * cross + offset).clamp_min(0).sqrt()
+        heads = torch.einsum("bo,keo->kbe", kappa, self.directions.outputs)
+        size = kappa.square().sum(dim=-1, keepdim=True)
+        norms = torch.empty_like(C[:, 0])
+        for start in range(0, norms.shape[1], BLOCK):  # what is formed on the way is as large as C
+            n = slice(start, start + BLOCK)
+            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + (kappa - rest)
+            B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
+            cross = B_kappa.sub_(self.B_rest[:, n]).mul_(x).sum(dim=1)  # [B, n]
+            offset = size - 2 * kappa @ self.rest[n].T + self.rest_squared[n]
+            quadratic = _quadratic(x, [strip[n] for strip in self.strips])
+            norms[:, n] = (quadratic + 2 * cross + offset).clamp_min(0).sqrt()
+        return norms
+
+
+def _quadratic(x, strips):
+    """x^T G x, with G in strips as in `CentredNorms`: x [B, K, n] -> [B, n]."""
+    B, K, n = x.shape
+    x = x.view(B * K, n).T.contiguous().view(n, B, K)
+    total = torch.zeros_like(x[:, :, 0])  # [n, B]
+    for first, strip in zip(range(0, K, STRIP), strips, strict=True):
+        after = x[:, :, first:]
+        total += (torch.bmm(after, strip) * after[:, :, : strip.shape[2]]).sum(dim=-1)
+    return total.T
 
 
 def _centre(values, outputs, mean):

@@ -1,11 +1,13 @@
 """Arrays that are written to disk piece by piece, by one process or by several, and gone on with after an interruption."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,7 @@ class RowWriter:
         self.progress = first.with_name(first.name + ".progress")
         self.partials = {path: path.with_name(path.name + ".partial") for path in self.arrays}
         self._files, self._finished, self._committed = {}, [], time.monotonic()
+        self._thread, self._counting = ThreadPoolExecutor(1), None
 
     def __enter__(self):
         if distributed.first():
@@ -138,8 +141,11 @@ class RowWriter:
                 else:
                     self._write_at(path, row * (_size(shape[1:], 1)), block)
         self._finished.append(number)
-        if time.monotonic() - self._committed > COMMIT_SECONDS:
-            self.commit()
+        waiting = self._counting is not None and not self._counting.done()
+        if time.monotonic() - self._committed > COMMIT_SECONDS and not waiting:
+            self._wait()
+            self._counting = self._thread.submit(self._count, self._finished)  # the pass goes on while the disk works
+            self._finished, self._committed = [], time.monotonic()
 
     def _write_at(self, path, entry, values):
         """Write values from the flat index `entry` of an array on."""
@@ -150,23 +156,36 @@ class RowWriter:
             rest = rest[file.write(rest) :]
 
     def commit(self):
-        """Count the finished pieces, after their rows have reached the disk, so that a machine may die."""
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # pipes and devices cannot
-                os.fsync(file.fileno())
-        with open(self.progress, "r+b", buffering=0) as file:
-            for number in self._finished:
-                file.seek(self._flag_offset + number)
-                file.write(b"\1")
-            os.fsync(file.fileno())
+        """Count the finished pieces now, and wait until the disk has them."""
+        self._wait()
+        self._count(self._finished)
         self._finished, self._committed = [], time.monotonic()
 
+    def _wait(self):
+        """For the counting that is under way, whose error is raised here."""
+        counting, self._counting = self._counting, None
+        if counting is not None:
+            counting.result()
+
+    def _count(self, numbers):
+        """Set the flags of pieces, after their rows have reached the disk, so that a machine may die."""
+        for path, file in self._files.items():
+            with telling(path):
+                _sync(file)
+        with telling(self.progress), open(self.progress, "r+b", buffering=0) as file:
+            for number in numbers:
+                file.seek(self._flag_offset + number)
+                file.write(b"\1")
+            _sync(file)
+
     def __exit__(self, kind, error, trace):
-        if self._finished:
+        try:
             self.commit()
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk says so once more
-                file.close()
+        finally:
+            self._thread.shutdown()
+            for file in self._files.values():
+                with contextlib.suppress(OSError):  # a full disk says so once more
+                    file.close()
         if kind is not None:
             if distributed.size() == 1 and not self._flags().any():
                 self._remove()
@@ -182,6 +201,15 @@ class RowWriter:
     def _remove(self):
         for path in (*self.partials.values(), self.progress, self.progress.with_name(self.progress.name + ".partial")):
             path.unlink(missing_ok=True)
+
+
+def _sync(file):
+    """Wait until the disk has what was written."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # pipes and devices cannot
+            raise
 
 
 def read_identity(progress):

@@ -28,6 +28,7 @@ from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
 MERGED = 64  # neurons that are put together at a time
+LAST_IMAGE = 2**32 - 1
 
 
 class Saved:
@@ -138,14 +139,11 @@ class TopEffects:
         sums = Saved(self.of_rank("sums", first), self.identity, zeros, self.overwrite)
         scale = FIXED / self.coefficient
 
-        def add(name, values):
-            sums.arrays[name] += (values.sum(dim=0, dtype=torch.float64) * scale).round().to(torch.int64).numpy()
-
         for _, _, pixels, _ in batches(self.images, self.work[sums.done :], **self.passing, description="means"):
-            _, effects = second_order(self.vit, pixels, self.directions, self.coefficient)
+            _, effects = second_order(self.vit, pixels, self.directions, self.coefficient, summed=True)
             for layer, (C, kappa) in zip(self.layers, effects, strict=True):
-                add(f"C{layer}", C.cpu())
-                add(f"kappa{layer}", kappa.cpu())
+                for name, values in ((f"C{layer}", C), (f"kappa{layer}", kappa)):
+                    sums.arrays[name] += (values.cpu().double() * scale).round().to(torch.int64).numpy()
             sums.step()
         sums.step(last=True)
         distributed.barrier()
@@ -165,8 +163,7 @@ class TopEffects:
             stores.append(_Store(item, means[f"C{layer}"].to(device), means[f"kappa{layer}"].to(device), self.k))
 
         def empty():
-            made = {f"norms{s.layer}": np.full((s.N, self.k), -1, np.float32) for s in stores}
-            return made | {f"images{s.layer}": np.full((s.N, self.k), -1, np.int32) for s in stores}
+            return {f"keys{s.layer}": np.zeros((s.N, self.k), np.uint64) for s in stores}
 
         path = self.of_rank("top", self.layers[0])
         top = Saved(path, self.identity, empty, self.overwrite)
@@ -186,8 +183,7 @@ class TopEffects:
                 blocks = {}
                 for store, (C, kappa) in zip(stores, effects, strict=True):
                     norms = store.norms(C, kappa).cpu().numpy()
-                    kept = top.arrays[f"norms{store.layer}"], top.arrays[f"images{store.layer}"]
-                    store.keep(*kept, norms, (C - store.mean_C).cpu().numpy(), row)
+                    store.keep(top.arrays[f"keys{store.layer}"], norms, C, row)
                     blocks[self.path(store.layer, "bias")] = kappa.cpu().numpy()
                     blocks[self.path(store.layer, "image_norms")] = norms
                 writer.write(number, row, blocks)
@@ -205,13 +201,13 @@ class TopEffects:
             layer, paths = store.layer, [self.of_rank("top_coefficients", store.layer, rank) for rank in ranks]
             if not all(path.is_file() for path in paths):
                 continue  # done before an interruption
-            norms = np.concatenate([file[f"norms{layer}"] for file in kept], axis=1)  # [N, ranks k]
-            images = np.concatenate([file[f"images{layer}"] for file in kept], axis=1)
-            order = np.lexsort((images, -norms), axis=1)[:, : self.k]
+            keys = np.concatenate([file[f"keys{layer}"] for file in kept], axis=1)  # [N, ranks k]
+            order = keys.argsort(axis=1)[:, ::-1][:, : self.k]
+            images = image_of(np.take_along_axis(keys, order, axis=1))
             files = [np.memmap(path, np.float32, "r", shape=store.shape) for path in paths]
 
             _save_sorted(self.path(layer, "top_coefficients"), files, order, self.meta)
-            save_array(self.path(layer, "top_images"), np.take_along_axis(images, order, axis=1), self.meta)
+            save_array(self.path(layer, "top_images"), images, self.meta)
             save_array(self.path(layer, "top_mean"), store.mean.cpu().numpy(), self.meta)
             for path in paths:
                 path.unlink()
@@ -221,7 +217,7 @@ class _Store:
     """What the second pass needs of one layer, and the coefficients [N, k, K] that it keeps, in a file."""
 
     def __init__(self, directions, mean_C, mean_kappa, k):
-        self.layer, self.mean_C = directions.layer, mean_C
+        self.layer, self.mean_rows = directions.layer, mean_C.T.cpu().numpy()  # [N, K]
         K, self.N, _ = directions.values.shape
         self.shape = (self.N, k, K)
         heads = torch.einsum("kn,kne->nke", mean_C, directions.values)
@@ -239,25 +235,37 @@ class _Store:
             raise UserError(f"{path} of a broken run is missing or cut off; add --overwrite to start afresh")
         self.file = np.memmap(path, np.float32, "r+", shape=self.shape)
 
-    def keep(self, top_norms, top_images, norms, C, row):
+    def keep(self, keys, norms, C, row):
         """Let the effects of a batch take the places of smaller ones.
 
-        top_norms, top_images [N, k]: of the kept ones, changed in place. norms [B, N]. C [B, K, N], centred. row: first image.
+        keys [N, k]: `key_of` the kept ones, changed in place. norms [B, N]. C [B, K, N]. row: first image.
         """
-        smallest = _last_of_the_smallest(top_norms, top_images)  # [N]
-        for image in range(len(norms)):
-            neurons = np.flatnonzero(norms[image] > top_norms[np.arange(self.N), smallest])
-            slots = smallest[neurons]
-            self.file[neurons, slots] = C[image][:, neurons].T
-            top_norms[neurons, slots], top_images[neurons, slots] = norms[image, neurons], row + image
-            smallest[neurons] = _last_of_the_smallest(top_norms[neurons], top_images[neurons])
+        k, new = self.shape[1], key_of(norms.T, np.arange(row, row + len(norms)))  # [N, B]
+        neurons = np.flatnonzero(new.max(axis=1) > keys.min(axis=1))
+        both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
+        leaves = np.zeros(both.shape, bool)
+        np.put_along_axis(leaves, both.argpartition(len(norms), axis=1)[:, : len(norms)], True, axis=1)
+        n, slots = leaves[:, :k].nonzero()  # for each neuron as many leave as enter
+        _, images = (~leaves[:, k:]).nonzero()
+        n = neurons[n]
+        device = C.device
+        entering = C[torch.from_numpy(images).to(device), :, torch.from_numpy(n).to(device)]  # [entering, K]
+        self.file[n, slots] = entering.cpu().numpy() - self.mean_rows[n]
+        keys[n, slots] = new[n, images]
         with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
             self.file._mmap.madvise(mmap.MADV_DONTNEED)
 
 
-def _last_of_the_smallest(norms, images):
-    """Where the smallest norm of every row is, of equal ones the latest image's: norms, images [N, k] -> [N]."""
-    return np.where(norms == norms.min(axis=1, keepdims=True), images, -2).argmax(axis=1)
+def key_of(norms, images):
+    """One number for a norm and its image, which rises with the norm, and of equal norms is larger for the earlier image; 0 is
+    below all. norms float32, images int -> uint64."""
+    bits = np.ascontiguousarray(np.abs(norms)).view(np.uint32)  # of floats that are not negative the bits rise with them
+    return bits.astype(np.uint64) << np.uint64(32) | (LAST_IMAGE - images).astype(np.uint64)
+
+
+def image_of(keys):
+    """The images of `key_of`, int32."""
+    return (LAST_IMAGE - (keys & np.uint64(LAST_IMAGE)).astype(np.int64)).astype(np.int32)
 
 
 def _save_sorted(path, files, order, meta):
