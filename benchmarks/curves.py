@@ -2,8 +2,8 @@
 
     python benchmarks/curves.py [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048] [--tmp FOLDER] [--quick]
 
-ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and its components; several
-layers on the fewest images, all effects and the largest only; the matching pursuit for N neurons with 30,000 texts.
+ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and its components;
+several layers on the fewest images, all effects and the largest only; the matching pursuit for N neurons with 30,000 texts.
 """
 
 import sys
@@ -54,7 +54,8 @@ def main(args):
     for neurons in args.neurons:
         result = pursue("ours", args.texts, args.atoms, neurons, args)
         note = f"peak {result['peak'] / 1e9:.2f} GB, {1000 * result['seconds']:.1f} ms a neuron"
-        rows.append(row(f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons", neurons * result["seconds"], "s", None, note))
+        name = f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons"
+        rows.append(row(name, neurons * result["seconds"], "s", None, note))
     save_table("curves", "Cost curves, ViT-B-32, random weights, photos of 224 px", rows, args, args.device)
 
 

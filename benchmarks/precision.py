@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--device cpu] [--quick]
 
-The accuracy is that of the demo's trained CLIP on its world: effects, first components and ablation figures of all layers, through the
+The accuracy is that of the demo's trained CLIP on its world: effects, components and ablation figures of all layers, through the
 stages' command lines. The time is that of ViT-B-32's forward pass with the effects of all layers, against its own float32.
 """
 
