@@ -41,6 +41,12 @@ def test_a_fingerprint_notices_one_changed_tensor(clip):
     assert weights_fingerprint(changed) != clip.fingerprint
 
 
+def test_the_image_tower_alone_is_the_same_tower_of_the_same_weights(tiny_model, clip):
+    alone = load_clip(tiny_model, "random", "cpu", image_only=True)
+    assert alone.fingerprint == clip.fingerprint and not hasattr(alone.model, "encode_text")
+    assert all(torch.equal(a, b) for a, b in zip(alone.model.visual.parameters(), clip.model.visual.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_local_checkpoint_is_loaded(tiny_model, tmp_path, suffix):
     state = load_clip(tiny_model, "random", "cpu", seed=7).model.state_dict()

@@ -88,6 +88,17 @@ def test_one_pass_serves_several_layers_as_single_passes_do(vit, images):
         assert_close(single, effects, rtol=1e-6, atol=1e-6)
 
 
+def test_sums_over_images_are_those_of_each_images_effects(vit, images):
+    directions = [fold(vit, layer) for layer in (0, 2)]
+    _, single = second_order(vit, images, directions)
+    _, summed = second_order(vit, images, directions, summed=True)
+    for of_each, sums in zip(single, summed, strict=True):
+        for values, total in zip(of_each, sums, strict=True):
+            exact = values.double().sum(dim=0)
+            assert total.shape == exact.shape
+            assert_close(total.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+
+
 def test_the_representation_is_the_models(vit, visual, images):
     representation, _ = second_order(vit, images, [fold(vit, 3)])
     assert_close(representation, visual(images), rtol=0, atol=0)

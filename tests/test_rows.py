@@ -1,5 +1,6 @@
 """Arrays appear whole or not at all, and a broken pass goes on where it stopped."""
 
+import errno
 import json
 import os
 
@@ -55,6 +56,24 @@ def test_what_belongs_to_another_run_is_refused_until_it_is_overwritten(tmp_path
         assert len(writer.todo) == 5
         fill(writer, path)
     assert np.load(path)[8, 0] == 8
+
+
+def test_a_disk_that_fails_while_the_pass_goes_on_ends_it_and_its_rows_do_not_count(tmp_path, monkeypatch):
+    path, sync = tmp_path / "a.npy", os.fsync
+
+    def failing(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    with pytest.raises(UserError, match="a.npy cannot be written .Input/output error"), writer_of(path, {}) as writer:
+        fill(writer, path, 1)
+        writer.commit()  # these are safe
+        monkeypatch.setattr(os, "fsync", failing)
+        writer.todo = writer.todo[1:]
+        fill(writer, path)
+    monkeypatch.setattr(os, "fsync", sync)
+    with writer_of(path, {}) as writer:
+        assert [number for number, _ in writer.todo] == [1, 2, 3, 4]
 
 
 def test_rows_of_another_precision_are_not_gone_on_with(tmp_path):
