@@ -12,7 +12,7 @@ from utils.ablation import ABLATIONS, Ablations, load_classifier, load_statistic
 from utils.artifacts import Names, save_json, save_table
 from utils.clip import load_clip
 from utils.datasets import load_images
-from utils.prs import fold, groups_of_layers, parse_layers
+from utils.prs import groups_of_layers, parse_layers
 from utils.visualization import accuracy_table, plot_ablations
 
 
@@ -27,9 +27,8 @@ def main(args):
     classifier = load_classifier(names, args.dataset, clip, images, flags)
     statistics = {layer: load_statistics(names, train, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in layers}
 
-    def make(layer):
-        directions = fold(vit, layer)
-        return directions, Ablations(directions, statistics[layer])
+    def make(directions):
+        return Ablations(directions, statistics[directions.layer])
 
     results = Names(args.output_dir, args.model, args.pretrained)
 

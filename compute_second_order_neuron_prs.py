@@ -20,7 +20,7 @@ from utils.artifacts import Names
 from utils.clip import load_clip
 from utils.datasets import batches, load_images
 from utils.effects import save_directions
-from utils.prs import dense, fold, groups_of_layers, parse_layers, second_order
+from utils.prs import dense, fold_layers, groups_of_layers, parse_layers, second_order
 from utils.rows import RowWriter, row_pieces
 from utils.top_effects import TopEffects
 
@@ -65,7 +65,7 @@ def keep_top(args, vit, layers, images, names, meta):
 
 def keep_all(args, vit, layers, images, names, meta):
     """One pass that stores every effect."""
-    directions, arrays, dtype = [fold(vit, layer) for layer in layers], {}, getattr(torch, args.store_dtype)
+    directions, arrays, dtype = fold_layers(vit, layers), {}, getattr(torch, args.store_dtype)
 
     def path(layer, part):
         return names.effects(args.dataset, args.split, layer, part)

@@ -19,7 +19,7 @@ from utils.clip import load_clip
 from utils.datasets import load_images
 from utils.effects import stored_layers
 from utils.errors import UserError
-from utils.prs import fold, groups_of_layers
+from utils.prs import groups_of_layers
 from utils.sparse_coding import decompose, decomposition_matrix, load_texts, make_atoms, save_decomposition
 
 
@@ -67,7 +67,7 @@ def main(args):
 
 def evaluate(args, names, path_of, rebuilt):
     """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: array [N, D]}."""
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit = clip.hooked_vit()
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
     flags = arguments.repeated_flags(args)
@@ -76,9 +76,9 @@ def evaluate(args, names, path_of, rebuilt):
         layer: load_statistics(names, args.dataset, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in rebuilt
     }
 
-    def make(layer):
-        directions = fold(vit, layer)
-        return directions, Rebuilt(directions, statistics[layer].mean, torch.from_numpy(rebuilt[layer]).to(clip.device))
+    def make(directions):
+        layer = directions.layer
+        return Rebuilt(directions, statistics[layer].mean, torch.from_numpy(rebuilt[layer]).to(clip.device))
 
     meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
     meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}

@@ -8,7 +8,7 @@ import torch
 from utils.artifacts import digest, load_array
 from utils.datasets import batches
 from utils.errors import UserError
-from utils.prs import CentredNorms, second_order, sum_of_effects
+from utils.prs import CentredNorms, fold_layers, second_order, sum_of_effects
 from utils.rows import RowWriter, row_pieces
 
 ABLATIONS = (
@@ -134,8 +134,8 @@ def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, b
     """Classify held-out images by ablated representations, in one pass for every group of layers.
 
     Parameters
-    groups: lists of layers, of `groups_of_layers`. make: layer -> (its `Directions`, what maps (representation, C, kappa) to
-    [B, V, D]). images: `Images`. classifier [D, classes]. path_of: group -> the path of its predictions [images, layers, V].
+    groups: lists of layers, of `groups_of_layers`. make: a layer's `Directions` -> what maps (representation, C, kappa) to
+    [B, V, D]. images: `Images`. classifier [D, classes]. path_of: group -> the path of its predictions [images, layers, V].
     meta: what they are made from. passing: the keyword arguments num_workers and device of `batches`. overwrite: drop what a
     broken run left.
 
@@ -144,16 +144,17 @@ def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, b
     meta = {**meta, "batch_size": batch_size, "coefficient": coefficient, "classifier": digest(classifier)}
     pieces, table = row_pieces(len(images), batch_size), {}
     with torch.inference_mode(), ExitStack() as stack:  # all appear together, so that a broken run goes on at its group
-        made = [make(layer) for layer in groups[0]]
+        directions = fold_layers(vit, groups[0])
+        ablations = [make(item) for item in directions]
         writers = []
         for group in groups:
-            arrays = {path_of(group): ((len(images), len(group), len(made[0][1].names)), "int32")}
+            arrays = {path_of(group): ((len(images), len(group), len(ablations[0].names)), "int32")}
             writers.append(stack.enter_context(RowWriter(arrays, {**meta, "layers": group}, pieces, overwrite)))
         for turn, (group, writer) in enumerate(zip(groups, writers, strict=True)):
             if turn:
-                made = None  # room for the next ones
-                made = [make(layer) for layer in group]
-            directions, ablations = zip(*made, strict=True)
+                directions = ablations = None  # room for the next ones
+                directions = fold_layers(vit, group)
+                ablations = [make(item) for item in directions]
             for number, row, pixels, _ in batches(images, writer.todo, **passing):
                 representation, effects = second_order(vit, pixels, directions, coefficient)
                 representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)

@@ -121,7 +121,8 @@ def _of_the_last_norm(norm, z, x):
 
 def norm_std(z, eps):
     """What a LayerNorm divides by, sqrt(biased variance + eps): z [..., d] -> [...]."""
-    return torch.sqrt(z.float().var(dim=-1, correction=0) + eps)
+    _, _, rstd = torch.native_layer_norm(z.float(), z.shape[-1:], None, None, eps)  # on a CPU var() takes twenty times longer
+    return 1 / rstd[..., 0]
 
 
 def class_attention(attn, x):

@@ -125,6 +125,17 @@ def fold(vit, layer):
     return Directions(layer, *(x.to(home, torch.float32) for x in (torch.cat(values), torch.cat(outputs), shares)))
 
 
+def fold_layers(vit, layers):
+    """`fold` of several layers, ascending; the outputs of heads that come after more than one of them are there once."""
+    folded = []
+    for layer in layers:
+        item = fold(vit, layer)
+        if folded:
+            item.outputs = folded[0].outputs[-len(item.outputs) :]
+        folded.append(item)
+    return folded
+
+
 @torch.inference_mode()
 def second_order(vit, images, directions, coefficient=COEFFICIENT, summed=False):
     """One forward pass: the representation, and the factorised second-order effects of one or several MLP layers.
@@ -182,8 +193,8 @@ class CentredNorms:
     """|phi_n(I) - mean_n| for all neurons of a layer, without forming the effects.
 
     An effect is a combination of the K directions B_n plus kappa, so its norm is a quadratic form in the coefficients with the
-    Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first (x_n B_n + rest_n = mean_n, with x_n chosen so that the
-    rest is small): the form then has no cancellation when effects vary little about a large mean. G is symmetric, so strips
+    Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first (x_n B_n + rest_n = mean_n, the rest orthogonal to the
+    directions): the form then has no cancellation when effects vary little about a large mean. G is symmetric, so strips
     of its columns are kept from the diagonal on, [N, K - first column, STRIP], what comes below it doubled.
 
     Parameters
@@ -195,11 +206,11 @@ class CentredNorms:
         K = len(directions.values)
         firsts = range(0, K, STRIP)
         self.strips = [mean.new_empty(N, K - first, min(STRIP, K - first)) for first in firsts]
-        self.rest, self.origin, self.B_rest = mean.new_empty(N, D), mean.new_empty(K, N), mean.new_empty(K, N)
+        self.rest, self.origin = mean.new_empty(N, D), mean.new_empty(K, N)
         for start in range(0, N, BLOCK):
             n = slice(start, start + BLOCK)
-            G, x, self.rest[n], B_rest = _centre(directions.values[:, n], directions.outputs, mean[n])
-            self.origin[:, n], self.B_rest[:, n] = x.T, B_rest.T
+            G, x, self.rest[n] = _centre(directions.values[:, n], directions.outputs, mean[n])
+            self.origin[:, n] = x.T
             for first, strip in zip(firsts, self.strips, strict=True):
                 width = strip.shape[2]
                 strip[n] = G[:, first:, first : first + width]
@@ -213,9 +224,9 @@ class CentredNorms:
         norms = torch.empty_like(C[:, 0])
         for start in range(0, norms.shape[1], BLOCK):  # what is formed on the way is as large as C
             n = slice(start, start + BLOCK)
-            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + (kappa - rest)
+            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + (kappa - rest), and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
-            cross = B_kappa.sub_(self.B_rest[:, n]).mul_(x).sum(dim=1)  # [B, n]
+            cross = B_kappa.mul_(x).sum(dim=1)  # [B, n]
             offset = size - 2 * kappa @ self.rest[n].T + self.rest_squared[n]
             quadratic = _quadratic(x, [strip[n] for strip in self.strips])
             norms[:, n] = (quadratic + 2 * cross + offset).clamp_min(0).sqrt()
@@ -234,7 +245,7 @@ def _quadratic(x, strips):
 
 
 def _centre(values, outputs, mean):
-    """Gram matrices of a block of neurons, and their mean as a combination of the directions plus a rest."""
+    """Gram matrices [n, K, K] of a block of neurons, and their mean as a combination [n, K] of directions plus a rest [n, D]."""
     B_n = torch.einsum("kne,keo->nko", values, outputs)  # [n, K, D]
     home = B_n.device
     wide = B_n.to("cpu" if home.type == "mps" else home, torch.float64)  # MPS has no float64
@@ -244,5 +255,4 @@ def _centre(values, outputs, mean):
     G64 = G64 + ridge[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64, device=wide.device)
     B_mean = torch.einsum("nko,no->nk", wide, mean.to(wide))
     x = torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G64))[..., 0].to(home, torch.float32)
-    rest = mean - torch.einsum("nk,nko->no", x, B_n)
-    return G, x, rest, torch.einsum("nko,no->nk", B_n, rest)
+    return G, x, mean - torch.einsum("nk,nko->no", x, B_n)

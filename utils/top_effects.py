@@ -4,8 +4,9 @@
 passes over the images give these: the first sums up the coefficients, the second takes the norms about the mean (quadratic forms
 in the coefficients) and keeps the coefficients of the k largest. Shapes as in `utils.prs`; k images per neuron.
 
-Both passes are gone on with after an interruption: what a process has summed up or kept is saved every few seconds, together with
-the number of its batches that are in it. Under torchrun every process has its own; the first one puts them together at the end.
+Both passes are gone on with after an interruption: what a process has summed up or kept is saved every few seconds (more rarely
+where saving takes long), together with the number of its batches that are in it. Under torchrun every process has its own; the
+first one puts them together at the end.
 """
 
 import json
@@ -23,10 +24,11 @@ from utils.artifacts import meta_path, save_array, save_atomic, save_json
 from utils.datasets import batches
 from utils.effects import save_directions
 from utils.errors import UserError
-from utils.prs import CentredNorms, fold, second_order
+from utils.prs import CentredNorms, fold_layers, second_order
 from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
+SAVING = 0.05  # the share of the time that saving may take
 MERGED = 64  # neurons that are put together at a time
 LAST_IMAGE = 2**32 - 1
 
@@ -39,7 +41,7 @@ class Saved:
 
     def __init__(self, path, identity, make, overwrite):
         self.path, self.identity = path, json.dumps(identity, sort_keys=True)
-        self.done, self.arrays = 0, None
+        self.done, self.arrays, self.cost = 0, None, 0.0
         if path.is_file() and not overwrite:
             self._load()
         if self.arrays is None:
@@ -59,12 +61,14 @@ class Saved:
     def step(self, before=None, last=False):
         """Count one more batch, or with `last` none; save when it is time. before: called first, to save what belongs to it."""
         self.done += not last
-        if last or time.monotonic() - self.saved > COMMIT_SECONDS:
+        began = time.monotonic()
+        if last or began - self.saved > max(COMMIT_SECONDS, self.cost / SAVING):
             if before:
                 before()
             content = {"identity": self.identity, "done": self.done, **self.arrays}
             save_atomic(self.path, lambda file: np.savez(file, **content))
             self.saved = time.monotonic()
+            self.cost = self.saved - began
 
 
 class TopEffects:
@@ -109,7 +113,7 @@ class TopEffects:
     def run(self, writer):
         """Both passes. Besides the writer's arrays they leave values, outputs, top_coefficients [N, k, K], top_images [N, k] and
         top_mean [N, D] of every layer."""
-        self.directions = [fold(self.vit, layer) for layer in self.layers]
+        self.directions = fold_layers(self.vit, self.layers)
         self.second_pass(self.first_pass(), writer)
         if distributed.first():
             for item in self.directions:
@@ -143,7 +147,7 @@ class TopEffects:
             _, effects = second_order(self.vit, pixels, self.directions, self.coefficient, summed=True)
             for layer, (C, kappa) in zip(self.layers, effects, strict=True):
                 for name, values in ((f"C{layer}", C), (f"kappa{layer}", kappa)):
-                    sums.arrays[name] += (values.cpu().double() * scale).round().to(torch.int64).numpy()
+                    sums.arrays[name] += values.cpu().double().mul_(scale).round_().to(torch.int64).numpy()
             sums.step()
         sums.step(last=True)
         distributed.barrier()
@@ -208,7 +212,7 @@ class TopEffects:
 
             _save_sorted(self.path(layer, "top_coefficients"), files, order, self.meta)
             save_array(self.path(layer, "top_images"), images, self.meta)
-            save_array(self.path(layer, "top_mean"), store.mean.cpu().numpy(), self.meta)
+            save_array(self.path(layer, "top_mean"), store.mean().cpu().numpy(), self.meta)
             for path in paths:
                 path.unlink()
 
@@ -220,9 +224,13 @@ class _Store:
         self.layer, self.mean_rows = directions.layer, mean_C.T.cpu().numpy()  # [N, K]
         K, self.N, _ = directions.values.shape
         self.shape = (self.N, k, K)
-        heads = torch.einsum("kn,kne->nke", mean_C, directions.values)
-        self.mean = torch.einsum("nke,keo->no", heads, directions.outputs) + mean_kappa
-        self.norms = CentredNorms(directions, self.mean)
+        self.directions, self.mean_C, self.mean_kappa = directions, mean_C, mean_kappa
+        self.norms = CentredNorms(directions, self.mean())
+
+    def mean(self):
+        """The mean effects [N, D]."""
+        heads = torch.einsum("kn,kne->nke", self.mean_C, self.directions.values)
+        return torch.einsum("nke,keo->no", heads, self.directions.outputs) + self.mean_kappa
 
     def open(self, path, fresh):
         size = 4 * int(np.prod(self.shape, dtype=np.int64))
