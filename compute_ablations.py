@@ -28,7 +28,7 @@ def main(args):
     statistics = {layer: load_statistics(names, train, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in layers}
 
     def make(directions):
-        return Ablations(directions, statistics[directions.layer])
+        return Ablations(directions, statistics.pop(directions.layer))  # it keeps of them what it needs
 
     results = Names(args.output_dir, args.model, args.pretrained)
 

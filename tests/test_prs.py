@@ -111,14 +111,16 @@ def test_the_coefficient_scales_effects(vit, images):
     assert_close((C, kappa), (100 * C1, 100 * kappa1))
 
 
+@pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # a small one makes plain squares cancel
-def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread):
+def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors):
     directions = fold(vit, 1)
     _, [(C, kappa)] = second_order(vit, images, [directions])
     C = C.mean(dim=0) + spread * (C - C.mean(dim=0))
     phi = dense(C.double(), kappa.double(), _in_double(directions))
     mean = phi.mean(dim=0)
-    norms = CentredNorms(directions, mean.float())(C, kappa)
+    centred_norms = CentredNorms(directions, (C.mean(dim=0), kappa.mean(dim=0)) if factors else mean.float())
+    norms = centred_norms(C, kappa)
     truth = (phi - mean).norm(dim=-1)
     assert_close(norms.double(), truth, rtol=2e-3 if spread < 1 else 1e-4, atol=1e-5 * float(truth.max()))
 

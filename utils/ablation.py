@@ -77,7 +77,7 @@ class Ablations:
     names = ABLATIONS
 
     def __init__(self, directions, statistics):
-        self.directions, self.mean, self.thresholds = directions, statistics.mean, statistics.thresholds
+        self.directions, self.thresholds = directions, statistics.thresholds
         self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
         self.norms = CentredNorms(directions, statistics.mean)
 
@@ -86,8 +86,9 @@ class Ablations:
         base = self.rebuilt.base(representation, C, kappa)
         small = (self.norms(C, kappa) <= self.thresholds).to(C.dtype)  # [B, N]
         # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
-        small_effects = sum_of_effects(C * small[:, None], torch.zeros_like(kappa), self.directions)
-        small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.mean
+        x = (C - self.norms.origin) * small[:, None]
+        small_effects = sum_of_effects(x, torch.zeros_like(kappa), self.directions)
+        small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.norms.rest
         pc = base + self.rebuilt.projected(C, kappa)
         return torch.stack([representation, base, base + small_effects, representation - small_effects, pc], dim=1)
 

@@ -204,8 +204,8 @@ class _FactorisedBlock(_Block):
         B_n = torch.einsum("kne,keo->nko", directions.values, directions.outputs)  # [n, K, D]
         mean_coefficients = coefficients.mean(dim=0).T  # [n, K]
         self.mean = torch.einsum("nk,nko->no", mean_coefficients, B_n) + bias.mean(dim=0)
-        self.centred_norms = CentredNorms(directions, self.mean)
         self.mean_coefficients, self.mean_bias, self.B_n = mean_coefficients, bias.mean(dim=0), B_n
+        self.centred_norms = CentredNorms(directions, (mean_coefficients.T, self.mean_bias))
 
     def norms(self, rows):
         return self.centred_norms(self.coefficients[rows], self.bias[rows])

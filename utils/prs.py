@@ -163,7 +163,7 @@ def _effects(vit, cache, directions, scale, summed):
         later = range(item.layer + 1, vit.L)
         rows = {l: cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later}  # [B, H, T], a / sigma
         row = torch.cat([rows[l] for l in later], dim=1)  # [B, K, T]
-        post = cache[f"blocks.{item.layer}.mlp.post"]  # [B, T, N]
+        post = cache.pop(f"blocks.{item.layer}.mlp.post")  # [B, T, N], not needed any more
         scaled = row * (scale * rstd_post)[:, None, None]
         s = row.sum(dim=-1)  # [B, K]
         t = torch.cat([torch.einsum("bht,bt->bh", rows[l], cache[f"blocks.{l}.ln1.mean"]) for l in later], dim=1)
@@ -173,7 +173,9 @@ def _effects(vit, cache, directions, scale, summed):
         if summed:
             yield scaled.transpose(0, 1).flatten(1) @ post.flatten(0, 1), kappa.sum(dim=0)
         else:
-            yield torch.bmm(scaled, post), kappa
+            C = torch.bmm(scaled, post)
+            del post
+            yield C, kappa
 
 
 def dense(C, kappa, directions):
@@ -193,43 +195,57 @@ class CentredNorms:
     """|phi_n(I) - mean_n| for all neurons of a layer, without forming the effects.
 
     An effect is a combination of the K directions B_n plus kappa, so its norm is a quadratic form in the coefficients with the
-    Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first (x_n B_n + rest_n = mean_n, the rest orthogonal to the
-    directions): the form then has no cancellation when effects vary little about a large mean. G is symmetric, so strips
-    of its columns are kept from the diagonal on, [N, K - first column, STRIP], what comes below it doubled.
+    Gram matrix G_n = B_n B_n^T. The origin is moved to the mean first, so that nothing cancels when effects vary little about a
+    large mean. G is symmetric, so strips of its columns are kept from the diagonal on, [N, K - first column, STRIP], what comes
+    below it doubled.
 
     Parameters
-    directions: `Directions` of the neurons. mean: [N, D], what the effects are centred on.
+    directions: `Directions` of the neurons. mean: what effects are centred on, [N, D], or as factors, (C [K, N], kappa [D]).
+
+    Attributes: mean_n = origin[:, n] B_n + shift + rest[n], with origin [K, N]. Factors of a mean are its origin and shift [D],
+    and leave no rest; of a mean [N, D] the origin is found by least squares, the rest [N, D] being orthogonal to the directions.
     """
 
     def __init__(self, directions, mean):
-        self.directions, (N, D) = directions, mean.shape
-        K = len(directions.values)
+        self.directions = directions
+        K, N, _ = directions.values.shape
+        factors = isinstance(mean, tuple)
+        new = directions.values.new_empty
+        if factors:
+            (self.origin, self.shift), self.rest = mean, None
+        else:
+            self.origin, self.shift, self.rest = new(K, N), 0, new(mean.shape)
         firsts = range(0, K, STRIP)
-        self.strips = [mean.new_empty(N, K - first, min(STRIP, K - first)) for first in firsts]
-        self.rest, self.origin = mean.new_empty(N, D), mean.new_empty(K, N)
+        self.strips = [new(N, K - first, min(STRIP, K - first)) for first in firsts]
         for start in range(0, N, BLOCK):
             n = slice(start, start + BLOCK)
-            G, x, self.rest[n] = _centre(directions.values[:, n], directions.outputs, mean[n])
-            self.origin[:, n] = x.T
+            B_n = torch.einsum("kne,keo->nko", directions.values[:, n], directions.outputs)  # [n, K, D]
+            wide = B_n.to("cpu" if B_n.device.type == "mps" else B_n.device, torch.float64)  # MPS has no float64
+            G = wide @ wide.mT
+            if not factors:
+                x = _least_squares(wide, G, mean[n]).to(B_n)  # [n, K]
+                self.origin[:, n], self.rest[n] = x.T, mean[n] - torch.einsum("nk,nko->no", x, B_n)
+            G = G.to(B_n)
             for first, strip in zip(firsts, self.strips, strict=True):
                 width = strip.shape[2]
                 strip[n] = G[:, first:, first : first + width]
                 strip[n, width:] *= 2
-        self.rest_squared = self.rest.square().sum(dim=-1)  # [N]
 
     def __call__(self, C, kappa):
         """C [B, K, N], kappa [B, D] -> norms [B, N]."""
+        kappa = kappa - self.shift
         heads = torch.einsum("bo,keo->kbe", kappa, self.directions.outputs)
         size = kappa.square().sum(dim=-1, keepdim=True)
         norms = torch.empty_like(C[:, 0])
         for start in range(0, norms.shape[1], BLOCK):  # what is formed on the way is as large as C
             n = slice(start, start + BLOCK)
-            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + (kappa - rest), and B_n rest = 0
+            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
-            cross = B_kappa.mul_(x).sum(dim=1)  # [B, n]
-            offset = size - 2 * kappa @ self.rest[n].T + self.rest_squared[n]
-            quadratic = _quadratic(x, [strip[n] for strip in self.strips])
-            norms[:, n] = (quadratic + 2 * cross + offset).clamp_min(0).sqrt()
+            squares = _quadratic(x, [strip[n] for strip in self.strips]) + 2 * B_kappa.mul_(x).sum(dim=1) + size
+            if self.rest is not None:
+                rest = self.rest[n]
+                squares += rest.square().sum(dim=-1) - 2 * kappa @ rest.T
+            norms[:, n] = squares.clamp_min(0).sqrt()
         return norms
 
 
@@ -244,15 +260,9 @@ def _quadratic(x, strips):
     return total.T
 
 
-def _centre(values, outputs, mean):
-    """Gram matrices [n, K, K] of a block of neurons, and their mean as a combination [n, K] of directions plus a rest [n, D]."""
-    B_n = torch.einsum("kne,keo->nko", values, outputs)  # [n, K, D]
-    home = B_n.device
-    wide = B_n.to("cpu" if home.type == "mps" else home, torch.float64)  # MPS has no float64
-    G64 = wide @ wide.mT
-    G = G64.to(home, torch.float32)
-    ridge = 1e-9 * G64.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)  # directions may be dependent
-    G64 = G64 + ridge[:, None, None] * torch.eye(G.shape[1], dtype=torch.float64, device=wide.device)
-    B_mean = torch.einsum("nko,no->nk", wide, mean.to(wide))
-    x = torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G64))[..., 0].to(home, torch.float32)
-    return G, x, mean - torch.einsum("nk,nko->no", x, B_n)
+def _least_squares(B_n, G, mean):
+    """The combination of directions next to the mean: B_n [n, K, D], G [n, K, K] of them, mean [n, D] -> [n, K], all float64."""
+    ridge = 1e-9 * G.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)  # directions may be dependent
+    ridge = ridge[:, None, None] * torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
+    B_mean = torch.einsum("nko,no->nk", B_n, mean.to(B_n))
+    return torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G + ridge))[..., 0]

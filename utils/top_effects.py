@@ -29,6 +29,7 @@ from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
 SAVING = 0.05  # the share of the time that saving may take
+ENTERING = 8192  # effects that are written to the kept ones at a time
 MERGED = 64  # neurons that are put together at a time
 LAST_IMAGE = 2**32 - 1
 
@@ -225,7 +226,7 @@ class _Store:
         K, self.N, _ = directions.values.shape
         self.shape = (self.N, k, K)
         self.directions, self.mean_C, self.mean_kappa = directions, mean_C, mean_kappa
-        self.norms = CentredNorms(directions, self.mean())
+        self.norms = CentredNorms(directions, (mean_C, mean_kappa))
 
     def mean(self):
         """The mean effects [N, D]."""
@@ -256,12 +257,12 @@ class _Store:
         n, slots = leaves[:, :k].nonzero()  # for each neuron as many leave as enter
         _, images = (~leaves[:, k:]).nonzero()
         n = neurons[n]
-        device = C.device
-        entering = C[torch.from_numpy(images).to(device), :, torch.from_numpy(n).to(device)]  # [entering, K]
-        self.file[n, slots] = entering.cpu().numpy() - self.mean_rows[n]
         keys[n, slots] = new[n, images]
-        with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
-            self.file._mmap.madvise(mmap.MADV_DONTNEED)
+        for part in np.array_split(np.arange(len(n)), len(n) // ENTERING + 1):
+            b, m = (torch.from_numpy(index[part]).to(C.device) for index in (images, n))
+            self.file[n[part], slots[part]] = C[b, :, m].cpu().numpy() - self.mean_rows[n[part]]  # [entering, K]
+            with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
+                self.file._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def key_of(norms, images):
