@@ -35,6 +35,7 @@ from run_demo import (  # noqa: E402
     segmentation_result,
 )
 
+from utils.ablation import ABLATIONS  # noqa: E402
 from utils.artifacts import Names, save_json  # noqa: E402
 from utils.clip import load_clip  # noqa: E402
 from utils.concepts import concepts_of_images  # noqa: E402
@@ -132,6 +133,23 @@ def zero_shot(symbols, pairs):
     rows["symbol, habits broken"] = accuracy(symbols, "val_broken", single, by_symbol, lambda p: p["symbol"])
     rows["background colour"] = accuracy(symbols, "val", single, colours, lambda p: p["background"])
     rows["colour and symbol of the larger of two"] = accuracy(pairs, "val", lambda p: True, by_pair, lambda p: p["pair"])
+    return rows
+
+
+def won_back(results):
+    """What the first components win back of what ablating all effects costs, of the same pictures:
+    {layer: {"loss", "short": (points, standard error), "won back": per cent of the loss}}; short: of the baseline."""
+    file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100_predictions.npy"
+    classes = (results.world / results.tree / "class_names.txt").read_text().splitlines()
+    labels = np.array([classes.index(p["pair"]) for p in results.truth("val")])
+    right = 100.0 * (results.array(file) == labels[:, None, None])  # [pictures, layers, 5]
+    baseline, without, rebuilt = (right[..., ABLATIONS.index(name)] for name in (ABLATIONS[0], ABLATIONS[1], ABLATIONS[4]))
+    rows = {}
+    for i, layer in enumerate(LAYERS):
+        differences = {"loss": baseline[:, i] - without[:, i], "short": baseline[:, i] - rebuilt[:, i]}
+        row = {name: (float(d.mean()), float(d.std() / np.sqrt(len(d)))) for name, d in differences.items()}
+        loss, short = row["loss"][0], row["short"][0]
+        rows[layer] = {**row, "won back": 100 * (1 - short / loss) if loss > 0 else None}
     return rows
 
 
@@ -374,6 +392,13 @@ def main():
         columns = list(next(iter(table.values())))
         lines += ["", f"| accuracy on {name} %, layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {layer} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for layer, row in table.items()]
+    results["won_back"] = won_back(pairs)
+    lines += ["", "| points on pairs, layer | cost of ablating all effects | left when reconstructed from PC | won back % |"]
+    lines += ["|---|---|---|---|"]
+    for layer, row in results["won_back"].items():
+        share = "" if row["won back"] is None else f"{row['won back']:.0f}"
+        (loss, loss_error), (short, short_error) = row["loss"], row["short"]
+        lines.append(f"| {layer} | {loss:.1f} ± {loss_error:.1f} | {short:.1f} ± {short_error:.1f} | {share} |")
     results["descriptions"] = descriptions(symbols)
     lines += ["", "| strongest text true of the top pictures, layer | share | random text | ratio |", "|---|---|---|---|"]
     lines += [f"| {layer} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for layer, (a, b, ratio) in results["descriptions"].items()]

@@ -38,7 +38,7 @@ from world import COLOURS, HARD_RATE, PAIRS, SYMBOLS, TEXTURES, World, articles,
 HERE = Path(__file__).parent
 DENSE_LAYER = 4  # the patch heads read its output: the last block's attention takes it to the class token
 FORGET = [2, 3, 4]  # the layers after which the class token may forget what it has gathered
-MAIN = 0.9  # share of the main symbol in the targets of a picture with two, so that it wins and both are named
+MAIN = 0.87  # share of the main symbol in the targets of a picture with two, so that it wins and both are named
 BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
 
 
