@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 COEFFICIENT = 100.0  # representations are scaled to this norm; effects are parts of that
 BLOCK = 256  # neurons whose norms are computed together
-STRIP = 32  # columns of a Gram matrix that are multiplied together
+STRIP = 16  # columns of a Gram matrix that are multiplied together
 
 
 @dataclass
