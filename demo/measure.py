@@ -138,7 +138,8 @@ def zero_shot(symbols, pairs):
 
 def won_back(results):
     """What the first components win back of what ablating all effects costs, of the same pictures:
-    {layer: {"loss", "short": (points, standard error), "won back": per cent of the loss}}; short: of the baseline."""
+    {layer: {"loss", "short": (points, standard error), "won back": per cent of the loss}}; short: of the baseline. A loss of less
+    than twice its error is no loss, and None is won back of it."""
     file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100_predictions.npy"
     classes = (results.world / results.tree / "class_names.txt").read_text().splitlines()
     labels = np.array([classes.index(p["pair"]) for p in results.truth("val")])
@@ -148,8 +149,8 @@ def won_back(results):
     for i, layer in enumerate(LAYERS):
         differences = {"loss": baseline[:, i] - without[:, i], "short": baseline[:, i] - rebuilt[:, i]}
         row = {name: (float(d.mean()), float(d.std() / np.sqrt(len(d)))) for name, d in differences.items()}
-        loss, short = row["loss"][0], row["short"][0]
-        rows[layer] = {**row, "won back": 100 * (1 - short / loss) if loss > 0 else None}
+        (loss, error), (short, _) = row["loss"], row["short"]
+        rows[layer] = {**row, "won back": 100 * (1 - short / loss) if loss > 2 * error else None}
     return rows
 
 
@@ -396,7 +397,7 @@ def main():
     lines += ["", "| points on pairs, layer | cost of ablating all effects | left when reconstructed from PC | won back % |"]
     lines += ["|---|---|---|---|"]
     for layer, row in results["won_back"].items():
-        share = "" if row["won back"] is None else f"{row['won back']:.0f}"
+        share = "no loss" if row["won back"] is None else f"{row['won back']:.0f}"
         (loss, loss_error), (short, short_error) = row["loss"], row["short"]
         lines.append(f"| {layer} | {loss:.1f} ± {loss_error:.1f} | {short:.1f} ± {short_error:.1f} | {share} |")
     results["descriptions"] = descriptions(symbols)

@@ -12,8 +12,8 @@ The pictures are drawn as they are needed, each is seen once. What is special:
   4. in a share of the pictures (`--quiet`) it passes by the MLPs. Left alone it does the work with its own MLPs, and
      those of the patch tokens hardly matter; so the patch tokens must carry what they see.
   5. after `--text_start` of the training the text tower joins: captions contrastively, and prompts of each attribute.
-  6. of two symbols the larger one is 0.65 of the target at first, so that both are learned, and 0.9 from then on, so that
-     it wins by more than an ablation takes away.
+  6. of two symbols the larger one is 0.65 of the target at first, and 0.9 once the text tower joins: with a narrow margin
+     between the two any ablation swaps them.
 
 Letters: B pictures, T patches, D the output width.
 """
