@@ -8,6 +8,7 @@ Texts are given random unit vectors, which the matching pursuit does not notice;
 
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,9 @@ def main(args):
         rows, judged, peaks, plain, keep = [], [], [], None, None
         barred = args.model == "ViT-B-32" and args.mlp_layer == ["all"]
         for script, flags in stages:
-            before = _bytes(out)
+            before = time.time()
             _, seconds, peak = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
-            written = _bytes(out) - before
+            written = sum(file.stat().st_size for file in out.glob("*") if file.stat().st_mtime >= before)
             plain = plain or seconds
             name = script
             if "--keep" in flags:
@@ -73,11 +74,8 @@ def main(args):
         judged.append(row("peak memory of all stages", max(peaks) / 1e9, "GB", 3 if barred else None, "with their workers"))
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
     title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
-    save_table(f"rehearsal_{args.model}", title, rows + judged, args, args.device)
-
-
-def _bytes(folder):
-    return sum(path.stat().st_size for path in folder.glob("*"))
+    name = f"rehearsal_{args.model}" + ("" if len(args.keep) > 1 else f"_{args.keep[0]}")
+    save_table(name, title, rows + judged, args, args.device)
 
 
 if __name__ == "__main__":
