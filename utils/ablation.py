@@ -86,7 +86,7 @@ class Ablations:
         base = self.rebuilt.base(representation, C, kappa)
         small = (self.norms(C, kappa) <= self.thresholds).to(C.dtype)  # [B, N]
         # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
-        x = (C - self.norms.origin) * small[:, None]
+        x = (C - self.norms.origin).mul_(small[:, None])
         small_effects = sum_of_effects(x, torch.zeros_like(kappa), self.directions)
         small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.norms.rest
         pc = base + self.rebuilt.projected(C, kappa)
