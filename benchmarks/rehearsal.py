@@ -74,6 +74,7 @@ def main(args):
         judged.append(row("peak memory of all stages", max(peaks) / 1e9, "GB", 3 if barred else None, "with their workers"))
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
     title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
+    title += f", --keep {' '.join(args.keep)}"
     name = f"rehearsal_{args.model}" + ("" if len(args.keep) > 1 else f"_{args.keep[0]}")
     save_table(name, title, rows + judged, args, args.device)
 

@@ -144,7 +144,8 @@ def won_back(results):
     classes = (results.world / results.tree / "class_names.txt").read_text().splitlines()
     labels = np.array([classes.index(p["pair"]) for p in results.truth("val")])
     right = 100.0 * (results.array(file) == labels[:, None, None])  # [pictures, layers, 5]
-    baseline, without, rebuilt = (right[..., ABLATIONS.index(name)] for name in (ABLATIONS[0], ABLATIONS[1], ABLATIONS[4]))
+    names = ("baseline", "without all effects", "reconstructed from PC")
+    baseline, without, rebuilt = (right[..., ABLATIONS.index(name)] for name in names)  # [pictures, layers] each
     rows = {}
     for i, layer in enumerate(LAYERS):
         differences = {"loss": baseline[:, i] - without[:, i], "short": baseline[:, i] - rebuilt[:, i]}

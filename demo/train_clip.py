@@ -13,7 +13,7 @@ The pictures are drawn as they are needed, each is seen once. What is special:
      those of the patch tokens hardly matter; so the patch tokens must carry what they see.
   5. after `--text_start` of the training the text tower joins: captions contrastively, and prompts of each attribute.
   6. of two symbols the larger one is 0.65 of the target at first, and 0.9 once the text tower joins: with a narrow margin
-     between the two any ablation swaps them.
+     between the two an ablation easily swaps them.
 
 Letters: B pictures, T patches, D the output width.
 """

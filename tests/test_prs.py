@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from tests import definition
 from tests.conftest import random_tower
+from utils import prs
 from utils.errors import UserError
 from utils.hooked_vit import HookedViT
 from utils.prs import CentredNorms, dense, fold, parse_layers, second_order, sum_of_effects
@@ -111,9 +112,11 @@ def test_the_coefficient_scales_effects(vit, images):
     assert_close((C, kappa), (100 * C1, 100 * kappa1))
 
 
+@pytest.mark.parametrize("strip", [prs.STRIP, 5])  # one of all columns; several, the last one narrower
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # a small one makes plain squares cancel
-def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors):
+def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors, strip, monkeypatch):
+    monkeypatch.setattr(prs, "STRIP", strip)
     directions = fold(vit, 1)
     _, [(C, kappa)] = second_order(vit, images, [directions])
     C = C.mean(dim=0) + spread * (C - C.mean(dim=0))
