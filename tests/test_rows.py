@@ -126,3 +126,25 @@ def test_what_cannot_fit_on_the_disk_is_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match="GB free"), RowWriter({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, []):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_a_piece_that_could_not_be_written_ends_the_pass_and_does_not_count(tmp_path, monkeypatch, pieces):
+    """Pieces are written in a thread; of the last one the error comes when the pass ends."""
+    path, write = tmp_path / "a.npy", RowWriter._write_at
+    rows_of_a = []
+
+    def full(self, file, entry, values):
+        if file == path:
+            rows_of_a.append(entry)
+            if len(rows_of_a) == pieces:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, file, entry, values)
+
+    monkeypatch.setattr(RowWriter, "_write_at", full)
+    with pytest.raises(UserError, match="a.npy cannot be written .No space left"), writer_of(path, {}) as writer:
+        fill(writer, path, pieces)
+    assert not path.exists()
+    monkeypatch.setattr(RowWriter, "_write_at", write)
+    with writer_of(path, {}) as writer:
+        assert [number for number, _ in writer.todo] == list(range(pieces - 1, 5))

@@ -8,7 +8,7 @@ import torch
 from utils.artifacts import digest, load_array
 from utils.datasets import batches
 from utils.errors import UserError
-from utils.prs import CentredNorms, fold_layers, second_order, sum_of_effects
+from utils.prs import CentredNorms, blocks_of, fold_layers, second_order, sum_of_effects
 from utils.rows import RowWriter, row_pieces
 
 ABLATIONS = (
@@ -55,7 +55,8 @@ class Rebuilt:
 
     def projections(self, C, kappa):
         """<c_n, r_n>: C [B, K, N], kappa [B, D] -> [B, N]."""
-        return (C * self.along).sum(dim=1) + kappa @ self.vectors.T - self.mean_along
+        along = [(C[:, :, n] * self.along[:, n]).sum(dim=1) for n in blocks_of(C.shape[2])]
+        return torch.cat(along, dim=1) + kappa @ self.vectors.T - self.mean_along
 
     def projected(self, C, kappa):
         """sum_n <c_n, r_n> r_n: C [B, K, N], kappa [B, D] -> [B, D]."""
@@ -84,12 +85,15 @@ class Ablations:
     def __call__(self, representation, C, kappa):
         """Representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, 5, D] in the order of ABLATIONS."""
         base = self.rebuilt.base(representation, C, kappa)
+        pc = base + self.rebuilt.projected(C, kappa)
         small = (self.norms(C, kappa) <= self.thresholds).to(C.dtype)  # [B, N]
         # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
-        x = (C - self.norms.origin).mul_(small[:, None])
-        small_effects = sum_of_effects(x, torch.zeros_like(kappa), self.directions)
+        heads = 0
+        for n in blocks_of(C.shape[2]):
+            x = (C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]
+            heads = heads + torch.einsum("bkn,kne->bke", x, self.directions.values[:, n])
+        small_effects = torch.einsum("bke,keo->bo", heads, self.directions.outputs)
         small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.norms.rest
-        pc = base + self.rebuilt.projected(C, kappa)
         return torch.stack([representation, base, base + small_effects, representation - small_effects, pc], dim=1)
 
 
@@ -159,7 +163,7 @@ def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, b
             for number, row, pixels, _ in batches(images, writer.todo, **passing):
                 representation, effects = second_order(vit, pixels, directions, coefficient)
                 representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
-                ablated = [ablate(representation, *effect) for ablate, effect in zip(ablations, effects, strict=True)]
+                ablated = [ablate(representation, *next(effects)) for ablate in ablations]  # one layer's at a time
                 logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
                 writer.write(number, row, {path_of(group): logits.argmax(dim=-1).cpu().numpy()})
     for group in groups:

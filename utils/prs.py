@@ -17,7 +17,7 @@ import torch
 from utils.errors import UserError
 
 COEFFICIENT = 100.0  # representations are scaled to this norm; effects are parts of that
-BLOCK = 256  # neurons whose norms are computed together
+BLOCK = 256  # neurons that are worked on together where what is formed on the way would be large
 STRIP = 16  # columns of a Gram matrix that are multiplied together
 
 
@@ -163,19 +163,17 @@ def _effects(vit, cache, directions, scale, summed):
         later = range(item.layer + 1, vit.L)
         rows = {l: cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later}  # [B, H, T], a / sigma
         row = torch.cat([rows[l] for l in later], dim=1)  # [B, K, T]
-        post = cache.pop(f"blocks.{item.layer}.mlp.post")  # [B, T, N], not needed any more
         scaled = row * (scale * rstd_post)[:, None, None]
         s = row.sum(dim=-1)  # [B, K]
         t = torch.cat([torch.einsum("bht,bt->bh", rows[l], cache[f"blocks.{l}.ln1.mean"]) for l in later], dim=1)
         one = torch.ones_like(rstd_post)[:, None]
         weights = torch.cat([torch.cat([s, t, one, cache["ln_post.mean"][:, None]], 1) * rstd_post[:, None], one], 1)
         kappa = scale[:, None] * (weights @ item.shares)  # [B, D]
+        post = f"blocks.{item.layer}.mlp.post"  # [B, T, N]; neither it nor the effects have a name, so that both go when used
         if summed:
-            yield scaled.transpose(0, 1).flatten(1) @ post.flatten(0, 1), kappa.sum(dim=0)
+            yield scaled.transpose(0, 1).flatten(1) @ cache.pop(post).flatten(0, 1), kappa.sum(dim=0)
         else:
-            C = torch.bmm(scaled, post)
-            del post
-            yield C, kappa
+            yield torch.bmm(scaled, cache.pop(post)), kappa
 
 
 def dense(C, kappa, directions):
@@ -189,6 +187,11 @@ def sum_of_effects(C, kappa, directions):
     """sum_n phi_n without the effects themselves: C [B, K, N], kappa [B, D] -> [B, D]."""
     heads = torch.einsum("bkn,kne->bke", C, directions.values)
     return torch.einsum("bke,keo->bo", heads, directions.outputs) + C.shape[-1] * kappa
+
+
+def blocks_of(neurons):
+    """Slices of a number of neurons that are worked on together."""
+    return [slice(start, start + BLOCK) for start in range(0, neurons, BLOCK)]
 
 
 class CentredNorms:
@@ -217,15 +220,12 @@ class CentredNorms:
             self.origin, self.shift, self.rest = new(K, N), 0, new(mean.shape)
         firsts = range(0, K, STRIP)
         self.strips = [new(N, K - first, min(STRIP, K - first)) for first in firsts]
-        for start in range(0, N, BLOCK):
-            n = slice(start, start + BLOCK)
+        for n in blocks_of(N):
             B_n = torch.einsum("kne,keo->nko", directions.values[:, n], directions.outputs)  # [n, K, D]
-            wide = B_n.to("cpu" if B_n.device.type == "mps" else B_n.device, torch.float64)  # MPS has no float64
-            G = wide @ wide.mT
             if not factors:
-                x = _least_squares(wide, G, mean[n]).to(B_n)  # [n, K]
+                x = _least_squares(B_n, mean[n])  # [n, K]
                 self.origin[:, n], self.rest[n] = x.T, mean[n] - torch.einsum("nk,nko->no", x, B_n)
-            G = G.to(B_n)
+            G = B_n @ B_n.mT
             for first, strip in zip(firsts, self.strips, strict=True):
                 width = strip.shape[2]
                 strip[n] = G[:, first:, first : first + width]
@@ -237,8 +237,7 @@ class CentredNorms:
         heads = torch.einsum("bo,keo->kbe", kappa, self.directions.outputs)
         size = kappa.square().sum(dim=-1, keepdim=True)
         norms = torch.empty_like(C[:, 0])
-        for start in range(0, norms.shape[1], BLOCK):  # what is formed on the way is as large as C
-            n = slice(start, start + BLOCK)
+        for n in blocks_of(norms.shape[1]):  # what is formed on the way is as large as C
             x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
             squares = _quadratic(x, [strip[n] for strip in self.strips]) + 2 * B_kappa.mul_(x).sum(dim=1) + size
@@ -260,9 +259,11 @@ def _quadratic(x, strips):
     return total.T
 
 
-def _least_squares(B_n, G, mean):
-    """The combination of directions next to the mean: B_n [n, K, D], G [n, K, K] of them, mean [n, D] -> [n, K], all float64."""
+def _least_squares(B_n, mean):
+    """The combination of directions next to the mean: B_n [n, K, D], mean [n, D] -> [n, K], found in float64."""
+    wide = B_n.to("cpu" if B_n.device.type == "mps" else B_n.device, torch.float64)  # MPS has no float64
+    G = wide @ wide.mT
     ridge = 1e-9 * G.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)  # directions may be dependent
     ridge = ridge[:, None, None] * torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
-    B_mean = torch.einsum("nko,no->nk", B_n, mean.to(B_n))
-    return torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G + ridge))[..., 0]
+    B_mean = torch.einsum("nko,no->nk", wide, mean.to(wide))
+    return torch.cholesky_solve(B_mean[..., None], torch.linalg.cholesky(G + ridge))[..., 0].to(B_n)

@@ -28,8 +28,8 @@ class RowWriter:
     """Arrays written to disk while their rows are computed; a broken run goes on where it stopped.
 
     The work is a list of pieces (batches of images, blocks of neurons). Rows go to `X.npy.partial`; `X.npy.progress` beside the
-    first array says which pieces are finished. `X.npy` appears when all are. Nothing is held in memory, the disk is asked
-    before the first row, and under torchrun every process writes its own pieces into the same files.
+    first array says which pieces are finished. `X.npy` appears when all are. One piece at most is held in memory, while a thread
+    writes it; the disk is asked before the first row, and under torchrun every process writes its own pieces into the same files.
 
     Parameters
     arrays: {path: (shape, dtype)}. meta: what they are made from. pieces: a list of what json can hold.
@@ -52,7 +52,7 @@ class RowWriter:
         self.progress = first.with_name(first.name + ".progress")
         self.partials = {path: path.with_name(path.name + ".partial") for path in self.arrays}
         self._files, self._finished, self._committed = {}, [], time.monotonic()
-        self._thread, self._counting = ThreadPoolExecutor(1), None
+        self._threads, self._writing, self._counting = ThreadPoolExecutor(2), None, None
 
     def __enter__(self):
         if distributed.first():
@@ -129,7 +129,20 @@ class RowWriter:
         print(f"{needed / 1e9:.2f} GB go to {directory}, which has {free / 1e9:.0f} GB free", flush=True)
 
     def write(self, number, row, blocks):
-        """Write piece `number`: blocks {path: array [n, ...]}, whose first rows (or columns) are number `row` of their arrays."""
+        """Write piece `number` in a thread, after the piece before, whose error is raised here.
+
+        blocks: {path: array [n, ...]}, whose first rows (or columns) are number `row` of their arrays. They are not to be changed
+        any more.
+        """
+        self._settle()
+        self._writing = number, self._threads.submit(self._write, row, blocks)
+        waiting = self._counting is not None and not self._counting.done()
+        if time.monotonic() - self._committed > COMMIT_SECONDS and not waiting:
+            self._wait()
+            self._counting = self._threads.submit(self._count, self._finished)  # the pass goes on while the disk works
+            self._finished, self._committed = [], time.monotonic()
+
+    def _write(self, row, blocks):
         for path, block in blocks.items():
             path = Path(path)
             shape, dtype = self.arrays[path]
@@ -140,12 +153,6 @@ class RowWriter:
                         self._write_at(path, i * shape[1] + row, values)
                 else:
                     self._write_at(path, row * (_size(shape[1:], 1)), block)
-        self._finished.append(number)
-        waiting = self._counting is not None and not self._counting.done()
-        if time.monotonic() - self._committed > COMMIT_SECONDS and not waiting:
-            self._wait()
-            self._counting = self._thread.submit(self._count, self._finished)  # the pass goes on while the disk works
-            self._finished, self._committed = [], time.monotonic()
 
     def _write_at(self, path, entry, values):
         """Write values from the flat index `entry` of an array on."""
@@ -157,9 +164,19 @@ class RowWriter:
 
     def commit(self):
         """Count the finished pieces now, and wait until the disk has them."""
-        self._wait()
-        self._count(self._finished)
-        self._finished, self._committed = [], time.monotonic()
+        try:
+            self._settle()
+        finally:  # those before a piece that could not be written count
+            self._wait()
+            self._count(self._finished)
+            self._finished, self._committed = [], time.monotonic()
+
+    def _settle(self):
+        """Wait for the piece that is being written, whose error is raised here."""
+        if self._writing is not None:
+            (number, writing), self._writing = self._writing, None
+            writing.result()
+            self._finished.append(number)
 
     def _wait(self):
         """For the counting that is under way, whose error is raised here."""
@@ -182,7 +199,7 @@ class RowWriter:
         try:
             self.commit()
         finally:
-            self._thread.shutdown()
+            self._threads.shutdown()
             for file in self._files.values():
                 with contextlib.suppress(OSError):  # a full disk says so once more
                     file.close()

@@ -28,7 +28,7 @@ from utils.prs import CentredNorms, fold_layers, second_order
 from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
-SAVING = 0.05  # the share of the time that saving may take
+SAVING = 0.02  # the share of the time that saving may take
 ENTERING = 8192  # effects that are written to the kept ones at a time
 MERGED = 64  # neurons that are put together at a time
 LAST_IMAGE = 2**32 - 1
@@ -186,9 +186,11 @@ class TopEffects:
             for number, row, pixels, _ in batches(self.images, self.work[top.done :], **self.passing, description="effects"):
                 _, effects = second_order(self.vit, pixels, self.directions, self.coefficient)
                 blocks = {}
-                for store, (C, kappa) in zip(stores, effects, strict=True):
+                for store in stores:
+                    C, kappa = next(effects)
                     norms = store.norms(C, kappa).cpu().numpy()
                     store.keep(top.arrays[f"keys{store.layer}"], norms, C, row)
+                    del C  # one layer's are in memory at a time
                     blocks[self.path(store.layer, "bias")] = kappa.cpu().numpy()
                     blocks[self.path(store.layer, "image_norms")] = norms
                 writer.write(number, row, blocks)
