@@ -88,7 +88,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
-    parser.add_argument("--keep", nargs="+", default=["full", "top"])
+    parser.add_argument("--keep", nargs="+", default=["top", "full"], help="in this order: the full store fills the system's cache")
     parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)

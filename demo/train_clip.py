@@ -198,6 +198,10 @@ def text_loss(model, image, captions, targets, rng):
 # Training
 
 
+# the flags that a broken training has to be gone on with
+SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed")
+
+
 def build(config):
     return open_clip.CLIP(**json.loads(Path(config).read_text()))
 
@@ -227,17 +231,21 @@ def train(args):
     }  # fmt: skip
     parts = {"model": model, "heads": heads, **optimizers}
 
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"config": Path(args.config).read_text()}
     checkpoint = Path(args.work_dir) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     start, total = 0, math.ceil(args.pictures / args.batch_size)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved.pop("settings", None) != settings:
+            raise SystemExit(f"error: {checkpoint} is of a training with other flags; give another --work_dir, or delete it")
         start = saved.pop("step")
         for name, state in saved.items():
             parts[name].load_state_dict(state)
 
     def save(step):
-        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, f"{checkpoint}.part")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({"settings": settings, "step": step, **states}, f"{checkpoint}.part")
         os.replace(f"{checkpoint}.part", checkpoint)
 
     losses, saved_at = [], time.time()

@@ -207,6 +207,8 @@ def test_the_loss_falls_in_a_few_steps_and_a_broken_training_goes_on(tmp_path):
     _, first = train_clip.train(training_flags(tmp_path / "broken", stop=10))
     resumed, second = train_clip.train(training_flags(tmp_path / "broken"))
     np.testing.assert_allclose(first + second, losses, rtol=2e-2)
+    with pytest.raises(SystemExit, match="other flags.*--work_dir"):
+        train_clip.train(training_flags(tmp_path / "broken", seed=1))
     train_clip.export(resumed, tmp_path / "small.safetensors")
     train_clip.load(DEMO / "symbols-vit.json", tmp_path / "small.safetensors")
 
