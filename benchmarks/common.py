@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def ratio(times, reference):
 
 
 def measured(command):
-    """Run a command in the repository's root: (standard output, seconds, peak bytes). Ends with its stderr if it fails.
+    """Run a command in the repository's root: (output, seconds, peak bytes, stderr). Ends with its stderr if it fails.
 
     The peak is the larger of the main process's own high-water mark and the largest sum over it and its workers, in which
     shared pages are counted once (proportional set size). Where there is no /proc it is the largest single process.
@@ -84,7 +85,17 @@ def measured(command):
         sys.exit(f"{' '.join(command)}\nended with code {process.returncode}:\n{texts['stderr'][-2000:]}")
     if not peak:
         peak = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return texts["stdout"], seconds, 1024 * peak
+    return texts["stdout"], seconds, 1024 * peak, texts["stderr"]
+
+
+def looping(stderr):
+    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images, not the start-up."""
+    total = last = 0
+    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", stderr):
+        if done == "0":  # another bar begins
+            total, last = total + last, 0
+        last = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
+    return total + last
 
 
 def _family(pid):

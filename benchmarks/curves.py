@@ -30,7 +30,7 @@ def main(args):
         def effects(photos, layers, *flags):
             data = ["--data_path", photos, "--split", "train", "--subsample", 1, "--mlp_layer", *layers, "--top_k_pca", few]
             script = [sys.executable, ROOT / "compute_second_order_neuron_prs.py", *output, *data, *flags]
-            _, seconds, peak = measured(script)
+            _, seconds, peak, _ = measured(script)
             written = sum(file.stat().st_size for file in names.directory.iterdir())
             return seconds, f"peak {peak / 1e9:.2f} GB, {written / 1e9:.2f} GB written"
 
@@ -42,7 +42,7 @@ def main(args):
             photos = write_photos(Path(folder) / str(count), ("train",), per_class=count // len(SYNSETS))
             rows.append(row(f"effects of layer {LAYER}, {count:,} images", *_of(effects(photos, [LAYER]))))
             flags = ["--mlp_layer", LAYER, "--top_k_pca", few]
-            _, seconds, peak = measured([sys.executable, ROOT / "compute_pcas.py", *output, *flags])
+            _, seconds, peak, _ = measured([sys.executable, ROOT / "compute_pcas.py", *output, *flags])
             rows.append(row(f"components of layer {LAYER}, {count:,} images", seconds, "s", None, f"peak {peak / 1e9:.2f} GB"))
             clear()
         for count in args.layers:

@@ -89,7 +89,7 @@ def run(method, texts, atoms, neurons, args, unit=False):
     with tempfile.TemporaryDirectory() as folder:
         save = Path(folder) / "code.npz"
         command = [sys.executable, __file__, "--method", method, "--texts", texts, "--atoms", atoms, "--neurons", neurons]
-        output, _, peak = measured([*command, "--device", args.device, "--save", save, *(["--unit"] if unit else [])])
+        output, _, peak, _ = measured([*command, "--device", args.device, "--save", save, *(["--unit"] if unit else [])])
         code = dict(np.load(save))
     return {**json.loads(output.splitlines()[-1]), "peak": peak, **code}
 

@@ -67,7 +67,7 @@ def main(args):
         write_store(names, args.images, args.heads, args.neurons, e, D, np.random.default_rng(0))
         flags = ["--model", "ViT-B-32", "--pretrained", "random", "--mlp_layer", LAYER, "--top_k_pca", k]
         script = [sys.executable, ROOT / "compute_pcas.py", *flags, "--device", args.device, "--output_dir", folder]
-        _, seconds, peak = measured(script)
+        _, seconds, peak, _ = measured(script)
         store = sum(file.stat().st_size for file in Path(folder).glob("*_coefficients.npy"))
         pcas = np.load(names.statistics("imagenet", LAYER, f"{k}_pca"))
         norms = np.load(names.statistics("imagenet", LAYER, f"{k}_norm"))

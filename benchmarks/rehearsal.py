@@ -1,7 +1,7 @@
 """A real-size rehearsal: every stage in README order on photos at full size, with random weights; time, memory and disk of each.
 
     python benchmarks/rehearsal.py --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
-    python benchmarks/rehearsal.py --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top
+    python benchmarks/rehearsal.py --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top --project 5124 5000
 
 Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own benchmark.
 """
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, bench_parser, measured, row, save_table
+from common import ROOT, bench_parser, looping, measured, row, save_table
 
 from tests.photos import SYNSETS, write_photos
 from utils.artifacts import Names
@@ -51,7 +51,7 @@ def main(args):
         barred = args.model == "ViT-B-32" and args.mlp_layer == ["all"]
         for script, flags in stages:
             before = time.time()
-            _, seconds, peak = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
+            _, seconds, peak, errors = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
             written = sum(file.stat().st_size for file in out.glob("*") if file.stat().st_mtime >= before)
             plain = plain or seconds
             name = script
@@ -69,12 +69,19 @@ def main(args):
                 if keep == "top":
                     judged.append(row("effects, --keep top, on disk", written / 1e9, "GB", 3 if barred else None))
             peaks.append(peak)
-            rows.append(row(name, seconds, "s", None, f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"))
+            note = f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"
+            if args.project:
+                held_out, loop = script == "compute_ablations", looping(errors)
+                projected = seconds - loop + loop * args.project[held_out] / (args.images, args.val_images)[held_out]
+                note += f"; {loop} s of it over images, projected {projected:,.0f} s"
+            rows.append(row(name, seconds, "s", None, note))
             print(rows[-1], flush=True)
         judged.append(row("peak memory of all stages", max(peaks) / 1e9, "GB", 3 if barred else None, "with their workers"))
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
     title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
     title += f", --keep {' '.join(args.keep)}"
+    if args.project:
+        title += f", projected to {args.project[0]} + {args.project[1]} photos"
     name = f"rehearsal_{args.model}" + ("" if len(args.keep) > 1 else f"_{args.keep[0]}")
     save_table(name, title, rows + judged, args, args.device)
 
@@ -88,8 +95,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
-    parser.add_argument("--keep", nargs="+", default=["top", "full"], help="in this order: the full store fills the system's cache")
+    parser.add_argument(
+        "--keep", nargs="+", default=["top", "full"], help="in this order: the full store fills the system's cache"
+    )
     parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
+    parser.add_argument("--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help="say what so many photos would take")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")

@@ -40,7 +40,7 @@ def main(args):
         np.save(names.classifier("imagenet"), classifier / np.linalg.norm(classifier, axis=0))
 
         def stage(script, *flags):
-            _, seconds, peak = measured([sys.executable, ROOT / f"{script}.py", *output, *flags])
+            _, seconds, peak, _ = measured([sys.executable, ROOT / f"{script}.py", *output, *flags])
             return seconds, peak
 
         plain, effects, ablations = "compute_representations", "compute_second_order_neuron_prs", "compute_ablations"

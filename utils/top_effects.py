@@ -11,7 +11,6 @@ first one puts them together at the end.
 
 import json
 import mmap
-import os
 import time
 from contextlib import suppress
 from zipfile import BadZipFile
@@ -25,7 +24,7 @@ from utils.datasets import batches
 from utils.effects import save_directions
 from utils.errors import UserError
 from utils.prs import CentredNorms, fold_layers, second_order
-from utils.rows import COMMIT_SECONDS, RowWriter, row_pieces, telling
+from utils.rows import COMMIT_SECONDS, RowWriter, reserve, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
 SAVING = 0.02  # the share of the time that saving may take
@@ -198,6 +197,8 @@ class TopEffects:
             top.step(save_first, last=True)
         distributed.barrier()
         if distributed.first():
+            for store in stores:
+                store.norms = None  # room for the kept ones
             self.put_together(stores)
 
     def put_together(self, stores):
@@ -224,7 +225,7 @@ class _Store:
     """What the second pass needs of one layer, and the coefficients [N, k, K] that it keeps, in a file."""
 
     def __init__(self, directions, mean_C, mean_kappa, k):
-        self.layer, self.mean_rows = directions.layer, mean_C.T.cpu().numpy()  # [N, K]
+        self.layer, self.mean_rows = directions.layer, mean_C.T.contiguous()  # [N, K]
         K, self.N, _ = directions.values.shape
         self.shape = (self.N, k, K)
         self.directions, self.mean_C, self.mean_kappa = directions, mean_C, mean_kappa
@@ -239,12 +240,11 @@ class _Store:
         size = 4 * int(np.prod(self.shape, dtype=np.int64))
         if fresh:
             with telling(path), open(path, "wb") as file:
-                file.truncate(size)
-                if hasattr(os, "posix_fallocate"):  # else a disk that fills up ends the process without a word
-                    os.posix_fallocate(file.fileno(), 0, size)
+                reserve(file, size)  # else a disk that fills up ends the process without a word
         if not path.is_file() or path.stat().st_size != size:  # a map would fill up what is cut off with zeros
             raise UserError(f"{path} of a broken run is missing or cut off; add --overwrite to start afresh")
         self.file = np.memmap(path, np.float32, "r+", shape=self.shape)
+        self.rows = torch.from_numpy(self.file)  # the same memory; torch writes with several threads
 
     def keep(self, keys, norms, C, row):
         """Let the effects of a batch take the places of smaller ones.
@@ -262,7 +262,8 @@ class _Store:
         keys[n, slots] = new[n, images]
         for part in np.array_split(np.arange(len(n)), len(n) // ENTERING + 1):
             b, m = (torch.from_numpy(index[part]).to(C.device) for index in (images, n))
-            self.file[n[part], slots[part]] = C[b, :, m].cpu().numpy() - self.mean_rows[n[part]]  # [entering, K]
+            centred = C[b, :, m] - self.mean_rows[m]  # [entering, K]
+            self.rows[torch.from_numpy(n[part]), torch.from_numpy(slots[part])] = centred.cpu()
             with suppress(AttributeError, OSError):  # pages of the file that are mapped count as this process's memory
                 self.file._mmap.madvise(mmap.MADV_DONTNEED)
 
