@@ -143,13 +143,13 @@ def kept(norms, k, split):
     """What `_Store.keep` keeps of norms [images, N] that come in batches: images [N, k] by falling norm."""
     N = norms.shape[1]
     store = object.__new__(_Store)
-    store.shape, store.mean_rows = (N, k, 1), np.zeros((N, 1), np.float32)
-    store.file = np.zeros(store.shape, np.float32)
+    store.shape, store.mean_rows = (N, k, 1), torch.zeros(N, 1)
+    store.rows = torch.zeros(store.shape)
     keys = np.zeros((N, k), np.uint64)
     for rows in np.split(np.arange(len(norms)), split):
         C = torch.from_numpy(rows[:, None, None]).float().expand(len(rows), 1, N)  # a coefficient says whose it is
         store.keep(keys, norms[rows], C, int(rows[0]))
-    kept_images = store.file[..., 0].astype(int)
+    kept_images = store.rows[..., 0].numpy().astype(int)
     order = np.lexsort((kept_images, -np.take_along_axis(norms.T, kept_images, axis=1)), axis=1)
     return np.take_along_axis(kept_images, order, axis=1)
 
