@@ -148,3 +148,10 @@ def test_a_piece_that_could_not_be_written_ends_the_pass_and_does_not_count(tmp_
     monkeypatch.setattr(RowWriter, "_write_at", write)
     with writer_of(path, {}) as writer:
         assert [number for number, _ in writer.todo] == list(range(pieces - 1, 5))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not reserve room on the disk")
+def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
+    path = tmp_path / "a.npy"
+    with RowWriter({path: ((1000, 100), "float32")}, {}, row_pieces(1000, 10)):
+        assert (tmp_path / "a.npy.partial").stat().st_blocks * 512 >= 400_000
