@@ -67,15 +67,16 @@ def measured(command):
     readers = [threading.Thread(target=lambda n=n, p=p: texts.update({n: p.read()})) for n, p in pipes.items()]
     for reader in readers:
         reader.start()
-    looks = 0
+    look_at = start
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # its usage is of this process and its children alone
         if pid:
             break
         peak = max(peak, _kilobytes(f"/proc/{process.pid}/status", "VmHWM:"))
-        if looks % 50 == 0:  # the sum walks page tables, so it is taken more rarely
+        began = time.perf_counter()
+        if began > look_at:  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
             peak = max(peak, sum(_kilobytes(f"/proc/{p}/smaps_rollup", "Pss:") for p in _family(process.pid)))
-        looks += 1
+            look_at = began + max(1, 100 * (time.perf_counter() - began))
         time.sleep(0.02)
     seconds = time.perf_counter() - start
     for reader in readers:
