@@ -42,6 +42,8 @@ DENSE_LAYER = 4  # the patch heads read its output: the last block's attention t
 FORGET = [2, 3, 4]  # the layers after which the class token may forget what it has gathered
 MAIN = (0.65, 0.9)  # share of the main symbol in the targets of a picture with two: before and after the text tower joins
 BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
+# the flags that a broken training has to be gone on with
+SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,10 +198,6 @@ def text_loss(model, image, captions, targets, rng):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-# the flags that a broken training has to be gone on with
-SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed")
 
 
 def build(config):

@@ -52,6 +52,7 @@ class RowWriter:
         self.progress = first.with_name(first.name + ".progress")
         self.partials = {path: path.with_name(path.name + ".partial") for path in self.arrays}
         self._files, self._finished, self._committed = {}, [], time.monotonic()
+        # one thread writes, one waits for the disk and counts
         self._threads, self._writing, self._counting = ThreadPoolExecutor(2), None, None
 
     def __enter__(self):
