@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 from world import articles, describe, draw, to_pil
 
@@ -42,7 +43,7 @@ from utils.adversarial import (  # noqa: E402
 from utils.artifacts import Names, save_json  # noqa: E402
 from utils.clip import load_clip  # noqa: E402
 from utils.generators import load_similarity  # noqa: E402
-from utils.visualization import plt, save_figure  # noqa: E402
+from utils.visualization import save_figure  # noqa: E402
 
 HERE = Path(__file__).parent
 MODEL, WEIGHTS = str(HERE / "symbols-vit.json"), str(HERE / "symbols-vit.safetensors")

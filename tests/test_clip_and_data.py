@@ -1,6 +1,7 @@
 """Loading of models and images."""
 
 import copy
+import gc
 import json
 
 import numpy as np
@@ -197,6 +198,7 @@ def test_batches_come_in_order_and_may_start_later(photos, clip):
         numbers, rows, pixels, labels = zip(*batches(images, [[1, [4, 8]], [2, [8, 12]]], workers), strict=True)
         assert numbers == (1, 2) and rows == (4, 8)
         assert torch.equal(torch.cat(pixels), all_pixels[4:]) and torch.cat(labels).tolist() == images.labels[4:].tolist()
+        assert gc.get_freeze_count() == 0  # what became garbage on the way is collected again
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,7 @@
 """Images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
 
 import ctypes
+import gc
 import hashlib
 import os
 from contextlib import suppress
@@ -160,13 +161,18 @@ def batches(images, todo, num_workers=0, device="cpu", description="images"):
     rows = [range(*piece) for _, piece in todo]
     loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
     count = sum(map(len, rows))
-    with tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
-        for (number, piece), batch in zip(todo, loader, strict=True):
-            if isinstance(batch, UserError):
-                raise batch
-            pixels, labels = batch
-            yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
-            bar.update(len(labels))
+    gc.collect()
+    gc.freeze()  # else looking for garbage writes to every object, and the worker processes get pages of their own for all
+    try:
+        with tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
+            for (number, piece), batch in zip(todo, loader, strict=True):
+                if isinstance(batch, UserError):
+                    raise batch
+                pixels, labels = batch
+                yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
+                bar.update(len(labels))
+    finally:
+        gc.unfreeze()
 
 
 def _keep_memory_of_batches():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from utils.artifacts import save_atomic
@@ -20,7 +19,7 @@ def accuracy_table(table):
 def plot_ablations(table, path):
     """Accuracies {layer: {name: per cent}} as a line per ablation over the layers, or as bars where there is one layer."""
     layers, names = list(table), list(next(iter(table.values())))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
     if len(layers) == 1:
         axes.barh(names[::-1], [table[layers[0]][name] for name in names[::-1]], color="C0")
         axes.set_xlabel(f"accuracy, layer {layers[0]} (%)")
@@ -36,7 +35,7 @@ def plot_ablations(table, path):
 def save_figure(figure, path):
     """Write a figure as .png in one step, the same bytes for the same figure, and close it."""
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={"Software": None}))
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
 def segmentation_table(rows):
@@ -50,7 +49,7 @@ def segmentation_table(rows):
 
 def plot_precision_recall(precision, recall, label, path):
     """The curve over all pixels, of `utils.segmentation.Scores.precision_recall`."""
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = _pyplot().subplots(figsize=(5, 4), layout="constrained")
     axes.plot(recall[:-1], precision[:-1], label=label)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     axes.legend(fontsize="small")
@@ -70,7 +69,7 @@ def save_segmentation(path, picture, mask, heat, thr):
 
     picture [S, S, 3] in [0, 1]; mask [S, S] of 0, 1 and -1; heat [S, S] in [0, 1], above `thr` predicted as object.
     """
-    overlay = 0.5 * picture + 0.5 * plt.get_cmap("jet")(heat)[..., :3]
+    overlay = 0.5 * picture + 0.5 * _pyplot().get_cmap("jet")(heat)[..., :3]
     flat = [np.repeat(panel[..., None], 3, axis=-1) for panel in (np.where(mask < 0, 0.5, mask), heat > thr)]
     panels = [np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)]
     strip = Image.fromarray((255 * np.concatenate(panels, axis=1)).round().astype(np.uint8))
@@ -88,7 +87,7 @@ def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
     """
     columns = min(len(pictures), 8)
     rows = -(-len(pictures) // columns)
-    figure = plt.figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
+    figure = _pyplot().figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     parts = 2 if norms is None else 3
     left, middle, *right = figure.subfigures(1, parts, width_ratios=[1.1 * columns, 3.2, 3.2][:parts])
@@ -126,7 +125,7 @@ def plot_segmentations(blocks):
     """
     names = ("input", "mask", "prediction", "heat map")
     rows = max(len(examples) for examples in blocks.values())
-    figure = plt.figure(figsize=(5.4 * len(blocks), 1.25 * rows + 0.6), layout="constrained")
+    figure = _pyplot().figure(figsize=(5.4 * len(blocks), 1.25 * rows + 0.6), layout="constrained")
     for part, (title, examples) in zip(np.atleast_1d(figure.subfigures(1, len(blocks))), blocks.items(), strict=True):
         part.suptitle(title, fontsize="medium")
         grid = part.subplots(rows, len(names), squeeze=False)
@@ -148,7 +147,7 @@ def plot_concepts(title, examples):
 
     Returns the figure.
     """
-    figure = plt.figure(figsize=(11, 1.9 * -(-len(examples) // 2) + 0.5), layout="constrained")
+    figure = _pyplot().figure(figsize=(11, 1.9 * -(-len(examples) // 2) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     parts = figure.subfigures(-(-len(examples) // 2), 2, squeeze=False).flat
     for part, (picture, caption, words, right) in zip(parts, examples, strict=False):
@@ -173,7 +172,7 @@ def plot_grid(title, rows):
     """
     columns = max(len(pictures) for pictures in rows.values())
     lines = max(caption.count("\n") + 1 for pictures in rows.values() for _, caption, _ in pictures)
-    figure = plt.figure(figsize=(1.7 * columns, (2 + 0.12 * lines) * len(rows) + 0.4), layout="constrained")
+    figure = _pyplot().figure(figsize=(1.7 * columns, (2 + 0.12 * lines) * len(rows) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     for part, (name, pictures) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows.items(), strict=True):
         part.suptitle(name, fontsize="small", fontweight="bold")
@@ -187,3 +186,10 @@ def plot_grid(title, rows):
             for spine in axes.spines.values():
                 spine.set(color=colour, linewidth=3)
     return figure
+
+
+def _pyplot():
+    """Imported when something is drawn: a pass over images does without its 20 MB."""
+    from matplotlib import pyplot
+
+    return pyplot
