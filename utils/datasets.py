@@ -1,10 +1,7 @@
 """Images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
 
-import ctypes
-import gc
 import hashlib
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from tqdm import tqdm
 
-from utils import distributed
+from utils import distributed, memory
 from utils.artifacts import one_line, read_texts
 from utils.errors import UserError
 
@@ -156,33 +153,17 @@ def batches(images, todo, num_workers=0, device="cpu", description="images"):
     todo: what a `RowWriter` has to do, a list of [number, [first row, end]]. Yields (number, first row, images
     [B, 3, side, side] on `device`, labels [B] or masks [B, ...]). Raises UserError for an image that cannot be read.
     """
-    _keep_memory_of_batches()
     on_gpu = torch.device(device).type == "cuda"
     rows = [range(*piece) for _, piece in todo]
     loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
     count = sum(map(len, rows))
-    gc.collect()
-    gc.freeze()  # else looking for garbage writes to every object, and the worker processes get pages of their own for all
-    try:
-        with tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
-            for (number, piece), batch in zip(todo, loader, strict=True):
-                if isinstance(batch, UserError):
-                    raise batch
-                pixels, labels = batch
-                yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
-                bar.update(len(labels))
-    finally:
-        gc.unfreeze()
-
-
-def _keep_memory_of_batches():
-    """Tell glibc to give back what was freed while weights were loaded and folded, half a gigabyte for ViT-B-32, but from now on
-    to keep a batch's memory for the next one: to get it anew, page by page, takes a twentieth of a batch's time."""
-    with suppress(OSError, AttributeError, TypeError):  # other C libraries
-        glibc = ctypes.CDLL(None)
-        glibc.malloc_trim(0)
-        glibc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        glibc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
+    with memory.steady(), tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
+        for (number, piece), batch in zip(todo, loader, strict=True):
+            if isinstance(batch, UserError):
+                raise batch
+            pixels, labels = batch
+            yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
+            bar.update(len(labels))
 
 
 def _collate(items):

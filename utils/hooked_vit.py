@@ -82,6 +82,15 @@ class HookedViT:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def class_token_last(self):
+        """Inside the `with`, the last MLP works on the class token alone: of its other tokens the representation has nothing."""
+        hook = self.blocks[-1].ln_2.register_forward_pre_hook(lambda norm, inputs: (inputs[0][:, :1],))
+        try:
+            yield
+        finally:
+            hook.remove()
+
 
 def _hook(wanted, cache, activations):
     """A forward hook that keeps, of what activations(module, input, output) gives by name, what is wanted."""

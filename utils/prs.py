@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from utils import memory
 from utils.errors import UserError
 
 COEFFICIENT = 100.0  # representations are scaled to this norm; effects are parts of that
@@ -127,6 +128,7 @@ def fold(vit, layer):
 
 def fold_layers(vit, layers):
     """`fold` of several layers, ascending; the outputs of heads that come after more than one of them are there once."""
+    memory.own_pages()  # what comes and goes here is as large as what stays
     folded = []
     for layer in layers:
         item = fold(vit, layer)
@@ -150,7 +152,8 @@ def second_order(vit, images, directions, coefficient=COEFFICIENT, summed=False)
     """
     first = min(item.layer for item in directions)
     attention = [f"blocks.{l}.{name}" for l in range(first + 1, vit.L) for name in ("attn.row", "ln1.mean", "ln1.std")]
-    with vit.record("ln_post.*", *attention, *(f"blocks.{item.layer}.mlp.post" for item in directions)) as cache:
+    posts = [f"blocks.{item.layer}.mlp.post" for item in directions]
+    with vit.record("ln_post.*", *attention, *posts) as cache, vit.class_token_last():
         representation = vit(images)
     scale = coefficient / representation.norm(dim=-1)  # [B]
     return representation, _effects(vit, cache, directions, scale, summed)

@@ -27,7 +27,7 @@ from utils.prs import CentredNorms, fold_layers, second_order
 from utils.rows import COMMIT_SECONDS, RowWriter, reserve, row_pieces, telling
 
 FIXED = 2.0**32  # sums are of whole numbers of 1/FIXED, so that they do not depend on the order in which they are formed
-SAVING = 0.02  # the share of the time that saving may take
+SAVING = 0.01  # the share of the time that saving may take
 ENTERING = 8192  # effects that are written to the kept ones at a time
 MERGED = 64  # neurons that are put together at a time
 LAST_IMAGE = 2**32 - 1
