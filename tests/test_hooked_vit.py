@@ -94,6 +94,22 @@ def test_an_exception_while_recording_leaves_no_trace(vit, visual, images):
     assert torch.equal(before, visual(images))
 
 
+def test_the_last_mlp_on_the_class_token_alone_gives_the_representation(vit, visual, images):
+    last = f"blocks.{vit.L - 1}.mlp.post"
+    before = visual(images)
+    with vit.record(last) as all_tokens:
+        vit(images)
+    with vit.record(last) as class_token, vit.class_token_last():
+        representation = vit(images)
+    assert all_tokens[last].shape[1] == vit.T and class_token[last].shape[1] == 1
+    assert_close(class_token[last][:, 0], all_tokens[last][:, 0], rtol=0, atol=1e-5)
+    assert_close(representation, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    with pytest.raises(RuntimeError), vit.class_token_last():
+        vit(images[:, :1])  # a wrong number of channels
+    assert hooks(visual) == 0
+    assert torch.equal(before, visual(images))
+
+
 def test_an_unknown_activation_is_refused(vit, visual):
     with pytest.raises(KeyError, match="mlp.pre"), vit.record("blocks.0.mlp.pre"):
         pass
