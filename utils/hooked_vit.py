@@ -84,7 +84,8 @@ class HookedViT:
 
     @contextmanager
     def class_token_last(self):
-        """Inside the `with`, the last MLP works on the class token alone: of its other tokens the representation has nothing."""
+        """Inside the `with`, the last MLP works on the class token alone, and its post-GELU activations are [B, 1, N]: nothing of
+        the other tokens reaches the representation."""
         hook = self.blocks[-1].ln_2.register_forward_pre_hook(lambda norm, inputs: (inputs[0][:, :1],))
         try:
             yield
