@@ -7,57 +7,59 @@ imagenet_r) and the classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED
 beside it the same as .csv, a .png of the bars and ..._predictions.npy [images, layers, 5], the predicted classes.
 """
 
-from utils import arguments, distributed
-from utils.ablation import ABLATIONS, Ablations, load_classifier, load_statistics, predict
-from utils.artifacts import Names, save_json, save_table
+import numpy as np
+import torch
+
+from utils.ablation import ABLATIONS, Ablations, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
-from utils.datasets import load_images
-from utils.prs import groups_of_layers, parse_layers
-from utils.visualization import accuracy_table, plot_ablations
+from utils.datasets import Loader, load_images
+from utils.prs import fold_layers, second_order
+from utils.runtime import distributed, flags
+from utils.runtime.files import digest, save_json, save_table
+from utils.runtime.layers import groups_of_layers, parse_layers
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results
 
 
 def main(args):
     train = args.train_dataset or args.dataset
-    names = Names(args.input_dir, args.model, args.pretrained)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    vit = clip.hooked_vit()
-    layers = parse_layers(args.mlp_layer, vit)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
-    flags = arguments.repeated_flags(args)
-    classifier = load_classifier(names, args.dataset, clip, images, flags)
-    statistics = {layer: load_statistics(names, train, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in layers}
-
-    def make(directions):
-        return Ablations(directions, statistics.pop(directions.layer))  # it keeps of them what it needs
-
-    results = Names(args.output_dir, args.model, args.pretrained)
-
-    def path_of(group):
-        path = results.ablations(args.dataset, args.split, train, group, args.top_k_pca)
-        return path.with_name(path.stem + "_predictions.npy")
-
-    path = results.ablations(args.dataset, args.split, train, layers, args.top_k_pca)
-    data = {"dataset": args.dataset, "split": args.split, "data": images.fingerprint()}
-    meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, **data}
-    meta |= {"train_dataset": train, "top_k_pca": args.top_k_pca, "layers": layers}
-    made_of = {**meta, "statistics": [statistics[layer].digest() for layer in layers]}
-    accuracies = predict(
-        vit,
-        groups_of_layers(vit, layers, args.memory * 1e9),
-        make,
-        images,
-        classifier,
-        args.coefficient,
-        path_of,
-        made_of,
-        args.batch_size,
-        arguments.passing(args),
-        args.overwrite,
+    inputs, results = (
+        Results(place, args.model, args.pretrained, data_path=args.data_path, split=args.split)
+        for place in (args.input_dir, args.output_dir)
     )
-    if not distributed.first():
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    vit, layers = clip.vit, parse_layers(args.mlp_layer, clip.vit)
+    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
+    classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
+    wanted = {"clip": clip, "coefficient": args.coefficient}
+    statistics = load_statistics(inputs, train, layers, args.top_k_pca, **wanted)
+
+    names = {"dataset": args.dataset, "split": args.split, "train_dataset": train, "k": args.top_k_pca}
+    made_of = {**clip.record, **images.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
+    record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
+    record["statistics"] = [statistics[layer].digest() for layer in layers]
+    pieces, table = pieces_of(len(images), args.batch_size), {}
+    for group in groups_of_layers(vit, layers, args.memory * 1e9):
+        path = results.path("predictions", layer=group, **names)
+        arrays = results.arrays(["predictions"], {"images": len(images), "layers": len(group)}, layer=group, **names)
+        settings = {"layers": group, "batch_size": args.batch_size}
+        with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
+            directions = [] if work.finished else fold_layers(vit, group)
+            ablations = [Ablations(item, statistics[item.layer]) for item in directions]
+            for rows, pixels in work.over(loader):
+                representation, effects = second_order(vit, pixels, directions, args.coefficient)
+                representation = args.coefficient * torch.nn.functional.normalize(representation, dim=-1)
+                work[path][rows] = classify(representation, effects, ablations, classifier)
+        del directions, ablations  # room for the next group
+        if distributed.is_rank_zero():
+            table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
+    if not distributed.is_rank_zero():
         return
-    table = {str(layer): dict(zip(ABLATIONS, row, strict=True)) for layer, row in accuracies.items()}
-    save_json(path, {**meta, "images": len(images), "accuracy": table})
+    from utils.visualization import accuracy_table, plot_ablations  # here, because matplotlib takes 20 MB
+
+    path = results.path("ablations", layer=layers, **names)
+    table = {layer: dict(zip(ABLATIONS, row, strict=True)) for layer, row in table.items()}
+    save_json(path, {**made_of, "layers": layers, "images": len(images), "accuracy": table})
     save_table(path.with_suffix(".csv"), table)
     plot_ablations(table, path.with_suffix(".png"))
     print(accuracy_table(table))
@@ -65,15 +67,11 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
-    arguments.add_data(parser)
-    parser.add_argument("--train_dataset", choices=arguments.DATASETS, help="where the statistics come from; default: --dataset")
-    arguments.add_layers(parser)
-    parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="as in compute_pcas.py")
-    arguments.add_compute(parser)
-    arguments.add_precision(parser)
-    arguments.add_memory(parser)
-    arguments.add_directories(parser, streams=True)
-    arguments.add_coefficient(parser)
-    arguments.run(main, parser, parallel=True)
+    parser = flags.stage_parser(__doc__)
+    flags.add_data(parser)
+    parser.add_argument("--train_dataset", choices=flags.DATASETS, help="where the statistics come from; default: --dataset")
+    flags.add_layers(parser)
+    flags.add_top_k(parser)
+    flags.add_compute(parser, precision=True, memory=True)
+    flags.add_coefficient(parser)
+    flags.run(main, parser, parallel=True)

@@ -10,34 +10,50 @@ Reads the effects of the train split, factorised or merged. Writes  DATASET_trai
 After this stage the effects can be deleted.
 """
 
-from utils import arguments
-from utils.artifacts import Names
-from utils.effects import stored_layers
-from utils.pca import write_statistics
+import numpy as np
+
+from utils.effects import FORMS, copy_norms, open_effects, slices
+from utils.pca import statistics
+from utils.runtime import flags
+from utils.runtime.errors import UserError
+from utils.runtime.layers import stored_layers
+from utils.runtime.passes import Pass
+from utils.runtime.results import Results
 
 
 def main(args):
-    names = Names(args.input_dir, args.model, args.pretrained)
-    results = Names(args.output_dir, args.model, args.pretrained)
-    makes_effects = "compute_second_order_neuron_prs.py"
-    layers = stored_layers(names, args.dataset, args.mlp_layer, ("coefficients", "top_coefficients", "merged"), makes_effects)
-    explained = write_statistics(
-        names, results, args.dataset, layers, args.top_k_pca, args.memory * 1e9, args.device, args.overwrite
-    )
-    for layer, share in explained.items():
-        print(f"wrote {results.statistics(args.dataset, layer, '*')}")
-        print(f"layer {layer}: the first component explains {100 * share:.1f} % of the effects on the top images")
-    layers = " ".join(map(str, layers))
-    print(f"next: python compute_ablations.py --mlp_layer {layers} --dataset {args.dataset} {arguments.repeated_flags(args)}")
+    inputs, results = (Results(place, args.model, args.pretrained) for place in (args.input_dir, args.output_dir))
+    layers, k = stored_layers(inputs, FORMS, args.mlp_layer, dataset=args.dataset, split="train"), args.top_k_pca
+    stored = {layer: open_effects(inputs, args.dataset, "train", layer, device=args.device) for layer in layers}
+    for effects in stored.values():
+        if effects.kept < k:
+            raise UserError(
+                f"{effects.path} has {effects.kept} images for a neuron, and --top_k_pca {k} needs {k}; lower it, or run "
+                "compute_second_order_neuron_prs.py with a smaller --subsample (for --keep top, a larger --top_k_pca)"
+            )
+    for layer, effects in stored.items():
+        names = {"dataset": args.dataset, "layer": layer, "k": k}
+        sizes = {"N": effects.N, "D": effects.D, "images": effects.images, "k": k}
+        kinds = ("mean", "pca", "norm", "explained", *(() if effects.has_norms else ("image_norms",)))
+        paths, arrays = {kind: results.path(kind, **names) for kind in kinds}, results.arrays(kinds, sizes, **names)
+        if effects.has_norms:
+            copy_norms(effects, results)
+        pieces = slices(effects.N, max(effects.floats, 3 * k * effects.D), args.memory * 1e9)
+        with Pass(arrays, effects.record, pieces, overwrite=args.overwrite) as work:
+            for neurons, _ in work.over(description=f"layer {layer}", unit="neuron"):
+                for kind, values in statistics(effects, neurons, k).items():
+                    work[paths[kind]][(slice(None), neurons) if kind == "image_norms" else neurons] = values
+        share = 100 * float(np.load(paths["explained"]).mean())
+        print(f"wrote {', '.join(path.name for path in paths.values())}")
+        print(f"layer {layer}: the first component explains {share:.1f} % of the effects on the top images")
+    print(f"next: {results.command('ablations', dataset=args.dataset, layer=layers, k=k)}")
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
-    arguments.add_dataset(parser)
-    arguments.add_layers(parser)
-    parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="images of largest centred norm per neuron")
+    parser = flags.stage_parser(__doc__)
+    flags.add_dataset(parser)
+    flags.add_layers(parser)
+    flags.add_top_k(parser, "images of largest centred norm per neuron")
     parser.add_argument("--memory", type=float, default=0.25, help="GB of effects that are read at a time")
     parser.add_argument("--device", help="where the statistics are computed; default: the GPU if there is one, else the CPU")
-    arguments.add_directories(parser, streams=True)
-    arguments.run(main, parser, parallel=True)
+    flags.run(main, parser, parallel=True)

@@ -8,41 +8,39 @@ Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 tim
 
 import torch
 
-from utils import arguments, distributed
-from utils.artifacts import Names, save_array
 from utils.clip import load_clip
-from utils.datasets import batches, load_images
-from utils.rows import RowWriter, row_pieces
+from utils.datasets import Loader, load_images
+from utils.runtime import distributed, flags
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results, complete, is_made, save_array
 
 
 def main(args):
-    names = Names(args.output_dir, args.model, args.pretrained)
+    results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path, split=args.split)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
-    data = {"dataset": args.dataset, "split": args.split, "data": images.fingerprint()}
-    meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, **data, "batch_size": args.batch_size}
-    meta["coefficient"] = args.coefficient
-    vit = clip.hooked_vit()
-    path = names.representations(args.dataset, args.split)
-    shape = (len(images), vit.D)
-    pieces = row_pieces(len(images), args.batch_size)
-    with torch.inference_mode(), RowWriter({path: (shape, "float32")}, meta, pieces, args.overwrite) as writer:
-        for number, row, pixels, _ in batches(images, writer.todo, args.num_workers, args.device):
-            vectors = args.coefficient * torch.nn.functional.normalize(vit(pixels), dim=-1)
-            writer.write(number, row, {path: vectors.cpu().numpy()})
-    if not distributed.first():
-        return
-    save_array(names.classes(args.dataset, args.split), images.labels, data)
-    print(f"wrote {path} {shape} and {names.classes(args.dataset, args.split)}")
-    print(f"next: python compute_classifier_projection.py --dataset {args.dataset} {arguments.repeated_flags(args)}")
+    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
+    loader, data = Loader(images, args.device, args.num_workers), images.record
+    path = results.path("representations", dataset=args.dataset, split=args.split)
+    classes = results.path("classes", dataset=args.dataset, split=args.split)
+    labels_made = is_made(classes, complete(data), args.overwrite)
+
+    record = {**clip.record, **data, "coefficient": args.coefficient}
+    arrays = {path: ((len(images), clip.vit.D), "float32")}
+    pieces, settings = pieces_of(len(images), args.batch_size), {"batch_size": args.batch_size}
+    with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
+        for rows, pixels in work.over(loader):
+            work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
+
+    if distributed.is_rank_zero():
+        if not labels_made:
+            save_array(classes, images.labels, data)
+        print(f"wrote {path} {arrays[path][0]} and {classes}")
+        print(f"next: {results.command('classifier', dataset=args.dataset)}")
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
-    arguments.add_data(parser)
-    arguments.add_compute(parser)
-    arguments.add_precision(parser)
-    arguments.add_directories(parser, reads=False, streams=True)
-    arguments.add_coefficient(parser)
-    arguments.run(main, parser, parallel=True)
+    parser = flags.stage_parser(__doc__, reads=False)
+    flags.add_data(parser)
+    flags.add_compute(parser, precision=True)
+    flags.add_coefficient(parser)
+    flags.run(main, parser, parallel=True)

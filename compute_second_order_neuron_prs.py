@@ -11,98 +11,99 @@ With --keep top (the default for several layers) two passes, and instead of all 
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
 
-from contextlib import ExitStack
+from functools import partial
 
-import torch
-
-from utils import arguments, distributed
-from utils.artifacts import Names
 from utils.clip import load_clip
-from utils.datasets import batches, load_images
-from utils.effects import save_directions
-from utils.prs import dense, fold_layers, groups_of_layers, parse_layers, second_order
-from utils.rows import RowWriter, row_pieces
-from utils.top_effects import TopEffects
+from utils.datasets import Loader, load_images
+from utils.prs import fold_layers, second_order
+from utils.runtime import distributed, flags
+from utils.runtime.errors import UserError
+from utils.runtime.layers import groups_of_layers, parse_layers
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results
+from utils.top_effects import Sums, TopK, start_of, write_top
 
 
 def main(args):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    vit = clip.hooked_vit()
-    layers = parse_layers(args.mlp_layer, vit)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
-    names = Names(args.output_dir, args.model, args.pretrained)
-    meta = {
-        **arguments.clip_record(args),
-        "fingerprint": clip.fingerprint,
-        "dataset": args.dataset,
-        "split": args.split,
-    }
-    meta |= {"data": images.fingerprint(), "coefficient": args.coefficient, "batch_size": args.batch_size}
-
+    layers = parse_layers(args.mlp_layer, clip.vit)
+    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
+    loader, results = Loader(images, args.device, args.num_workers), Results(args.output_dir, args.model, args.pretrained)
+    record = {**clip.record, **images.record, "coefficient": args.coefficient}
     keep = args.keep or ("top" if len(layers) > 1 and not args.merged else "full")
-    if keep == "top":
-        keep_top(args, vit, layers, images, names, meta)
+    if keep == "full":
+        keep_all(args, clip.vit, layers, loader=loader, results=results, record=record)
     else:
-        keep_all(args, vit, layers, images, names, meta)
+        for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
+            keep_top(args, clip.vit, group, loader=loader, results=results, record=record)
     for layer in layers:
-        print(f"wrote {names.effects(args.dataset, args.split, layer, '*')} for {len(images)} images and {vit.N} neurons")
-    layers = " ".join(map(str, layers))
-    print(f"next: python compute_pcas.py --mlp_layer {layers} --dataset {args.dataset} {arguments.repeated_flags(args)}")
+        print(f"wrote {args.dataset}_{args.split} effects of layer {layer}: {len(images)} images, {clip.vit.N} neurons")
+    print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
-def keep_top(args, vit, layers, images, names, meta):
-    """Two passes for every group of layers that fits into memory, which leave the largest effects of every neuron."""
-    settings = (args.dataset, args.split, meta, args.batch_size, arguments.passing(args), args.coefficient, args.overwrite)
-    groups = groups_of_layers(vit, layers, args.memory * 1e9)
-    groups = [TopEffects(vit, group, images, args.top_k_pca, names, *settings) for group in groups]
-    with ExitStack() as stack:  # all files appear together, so that a broken run goes on at its group
-        writers = [stack.enter_context(group.writer()) for group in groups]
-        for group, writer in zip(groups, writers, strict=True):
-            group.run(writer)
-    for group in groups:
-        group.clean()
-
-
-def keep_all(args, vit, layers, images, names, meta):
+def keep_all(args, vit, layers, loader, results, record):
     """One pass that stores every effect."""
-    directions, arrays, dtype = fold_layers(vit, layers), {}, getattr(torch, args.store_dtype)
-
-    def path(layer, part):
-        return names.effects(args.dataset, args.split, layer, part)
-
-    for item in directions:
-        arrays[path(item.layer, "coefficients")] = ((len(images), len(item.values), vit.N), args.store_dtype)
-        arrays[path(item.layer, "bias")] = ((len(images), vit.D), "float32")
-        if args.merged:
-            arrays[path(item.layer, "merged")] = ((len(images), vit.N, vit.D), args.store_dtype)
-    pieces = row_pieces(len(images), args.batch_size)
-    with RowWriter(arrays, {**meta, "layers": layers}, pieces, args.overwrite) as writer:
-        for number, row, pixels, _ in batches(images, writer.todo, **arguments.passing(args)):
+    arrays, names = {}, {"dataset": args.dataset, "split": args.split}
+    for layer in layers:
+        sizes = {**vit.sizes, "K": vit.K(layer), "images": len(loader.images)}
+        large = ("coefficients", "merged") if args.merged else ("coefficients",)
+        arrays |= results.arrays(large, sizes, args.store_dtype, **names, layer=layer)
+        arrays |= results.arrays(("bias", "values", "outputs"), sizes, **names, layer=layer)
+    pieces, settings = pieces_of(len(loader.images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    path = partial(results.path, **names)
+    with Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
+        directions = [] if work.finished else fold_layers(vit, layers)
+        for rows, pixels in work.over(loader):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
-            blocks = {}
-            for item, (C, kappa) in zip(directions, effects, strict=True):
-                blocks[path(item.layer, "coefficients")] = C.to(dtype).cpu().numpy()
-                blocks[path(item.layer, "bias")] = kappa.cpu().numpy()
+            for phi in effects:
+                layer = phi.directions.layer
+                work[path("coefficients", layer=layer)][rows] = phi.C
+                work[path("bias", layer=layer)][rows] = phi.kappa
                 if args.merged:
-                    blocks[path(item.layer, "merged")] = dense(C, kappa, item).to(dtype).cpu().numpy()
-            writer.write(number, row, blocks)
-    if distributed.first():
-        for item in directions:
-            save_directions(names, args.dataset, args.split, item, meta)
+                    work[path("merged", layer=layer)][rows] = phi.dense()
+        for item in directions if distributed.is_rank_zero() else ():
+            work[path("values", layer=item.layer)][:] = item.values
+            work[path("outputs", layer=item.layer)][:] = item.outputs
+
+
+def keep_top(args, vit, layers, loader, results, record):
+    """Two passes that leave the largest effects of every neuron."""
+    arrays, names, images, k = {}, {"dataset": args.dataset, "split": args.split}, len(loader.images), args.top_k_pca
+    if images < k:
+        raise UserError(f"there are {images} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
+    kinds = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", "values", "outputs")
+    for layer in layers:
+        sizes = {**vit.sizes, "K": vit.K(layer), "images": images, "k": k}
+        arrays |= results.arrays(kinds, sizes, **names, layer=layer)
+    pieces, path = pieces_of(images, args.batch_size), partial(results.path, **names)
+    settings = {"top_k_pca": k, "layers": layers, "batch_size": args.batch_size}
+    state, scratch = start_of(vit, layers, k)
+    both = {"state": state, "scratch": scratch, "overwrite": args.overwrite}
+    with Pass(arrays, record, pieces + pieces, settings, **both) as work:
+        if work.finished:
+            return
+        directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
+        for _, pixels in work.over(loader, slice(len(pieces)), "means"):
+            for phi in second_order(vit, pixels, directions, args.coefficient)[1]:
+                sums.add(phi)
+        means = sums.means(layers, images)
+        tops = [TopK(work, item, means[item.layer]) for item in directions]
+        for rows, pixels in work.over(loader, slice(len(pieces), None), "effects"):
+            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            for top, phi in zip(tops, effects, strict=True):
+                work[path("bias", layer=phi.directions.layer)][rows] = phi.kappa
+                work[path("image_norms", layer=phi.directions.layer)][rows] = top.add(phi, rows.start)
+        write_top(work, tops, path)
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
-    arguments.add_data(parser, split="train")
-    arguments.add_layers(parser)
-    arguments.add_compute(parser)
-    arguments.add_precision(parser)
-    arguments.add_memory(parser)
-    arguments.add_directories(parser, reads=False, streams=True)
-    arguments.add_coefficient(parser)
+    parser = flags.stage_parser(__doc__, reads=False)
+    flags.add_data(parser, split="train")
+    flags.add_layers(parser)
+    flags.add_compute(parser, precision=True, memory=True)
+    flags.add_coefficient(parser)
     parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones in two passes")
-    parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="effects of a neuron with --keep top")
+    flags.add_top_k(parser, "effects of a neuron with --keep top")
     parser.add_argument("--merged", action="store_true", help="also write the effects themselves, images x N x D")
     parser.add_argument("--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk")
-    arguments.run(main, parser, parallel=True)
+    flags.run(main, parser, parallel=True)

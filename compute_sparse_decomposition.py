@@ -10,117 +10,111 @@ With --evaluate, the accuracy on held-out images when effects are rebuilt from t
 """
 
 import numpy as np
+import scipy.sparse
 import torch
 
-from utils import arguments, distributed
-from utils.ablation import Rebuilt, load_classifier, load_statistics, predict
-from utils.artifacts import Names, digest, load_array, save_json
+from utils.ablation import Rebuilt, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
-from utils.datasets import load_images
-from utils.effects import stored_layers
-from utils.errors import UserError
-from utils.prs import groups_of_layers
-from utils.sparse_coding import decompose, decomposition_matrix, load_texts, make_atoms, save_decomposition
+from utils.datasets import Loader, load_images
+from utils.prs import fold_layers, second_order
+from utils.runtime import distributed, flags
+from utils.runtime.errors import UserError
+from utils.runtime.files import digest, save_json
+from utils.runtime.layers import groups_of_layers, stored_layers
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results, complete, is_made, record_path
+from utils.sparse_coding import BLOCK, load_texts, make_atoms, orthogonal_matching_pursuit, save_descriptions
 
 
 def main(args):
     if args.evaluate and not args.data_path:
         raise UserError("--evaluate needs held-out images; add --data_path")
-    names = Names(args.input_dir, args.model, args.pretrained)
-    results = Names(args.output_dir, args.model, args.pretrained)
-    flags = arguments.repeated_flags(args)
-    texts, vectors, fingerprint = load_texts(names, args.text_descriptions, args.descriptions_dir, flags)
+    known = {"data_path": args.data_path, "split": args.split, "descriptions_dir": args.descriptions_dir}
+    inputs, results = (Results(place, args.model, args.pretrained, **known) for place in (args.input_dir, args.output_dir))
+    texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir)
     atoms = make_atoms(torch.from_numpy(vectors).to(args.device), args.normalise)
-    rebuilt = {}
-    meta = {**arguments.clip_record(args), "fingerprint": fingerprint, "dataset": args.dataset, "top_k_pca": args.top_k_pca}
-    meta |= {"text_descriptions": args.text_descriptions, "components": args.components, "normalise": args.normalise}
-
-    def output(layers):
-        name = "-".join(map(str, layers))
-        return results.decomposition(args.dataset, name, args.text_descriptions, args.transform_alpha, args.components)
-
-    layers = stored_layers(names, args.dataset, args.mlp_layer, (f"{args.top_k_pca}_pca",), "compute_pcas.py")
-    targets = []
-    for layer in layers:
-        make_pcas = f"python compute_pcas.py --mlp_layer {layer} --dataset {args.dataset} {flags}"
-        pca_path = names.statistics(args.dataset, layer, f"{args.top_k_pca}_pca")
-        targets.append(load_array(pca_path, make_pcas, (None, vectors.shape[1]), fingerprint=fingerprint))
-    together = torch.from_numpy(np.concatenate(targets)).to(args.device)
-    made_of = {**meta, "layers": layers}
-    support, coefficients = decompose(atoms, together, args.components, output(layers), made_of, args.overwrite)
-    ends = np.cumsum([len(target) for target in targets])[:-1]
-    parts = zip(layers, targets, np.split(support, ends), np.split(coefficients, ends), strict=True)
-    for layer, target, *found in parts:
-        if distributed.first():
-            save_decomposition(output([layer]), *found, texts, {**meta, "layer": layer})
-        rebuilt[layer] = decomposition_matrix(*found, len(texts)) @ atoms.cpu().numpy()
-        loss = (np.linalg.norm(rebuilt[layer] - target, axis=1) / np.linalg.norm(target, axis=1)).mean()
-        print(f"wrote {output([layer])} and .npz: {len(target)} neurons, {args.components} of {len(texts)} texts each")
+    names = {"dataset": args.dataset, "k": args.top_k_pca, "texts": args.text_descriptions, "components": args.components}
+    names |= {"alpha": args.transform_alpha, "normalise": args.normalise}
+    layers = stored_layers(inputs, ["pca"], args.mlp_layer, dataset=args.dataset, k=args.top_k_pca)
+    sizes, expected = {"D": vectors.shape[1]}, {"fingerprint": fingerprint}
+    pcas = {layer: inputs.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
+    rebuilt, record = {}, {**expected, "dataset": args.dataset, "top_k_pca": args.top_k_pca, "normalise": args.normalise}
+    record |= {"text_descriptions": args.text_descriptions, "components": args.components, "atoms": digest(atoms)}
+    for layer, targets in pcas.items():
+        path = results.path("decomposition", layer=layer, **names)
+        describe(args, path, atoms, targets, texts=texts, record={**record, "layer": layer, "targets": digest(targets)})
+        rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
+        loss = (np.linalg.norm(rebuilt[layer] - targets, axis=1) / np.linalg.norm(targets, axis=1)).mean()
         print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
     if args.evaluate:
-
-        def path_of(group, ending):
-            return output(group).with_name(f"{output(group).stem}_evaluation{ending}")
-
-        evaluate(args, names, path_of, rebuilt)
+        evaluate(args, inputs, results, rebuilt, names=names)
 
 
-def evaluate(args, names, path_of, rebuilt):
+def describe(args, path, atoms, targets, texts, record):
+    """Pursue the targets [N, D] of one layer and write their descriptions."""
+    made = is_made(path, complete(record), args.overwrite)
+    distributed.barrier()  # every process has looked before one of them writes
+    if made:
+        print(f"kept {path}: made from the same components and texts (--overwrite makes it again)")
+        return
+    support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
+    shape, targets = (len(targets), args.components), torch.from_numpy(targets).to(args.device)
+    arrays = {support: (shape, "int32"), weights: (shape, "float32")}
+    with Pass(arrays, record, pieces_of(len(targets), BLOCK), overwrite=args.overwrite) as work:
+        for n, _ in work.over(description="OMP", unit="neuron"):
+            work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], args.components)
+    if distributed.is_rank_zero():
+        save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
+        for path in (support, weights):  # the result holds them
+            path.unlink()
+            record_path(path).unlink()
+    distributed.barrier()
+    print(f"wrote {len(targets)} descriptions, {args.components} of {len(texts)} texts each")
+
+
+def evaluate(args, inputs, results, rebuilt, names):
     """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: array [N, D]}."""
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    vit = clip.hooked_vit()
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, args.subsample)
-    flags = arguments.repeated_flags(args)
-    classifier = load_classifier(names, args.dataset, clip, images, flags)
-    statistics = {
-        layer: load_statistics(names, args.dataset, layer, args.top_k_pca, clip, flags, args.coefficient) for layer in rebuilt
-    }
+    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
+    classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
+    wanted = {"clip": clip, "coefficient": args.coefficient}
+    statistics = load_statistics(inputs, args.dataset, list(rebuilt), args.top_k_pca, **wanted)
+    vectors = {layer: torch.from_numpy(array).to(clip.device) for layer, array in rebuilt.items()}
 
-    def make(directions):
-        layer = directions.layer
-        return Rebuilt(directions, statistics[layer].mean, torch.from_numpy(rebuilt[layer]).to(clip.device))
-
-    meta = {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "data": images.fingerprint(), "split": args.split}
-    meta |= {"layers": list(rebuilt), "text_descriptions": args.text_descriptions, "components": args.components}
-    sums = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in rebuilt]
-    accuracies = predict(
-        vit,
-        groups_of_layers(vit, list(rebuilt), args.memory * 1e9),
-        make,
-        images,
-        classifier,
-        args.coefficient,
-        lambda group: path_of(group, "_predictions.npy"),
-        {**meta, "statistics": sums},
-        args.batch_size,
-        arguments.passing(args),
-        args.overwrite,
-    )
-    if not distributed.first():
-        return
-    path = path_of(list(rebuilt), ".json")
-    table = {str(layer): accuracy for layer, (accuracy,) in accuracies.items()}
-    save_json(path, {**meta, "images": len(images), "accuracy": table})
-    for layer, accuracy in table.items():
-        print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")
-    print(f"wrote {path}, over {len(images)} images")
+    made_of = {**clip.record, **images.record, "text_descriptions": args.text_descriptions, "components": args.components}
+    record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
+    record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in rebuilt]
+    pieces, table = pieces_of(len(images), args.batch_size), {}
+    for group in groups_of_layers(clip.vit, list(rebuilt), args.memory * 1e9):
+        path = results.path("evaluated", layer=group, **names)
+        arrays = results.arrays(["evaluated"], {"images": len(images), "layers": len(group)}, layer=group, **names)
+        settings = {"layers": group, "batch_size": args.batch_size}
+        with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
+            directions = [] if work.finished else fold_layers(clip.vit, group)
+            ablations = [Rebuilt(item, statistics[item.layer].mean, vectors[item.layer]) for item in directions]
+            for rows, pixels in work.over(loader):
+                representation, effects = second_order(clip.vit, pixels, directions, args.coefficient)
+                representation = args.coefficient * torch.nn.functional.normalize(representation, dim=-1)
+                work[path][rows] = classify(representation, effects, ablations, classifier)
+        if distributed.is_rank_zero():
+            table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
+    if distributed.is_rank_zero():
+        path = results.path("evaluation", layer=list(rebuilt), **names)
+        table = {layer: accuracy for layer, (accuracy,) in table.items()}
+        save_json(path, {**made_of, "layers": list(rebuilt), "images": len(images), "accuracy": table})
+        for layer, accuracy in table.items():
+            print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")
+        print(f"wrote {path}, over {len(images)} images")
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
-    arguments.add_data(parser, required=False)
-    arguments.add_layers(parser)
-    parser.add_argument("--top_k_pca", type=arguments.positive_int, default=100, help="as in compute_pcas.py")
-    parser.add_argument("--text_descriptions", default="30k", help="name of the text set, as in compute_text_set_projection.py")
-    parser.add_argument("--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors")
-    parser.add_argument("--components", type=arguments.positive_int, default=128, help="texts per neuron")
-    parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
+    parser = flags.stage_parser(__doc__)
+    flags.add_data(parser, required=False)
+    flags.add_layers(parser)
+    flags.add_top_k(parser)
+    flags.add_texts(parser)
     parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="atoms as published, or each of norm 100")
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy with effects rebuilt from the texts")
-    arguments.add_compute(parser)
-    arguments.add_precision(parser)
-    arguments.add_memory(parser)
-    arguments.add_directories(parser, streams=True)
-    arguments.add_coefficient(parser)
-    arguments.run(main, parser, parallel=True)
+    flags.add_compute(parser, precision=True, memory=True)
+    flags.add_coefficient(parser)
+    flags.run(main, parser, parallel=True)

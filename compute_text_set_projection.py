@@ -8,32 +8,40 @@ NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and besi
 
 from pathlib import Path
 
-from utils import arguments
-from utils.artifacts import Names, read_texts, save_array, save_atomic
+import numpy as np
+
 from utils.clip import load_clip, text_vectors
+from utils.runtime import flags
+from utils.runtime.files import digest, read_texts, save_atomic
+from utils.runtime.results import Results, complete, is_made, save_array
 
 
 def main(args):
     given = Path(args.data_path or args.text_descriptions)
     file = given if given.is_file() else Path(args.descriptions_dir) / f"{given.name}.txt"
     texts = read_texts(file)
+    content = ("\n".join(texts) + "\n").encode()
     clip = load_clip(args.model, args.pretrained, args.device)
-    path = Names(args.output_dir, args.model, args.pretrained).texts(file.stem)
-    vectors = text_vectors(clip, texts, args.batch_size) * args.coefficient
-    save_atomic(path.with_suffix(".txt"), lambda out: out.write(("\n".join(texts) + "\n").encode()))
-    save_array(path, vectors, {**arguments.clip_record(args), "fingerprint": clip.fingerprint, "texts": len(texts)})
-    print(f"wrote {path} {vectors.shape}")
-    flags = f"--text_descriptions {file.stem} {arguments.repeated_flags(args)}"
-    print(f"next: python compute_sparse_decomposition.py --components 128 {flags}")
+    results = Results(args.output_dir, args.model, args.pretrained)
+    path = results.path("texts", texts=file.stem)
+    record = {**clip.record, "texts": len(texts), "content": digest(np.frombuffer(content, np.uint8))}
+    record["coefficient"] = args.coefficient
+    if is_made(path, complete(record), args.overwrite) and path.with_suffix(".txt").is_file():
+        print(f"kept {path}: made from the same texts (--overwrite makes it again)")
+    else:
+        vectors = text_vectors(clip, texts, args.batch_size) * args.coefficient
+        save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
+        save_array(path, vectors, record)
+        print(f"wrote {path} {vectors.shape}")
+    layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
+    print(f"next: {results.command('decomposition', texts=file.stem, layer=layer, components=min(128, len(texts)))}")
 
 
 if __name__ == "__main__":
-    parser = arguments.stage_parser(__doc__)
-    arguments.add_model(parser)
+    parser = flags.stage_parser(__doc__, reads=False)
     parser.add_argument("--text_descriptions", default="30k", help="name of a text file in --descriptions_dir, or a path")
     parser.add_argument("--data_path", help="the path of a text file; instead of --text_descriptions")
     parser.add_argument("--descriptions_dir", default="text_descriptions", help="where text files are looked for")
-    arguments.add_compute(parser, batch_size=256)
-    arguments.add_directories(parser, reads=False)
-    arguments.add_coefficient(parser)
-    arguments.run(main, parser)
+    flags.add_compute(parser, batch_size=256)
+    flags.add_coefficient(parser)
+    flags.run(main, parser)

@@ -1,15 +1,12 @@
 """Mean-ablation of second-order effects (section 4.2 of the paper)."""
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from utils.artifacts import digest, load_array
-from utils.datasets import batches
-from utils.errors import UserError
-from utils.prs import CentredNorms, blocks_of, fold_layers, second_order, sum_of_effects
-from utils.rows import RowWriter, row_pieces
+from utils.norms import CentredNorms, blocks_of
+from utils.runtime.errors import UserError
+from utils.runtime.files import digest
 
 ABLATIONS = (
     "baseline",
@@ -20,8 +17,7 @@ ABLATIONS = (
 )
 
 
-@dataclass
-class Statistics:
+class Statistics(NamedTuple):
     """What `compute_pcas.py` found for one layer: mean effects [N, D], first components [N, D], thresholds [N]."""
 
     mean: torch.Tensor
@@ -29,19 +25,18 @@ class Statistics:
     thresholds: torch.Tensor
 
     def digest(self):
-        return digest(self.mean, self.pcas, self.thresholds)
+        """Twelve hex digits of the content."""
+        return digest(*self)
 
 
 class Rebuilt:
     """Effects replaced by their projections on one vector per neuron: base + sum_n <c_n, r_n> r_n with c_n = phi_n - mean_n,
     where base has every effect at its mean.
 
-    Parameters
-    directions: `Directions` of the layer. mean [N, D]: mean effects of the train split. vectors [N, D]: first components, or
-    what a sparse decomposition makes of them; the product is not divided by |r_n|^2.
+    directions: `Directions` of the layer.
+    mean: [N, D], mean effects of the train split.
+    vectors: [N, D], first components, or what a sparse decomposition makes of them; nothing is divided by |r_n|^2.
     """
-
-    names = ("reconstructed",)
 
     def __init__(self, directions, mean, vectors):
         self.directions, self.mean_sum, self.vectors = directions, mean.sum(dim=0), vectors
@@ -49,125 +44,101 @@ class Rebuilt:
         self.along = (directions.values * heads).sum(dim=-1)  # [K, N], <B_n, r_n>
         self.mean_along = (mean * vectors).sum(dim=-1)
 
-    def base(self, representation, C, kappa):
-        """All effects at their means: representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, D]."""
-        return representation - sum_of_effects(C, kappa, self.directions) + self.mean_sum
+    def base(self, representation, phi):
+        """All effects at their means [B, D]. representation: of norm 100 [B, D]. phi: `SecondOrder`."""
+        return representation - phi.sum() + self.mean_sum
 
-    def projections(self, C, kappa):
-        """<c_n, r_n>: C [B, K, N], kappa [B, D] -> [B, N]."""
-        along = [(C[:, :, n] * self.along[:, n]).sum(dim=1) for n in blocks_of(C.shape[2])]
-        return torch.cat(along, dim=1) + kappa @ self.vectors.T - self.mean_along
+    def projections(self, phi):
+        """<c_n, r_n> [B, N]."""
+        along = [(phi.C[:, :, n] * self.along[:, n]).sum(dim=1) for n in blocks_of(phi.C.shape[2])]
+        return torch.cat(along, dim=1) + phi.kappa @ self.vectors.T - self.mean_along
 
-    def projected(self, C, kappa):
-        """sum_n <c_n, r_n> r_n: C [B, K, N], kappa [B, D] -> [B, D]."""
-        return self.projections(C, kappa) @ self.vectors
+    def projected(self, phi):
+        """sum_n <c_n, r_n> r_n [B, D]."""
+        return self.projections(phi) @ self.vectors
 
-    def __call__(self, representation, C, kappa):
-        """[B, 1, D], the one representation in a row, as `Ablations` gives its five."""
-        return (self.base(representation, C, kappa) + self.projected(C, kappa))[:, None]
+    def __call__(self, representation, phi):
+        """[B, 1, D]: the one representation in a row, as `Ablations` gives its five."""
+        return (self.base(representation, phi) + self.projected(phi))[:, None]
 
 
 class Ablations:
     """The five representations that the paper compares, for one layer.
 
-    Parameters
-    directions: `Directions`. statistics: `Statistics` of the train split; an effect is significant where |c_n| is above the
-    threshold, the neuron's k-th largest norm in training.
+    directions: `Directions` of the layer.
+    statistics: `Statistics` of the train split. An effect is significant where |c_n| is above the threshold, the neuron's k-th
+        largest norm in training.
     """
-
-    names = ABLATIONS
 
     def __init__(self, directions, statistics):
         self.directions, self.thresholds = directions, statistics.thresholds
         self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
         self.norms = CentredNorms(directions, statistics.mean)
 
-    def __call__(self, representation, C, kappa):
-        """Representation of norm 100 [B, D], C [B, K, N], kappa [B, D] -> [B, 5, D] in the order of ABLATIONS."""
-        base = self.rebuilt.base(representation, C, kappa)
-        pc = base + self.rebuilt.projected(C, kappa)
-        small = (self.norms(C, kappa) <= self.thresholds).to(C.dtype)  # [B, N]
+    def __call__(self, representation, phi):
+        """[B, 5, D] in the order of ABLATIONS. representation: of norm 100 [B, D]. phi: `SecondOrder`."""
+        base = self.rebuilt.base(representation, phi)
+        pc = base + self.rebuilt.projected(phi)
+        small = (self.norms(phi) <= self.thresholds).to(phi.C.dtype)  # [B, N]
         # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
         heads = 0
-        for n in blocks_of(C.shape[2]):
-            x = (C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]
+        for n in blocks_of(phi.C.shape[2]):
+            x = (phi.C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]
             heads = heads + torch.einsum("bkn,kne->bke", x, self.directions.values[:, n])
         small_effects = torch.einsum("bke,keo->bo", heads, self.directions.outputs)
-        small_effects = small_effects + small.sum(-1, keepdim=True) * kappa - small @ self.norms.rest
+        small_effects = small_effects + small.sum(-1, keepdim=True) * phi.kappa - small @ self.norms.rest
         return torch.stack([representation, base, base + small_effects, representation - small_effects, pc], dim=1)
 
 
-def load_statistics(names, dataset, layer, k, clip, flags, coefficient):
-    """Read `Statistics` of one layer to the model's device. Raises UserError, naming the command, for what is missing or wrong.
+def load_statistics(results, dataset, layers, k, clip, coefficient):
+    """Read `Statistics` of some layers to the model's device: {layer: Statistics}.
 
-    clip: the loaded `Clip`, whose weights the statistics have to be of, and with the same coefficient. flags: the model's flags,
-    for the message.
+    results: `Results` of the folder. dataset, layers, k: in the files' names.
+    clip: `Clip` whose weights they must be of.
+    coefficient: that they must have been made with.
+
+    Raises UserError, with the command, for what is missing or wrong.
     """
-    vit = clip.hooked_vit()
-    command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {k} --dataset {dataset} {flags}"
-
-    expected = {"fingerprint": clip.fingerprint, "coefficient": coefficient}
-
-    def read(part, *shape):
-        path = names.statistics(dataset, layer, part)
-        return torch.from_numpy(load_array(path, command, shape, **expected)).to(clip.device)
-
-    norms = read(f"{k}_norm", vit.N, k)
-    return Statistics(read("mean", vit.N, vit.D), read(f"{k}_pca", vit.N, vit.D), norms[:, 0].contiguous())
+    expected, found = {"fingerprint": clip.fingerprint, "coefficient": coefficient}, {}
+    for layer in layers:
+        names = {"dataset": dataset, "layer": layer, "k": k}
+        arrays = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "mean", "pca"))
+        norms, mean, pcas = (torch.from_numpy(array).to(clip.device) for array in arrays)
+        found[layer] = Statistics(mean, pcas, norms[:, 0].contiguous())
+    return found
 
 
-def load_classifier(names, dataset, clip, images, flags):
-    """Read the zero-shot classifier [D, classes] to the model's device; it has to cover the labels of `images`."""
-    command = f"python compute_classifier_projection.py --dataset {dataset} {flags}"
-    shape = (clip.hooked_vit().D, None)
-    classifier = load_array(names.classifier(dataset), command, shape, fingerprint=clip.fingerprint)
-    partial = dataset == "imagenet" and len(images.class_names) < classifier.shape[1]  # some of the 1,000 folders are there
-    if classifier.shape[1] != len(images.class_names) and not partial:
+def load_classifier(results, clip, images):
+    """Read the zero-shot classifier [D, classes] of a data set to the model's device; it must cover the labels of `images`."""
+    expected = {"fingerprint": clip.fingerprint}
+    classifier = results.load("classifier", clip.vit.sizes, expected, dataset=images.dataset)
+    classes = len(images.class_names)
+    partial = images.dataset == "imagenet" and classes < classifier.shape[1]  # some of the 1,000 folders are there
+    if classifier.shape[1] != classes and not partial:
+        path, command = (make("classifier", dataset=images.dataset) for make in (results.path, results.command))
         raise UserError(
-            f"{names.classifier(dataset)} has {classifier.shape[1]} classes and the images have {len(images.class_names)}; "
-            f"make it again with: {command}"
+            f"{path} has {classifier.shape[1]} classes and the images have {classes}; make it again with: {command} --overwrite"
         )
     if partial:
         print(
-            f"note: only {len(images.class_names)} of ImageNet's folders are there, so labels (the index among them) do not "
-            "match the classifier's 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own"
+            f"note: only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the "
+            "classifier's 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own"
         )
     return torch.from_numpy(classifier).to(clip.device)
 
 
-def predict(vit, groups, make, images, classifier, coefficient, path_of, meta, batch_size, passing, overwrite):
-    """Classify held-out images by ablated representations, in one pass for every group of layers.
+def classify(representation, effects, ablations, classifier):
+    """Predicted classes, int64 [B, layers, V], of the V ablated representations of every layer.
 
-    Parameters
-    groups: lists of layers, of `groups_of_layers`. make: a layer's `Directions` -> what maps (representation, C, kappa) to
-    [B, V, D]. images: `Images`. classifier [D, classes]. path_of: group -> the path of its predictions [images, layers, V].
-    meta: what they are made from. passing: the keyword arguments num_workers and device of `batches`. overwrite: drop what a
-    broken run left.
-
-    Returns accuracies in per cent, {layer: a list of V}.
+    representation: of norm 100 [B, D].
+    effects: iterator over the layers' `SecondOrder`, one of which is in memory at a time.
+    ablations: list of `Ablations` or `Rebuilt`, one for each layer.
+    classifier: [D, classes].
     """
-    meta = {**meta, "batch_size": batch_size, "coefficient": coefficient, "classifier": digest(classifier)}
-    pieces, table = row_pieces(len(images), batch_size), {}
-    with torch.inference_mode(), ExitStack() as stack:  # all appear together, so that a broken run goes on at its group
-        directions = fold_layers(vit, groups[0])
-        ablations = [make(item) for item in directions]
-        writers = []
-        for group in groups:
-            arrays = {path_of(group): ((len(images), len(group), len(ablations[0].names)), "int32")}
-            writers.append(stack.enter_context(RowWriter(arrays, {**meta, "layers": group}, pieces, overwrite)))
-        for turn, (group, writer) in enumerate(zip(groups, writers, strict=True)):
-            if turn:
-                directions = ablations = None  # room for the next ones
-                directions = fold_layers(vit, group)
-                ablations = [make(item) for item in directions]
-            for number, row, pixels, _ in batches(images, writer.todo, **passing):
-                representation, effects = second_order(vit, pixels, directions, coefficient)
-                representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
-                ablated = [ablate(representation, *next(effects)) for ablate in ablations]  # one layer's at a time
-                logits = torch.stack(ablated, dim=1) @ classifier  # [B, layers, V, classes]
-                writer.write(number, row, {path_of(group): logits.argmax(dim=-1).cpu().numpy()})
-    for group in groups:
-        predictions = load_array(path_of(group), "the same command", (len(images), len(group), None))
-        right = 100 * (predictions == images.labels[:, None, None]).mean(axis=0)
-        table |= dict(zip(group, right.tolist(), strict=True))
-    return table
+    ablated = [ablate(representation, next(effects)) for ablate in ablations]
+    return (torch.stack(ablated, dim=1) @ classifier).argmax(dim=-1)
+
+
+def accuracies(predictions, labels):
+    """Accuracies in per cent, a list of V for each layer. predictions: [images, layers, V]. labels: [images]."""
+    return (100 * (predictions == labels[:, None, None]).mean(axis=0)).tolist()

@@ -1,4 +1,4 @@
-"""Semantic adversarial images (section 5.1 of the paper): pictures of one class that hold what moves CLIP to another.
+"""Semantic adversarial images (section 5.1 of the paper): pictures of one class that show what moves CLIP to another.
 
 In five steps: mine words from the descriptions of the neurons that tell the classes apart, drop those that are too near to
 class_0, have descriptions of class_1 written with the rest, draw them, classify the drawings. class_0 is the class that the
@@ -17,18 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.artifacts import load_array, load_meta, one_line, save_atomic, save_json
 from utils.clip import text_vectors
-from utils.concepts import load_descriptions, word_scores
-from utils.datasets import Images, batches, class_names_of
-from utils.errors import UserError
-from utils.rows import row_pieces
-from utils.sparse_coding import load_texts
+from utils.concepts import word_scores
+from utils.datasets import IMAGENET, Images, Loader, class_names_of
+from utils.runtime.errors import UserError
+from utils.runtime.files import read_json, save_atomic, save_json
+from utils.runtime.passes import pieces_of, walk
+from utils.runtime.results import load_record
+from utils.sparse_coding import load_descriptions, load_texts
 
 FILES = ("candidates.json", "words.json", "generations.json", "prompts.json", "images.json", "files.csv", "results.json")
 BLOCK = 256  # candidates that are compared with class_0 at a time
 TEMPLATE_WORDS = 3  # of the list in one description of `template_descriptions`
-GENERATIONS = 3  # times that a language model is asked before it is given up
+GENERATIONS = 3  # times that a language model is asked before we give up
 SEEDS = 100_000  # seeds of pictures that belong to one --seed
 
 REQUEST = """I draw pictures with a text-to-image model. Write {count} short descriptions of pictures for it.
@@ -47,11 +48,16 @@ Answer with a numbered list of {count} descriptions, one a line, and nothing els
 class Run:
     """The folder of one attack. Every step keeps its result with the settings that it was made with, and is not made twice.
 
-    Raises UserError for a result that was made with other settings; `overwrite` drops all results at the start.
+    output_dir: where the folder is made.
+    parts: what it is named after: class_0, class_1, the word source.
+    seed: of words, descriptions and images.
+    overwrite: discard all earlier results at the start.
+
+    Raises UserError for a result that was made with other settings.
     """
 
-    def __init__(self, output_dir, class_0, class_1, word_source, seed, overwrite=False):
-        name = "_".join(re.sub(r"[^\w-]+", "-", part) for part in (class_0, class_1, word_source))
+    def __init__(self, output_dir, parts, seed, overwrite=False):
+        name = "_".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
         self.folder = Path(output_dir) / f"{name}_seed{seed}"
         self.images = self.folder / "images"
         self.images.mkdir(parents=True, exist_ok=True)
@@ -61,21 +67,16 @@ class Run:
 
     def kept(self, file, settings, beside=()):
         """The result that an earlier run left in a file; None when it, or a file that belongs to it, is not there."""
-        path = self.folder / file
+        path, scratch = self.folder / file, "add --overwrite to start from scratch"
         if not all((self.folder / name).is_file() for name in (file, *beside)):
             return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            earlier = content["settings"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({one_line(error)}); remove it, or add --overwrite to start afresh") from error
-        settings = json.loads(json.dumps(settings))
+        content = read_json(path, "", f"remove it, or {scratch}")
+        if not isinstance(content, dict) or "settings" not in content:
+            raise UserError(f"{path} is damaged (it has no settings); remove it, or {scratch}")
+        earlier, settings = content["settings"], json.loads(json.dumps(settings))
         if earlier != settings:
             differing = [key for key in settings | earlier if settings.get(key) != earlier.get(key)]
-            raise UserError(
-                f"{path} was made with other {', '.join(differing)}; add --overwrite to start afresh, or choose another "
-                "--output_dir"
-            )
+            raise UserError(f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --output_dir")
         return content
 
     def step(self, file, settings, make, beside=()):
@@ -97,19 +98,21 @@ class Run:
 # Classes and how texts name them
 
 
-def load_named_classifier(names, dataset, clip, flags):
+def load_named_classifier(results, dataset, clip):
     """The zero-shot classifier [D, classes] on the model's device, and the names of its classes.
 
     The names are in the record of compute_classifier_projection.py; for a classifier without one they are the data set's.
     """
-    path = names.classifier(dataset)
-    command = f"python compute_classifier_projection.py --dataset {dataset} {flags}"
-    classifier = load_array(path, command, (clip.model.visual.output_dim, None), fingerprint=clip.fingerprint)
-    class_names = load_meta(path).get("class_names")
-    if class_names is None and dataset in ("imagenet", "imagenet_r"):
+    classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
+    path = results.path("classifier", dataset=dataset)
+    class_names = load_record(path).get("class_names")
+    if class_names is None and dataset in IMAGENET:
         class_names = class_names_of(dataset)
     if class_names is None or len(class_names) != classifier.shape[1]:
-        raise UserError(f"the names of the {classifier.shape[1]} classes of {path} are not known; make it again with: {command}")
+        command = results.command("classifier", dataset=dataset)
+        raise UserError(
+            f"the names of the {classifier.shape[1]} classes of {path} are not known; make it again with: {command} --overwrite"
+        )
     return torch.from_numpy(classifier).to(clip.device), class_names
 
 
@@ -150,19 +153,25 @@ def names_class(text, name, inside=False):
     return re.search(pattern, text.lower()) is not None
 
 
+def banned(text, class_0, blocked):
+    """Why a word or description must not be used: it names class_0 or a blocked word; None when it may."""
+    if names_class(text, class_0, inside=True):
+        return f"names {class_0}"
+    named = next((name for name in blocked if names_class(text, name)), None)
+    return named and f"names {named}, which is on the block list"
+
+
 def load_block_list(path, class_0):
     """The words that a block list, a json {class: [words]}, has for class_0; none when it has no entry, or path is None."""
     if path is None:
         return []
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        words = {name.lower(): [str(word) for word in words] for name, words in content.items() if isinstance(words, list)}
-    except OSError as error:
-        raise UserError(f"--block_list {path} cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"--block_list {path} is no json of the form {{class: [words]}} ({one_line(error)[:100]})") from error
-    if len(words) != len(content):
+        content = read_json(path, "--block_list", "give a json {class: [words]}")
+    except FileNotFoundError as error:
+        raise UserError(f"--block_list {path} cannot be read: there is no such file") from error
+    if not isinstance(content, dict) or not all(isinstance(words, list) for words in content.values()):
         raise UserError(f'--block_list {path} needs a list of words for every class: {{"horse": ["pony", "mare"]}}')
+    words = {name.lower(): [str(word) for word in words] for name, words in content.items()}
     return words.get(class_0.lower(), [])
 
 
@@ -173,28 +182,25 @@ def load_block_list(path, class_0):
 class NeuronWords:
     """Words of the neurons whose main direction tells the classes apart most.
 
-    Parameters
-    names: Names of the input. clip: the loaded `Clip`. dataset: whose statistics and descriptions are read. layers: of the MLP.
-    top_k_pca, text_descriptions, transform_alpha, components: which of them. flags: the model's flags, for messages.
+    results: `Results` of the folder. names: dataset, texts, components, alpha, k: in the files' names.
+    clip: the loaded `Clip`.
+    layers: of the MLP.
     """
 
-    def __init__(self, names, clip, dataset, layers, top_k_pca, text_descriptions, transform_alpha, components, flags):
-        vit = clip.hooked_vit()
-        self.pcas, self.descriptions, self.data = {}, {}, {}
-        for layer in layers:
-            path = names.statistics(dataset, layer, f"{top_k_pca}_pca")
-            command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {top_k_pca} --dataset {dataset} {flags}"
-            self.pcas[layer] = load_array(path, command, (vit.N, vit.D), fingerprint=clip.fingerprint)
-            self.data[str(layer)] = load_meta(path).get("data")
-            made_with = {"fingerprint": clip.fingerprint, "top_k_pca": top_k_pca}
-            self.descriptions[layer] = load_descriptions(
-                names, dataset, layer, text_descriptions, transform_alpha, components, vit.N, flags, **made_with
-            )
+    def __init__(self, results, clip, layers, **names):
+        sizes, expected = clip.vit.sizes, {"fingerprint": clip.fingerprint}
+        self.pcas = {layer: results.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
+        self.descriptions = {
+            layer: load_descriptions(results, sizes, {**expected, "top_k_pca": names["k"]}, layer=layer, **names)
+            for layer in layers
+        }
 
     def mine(self, v, neurons_num, neurons_texts):
         """The words of the neurons_num neurons of all layers with the largest |<r_n, v>|, each scored coefficient * <r_n, v>.
 
-        v: [D], the difference of the classes' text vectors. neurons_texts: words of a description that count, None for all.
+        v: [D], the difference of the classes' text vectors.
+        neurons_num: of all layers together.
+        neurons_texts: words of a description that count, None for all.
 
         Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, words of positive score only.
         """
@@ -207,15 +213,16 @@ class NeuronWords:
 
 
 class PoolWords:
-    """Words of the whole pool of texts, the two baselines: those most similar to class_0, or any."""
+    """Words of the whole pool of texts, the two baselines: those most similar to class_0, or any.
 
-    def __init__(self, names, text_descriptions, descriptions_dir, clip, flags):
-        self.texts, self.vectors, fingerprint = load_texts(names, text_descriptions, descriptions_dir, flags)
-        if fingerprint not in (None, clip.fingerprint):
-            raise UserError(
-                f"{names.texts(text_descriptions)} is of other weights; make it again with: "
-                f"python compute_text_set_projection.py --text_descriptions {text_descriptions} {flags}"
-            )
+    results: `Results` of the folder with the text vectors. texts, descriptions_dir: as in `load_texts`.
+    clip: the loaded `Clip`.
+    """
+
+    def __init__(self, results, texts, descriptions_dir, clip):
+        self.texts, self.vectors, _ = load_texts(results, texts, descriptions_dir)
+        again = f"make it again with: {results.command('texts', texts=texts)} --overwrite"
+        results.check_record(results.path("texts", texts=texts), {"fingerprint": clip.fingerprint}, again)
 
     def similar(self, text_0):
         """All texts, by the cosine with a unit text vector [D]."""
@@ -244,9 +251,11 @@ def class_difference(clip, class_0, class_1):
 def filter_words(candidates, class_0, count, encode, threshold, blocked):
     """Take the first words that neither name class_0 nor come too near to it.
 
-    Parameters
-    candidates: [[word, score], ...], the best first. count: words to take. encode: texts -> unit vectors. threshold: the largest
-    cosine with class_0 that a word may have. blocked: words that are not to be named either.
+    candidates: [[word, score], ...], the best first.
+    count: words to take.
+    encode: texts -> unit vectors.
+    threshold: the largest cosine with class_0 that a word may have.
+    blocked: words that must not be named either.
 
     Returns {"words": [{"word", "score", "cosine"}, ...], "dropped": the same with a "reason", of those before the last taken}.
     Raises UserError when no word is left.
@@ -258,15 +267,10 @@ def filter_words(candidates, class_0, count, encode, threshold, blocked):
         cosines = (encode([word for word, _ in block]) @ own).tolist()
         for (word, score), cosine in zip(block, cosines, strict=True):
             entry = {"word": word, "score": score, "cosine": round(cosine, 4)}
-            named = next((name for name in blocked if names_class(word, name)), None)
-            if names_class(word, class_0, inside=True):
-                dropped.append(entry | {"reason": f"names {class_0}"})
-            elif named is not None:
-                dropped.append(entry | {"reason": f"{named} is on the block list"})
-            elif cosine > threshold:
-                dropped.append(entry | {"reason": f"cosine with {class_0} above {threshold}"})
-            else:
-                taken.append(entry)
+            reason = banned(word, class_0, blocked)
+            if reason is None and cosine > threshold:
+                reason = f"cosine with {class_0} above {threshold}"
+            dropped.append(entry | {"reason": reason}) if reason else taken.append(entry)
             if len(taken) == count:
                 return {"words": taken, "dropped": dropped}
     if not taken:
@@ -298,17 +302,12 @@ def usable(descriptions, class_0, class_1, blocked):
     """Divide descriptions into those that can be drawn, and [[description, reason], ...] for those that cannot."""
     good, bad = [], []
     for text in descriptions:
-        named = next((name for name in blocked if names_class(text, name)), None)
-        if names_class(text, class_0, inside=True):
-            bad.append([text, f"names {class_0}"])
-        elif named is not None:
-            bad.append([text, f"names {named}, which is on the block list"])
-        elif not names_class(text, class_1):
-            bad.append([text, f"does not name {class_1}"])
-        elif text in good:
-            bad.append([text, "is there twice"])
-        else:
-            good.append(text)
+        reason = banned(text, class_0, blocked)
+        if reason is None and not names_class(text, class_1):
+            reason = f"does not name {class_1}"
+        if reason is None and text in good:
+            reason = "is there twice"
+        bad.append([text, reason]) if reason else good.append(text)
     return good, bad
 
 
@@ -323,32 +322,33 @@ def parse_list(answer, cut_off):
     return [text for text in texts if text]
 
 
-def write_descriptions(run, settings, model, ask, words, class_0, class_1, count, blocked, seed):
+def write_descriptions(run, settings, ask, words):
     """Have a language model write descriptions; its answers are kept in generations.json as they are.
 
-    Parameters
-    run: `Run`. settings: what the answers are made from. model: its name, for the message. ask: `LanguageModel`. words: the list.
-    count: descriptions in one answer. blocked: words that are not to be named beside class_0. seed: of the first answer.
+    run: `Run`.
+    settings: class_0, class_1, block_list, text_model, results_per_generation (descriptions in one answer), seed.
+    ask: `LanguageModel`, asked again only while nothing can be used.
+    words: the list.
 
-    Returns {"descriptions": [...], "dropped": [[text, reason], ...]}. The model is asked again only while nothing can be used.
-    Raises UserError when it never can.
+    Returns {"descriptions": [...], "dropped": [[text, reason], ...]}. Raises UserError when nothing can ever be used.
     """
+    class_0, class_1, count = (settings[key] for key in ("class_0", "class_1", "results_per_generation"))
     request = REQUEST.format(count=count, class_0=class_0, class_1=class_1, words=", ".join(words))
-    answers, dropped, cut = [], [], False
+    answers, dropped, cut, file = [], [], False, run.folder / "generations.json"
     for generation in range(GENERATIONS):
-        answer, cut = ask(request, count, SEEDS * seed + generation)
+        answer, cut = ask(request, count, SEEDS * settings["seed"] + generation)
         answers.append({"answer": answer, "cut_off": cut})
-        save_json(run.folder / "generations.json", {"settings": settings, "request": request, "answers": answers})
-        good, bad = usable(parse_list(answer, cut)[:count], class_0, class_1, blocked)
+        save_json(file, {"settings": settings, "request": request, "answers": answers})
+        good, bad = usable(parse_list(answer, cut)[:count], class_0, class_1, settings["block_list"])
         dropped += bad
         if good:
             return {"descriptions": good, "dropped": dropped}
     reasons = sorted({reason for _, reason in dropped})
     why = f"{len(dropped)} descriptions, each of which {' or '.join(reasons)}" if dropped else "no numbered list of descriptions"
     raise UserError(
-        f"--text_model {model} gave {why}{' (an answer was cut off)' if cut else ''}, asked {GENERATIONS} times; its answers are "
-        f"in {run.folder / 'generations.json'}; repeat with another --text_model, a smaller --results_per_generation, or "
-        "--text_model template, and the words are kept"
+        f"--text_model {settings['text_model']} gave {why}{' (an answer was cut off)' if cut else ''}, asked {GENERATIONS} "
+        f"times; its answers are in {file}; try again with another --text_model, a smaller --results_per_generation, or "
+        "--text_model template (the words are kept)"
     )
 
 
@@ -386,22 +386,23 @@ def draw(folder, drawings, load):
 
 
 @torch.inference_mode()
-def classify(folder, drawings, clip, classifier, class_names, class_0, class_1, batch_size):
+def classify(folder, drawings, clip, classifier, names, batch_size=64):
     """Classify the drawings, write files.csv, and count.
 
-    Parameters
-    folder: of the run. drawings: as `plan_drawings` has them. classifier: [D, classes], on the model's device.
+    folder: of the run.
+    drawings: as `plan_drawings` has them.
+    clip: the loaded `Clip`.
+    classifier: [D, classes], on the model's device.
+    names: {"classes": names of all classes, "class_0", "class_1"}.
 
     Returns the rates in per cent: success_rate, images for which class_0 is the largest of all logits; success_rate_of_two, those
     for which it is larger than that of class_1; class_1_rate, those for which class_1 is the largest.
     """
-    samples = [(str(folder / item["file"]), 0) for item in drawings]
-    images = Images(samples, class_names, clip.transform)
-    logits = [
-        clip.model.encode_image(pixels, normalize=True).float() @ classifier
-        for _, _, pixels, _ in batches(images, list(enumerate(row_pieces(len(images), batch_size))), device=clip.device)
-    ]
-    logits = torch.cat(logits)  # [images, classes], cosines
+    class_names, class_0, class_1 = names["classes"], names["class_0"], names["class_1"]
+    images = Images([(str(folder / item["file"]), 0) for item in drawings], class_names, clip.transform)
+    loader = Loader(images, clip.device)
+    vectors = [clip.vit(pixels) for _, pixels in walk(pieces_of(len(images), batch_size), loader)]
+    logits = torch.nn.functional.normalize(torch.cat(vectors), dim=-1) @ classifier  # [images, classes], cosines
     predicted = [class_names[i] for i in logits.argmax(dim=1).tolist()]
     of_0, of_1 = logits[:, class_names.index(class_0)].tolist(), logits[:, class_names.index(class_1)].tolist()
     table = io.StringIO()

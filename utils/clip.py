@@ -3,10 +3,8 @@
 import difflib
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,28 +13,37 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 
-from utils.artifacts import is_checkpoint_path, one_line
-from utils.errors import UserError
 from utils.hooked_vit import HookedViT, check_supported
+from utils.runtime.errors import UserError
+from utils.runtime.files import one_line
+from utils.runtime.results import is_checkpoint_path, model_name, pretrained_name
 
-PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 SCHEMES = ("hf-hub:", "local-dir:")
 
 
 @dataclass
 class Clip:
-    """A loaded CLIP: the open_clip model, its validation transform, its tokenizer, and a fingerprint of its weights."""
+    """A loaded CLIP.
 
-    model: Any
+    vit: the image tower, a `HookedViT`.
+    text: the open_clip model, which embeds texts; None where only the image tower was asked for.
+    transform: open_clip's validation transform, PIL image -> [3, side, side].
+    tokenizer: list of texts -> tokens.
+    record: what results say about the model: names, precision where it is not float32, fingerprint of the weights.
+    device: where it is.
+    """
+
+    vit: HookedViT
+    text: Any
     transform: Any
     tokenizer: Any
-    fingerprint: str
+    record: dict
     device: torch.device
-    autocast: Any = None
 
-    def hooked_vit(self):
-        """The image tower with named activations."""
-        return HookedViT(self.model.visual, self.autocast)
+    @property
+    def fingerprint(self):
+        """Twelve hex digits that change when the weights do."""
+        return self.record["fingerprint"]
 
 
 def load_clip(model, pretrained, device, seed=0, precision="float32", image_only=False):
@@ -46,13 +53,17 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     model: an open_clip name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the path of a model-config json.
     pretrained: an open_clip tag, the path of a checkpoint (.safetensors or .pt), or 'random' for weights drawn from `seed`.
         Ignored for hf-hub and local-dir names, which bring their weights.
-    precision: of the image tower's forward pass, PRECISIONS; the weights stay in float32.
-    image_only: let go of the text tower, so that it takes no memory.
+    device: where to put it.
+    precision: of the image tower's forward pass; the weights stay in float32.
+    image_only: drop the text tower, so that it takes no memory.
 
     The activation (GELU or QuickGELU) is the one that the weights were trained with: the tag's own, or the config's.
     Raises UserError for an unknown name or tag (with near matches), for weights that do not fit, cannot be fetched or are not
     finite, and for an image tower that the method does not cover.
     """
+    device = torch.device(device)
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bfloat16")
     name = _register_config(model) if model.endswith(".json") else model
     options = {}
     if name.startswith(SCHEMES):
@@ -61,37 +72,21 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     else:
         weights = _checked_weights(name, pretrained)
         options["force_quick_gelu"] = open_clip.get_pretrained_cfg(name, weights or "").get("quick_gelu", False)
-    quiet = logging.getLogger()
-    level = quiet.level
     try:
-        quiet.setLevel(logging.CRITICAL)  # open_clip's own notes; what matters is raised below
-        torch.manual_seed(seed)
-        clip = open_clip.create_model(name, pretrained=weights, device=device, **options).eval().requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            clip = open_clip.create_model(name, pretrained=weights, device=device, **options).eval().requires_grad_(False)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
         raise UserError(_why_not_loaded(model, pretrained, weights, error)) from error
-    finally:
-        quiet.setLevel(level)
     if not all(parameter.isfinite().all() for parameter in clip.parameters()):
         raise UserError(f"the weights of --model {model} --pretrained {pretrained} hold NaN or infinity; use another checkpoint")
     check_supported(clip.visual)
     transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
-    fingerprint = weights_fingerprint(clip)
-    if image_only:
-        clip = SimpleNamespace(visual=clip.visual)
-    return Clip(clip, transform, tokenizer, fingerprint, torch.device(device), set_precision(precision, torch.device(device)))
-
-
-def set_precision(precision, device):
-    """Choose how float32 products are computed, for the process; returns the autocast dtype of the forward pass, or None.
-
-    Raises UserError for tf32 without a CUDA GPU.
-    """
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bfloat16")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    record = {"model": model_name(model), "pretrained": pretrained_name(model, pretrained)}
+    record |= {} if precision == "float32" else {"precision": precision}
+    record["fingerprint"] = weights_fingerprint(clip)
+    return Clip(HookedViT(clip.visual, precision), None if image_only else clip, transform, tokenizer, record, device)
 
 
 def _register_config(path):
@@ -161,7 +156,7 @@ def text_vectors(clip, texts, batch_size):
     vectors = []
     for start in tqdm(range(0, len(texts), batch_size), desc="texts", unit="batch"):
         tokens = clip.tokenizer(texts[start : start + batch_size]).to(clip.device)
-        vectors.append(clip.model.encode_text(tokens, normalize=True).float().cpu().numpy())
+        vectors.append(clip.text.encode_text(tokens, normalize=True).float().cpu().numpy())
     return np.concatenate(vectors)
 
 
@@ -169,7 +164,7 @@ def text_vectors(clip, texts, batch_size):
 def zero_shot_classifier(clip, class_names, batch_size):
     """The zero-shot classifier over OpenAI's 80 templates: unit columns, float32 array [D, classes]."""
     weights = open_clip.build_zero_shot_classifier(
-        clip.model,
+        clip.text,
         clip.tokenizer,
         class_names,
         open_clip.OPENAI_IMAGENET_TEMPLATES,

@@ -11,17 +11,16 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from tqdm import tqdm
 
-from utils import distributed, memory
-from utils.artifacts import one_line, read_texts
-from utils.errors import UserError
+from utils.runtime.errors import UserError
+from utils.runtime.files import one_line, read_texts
 
-STRIDES = {
+STRIDES = {  # the paper's 5,124 and 5,000 images
     ("imagenet", "train"): 250,
     ("imagenet", "val"): 10,
     ("imagenet_r", "val"): 10,
-}  # the paper's 5,124 and 5,000
+}
+IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # data sets with ImageNet's class names, and their splits
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
 
@@ -29,12 +28,17 @@ CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 class Images(Dataset):
     """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
 
-    samples: list of (path or PIL image, label). class_names: the name of every label.
+    samples: list of (path or PIL image, label).
+    class_names: the name of every label.
+    transform: PIL image -> [3, side, side].
+    dataset, split: where they are from.
     """
 
     samples: list
     class_names: list
     transform: object
+    dataset: str = ""
+    split: str = ""
 
     def __len__(self):
         return len(self.samples)
@@ -46,8 +50,8 @@ class Images(Dataset):
                 image = Image.open(image).convert("RGB")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 return UserError(
-                    f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]}); mend or remove it, and run "
-                    "the same command again"
+                    f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]}); fix or remove it, and run the "
+                    "same command again"
                 )
         return self.transform(image), label
 
@@ -56,13 +60,49 @@ class Images(Dataset):
         """int64 [images]."""
         return torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy()
 
-    def fingerprint(self):
-        """Twelve hex digits that change when images come, go, or change name or size in bytes; not when the root moves."""
+    @property
+    def record(self):
+        """What results say about the images. Its fingerprint changes when images come, go, or change name or size in bytes; not
+        when the root moves."""
         digest = hashlib.sha256()
         for image, label in self.samples:
             item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
             digest.update(f"{item} {label}\n".encode())
-        return digest.hexdigest()[:12]
+        return {"dataset": self.dataset, "split": self.split, "data": digest.hexdigest()[:12]}
+
+
+@dataclass
+class Loader:
+    """Reads pieces (slices) of a data set: loader(pieces) yields images [B, 3, side, side] on `device`.
+
+    Raises UserError for an image that cannot be read.
+    """
+
+    images: Dataset
+    device: torch.device = "cpu"
+    num_workers: int = 0
+
+    def __call__(self, pieces):
+        for pixels, _ in self.with_targets(pieces):
+            yield pixels
+
+    def with_targets(self, pieces):
+        """Yield (images, labels [B] or masks [B, ...])."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        rows = [range(piece.start, piece.stop) for piece in pieces]
+        loader = DataLoader(self.images, batch_sampler=rows, num_workers=self.num_workers, pin_memory=on_gpu, collate_fn=_collate)
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            pixels, targets = batch
+            yield pixels.to(self.device, non_blocking=on_gpu), targets
+
+
+def _collate(items):
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    return torch.utils.data.default_collate(items)
 
 
 def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
@@ -70,7 +110,12 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
 
     Parameters
     dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or folder
-        (ROOT/SPLIT/CLASS/image). subsample: stride, None for the paper's. class_names: a text file for `folder`, a name a line.
+        (ROOT/SPLIT/CLASS/image).
+    data_path: ROOT.
+    split: train or val; for `folder` the name of a folder.
+    transform: of every image.
+    subsample: stride, None for the paper's.
+    class_names: a text file for `folder`, a name a line.
 
     Labels are the index of the image's folder among the sorted folders; for imagenet_r its index among the 1,000 of ImageNet.
     Raises UserError when folders are missing or empty, for a split that does not exist, and for a wrong number of names.
@@ -79,22 +124,22 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     if dataset in CIFAR:
         samples, names = _cifar(dataset, data_path, split)
     else:
-        if dataset != "folder" and split not in (allowed := ("val",) if dataset == "imagenet_r" else ("train", "val")):
-            raise UserError(f"--split {split}: {dataset} has {' and '.join(allowed)}")
+        if dataset in IMAGENET and split not in IMAGENET[dataset]:
+            raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
         root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
         samples, names = _class_folders(root, data_path, split)
-        if dataset in ("imagenet", "imagenet_r"):
+        if dataset in IMAGENET:
             samples, names = _imagenet_names(dataset, samples, names)
         else:
             names = _folder_names(names, class_names)
-    return Images(samples[::stride], names, transform)
+    return Images(samples[::stride], names, transform, dataset, split)
 
 
 def class_names_of(dataset, data_path=None, split="val", class_names=None):
-    """The class names of a data set, in the order of its labels."""
+    """The class names of a data set, in the order of its labels. Parameters as in `load_images`."""
     if class_names and dataset != "folder":
         raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
-    if dataset in ("imagenet", "imagenet_r"):
+    if dataset in IMAGENET:
         return list(IMAGENET_CLASSNAMES)
     if data_path is None:
         raise UserError(f"the class names of {dataset} are in its data; add --data_path")
@@ -145,29 +190,3 @@ def _cifar(dataset, data_path, split):
             f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
         ) from error
     return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
-
-
-def batches(images, todo, num_workers=0, device="cpu", description="images"):
-    """Go through batches of images, with a progress bar.
-
-    todo: what a `RowWriter` has to do, a list of [number, [first row, end]]. Yields (number, first row, images
-    [B, 3, side, side] on `device`, labels [B] or masks [B, ...]). Raises UserError for an image that cannot be read.
-    """
-    on_gpu = torch.device(device).type == "cuda"
-    rows = [range(*piece) for _, piece in todo]
-    loader = DataLoader(images, batch_sampler=rows, num_workers=num_workers, pin_memory=on_gpu, collate_fn=_collate)
-    count = sum(map(len, rows))
-    with memory.steady(), tqdm(total=count, desc=description, unit="image", disable=not distributed.first()) as bar:
-        for (number, piece), batch in zip(todo, loader, strict=True):
-            if isinstance(batch, UserError):
-                raise batch
-            pixels, labels = batch
-            yield number, piece[0], pixels.to(device, non_blocking=on_gpu), labels
-            bar.update(len(labels))
-
-
-def _collate(items):
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return torch.utils.data.default_collate(items)

@@ -1,4 +1,4 @@
-"""Second-order effects on disk: factorised, dense, or the largest only; read back by blocks of neurons through one interface.
+"""Second-order effects on disk: factorised, dense, or the largest only. Three readers give what the statistics need.
 
 Factorised (what compute_second_order_neuron_prs.py writes): coefficients [images, K, N], bias [images, D],
 values [K, N, e], outputs [K, e, D]; phi[i, n] = sum_k coefficients[i, k, n] values[k, n] @ outputs[k] + bias[i].
@@ -7,210 +7,166 @@ The largest only (`--keep top`, `utils.top_effects`): top_coefficients [N, kept,
 [N, kept], top_mean [N, D], bias, values and outputs.
 """
 
-from functools import cached_property
+import shutil
+from functools import partial
 
 import numpy as np
 import torch
 
-from utils.artifacts import load_array, load_meta, save_array
-from utils.errors import UserError
-from utils.prs import CentredNorms, Directions
+from utils.norms import CentredNorms
+from utils.prs import Directions, SecondOrder
+from utils.runtime.distributed import is_rank_zero
+from utils.runtime.files import sampled_digest, save_atomic
+from utils.runtime.results import load_record, publish
 
 READ_IMAGES = 512  # rows copied from one memory map, which is then closed, so that its pages do not count as ours
+FORMS = ("coefficients", "top_coefficients", "merged")
 
 
-def open_effects(names, dataset, split, layer, device="cpu"):
-    """The effects of one layer that `names.directory` holds, whichever form they have; blocks are read to `device`.
+def open_effects(results, dataset, split, layer, device="cpu"):
+    """The effects of one layer in a folder, in whichever form they are there.
+
+    results: `Results` of the folder.
+    dataset, split, layer: in the files' names.
+    device: where the statistics are computed.
 
     Raises UserError when there are none, or when parts of them do not belong together.
     """
-    command = f"python compute_second_order_neuron_prs.py --mlp_layer {layer} --dataset {dataset} --split {split} ..."
-    forms = {"coefficients": FactorisedEffects, "top_coefficients": KeptEffects, "merged": DenseEffects}
-    there = [part for part in forms if names.effects(dataset, split, layer, part).is_file()]
-    form = forms[there[0] if there else "coefficients"]
-    return form(names, dataset, split, layer, command, device)
+    names = {"dataset": dataset, "split": split, "layer": layer}
+    readers = dict(zip(FORMS, (FactorisedEffects, TopEffects, DenseEffects), strict=True))
+    there = [form for form in FORMS if results.path(form, **names).is_file()]
+    return readers[there[0] if there else "coefficients"](results, names, device)
 
 
-def save_directions(names, dataset, split, directions, meta):
-    """Write the weights' part of one layer's effects, values and outputs."""
-    for part in ("values", "outputs"):
-        path = names.effects(dataset, split, directions.layer, part)
-        save_array(path, getattr(directions, part).cpu().numpy(), meta)
+def copy_norms(effects, results):
+    """Copy the norms of all effects, where they are stored with the effects, into the folder of the other statistics."""
+    names = {"dataset": effects.names["dataset"], "layer": effects.names["layer"]}
+    source, target = (place.path("image_norms", **names) for place in (effects.results, results))
+    if is_rank_zero() and source.resolve() != target.resolve():
+        with open(source, "rb") as file:
+            rename = partial(publish, record=load_record(source))
+            save_atomic(target, lambda out: shutil.copyfileobj(file, out), rename)
 
 
-def stored_layers(names, dataset, layers, parts, script):
-    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files that are there.
-
-    parts: of which at least one has to be there. script: what makes them, for the message.
-    """
-    if layers != ["all"]:
-        wrong = [layer for layer in layers if not layer.isdecimal()]
-        if wrong:
-            raise UserError(f"--mlp_layer {wrong[0]} is no layer; give numbers, or 'all'")
-        return sorted({int(layer) for layer in layers})
-    found = set()
-    for part in parts:
-        pattern = names.effects(dataset, "train", "*", part)
-        prefix, suffix = pattern.name.split("*")
-        middles = (path.name.removeprefix(prefix).removesuffix(suffix) for path in pattern.parent.glob(pattern.name))
-        found |= {int(middle) for middle in middles if middle.isdecimal()}  # others are of weights with a longer name
-    if not found:
-        raise UserError(
-            f"{names.directory} has no {' or '.join(parts)} of {dataset}; make them with: python {script} --mlp_layer all "
-            f"--dataset {dataset} ..."
-        )
-    return sorted(found)
+def slices(neurons, floats, memory):
+    """Slices of a number of neurons; one with `floats` numbers for each takes about `memory` bytes."""
+    block = max(1, int(memory / (4 * floats)))
+    return [slice(start, min(start + block, neurons)) for start in range(0, neurons, block)]
 
 
 class _Effects:
-    """Sizes and the walk over blocks of neurons that all forms share."""
+    """What the readers share.
 
-    K = 0  # directions of a neuron
-    image_norms = None  # where the norms of all effects lie, if an earlier stage has computed them
-    kept = None  # how many effects of every neuron there are, if not all
+    Attributes: N, D (sizes), images, kept (largest effects of a neuron that are there), path (of the main array), record (what
+    the effects were made from), has_norms (whether the norms of all effects are among the results already).
+    """
 
-    def slices(self, memory, k):
-        """Slices of the neurons; reading one, or forming its directions or its k top effects in float64, takes about `memory`
-        bytes."""
-        floats = max(self.images * self.floats_per_neuron, 3 * k * self.D, 3 * self.K * self.D)
-        block = max(1, int(memory / (4 * floats)))
-        return [slice(n, min(n + block, self.N)) for n in range(0, self.N, block)]
+    has_norms = False
+
+    def __init__(self, results, names, device):
+        self.results, self.names, self.device = results, names, device
+        self.path = results.path(self.main, **names)
+        self.array = results.load(self.main, mmap=True, **names)
+        record = load_record(self.path)
+        self.record = {key: record[key] for key in record if key not in ("shape", "dtype", "method", "layers", "batch_size")}
+        if not record:  # made by the published code: known by its content
+            self.record["effects"] = sampled_digest(self.array)
+        if record and self.array.dtype != np.float32:
+            self.record["store_dtype"] = str(self.array.dtype)
+
+    def load(self, kind, **sizes):
+        """Another part of the effects, as a memory map: of the same weights and images, and of these sizes."""
+        expected = {key: self.record.get(key) for key in ("fingerprint", "data")}
+        return self.results.load(kind, sizes, expected, mmap=True, **self.names)
+
+    def tensor(self, array):
+        """A copy on the device, in float32."""
+        return torch.from_numpy(np.array(array)).to(self.device, torch.float32)
+
+    def read_rows(self, take):
+        """take(rows of the main array) for blocks of rows, concatenated, in float32."""
+        blocks = []
+        for row in range(0, self.images, READ_IMAGES):
+            stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            blocks.append(np.asarray(take(stored[row : row + READ_IMAGES]), np.float32))
+        return torch.from_numpy(np.concatenate(blocks)).to(self.device)
 
 
 class FactorisedEffects(_Effects):
-    """Effects as coefficients and directions."""
+    """Effects as coefficients and directions; they are formed only for the images of a neuron's largest ones."""
 
-    def __init__(self, names, dataset, split, layer, command, device):
-        self.path = names.effects(dataset, split, layer, "coefficients")
-        self.images, self.K, self.N = load_array(self.path, command, (None, None, None), mmap=True).shape
-        self.meta = load_meta(self.path)
-        expected = {"fingerprint": self.meta.get("fingerprint"), "data": self.meta.get("data")}
+    main = "coefficients"
 
-        def opened(part, *shape):
-            return load_array(names.effects(dataset, split, layer, part), command, shape, mmap=True, **expected)
+    def __init__(self, results, names, device):
+        super().__init__(results, names, device)
+        self.images, K, self.N = self.array.shape
+        self.kept = self.images
+        values = self.load("values", K=K, N=self.N)
+        outputs = self.load("outputs", K=K, e=values.shape[2])
+        self.D = outputs.shape[2]
+        bias = self.load("bias", images=self.images, D=self.D)
+        self.directions = Directions(names["layer"], self.tensor(values), self.tensor(outputs), None)
+        self.bias, self.floats = self.tensor(bias), max(self.images * K, 3 * K * self.D)
 
-        self._values = opened("values", self.K, self.N, None)
-        self._outputs = opened("outputs", self.K, self._values.shape[2], None)
-        self.D = self._outputs.shape[2]
-        self._bias = opened("bias", self.images, self.D)
-        self.floats_per_neuron = self.K
-        self.layer, self.device = layer, device
+    def top(self, neurons, k):
+        """Statistics of a slice of neurons.
 
-    @cached_property
-    def parts(self):
-        """values, outputs and bias on the device."""
-        arrays = (self._values, self._outputs, self._bias)
-        return [torch.from_numpy(np.array(array)).to(self.device, torch.float32) for array in arrays]
-
-    def read(self, neurons):
-        coefficients = np.empty((self.images, self.K, neurons.stop - neurons.start), np.float32)
-        for row in range(0, self.images, READ_IMAGES):
-            stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            coefficients[row : row + READ_IMAGES] = stored[row : row + READ_IMAGES, :, neurons]
-        values, outputs, bias = self.parts
-        directions = Directions(self.layer, values[:, neurons], outputs, None)
-        return _FactorisedBlock(torch.from_numpy(coefficients).to(self.device), bias, directions)
+        Returns mean effects [n, D]; centred effects [n, k, D] of every neuron's k images of largest norm, by falling norm; and
+        the norms of all centred effects [images, n], None where they are stored already.
+        """
+        C = self.read_rows(lambda rows: rows[:, :, neurons])  # [images, K, n]
+        directions = self.directions._replace(values=self.directions.values[:, neurons])
+        B_n, mean_C, mean_bias = directions.B(), C.mean(dim=0).T, self.bias.mean(dim=0)  # [n, K, D], [n, K], [D]
+        centred_norms = CentredNorms(directions, (mean_C.T, mean_bias))
+        rows = [slice(i, i + READ_IMAGES) for i in range(0, self.images, READ_IMAGES)]
+        norms = torch.cat([centred_norms(SecondOrder(C[i], self.bias[i], directions)) for i in rows])
+        images = norms.topk(k, dim=0).indices.T  # [n, k]
+        x = C[images, :, torch.arange(len(images), device=images.device)[:, None]] - mean_C[:, None]  # [n, k, K]
+        top = torch.bmm(x, B_n) + (self.bias[images] - mean_bias)
+        return torch.einsum("nk,nko->no", mean_C, B_n) + mean_bias, top, norms
 
 
 class DenseEffects(_Effects):
     """Effects as the published code stores them."""
 
-    def __init__(self, names, dataset, split, layer, command, device):
-        path = self.path = names.effects(dataset, split, layer, "merged")
-        self.device = device
-        self.images, self.N, self.D = load_array(path, command, (None, None, None), mmap=True).shape
-        self.meta = load_meta(path)
-        self.floats_per_neuron = self.D
+    main = "merged"
 
-    def read(self, neurons):
-        block = np.empty((self.images, neurons.stop - neurons.start, self.D), np.float32)
-        for row in range(0, self.images, READ_IMAGES):
-            stored = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            block[row : row + READ_IMAGES] = stored[row : row + READ_IMAGES, neurons]
-        return _DenseBlock(torch.from_numpy(block).to(self.device))
+    def __init__(self, results, names, device):
+        super().__init__(results, names, device)
+        self.images, self.N, self.D = self.array.shape
+        self.kept, self.floats = self.images, self.images * self.D
+
+    def top(self, neurons, k):
+        """As `FactorisedEffects.top`."""
+        phi = self.read_rows(lambda rows: rows[:, neurons])  # [images, n, D]
+        mean = phi.mean(dim=0)
+        phi -= mean
+        norms = torch.cat([phi[i : i + READ_IMAGES].norm(dim=-1) for i in range(0, self.images, READ_IMAGES)])
+        images = norms.topk(k, dim=0).indices.T  # [n, k]
+        return mean, phi[images, torch.arange(len(images), device=images.device)[:, None]], norms
 
 
-class KeptEffects(_Effects):
+class TopEffects(_Effects):
     """What `--keep top` leaves: of every neuron the mean, and the largest centred effects, as coefficients."""
 
-    def __init__(self, names, dataset, split, layer, command, device):
-        self.path = names.effects(dataset, split, layer, "top_coefficients")
-        self.N, self.kept, self.K = load_array(self.path, command, (None, None, None), mmap=True).shape
-        self.meta = load_meta(self.path)
-        expected = {"fingerprint": self.meta.get("fingerprint"), "data": self.meta.get("data")}
+    main, has_norms = "top_coefficients", True
 
-        def opened(part, *shape):
-            return load_array(names.effects(dataset, split, layer, part), command, shape, mmap=True, **expected)
+    def __init__(self, results, names, device):
+        super().__init__(results, names, device)
+        self.N, self.kept, self.K = self.array.shape
+        outputs = self.load("outputs", K=self.K)
+        self.outputs, self.D = self.tensor(outputs), outputs.shape[2]
+        self.values = self.load("values", K=self.K, N=self.N, e=outputs.shape[1])
+        self.mean = self.load("top_mean", N=self.N, D=self.D)
+        self.top_images, self.bias = self.load("top_images", N=self.N, k=self.kept), self.load("bias", D=self.D)
+        self.images = len(self.bias)
+        self.floats = max(self.kept * self.K, 3 * self.K * self.D)
+        self.load("image_norms", images=self.images, N=self.N)
 
-        self._outputs = opened("outputs", self.K, None, None)
-        self.D = self._outputs.shape[2]
-        self._values, self._mean = opened("values", self.K, self.N, self._outputs.shape[1]), opened("top_mean", self.N, self.D)
-        self._top_images, self._bias = opened("top_images", self.N, self.kept), opened("bias", None, self.D)
-        self.images, self.floats_per_neuron = len(self._bias), self.kept * self.K // len(self._bias) + 1
-        self.image_norms = names.statistics(dataset, layer, "image_norms")
-        load_array(self.image_norms, command, (self.images, self.N), mmap=True, **expected)
-        self.device = device
-
-    def read(self, neurons):
-        arrays = (self._values[:, neurons], self._outputs, np.load(self.path, mmap_mode="r")[neurons], self._mean[neurons])
-        values, outputs, x, mean = (torch.from_numpy(np.array(array)).to(self.device) for array in arrays)
-        bias = self._bias[self._top_images[neurons]] - self._bias.mean(axis=0)  # [n, kept, D]
-        B_n = torch.einsum("kne,keo->nko", values, outputs)
-        return _KeptBlock(mean, torch.bmm(x, B_n) + torch.from_numpy(bias).to(self.device))
-
-
-class _Block:
-    """Effects of n neurons: their mean [n, D] as `mean`."""
-
-    def top(self, k):
-        """The centred effects [n, k, D] of every neuron's k images of largest norm, and the norms of all effects [images, n]."""
-        norms = torch.cat([self.norms(slice(i, i + READ_IMAGES)) for i in range(0, self.images, READ_IMAGES)])
-        return self.take(norms.topk(k, dim=0).indices.T), norms
-
-
-class _KeptBlock(_Block):
-    """The largest centred effects, by falling norm [n, kept, D]."""
-
-    def __init__(self, mean, rows):
-        self.mean, self.rows = mean, rows
-
-    def top(self, k):
-        return self.rows[:, :k], None
-
-
-class _DenseBlock(_Block):
-    """Effects of n neurons on all images, [images, n, D]."""
-
-    def __init__(self, effects):
-        self.images = len(effects)
-        self.mean = effects.mean(dim=0)  # [n, D]
-        self.centred = effects.sub_(self.mean)
-
-    def norms(self, rows):
-        """|phi - mean| of a slice of images: [rows, n]."""
-        return self.centred[rows].norm(dim=-1)
-
-    def take(self, images):
-        """Centred effects of chosen images: images [n, k] -> [n, k, D]."""
-        neurons = torch.arange(images.shape[0], device=images.device)[:, None]
-        return self.centred[images, neurons]
-
-
-class _FactorisedBlock(_Block):
-    """The same of coefficients [images, K, n]; the effects themselves are formed only for the images that are asked for."""
-
-    def __init__(self, coefficients, bias, directions):
-        self.coefficients, self.bias, self.images = coefficients, bias, len(bias)
-        B_n = torch.einsum("kne,keo->nko", directions.values, directions.outputs)  # [n, K, D]
-        mean_coefficients = coefficients.mean(dim=0).T  # [n, K]
-        self.mean = torch.einsum("nk,nko->no", mean_coefficients, B_n) + bias.mean(dim=0)
-        self.mean_coefficients, self.mean_bias, self.B_n = mean_coefficients, bias.mean(dim=0), B_n
-        self.centred_norms = CentredNorms(directions, (mean_coefficients.T, self.mean_bias))
-
-    def norms(self, rows):
-        return self.centred_norms(self.coefficients[rows], self.bias[rows])
-
-    def take(self, images):
-        neurons = torch.arange(images.shape[0], device=images.device)[:, None]
-        x = self.coefficients[images, :, neurons] - self.mean_coefficients[:, None]  # [n, k, K]
-        return torch.bmm(x, self.B_n) + (self.bias[images] - self.mean_bias)
+    def top(self, neurons, k):
+        """As `FactorisedEffects.top`."""
+        x = self.tensor(np.load(self.path, mmap_mode="r", allow_pickle=False)[neurons])  # [n, kept, K]
+        B_n = Directions(None, self.tensor(self.values[:, neurons]), self.outputs, None).B()
+        bias = self.bias[self.top_images[neurons]] - self.bias.mean(axis=0)  # [n, kept, D]
+        top = torch.bmm(x, B_n) + self.tensor(bias)
+        return self.tensor(self.mean[neurons]), top[:, :k], None

@@ -6,6 +6,7 @@ safetensors only, and no code that comes with a model is run.
 
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.artifacts import one_line
 from utils.clip import text_vectors
-from utils.errors import UserError
+from utils.runtime.errors import UserError
+from utils.runtime.files import one_line
 
 INSTALL = "pip install -r requirements-adversarial.txt"
 FLUX = "black-forest-labs/FLUX.1-schnell"
@@ -27,7 +28,19 @@ FUNCTION = "--image_model MODULE:FUNCTION draws with a function of yours"
 TOKENS = 64  # that a description may take
 
 
+def parse_options(text):
+    """Keyword arguments of `--image_options`, a dict. Raises UserError when the text is no json object."""
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"--image_options {text} is no json object such as '{{\"num_inference_steps\": 20}}'")
+    return options
+
+
 def is_function(image_model):
+    """Whether `--image_model` names a function, MODULE:FUNCTION."""
     return ":" in image_model and not Path(image_model).exists()
 
 

@@ -1,7 +1,6 @@
 """HookedViT: watch an open_clip ViT while it runs, and leave no trace.
 
-Letters used in every shape of this project:
-B images, T tokens (0 is the class token), L layers, H heads, N neurons of one MLP, d width, e = d/H head width, D output width.
+Letters as in `utils.prs`.
 """
 
 from contextlib import contextmanager
@@ -10,7 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class HookedViT:
@@ -18,9 +19,12 @@ class HookedViT:
 
     The tower itself is used as it is: no weights are copied and its fused attention stays in place.
 
-    autocast: torch.bfloat16 or float16 for a forward pass in that precision; what is recorded from it is computed in float32.
+    Parameters
+    visual: the tower.
+    precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
 
-    Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `T` (tokens at the trained resolution), `grid` (rows, columns of patches).
+    Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `grid` (rows and
+    columns of patches), `blocks`.
 
     Activations that `record` knows, for block l:
         blocks.{l}.ln1.mean, blocks.{l}.ln1.std   [B, T]      statistics of the LayerNorm before the attention
@@ -33,16 +37,21 @@ class HookedViT:
     Raises UserError for a tower that the method does not cover.
     """
 
-    def __init__(self, visual, autocast=None):
+    def __init__(self, visual, precision="float32"):
         check_supported(visual)
-        self.visual, self.autocast = visual, autocast
+        self.visual, self.precision = visual, precision
         self.blocks = visual.transformer.resblocks
         first = self.blocks[0]
         self.L, self.H = len(self.blocks), first.attn.num_heads
         self.N, self.d = first.mlp.c_fc.out_features, first.mlp.c_fc.in_features
         self.D = visual.proj.shape[1]
+        self.sizes = {"N": self.N, "D": self.D, "e": self.d // self.H}
         self.grid = visual.grid_size
         self.T = self.grid[0] * self.grid[1] + 1
+
+    def K(self, layer):
+        """Number of attention heads after MLP `layer`."""
+        return (self.L - 1 - layer) * self.H
 
     @property
     def names(self):
@@ -51,8 +60,9 @@ class HookedViT:
         return [f"blocks.{l}.{name}" for l in range(self.L) for name in per_block] + ["ln_post.mean", "ln_post.std"]
 
     def __call__(self, images):
-        """[B, 3, side, side] -> the un-normalised representation [B, D]."""
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        """Representations [B, D], not normalised, of images [B, 3, side, side]."""
+        dtype = AUTOCAST.get(self.precision)
+        with tf32(self.precision == "tf32"), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             output = self.visual(images)
         output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens return both
         return output.float()
@@ -61,7 +71,8 @@ class HookedViT:
     def record(self, *patterns):
         """Record activations of the forward passes inside the `with`; yields a dict, name -> tensor of the last pass.
 
-        Parameters: names from `names`, or shell patterns of them (`record("blocks.*.mlp.post")`).
+        patterns: names from `names`, or shell patterns of them (`record("blocks.*.mlp.post")`).
+
         Raises KeyError for a pattern that fits no activation. Hooks are removed on leaving, also after an exception.
         """
         wanted = set()
@@ -73,10 +84,12 @@ class HookedViT:
         cache, handles = {}, []
         try:
             for l, block in enumerate(self.blocks):
-                watched = {block.ln_1: _of_the_attention(block.attn, f"blocks.{l}"), block.mlp.gelu: _of_the_mlp(f"blocks.{l}")}
-                for module, activations in watched.items():
-                    handles.append(module.register_forward_hook(_hook(wanted, cache, activations)))
-            handles.append(self.visual.ln_post.register_forward_hook(_hook(wanted, cache, _of_the_last_norm)))
+                if f"blocks.{l}.mlp.post" in wanted:
+                    handles.append(block.mlp.gelu.register_forward_hook(_keep_output(cache, f"blocks.{l}.mlp.post")))
+                if wanted & {f"blocks.{l}.{name}" for name in ("ln1.mean", "ln1.std", "ln1.out", "attn.row")}:
+                    handles.append(block.ln_1.register_forward_hook(_keep_attention(cache, wanted, f"blocks.{l}", block.attn)))
+            if wanted & {"ln_post.mean", "ln_post.std"}:
+                handles.append(self.visual.ln_post.register_forward_hook(_keep_last_norm(cache)))
             yield cache
         finally:
             for handle in handles:
@@ -84,7 +97,7 @@ class HookedViT:
 
     @contextmanager
     def class_token_last(self):
-        """Inside the `with`, the last MLP works on the class token alone, and its post-GELU activations are [B, 1, N]: nothing of
+        """Inside the `with`, the last MLP works on the class token alone and its post-GELU activations are [B, 1, N]: nothing of
         the other tokens reaches the representation."""
         hook = self.blocks[-1].ln_2.register_forward_pre_hook(lambda norm, inputs: (inputs[0][:, :1],))
         try:
@@ -93,52 +106,69 @@ class HookedViT:
             hook.remove()
 
 
-def _hook(wanted, cache, activations):
-    """A forward hook that keeps, of what activations(module, input, output) gives by name, what is wanted."""
+def _keep_output(cache, name):
+    """Forward hook that stores a module's output."""
 
     def hook(module, inputs, output):
-        z, x = inputs[0].detach(), output.detach()
-        with torch.autocast(x.device.type, enabled=False):
-            for name, compute in activations(module, z.float(), x.float()).items():
-                if name in wanted:
-                    cache[name] = compute()
+        cache[name] = output.detach().float()
 
     return hook
 
 
-def _of_the_attention(attn, block):
-    """What the LayerNorm before an attention shows: its statistics, its output, and the class token's attention."""
+def _keep_attention(cache, wanted, block, attn):
+    """Forward hook on the LayerNorm before an attention: its statistics, its output, the class token's attention."""
 
-    def activations(norm, z, x):
-        return {
-            f"{block}.ln1.mean": lambda: z.float().mean(dim=-1),
-            f"{block}.ln1.std": lambda: norm_std(z, norm.eps),
-            f"{block}.ln1.out": lambda: x,
-            f"{block}.attn.row": lambda: class_attention(attn, x),
-        }
+    def hook(norm, inputs, output):
+        z, x = inputs[0].detach().float(), output.detach().float()
+        with tf32(False), torch.autocast(x.device.type, enabled=False):
+            if f"{block}.ln1.mean" in wanted:
+                cache[f"{block}.ln1.mean"] = z.mean(dim=-1)
+            if f"{block}.ln1.std" in wanted:
+                cache[f"{block}.ln1.std"] = norm_std(z, norm.eps)
+            if f"{block}.ln1.out" in wanted:
+                cache[f"{block}.ln1.out"] = x
+            if f"{block}.attn.row" in wanted:
+                cache[f"{block}.attn.row"] = class_attention(attn, x)
 
-    return activations
+    return hook
 
 
-def _of_the_mlp(block):
-    return lambda gelu, z, p: {f"{block}.mlp.post": lambda: p}
+def _keep_last_norm(cache):
+    """Forward hook on the last LayerNorm: its statistics at the class token."""
+
+    def hook(norm, inputs, output):
+        z = inputs[0].detach().float()
+        z = z[:, 0] if z.ndim == 3 else z  # all tokens [B, T, d]; the class token [B, d] when the norm comes after pooling
+        cache["ln_post.mean"], cache["ln_post.std"] = z.mean(dim=-1), norm_std(z, norm.eps)
+
+    return hook
 
 
-def _of_the_last_norm(norm, z, x):
-    z = z[:, 0] if z.ndim == 3 else z  # all tokens [B, T, d], or the class token only [B, d] when the norm comes after pooling
-    return {"ln_post.mean": lambda: z.float().mean(dim=-1), "ln_post.std": lambda: norm_std(z, norm.eps)}
+@contextmanager
+def tf32(allowed):
+    """Inside the `with`, whether CUDA may compute float32 products in TF32."""
+    modes = ((torch.backends.cuda.matmul, allowed), (torch.backends.cudnn, allowed))
+    before = [backend.allow_tf32 for backend, _ in modes]
+    try:
+        for backend, mode in modes:
+            backend.allow_tf32 = mode
+        yield
+    finally:
+        for (backend, _), mode in zip(modes, before, strict=True):
+            backend.allow_tf32 = mode
 
 
 def norm_std(z, eps):
     """What a LayerNorm divides by, sqrt(biased variance + eps): z [..., d] -> [...]."""
-    _, _, rstd = torch.native_layer_norm(z.float(), z.shape[-1:], None, None, eps)  # on a CPU var() takes twenty times longer
+    _, _, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)  # on a CPU var() takes twenty times longer
     return 1 / rstd[..., 0]
 
 
 def class_attention(attn, x):
-    """The class token's attention probabilities of every head.
+    """The class token's attention probabilities of every head, [B, H, T]; rows sum to 1.
 
-    attn: the block's nn.MultiheadAttention. x: its input, the output of LN1 [B, T, d]. Returns [B, H, T]; rows sum to 1.
+    attn: the block's nn.MultiheadAttention.
+    x: its input, the output of LN1 [B, T, d].
 
     The score of token i is q.(W_K x_i + b_K). It is taken as (q W_K).x_i, so that no key is ever computed: b_K adds the
     same number to all tokens, which the softmax does not see.

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from utils.ablation import Rebuilt, load_statistics
-from utils.artifacts import load_array
-from utils.concepts import load_descriptions
-from utils.errors import UserError
-from utils.prs import fold, second_order
+from utils.norms import CentredNorms
+from utils.prs import COEFFICIENT, fold, second_order
+from utils.runtime.errors import UserError
+from utils.sparse_coding import load_descriptions
 from utils.visualization import plot_neuron, to_pictures
 
 
@@ -15,37 +15,42 @@ class NeuronLayer:
     """The statistics and descriptions of one MLP layer, with the images that they are of.
 
     Parameters
-    clip: the loaded `Clip`. names: `Names` of the results. images: the train split's `Images`, as the effects were made from.
-    dataset, layer, k, text_descriptions, components, alpha: as in the names of the files. coefficient: as in the stages.
+    clip: the loaded `Clip`.
+    results: `Results` of the stages' folder.
+    images: the train split's `Images`, as the effects were made from.
+    layer: the MLP layer.
+    described: {"texts": name of the text set, "components": texts per neuron, "alpha": as in the files' names}.
+    k: images per neuron, as in compute_pcas.py.
 
     Attributes: norms [N, k] ascending, explained [N], image_norms [images, N] (memory map), descriptions (list over neurons of
-    (text index, coefficient, text) by falling |coefficient|), statistics, directions, vit.
+    (text index, coefficient, text) by falling |coefficient|), statistics, directions, centred_norms.
 
-    Raises UserError, naming the command, when a file is missing or of other images or weights.
+    Raises UserError, with the command, when a file is missing or of other images or weights.
     """
 
-    def __init__(
-        self, clip, names, images, dataset, layer, text_descriptions, components, k=100, alpha=1, coefficient=100.0, flags=""
-    ):
-        self.clip, self.images, self.layer, self.coefficient = clip, images, layer, coefficient
-        self.vit = clip.hooked_vit()
-        self.directions = fold(self.vit, layer)
-        self.statistics = load_statistics(names, dataset, layer, k, clip, flags, coefficient)
-        command = f"python compute_pcas.py --mlp_layer {layer} --top_k_pca {k} --dataset {dataset} {flags}"
-
-        def read(part, *shape, **options):
-            path = names.statistics(dataset, layer, part)
-            return load_array(path, command, shape, fingerprint=clip.fingerprint, **options)
-
-        self.norms, self.explained = read(f"{k}_norm", self.vit.N, k), read(f"{k}_explained", self.vit.N)
-        self.image_norms = read("image_norms", None, self.vit.N, mmap=True)
+    def __init__(self, clip, results, images, layer, described, k=100):
+        self.clip, self.images, self.layer = clip, images, layer
+        self.directions = fold(clip.vit, layer)
+        names = {"dataset": images.dataset, "layer": layer, "k": k}
+        expected = {"fingerprint": clip.fingerprint}
+        found = load_statistics(results, images.dataset, [layer], k, clip=clip, coefficient=COEFFICIENT)
+        self.statistics = found[layer]
+        self.norms = results.load("norm", clip.vit.sizes, expected, **names)
+        self.explained = results.load("explained", clip.vit.sizes, expected, **names)
+        self.image_norms = results.load("image_norms", clip.vit.sizes, expected, mmap=True, **names)
         if len(self.image_norms) != len(images):
             raise UserError(
                 f"the statistics are of {len(self.image_norms)} images and there are {len(images)}; use the same --data_path and "
                 "--subsample as for compute_second_order_neuron_prs.py"
             )
-        self.descriptions = load_descriptions(names, dataset, layer, text_descriptions, alpha, components, self.vit.N, flags)
+        self.descriptions = load_descriptions(results, clip.vit.sizes, expected, **names, **{"alpha": 1, **described})
+        self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
         self._along = Rebuilt(self.directions, self.statistics.mean, self.statistics.pcas)
+
+    def effects(self, pixels):
+        """`SecondOrder` of transformed images [n, 3, side, side]."""
+        _, [phi] = second_order(self.clip.vit, pixels, [self.directions])
+        return phi
 
     def largest(self, count):
         """The neurons with the largest effects (mean of their k largest norms): int [count], largest first."""
@@ -65,11 +70,11 @@ class NeuronLayer:
     @torch.inference_mode()
     def activity(self, pixels, neuron):
         """Maps [n, rows, columns] and projections [n] of one neuron on transformed images [n, 3, side, side]."""
-        name = f"blocks.{self.layer}.mlp.post"
-        with self.vit.record(name) as cache:
-            _, [(C, kappa)] = second_order(self.vit, pixels, [self.directions], self.coefficient)
-            maps = cache[name][:, 1:, neuron].unflatten(1, self.vit.grid)
-        return maps.cpu().numpy(), self._along.projections(C, kappa)[:, neuron].cpu().numpy()
+        vit, name = self.clip.vit, f"blocks.{self.layer}.mlp.post"
+        with vit.record(name) as cache:
+            phi = self.effects(pixels)
+            maps = cache[name][:, 1:, neuron].unflatten(1, vit.grid)
+        return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
     def _image(self, row):
         item = self.images[int(row)]
@@ -87,4 +92,4 @@ class NeuronLayer:
         title = f"layer {self.layer}, neuron {neuron}: {share:.0f} % of its largest effects lie along one direction"
         words = [(text, coefficient) for _, coefficient, text in entries]
         norms = np.asarray(self.image_norms[:, neuron])
-        return plot_neuron(title, shown[order], np.maximum(maps[order], 0), words, norms, self.norms[neuron, 0])
+        return plot_neuron(title, shown[order], np.maximum(maps[order], 0), words, norms=norms, threshold=self.norms[neuron, 0])

@@ -6,29 +6,33 @@ import json
 import numpy as np
 import scipy.sparse
 import torch
-from tqdm import tqdm
 
-from utils import distributed
-from utils.artifacts import digest, load_array, load_meta, meta_path, read_texts, save_atomic, save_json
-from utils.errors import UserError
-from utils.rows import RowWriter, row_pieces
+from utils.runtime.errors import UserError
+from utils.runtime.files import one_line, read_texts, save_atomic, save_json
+from utils.runtime.results import complete, load_record, record_path
 
 BLOCK = 256  # targets that are pursued at a time
 
 
-def load_texts(names, name, descriptions_dir, flags):
-    """A text set that compute_text_set_projection.py embedded: its texts, vectors [texts, D], and the weights' fingerprint.
+def load_texts(results, name, descriptions_dir):
+    """A text set that compute_text_set_projection.py embedded.
 
-    The texts lie beside the vectors; for vectors of the published code they are DESCRIPTIONS_DIR/NAME.txt.
+    results: `Results` of the folder with the vectors.
+    name: of the text set.
+    descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published code).
+
+    Returns the texts, their vectors [texts, D], and the fingerprint of the weights (None when it is unknown).
     """
-    path = names.texts(name)
-    vectors = load_array(path, f"python compute_text_set_projection.py --text_descriptions {name} {flags}", (None, None))
+    path, vectors = results.path("texts", texts=name), results.load("texts", texts=name)
     beside = path.with_suffix(".txt")
     file = beside if beside.is_file() else f"{descriptions_dir}/{name}.txt"
     texts = read_texts(file)
     if len(texts) != len(vectors):
-        raise UserError(f"{file} has {len(texts)} texts and {path} {len(vectors)} vectors; make the vectors again")
-    return texts, vectors, load_meta(path).get("fingerprint")
+        command = results.command("texts", texts=name)
+        raise UserError(
+            f"{file} has {len(texts)} texts and {path} {len(vectors)} vectors; make the vectors again with: {command} --overwrite"
+        )
+    return texts, vectors, load_record(path).get("fingerprint")
 
 
 def decomposition_matrix(support, coefficients, texts):
@@ -38,10 +42,13 @@ def decomposition_matrix(support, coefficients, texts):
     return scipy.sparse.coo_matrix((coefficients[chosen], (chosen.nonzero()[0], support[chosen])), shape=shape).tocsc()
 
 
-def save_decomposition(path, support, coefficients, texts, meta):
+def save_descriptions(path, support, coefficients, texts, record):
     """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it.
 
-    support, coefficients [N, S], numpy arrays. meta: what they are made from, for the record beside.
+    path: of the json.
+    support, coefficients: [N, S], numpy arrays.
+    texts: of the pool.
+    record: what they are made from.
     """
     order = np.argsort(-np.abs(coefficients), axis=1, kind="stable")
     support, coefficients = np.take_along_axis(support, order, 1), np.take_along_axis(coefficients, order, 1)
@@ -50,10 +57,35 @@ def save_decomposition(path, support, coefficients, texts, meta):
     for n in range(len(support)):
         entries = zip(support[n][chosen[n]].tolist(), coefficients[n][chosen[n]].tolist(), strict=True)
         lines.append(f'"{n}": ' + json.dumps([[i, c, texts[i]] for i, c in entries], ensure_ascii=False))
-    save_atomic(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
     matrix = decomposition_matrix(support, coefficients, len(texts))
+    path.unlink(missing_ok=True)  # the json comes last: where it is, all of it is there
     save_atomic(path.with_suffix(".npz"), lambda file: scipy.sparse.save_npz(file, matrix))
-    save_json(meta_path(path), {**meta, "shape": list(matrix.shape)})
+    save_json(record_path(path), {**complete(record), "shape": list(matrix.shape)})
+    save_atomic(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
+
+
+def load_descriptions(results, sizes, expected=(), **names):
+    """The descriptions of a layer's neurons: a list over neurons of [(text index, coefficient, text), ...].
+
+    results: `Results` of the folder. names: dataset, layer, texts, components, alpha, normalise: in the file's name.
+    sizes: {"N": number of neurons}.
+    expected: {key: value} that the record beside must agree with where it has the key.
+
+    Raises UserError, with the command, when the file is missing, damaged, or of another model.
+    """
+    path, command = results.path("decomposition", **names), results.command("decomposition", **names)
+    again = f"make it again with: {command} --overwrite"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        descriptions = [[(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; make it with: {command}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); {again}") from error
+    if len(descriptions) != sizes["N"]:
+        raise UserError(f"{path} describes {len(descriptions)} neurons, and the layer has {sizes['N']}; {again}")
+    results.check_record(path, dict(expected), again)
+    return descriptions
 
 
 def make_atoms(text_vectors, normalise="axis"):
@@ -68,14 +100,17 @@ def make_atoms(text_vectors, normalise="axis"):
 
 
 def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
-    """Orthogonal matching pursuit of many targets at once; what scikit-learn's SparseCoder("omp") computes, one by one.
+    """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes one by one.
 
-    Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all chosen atoms anew
+    Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all chosen atoms again
     by least squares. Correlations of a block of targets are one matrix product; the fit is a QR decomposition that grows by a
     column (Gram-Schmidt, orthogonalised twice), solved once at the end. No texts x texts matrix is formed.
 
     Parameters
-    atoms [texts, D], targets [n, D]: float32 on one device. n_nonzero: atoms per target. block: targets at a time.
+    atoms: [texts, D], float32.
+    targets: [n, D], float32 on the same device.
+    n_nonzero: atoms per target.
+    block: targets at a time.
 
     Returns
     support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early; and coefficients
@@ -84,50 +119,13 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
 
     Raises UserError when more atoms are asked for than there are.
     """
-    pursue = Pursuit(atoms, n_nonzero)
-    support, coefficients = zip(*(pursue(part) for part in targets.split(block)), strict=True)
-    return torch.cat(support), torch.cat(coefficients)
-
-
-class Pursuit:
-    """`orthogonal_matching_pursuit` of one block of targets [b, D] at a time, over the same atoms."""
-
-    def __init__(self, atoms, n_nonzero):
-        if not 1 <= n_nonzero <= len(atoms):
-            raise UserError(f"--components {n_nonzero} cannot be chosen from {len(atoms)} texts; give 1 to {len(atoms)}")
-        self.first, self.distinct = _first_of_equal(atoms)
-        self.n_nonzero = n_nonzero
-
-    def __call__(self, targets):
-        support, coefficients = _pursue(self.distinct, targets, min(self.n_nonzero, len(self.distinct)), self.n_nonzero)
-        chosen = support >= 0
-        support[chosen] = self.first[support[chosen]]
-        return support, coefficients
-
-
-def decompose(atoms, targets, n_nonzero, path, meta, overwrite=False):
-    """The pursuit of all targets, BLOCK at a time, by all processes; a broken run goes on where it stopped.
-
-    Parameters
-    atoms [texts, D], targets [n, D]. path: of the result, beside which the finished blocks are kept. meta: what it is made from.
-
-    Returns support and coefficients [n, n_nonzero], numpy arrays.
-    """
-    pursue = Pursuit(atoms, n_nonzero)
-    paths = [path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients")]
-    shape = (len(targets), n_nonzero)
-    arrays = dict(zip(paths, ((shape, "int32"), (shape, "float32")), strict=True))
-    sums = {"atoms": digest(atoms), "targets": digest(targets)}
-    with RowWriter(arrays, {**meta, **sums}, row_pieces(len(targets), BLOCK), overwrite) as writer:
-        for number, (start, stop) in tqdm(writer.todo, desc="OMP", unit="block", disable=not distributed.first()):
-            found = pursue(targets[start:stop])
-            writer.write(number, start, {path: part.cpu().numpy() for path, part in zip(paths, found, strict=True)})
-    support, coefficients = (np.load(path, allow_pickle=False) for path in paths)
-    distributed.barrier()  # every process has read what the first one now removes: the result will hold it
-    if distributed.first():
-        for path in paths:
-            path.unlink()
-            meta_path(path).unlink()
+    if not 1 <= n_nonzero <= len(atoms):
+        raise UserError(f"--components {n_nonzero} cannot be chosen from {len(atoms)} texts; give 1 to {len(atoms)}")
+    first, distinct = _first_of_equal(atoms)
+    found = [_pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)]
+    support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen = support >= 0
+    support[chosen] = first[support[chosen]]
     return support, coefficients
 
 

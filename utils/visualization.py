@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from matplotlib import pyplot
 from PIL import Image
 
-from utils.artifacts import save_atomic
+from utils.runtime.files import save_atomic
 
 
 def accuracy_table(table):
@@ -19,7 +20,7 @@ def accuracy_table(table):
 def plot_ablations(table, path):
     """Accuracies {layer: {name: per cent}} as a line per ablation over the layers, or as bars where there is one layer."""
     layers, names = list(table), list(next(iter(table.values())))
-    figure, axes = _pyplot().subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if len(layers) == 1:
         axes.barh(names[::-1], [table[layers[0]][name] for name in names[::-1]], color="C0")
         axes.set_xlabel(f"accuracy, layer {layers[0]} (%)")
@@ -35,7 +36,7 @@ def plot_ablations(table, path):
 def save_figure(figure, path):
     """Write a figure as .png in one step, the same bytes for the same figure, and close it."""
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={"Software": None}))
-    _pyplot().close(figure)
+    pyplot.close(figure)
 
 
 def segmentation_table(rows):
@@ -49,7 +50,7 @@ def segmentation_table(rows):
 
 def plot_precision_recall(precision, recall, label, path):
     """The curve over all pixels, of `utils.segmentation.Scores.precision_recall`."""
-    figure, axes = _pyplot().subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     axes.plot(recall[:-1], precision[:-1], label=label)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     axes.legend(fontsize="small")
@@ -67,9 +68,11 @@ def to_pictures(pixels, transform, size):
 def save_segmentation(path, picture, mask, heat, thr):
     """Side by side as .png: the picture, its mask (grey: ignored), the prediction, and the heat map over the picture.
 
-    picture [S, S, 3] in [0, 1]; mask [S, S] of 0, 1 and -1; heat [S, S] in [0, 1], above `thr` predicted as object.
+    picture: [S, S, 3] in [0, 1].
+    mask: [S, S] of 0, 1 and -1.
+    heat: [S, S] in [0, 1], above `thr` predicted as object.
     """
-    overlay = 0.5 * picture + 0.5 * _pyplot().get_cmap("jet")(heat)[..., :3]
+    overlay = 0.5 * picture + 0.5 * pyplot.get_cmap("jet")(heat)[..., :3]
     flat = [np.repeat(panel[..., None], 3, axis=-1) for panel in (np.where(mask < 0, 0.5, mask), heat > thr)]
     panels = [np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)]
     strip = Image.fromarray((255 * np.concatenate(panels, axis=1)).round().astype(np.uint8))
@@ -79,15 +82,16 @@ def save_segmentation(path, picture, mask, heat, thr):
 def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
     """A neuron's card: its top pictures, bright where it fires, its texts with signed coefficients, the histogram of its norms.
 
-    Parameters
-    pictures: [n, S, S, 3] in [0, 1]. maps: [n, rows, columns], the neuron's post-GELU activation on the patches of each.
-    words: [(text, coefficient), ...]. norms: [images], its centred norm on every image, with the threshold of significance.
+    pictures: [n, S, S, 3] in [0, 1].
+    maps: [n, rows, columns], the neuron's post-GELU activation on the patches of each.
+    words: [(text, coefficient), ...].
+    norms: [images], its centred norm on every image. threshold: of significance.
 
     Returns the figure.
     """
     columns = min(len(pictures), 8)
     rows = -(-len(pictures) // columns)
-    figure = _pyplot().figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
+    figure = pyplot.figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     parts = 2 if norms is None else 3
     left, middle, *right = figure.subfigures(1, parts, width_ratios=[1.1 * columns, 3.2, 3.2][:parts])
@@ -114,82 +118,3 @@ def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
         axes.tick_params(labelsize="x-small")
         axes.set_title("centred norm over the images", fontsize="small")
     return figure
-
-
-def plot_segmentations(blocks):
-    """Examples of segmentation, a row each: input, mask, prediction and heat map.
-
-    blocks: {title: [(label, strip), ...]}, side by side; a strip is the picture that `save_segmentation` writes.
-
-    Returns the figure.
-    """
-    names = ("input", "mask", "prediction", "heat map")
-    rows = max(len(examples) for examples in blocks.values())
-    figure = _pyplot().figure(figsize=(5.4 * len(blocks), 1.25 * rows + 0.6), layout="constrained")
-    for part, (title, examples) in zip(np.atleast_1d(figure.subfigures(1, len(blocks))), blocks.items(), strict=True):
-        part.suptitle(title, fontsize="medium")
-        grid = part.subplots(rows, len(names), squeeze=False)
-        for axes in grid.flat:
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        for axes, name in zip(grid[0], names, strict=True):
-            axes.set_title(name, fontsize="small")
-        for row, (label, strip) in zip(grid, examples, strict=False):
-            row[0].set_ylabel(label)
-            for axes, panel in zip(row, np.split(np.asarray(strip), len(names), axis=1), strict=True):
-                axes.imshow(panel[2:-2, 2:-2])
-    return figure
-
-
-def plot_concepts(title, examples):
-    """Pictures with their strongest words as bars, blue where a word is true.
-
-    examples: [(picture, caption, [(word, score), ...], [whether it is true, ...]), ...], two of them in a row.
-
-    Returns the figure.
-    """
-    figure = _pyplot().figure(figsize=(11, 1.9 * -(-len(examples) // 2) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    parts = figure.subfigures(-(-len(examples) // 2), 2, squeeze=False).flat
-    for part, (picture, caption, words, right) in zip(parts, examples, strict=False):
-        left, axes = part.subplots(1, 2, width_ratios=[1, 1.6])
-        part.suptitle(caption, fontsize="small")
-        left.imshow(picture)
-        left.set_axis_off()
-        axes.barh(range(len(words)), [score for _, score in words], color=["C0" if true else "C3" for true in right])
-        axes.set_yticks(range(len(words)), [word for word, _ in words], fontsize="x-small")
-        axes.invert_yaxis()
-        axes.locator_params(axis="x", nbins=4)
-        axes.tick_params(axis="x", labelsize="x-small")
-    return figure
-
-
-def plot_grid(title, rows):
-    """Rows of pictures in coloured frames, with a caption under each.
-
-    rows: {title of the row: [(picture, caption, colour), ...]}.
-
-    Returns the figure.
-    """
-    columns = max(len(pictures) for pictures in rows.values())
-    lines = max(caption.count("\n") + 1 for pictures in rows.values() for _, caption, _ in pictures)
-    figure = _pyplot().figure(figsize=(1.7 * columns, (2 + 0.12 * lines) * len(rows) + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    for part, (name, pictures) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows.items(), strict=True):
-        part.suptitle(name, fontsize="small", fontweight="bold")
-        grid = part.subplots(1, columns, squeeze=False)[0]
-        for axes in grid[len(pictures) :]:
-            axes.set_axis_off()
-        for axes, (picture, caption, colour) in zip(grid, pictures, strict=False):
-            axes.imshow(picture)
-            axes.set(xticks=[], yticks=[], anchor="N")
-            axes.set_xlabel(caption, fontsize="x-small")
-            for spine in axes.spines.values():
-                spine.set(color=colour, linewidth=3)
-    return figure
-
-
-def _pyplot():
-    """Imported when something is drawn: a pass over images does without its 20 MB."""
-    from matplotlib import pyplot
-
-    return pyplot

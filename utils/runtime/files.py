@@ -1,0 +1,116 @@
+"""Files that appear whole or not at all, and reading what others wrote."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from utils.runtime.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn an OSError while writing `path` into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); what is finished is kept: fix this, then run the same command again"
+        ) from error
+
+
+def save_atomic(path, write, rename=os.replace):
+    """Call write(file) on a temporary file beside `path`, then move it there in one step, with rename(from, to)."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+        rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def save_json(path, content):
+    """Write json in one step."""
+    save_atomic(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def save_table(path, table):
+    """Write a table {row: {column: number}} as .csv."""
+    lines = [["layer", *next(iter(table.values()))], *([name, *row.values()] for name, row in table.items())]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    save_atomic(path, lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Yield a folder that appears as `path`, in place of an earlier one, once all its files are written. None yields None."""
+    if path is None:
+        yield None
+        return
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_json(path, what, fix):
+    """Read a json file.
+
+    what: what the file is, in front of its name in messages (a flag, or "").
+    fix: what to do about a damaged file, the end of the message.
+
+    Raises FileNotFoundError when it is not there and UserError when it is damaged or unreadable.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} is damaged ({one_line(error)[:100]}); {fix}".strip()) from error
+
+
+def read_texts(path):
+    """Texts of a file, one a line, without empty lines. Raises UserError when it is missing, empty or not UTF-8."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"{path} holds no text; it needs one text a line")
+    return texts
+
+
+def one_line(error):
+    """The message of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def digest(*arrays):
+    """Twelve hex digits of the content of tensors or arrays. A resumed run compares them with those of its inputs."""
+    content = hashlib.sha256()
+    for array in arrays:
+        array = array.cpu().numpy() if hasattr(array, "cpu") else array
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()[:12]
+
+
+def sampled_digest(array, samples=4096):
+    """The same from the shape and `samples` evenly spaced entries: for arrays too large to read."""
+    flat = array.ravel(order="K")  # a view, whatever the order in memory
+    return digest(np.array(array.shape), np.array(flat[:: max(1, flat.size // samples)]))

@@ -1,0 +1,181 @@
+"""The flags that the scripts share, and the frame in which every script runs."""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from utils.runtime import distributed
+from utils.runtime.errors import UserError
+
+DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the usage in the script's docstring as it is written, and every default."""
+
+
+def stage_parser(description, reads=True):
+    """The parser of a stage script, with the flags that every stage has.
+
+    description: the script's docstring.
+    reads: whether the stage reads results of earlier ones.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    group = parser.add_argument_group("model")
+    help = "open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json"
+    group.add_argument("--model", default="ViT-B-32", help=help)
+    help = "open_clip tag, path of a .safetensors or .pt file (the activation is then --model's), or 'random'"
+    group.add_argument("--pretrained", default="openai", help=help)
+    group = parser.add_argument_group("files")
+    group.add_argument("--output_dir", default="./output_dir", help="where results are written")
+    if reads:
+        group.add_argument("--input_dir", help="where results of earlier stages are; default: --output_dir")
+    group.add_argument("--overwrite", action="store_true", help="start from scratch: replace results, discard earlier progress")
+    return parser
+
+
+def add_compute(parser, batch_size=16, precision=False, memory=False):
+    """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers --memory."""
+    group = parser.add_argument_group("computation")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
+    if precision:
+        group.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
+    if memory:
+        help = "GB for the folded weights of the layers that share one pass over the images"
+        group.add_argument("--memory", type=float, default=4, help=help)
+
+
+def add_data(parser, split="val", required=True):
+    """The flags of a data set."""
+    group = parser.add_argument_group("data")
+    add_dataset(group)
+    group.add_argument("--data_path", required=required, help="the data set's root folder")
+    group.add_argument("--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root")
+    group.add_argument("--subsample", type=positive_int, help="take every Nth image; default: imagenet train 250, val 10, -R 10")
+    add_workers(group)
+
+
+def add_workers(parser):
+    """--num_workers."""
+    parser.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
+
+
+def add_dataset(parser):
+    """--dataset."""
+    parser.add_argument("--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files")
+
+
+def add_layers(parser):
+    """--mlp_layer."""
+    parser.add_argument("--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'")
+
+
+def add_top_k(parser, help="as in compute_pcas.py"):
+    """--top_k_pca."""
+    parser.add_argument("--top_k_pca", type=positive_int, default=100, help=help)
+
+
+def add_coefficient(parser):
+    """--coefficient."""
+    parser.add_argument("--coefficient", type=float, default=100.0, help="norm that a representation is scaled to")
+
+
+def add_texts(parser):
+    """The flags that name descriptions."""
+    parser.add_argument("--text_descriptions", default="30k", help="name of the text set, as in compute_text_set_projection.py")
+    parser.add_argument("--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors")
+    parser.add_argument("--components", type=positive_int, default=128, help="texts per neuron")
+    parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
+
+
+def positive_int(text):
+    """An int above 0, as the type of a flag."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text):
+    """An int of 0 or more, as the type of a flag."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def choose_device(name):
+    """The device of `--device`; for None the best one there is. Raises UserError when it cannot be used."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; use cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here; use --device cpu") from error
+    return device
+
+
+def same_command(**changes):
+    """The running command with some flags changed, as one types it in a shell."""
+    changed = [word for flag, value in changes.items() for word in (f"--{flag}", str(value))]
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:], *changed])
+
+
+def run(main, parser, parallel=False):
+    """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1.
+
+    parallel: whether the processes of torchrun share this stage's work. If not, rank 0 does it and the others leave.
+    """
+    args = parser.parse_args()
+    if not distributed.is_rank_zero():
+        if not parallel:
+            return
+        sys.stdout = open(os.devnull, "w")
+    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip's notes; what matters is raised
+    try:
+        if parallel:
+            distributed.start()
+        if getattr(args, "output_dir", None):
+            os.makedirs(args.output_dir, exist_ok=True)
+            if not os.access(args.output_dir, os.W_OK):
+                raise UserError(f"{args.output_dir} cannot be written to; choose another --output_dir")
+        if getattr(args, "input_dir", "") is None:
+            args.input_dir = args.output_dir
+        if hasattr(args, "device"):
+            args.device = choose_device(args.device)
+        main(args)
+        distributed.stop()
+    except UserError as error:
+        _leave(f"error: {error}")
+    except torch.cuda.OutOfMemoryError:
+        _leave("error: the device has not enough memory; use a smaller --batch_size")
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        _leave(f"error: {error.strerror or error}{place}; check --output_dir, --data_path and the disk")
+    except KeyboardInterrupt:
+        _leave("interrupted; run the same command again to resume")
+
+
+def _leave(message):
+    if distributed.world_size() == 1:
+        sys.exit(message)
+    if not distributed.is_rank_zero():
+        time.sleep(3)  # give rank 0 time to report an error that all ranks hit; torchrun then ends the others
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)  # gloo would wait for ranks that wait in a barrier

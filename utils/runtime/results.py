@@ -1,0 +1,280 @@
+"""What every result is called, which command makes it, and what it was made from.
+
+Every array is a plain .npy in one folder. Beside `X.npy` lies its record `X.meta.json`: shape, dtype, and what it was made from.
+The next stage compares it. A result without a record (made by the published code) is accepted after a look at its shape.
+"""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.runtime.errors import UserError
+from utils.runtime.files import one_line, read_json, save_atomic, save_json
+
+METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+class Artifact(NamedTuple):
+    """A kind of result.
+
+    file: its name. {clip} is MODEL_PRETRAINED, the other fields are those of `Results.path`.
+    shape: of the array, in the letters of `utils.prs` (e = d/H; k images per neuron); "" for other files.
+    maker: the stage that makes it, with the flags that make this very file, besides the model and the folder.
+    content: one line for the README.
+    dtype: of the array.
+    """
+
+    file: str
+    shape: str
+    maker: str
+    content: str
+    dtype: str = "float32"
+
+
+LAYER = "{dataset}_{split}_mlps_{clip}_{layer}_"
+ABLATIONS = "{dataset}_{split}_ablations{source}_{clip}_{layer}_{k}"
+DESCRIPTIONS = "{dataset}_mlps_{clip}_{layer}_{texts}_decomposition_omp_{alpha}_{components}{variant}"
+SEGMENTATION = "{file}_segmentation_{clip}_{row}"
+
+IMAGES = "--dataset {dataset} --data_path {data_path} --split {split}"
+EMBEDS = f"compute_representations.py {IMAGES}"
+EFFECTS = f"compute_second_order_neuron_prs.py {IMAGES} --mlp_layer {{layer}}"
+TOP = f"{EFFECTS} --keep top --top_k_pca {{k}}"
+PCAS = "compute_pcas.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k}"
+ABLATES = f"compute_ablations.py {IMAGES} --train_dataset {{train_dataset}} --mlp_layer {{layer}} --top_k_pca {{k}}"
+EMBEDS_TEXTS = "compute_text_set_projection.py --text_descriptions {texts} --descriptions_dir {descriptions_dir}"
+DESCRIBES = (
+    "compute_sparse_decomposition.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k} --text_descriptions {texts} "
+    "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
+)
+EVALUATES = DESCRIBES + " --evaluate --data_path {data_path} --split {split}"
+SEGMENTS = "compute_segmentation.py --dataset_path {data_path}"
+
+ARTIFACTS = {
+    "representations": Artifact(
+        "{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x the unit representation"
+    ),
+    "classes": Artifact("{dataset}_{split}_classes.npy", "images", EMBEDS, "labels", "int64"),
+    "classifier": Artifact(
+        "{dataset}_classifier_{clip}.npy",
+        "D classes",
+        f"compute_classifier_projection.py {IMAGES}",
+        "unit columns, mean over OpenAI's 80 templates",
+    ),
+    "coefficients": Artifact(LAYER + "coefficients.npy", "images K N", EFFECTS, "C, the images' part of the effects"),
+    "bias": Artifact(LAYER + "bias.npy", "images D", EFFECTS, "kappa, equal for all neurons"),
+    "values": Artifact(LAYER + "values.npy", "K N e", EFFECTS, "the weights' part: neuron n written into head k"),
+    "outputs": Artifact(LAYER + "outputs.npy", "K e D", EFFECTS, "head k written into the representation"),
+    "merged": Artifact(
+        LAYER + "merged.npy", "images N D", EFFECTS + " --merged", "the effects themselves, as the published code stores them"
+    ),
+    "top_coefficients": Artifact(LAYER + "top_coefficients.npy", "N k K", TOP, "each neuron's k largest centred effects"),
+    "top_images": Artifact(LAYER + "top_images.npy", "N k", TOP, "their images", "int32"),
+    "top_mean": Artifact(LAYER + "top_mean.npy", "N D", TOP, "mean effects"),
+    "pca": Artifact(LAYER + "{k}_pca.npy", "N D", PCAS, "first components"),
+    "norm": Artifact(LAYER + "{k}_norm.npy", "N k", PCAS, "norms of the k largest centred effects, ascending"),
+    "explained": Artifact(LAYER + "{k}_explained.npy", "N", PCAS, "share of their squared norm along the component"),
+    "mean": Artifact(LAYER + "mean.npy", "N D", PCAS, "mean effects"),
+    "image_norms": Artifact(LAYER + "image_norms.npy", "images N", PCAS, "centred norm of every effect"),
+    "ablations": Artifact(ABLATIONS + ".json", "", ABLATES, "five accuracies for every layer; also `.csv`, `.png`"),
+    "predictions": Artifact(ABLATIONS + "_predictions.npy", "images layers 5", ABLATES, "predicted classes", "int32"),
+    "texts": Artifact("{texts}_{clip}.npy", "texts D", EMBEDS_TEXTS, "100 x unit text vectors; the texts in a `.txt` beside"),
+    "decomposition": Artifact(
+        DESCRIPTIONS + ".json",
+        "",
+        DESCRIBES,
+        "{neuron: [[text index, coefficient, text], ...]} by falling size; `.npz`: the same as a csc matrix [N, texts]",
+    ),
+    "evaluation": Artifact(DESCRIPTIONS + "_evaluation.json", "", EVALUATES, "accuracy with effects rebuilt from the texts"),
+    "evaluated": Artifact(
+        DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "predicted classes", "int32"
+    ),
+    "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
+    "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
+}
+
+
+def model_name(model):
+    """`--model` as it stands in file names: a path's stem, a hub id with dashes, else the name itself."""
+    if model.startswith("hf-hub:"):
+        return model.removeprefix("hf-hub:").replace("/", "-")
+    if model.startswith("local-dir:"):
+        return Path(model.removeprefix("local-dir:")).resolve().name
+    return Path(model).stem if model.endswith(".json") else model.replace("/", "-")
+
+
+def pretrained_name(model, pretrained):
+    """`--pretrained` as it stands in file names: a path's stem, else the tag; the scheme where the model names its weights."""
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return model.split(":")[0]
+    return Path(pretrained).stem if is_checkpoint_path(pretrained) else pretrained
+
+
+def is_checkpoint_path(pretrained):
+    """Whether `--pretrained` is the path of a file and not a tag."""
+    return pretrained.endswith(CHECKPOINT_SUFFIXES) or os.sep in pretrained
+
+
+class Results:
+    """The results of one model in one folder.
+
+    Parameters
+    directory: the folder.
+    model, pretrained: as in the flags.
+    known: other flags of the running command (data_path, split, descriptions_dir), which the commands in messages repeat.
+    """
+
+    def __init__(self, directory, model, pretrained, **known):
+        self.directory, self.model, self.pretrained, self.known = Path(directory), model, pretrained, known
+        self.clip = f"{model_name(model)}_{pretrained_name(model, pretrained)}"
+
+    def path(self, kind, **names):
+        """Path of a result. names: the fields of its file's name, such as dataset, split, layer (one or a list), k."""
+        fields = {"split": "train", "source": "", "variant": "", **names, "clip": self.clip}
+        fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
+        if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
+            fields["source"] = f"_{names['train_dataset']}"
+        if "alpha" in names:
+            fields["alpha"] = int(names["alpha"]) if float(names["alpha"]).is_integer() else names["alpha"]
+        if names.get("normalise", "axis") != "axis":
+            fields["variant"] = f"_{names['normalise']}"
+        return self.directory / ARTIFACTS[kind].file.format(**fields)
+
+    def arrays(self, kinds, sizes, dtype=None, **names):
+        """{path: (shape, dtype)} of some kinds of arrays, as `Pass` takes it.
+
+        sizes: {letter: size} of the letters in their shapes.
+        dtype: in place of the table's.
+        """
+        found = {}
+        for kind in kinds:
+            shape = [int(sizes.get(letter, letter)) for letter in ARTIFACTS[kind].shape.split()]
+            found[self.path(kind, **names)] = (tuple(shape), dtype or ARTIFACTS[kind].dtype)
+        return found
+
+    def command(self, kind, **names):
+        """The command that makes a result in this folder, as one types it in a shell.
+
+        A flag without a known value is left out; an unknown --data_path stands as DATA_PATH, to be replaced.
+        """
+        script, _, flags = ARTIFACTS[kind].maker.partition(" ")
+        words, default = [], (("--transform_alpha", 1), ("--normalise", "axis"))
+        known = {"data_path": "DATA_PATH", **{key: value for key, value in self.known.items() if value is not None}, **names}
+        if kind == "classifier" and known.get("dataset") in ("imagenet", "imagenet_r"):
+            known["data_path"] = None  # its class names need no images
+        if known.get("train_dataset") == known.get("dataset"):
+            known["train_dataset"] = None
+        for flag, given in re.findall(r"(--\w+)(?: (?!--)(\S+))?", flags):
+            value = known.get(given.strip("{}")) if given.startswith("{") else given
+            if value == "":
+                words.append(flag)
+            elif value is not None and (flag, value) not in default:
+                words += [flag, *_list(value)]
+        words += ["--model", self.model, "--pretrained", self.pretrained, "--output_dir", self.directory]
+        return shlex.join(["python", script, *map(str, words)])
+
+    def load(self, kind, sizes=(), expected=(), mmap=False, **names):
+        """Read an array of an earlier stage.
+
+        Parameters
+        kind, names: as in `path`.
+        sizes: {letter: size} of the letters in the artifact's shape; other letters may have any size.
+        expected: {key: value} that the array's record has to agree with where it has the key; None values are not compared.
+        mmap: open it as a read-only memory map.
+
+        Raises UserError, with the command that makes it, when it is missing, damaged, of another shape, or of other weights or
+        data.
+        """
+        path, command = self.path(kind, **names), self.command(kind, **names)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; make it with: {command}")
+        again = f"make it again with: {command} --overwrite"
+        try:
+            array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}); {again}") from error
+        sizes = {**dict(sizes), "k": names.get("k")}
+        wanted = [int(letter) if letter.isdecimal() else sizes.get(letter) for letter in ARTIFACTS[kind].shape.split()]
+        if len(wanted) != array.ndim or any(want not in (None, have) for want, have in zip(wanted, array.shape, strict=True)):
+            shape = " x ".join("any" if size is None else str(size) for size in wanted)
+            raise UserError(
+                f"{path} has the shape {' x '.join(map(str, array.shape))} where {shape} is needed: it is of another model, "
+                f"layer or data set; {again}"
+            )
+        self.check_record(path, dict(expected), again)
+        return array
+
+    def check_record(self, path, expected, again):
+        """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
+        record = load_record(path)
+        for key, value in {**expected, "method": METHOD}.items():
+            if value is not None and record.get(key, value) != value:
+                raise UserError(f"{path} was made with {key} {record[key]!r}, and here it is {value!r}; {again}")
+
+
+def _list(value):
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def record_path(path):
+    """Where the record of a result lies."""
+    return Path(path).with_suffix(".meta.json")
+
+
+def load_record(path):
+    """How a result was made; {} for one that came without a record. Raises UserError when the record is damaged."""
+    try:
+        return read_json(record_path(path), "", f"remove it together with {path} and make both again")
+    except FileNotFoundError:
+        return {}
+
+
+def complete(record, shape=None, dtype=None):
+    """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
+    described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
+    return json.loads(json.dumps({**record, "method": METHOD, **described}))
+
+
+def is_made(path, record, overwrite=False):
+    """Whether a result is there with this very record, so that it need not be made again.
+
+    record: as `complete` gives it.
+    overwrite: say no in any case.
+
+    Raises UserError when the result is there with another record: it is never replaced without --overwrite.
+    """
+    path = Path(path)
+    if overwrite or not path.is_file():
+        return False
+    if path.suffix == ".npy":
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            return False  # cut off or damaged
+    found = load_record(path)
+    differing = [key for key in record if found.get(key) != record[key]]
+    if differing == ["method"] and found.get("method", 0) < METHOD:
+        return False  # of older mathematics
+    if differing:
+        how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
+        raise UserError(f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it")
+    return True
+
+
+def publish(partial, path, record):
+    """Give a finished file its name, and write its record. A result never stands beside the record of another one."""
+    Path(path).unlink(missing_ok=True)
+    save_json(record_path(path), record)
+    os.replace(partial, path)
+
+
+def save_array(path, array, record):
+    """Write an array and its record."""
+    record = complete(record, array.shape, array.dtype)
+    save_atomic(path, lambda file: np.save(file, array, allow_pickle=False), lambda new, path: publish(new, path, record))
