@@ -1,22 +1,27 @@
-"""Semantic adversarial images: pictures of class_1, drawn from neurons' words, that CLIP takes for class_0.
+"""Semantic adversarial images: pictures of class_1, drawn from the words of neurons, that CLIP takes for class_0.
 
     python generate_adversarial_images.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layers 8 9 10 \\
         --class_0 "vacuum cleaner" --class_1 "Egyptian cat" --text_descriptions 30k --components 128 --image_model FLUX
 
-Without any other model, on the demo's world:  --text_model template --similarity_model clip \\
+In the demo's world, without any other model:  --text_model template --similarity_model clip \\
         --image_model demo.world:draw_description --image_options '{"opacity": 0.5}'
 
 Reads the first components, the descriptions, and the classifier. Writes to OUTPUT_DIR/CLASS0_CLASS1_SOURCE_seedSEED/
-    candidates.json   the neurons, and their words by score      words.json    the words taken, and those dropped and why
-    prompts.json      the descriptions (a language model's answers as they are: generations.json)
-    images.json       which description is in which file         images/*.png
+    candidates.json   the neurons, and their words by score      words.json    the words taken; those dropped, and why
+    prompts.json      the descriptions (generations.json: the language model's answers)
+    images.json       which file shows which description         images/*.png
     files.csv         every image with its predicted class       results.json  the success rate
-A step whose file is there is not done again. class_0 never stands in a description. The packages of the language, sentence and
-drawing models:  pip install -r requirements-adversarial.txt
+A step whose file exists is not repeated. No description names class_0. The language, sentence and drawing models need:
+    pip install -r requirements-adversarial.txt
 """
 
+import os
+import sys
+
+from huggingface_hub.utils import disable_progress_bars
+
 from utils import adversarial as attack
-from utils.clip import load_clip
+from utils.clip import load_clip, text_vectors
 from utils.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
@@ -40,9 +45,9 @@ def main(args):
     attack.check_classes(class_0, class_1, blocked)
     run = attack.Run(args.output_dir, (class_0, class_1, args.word_source), args.seed, args.overwrite)
 
-    # what each step is made from: what the step before is, and more
-    chosen = {**clip.record, "dataset": args.dataset, "class_0": class_0, "class_1": class_1, "seed": args.seed}
-    mining = {**chosen, "word_source": args.word_source, "text_descriptions": args.text_descriptions}
+    # the settings of a step are those of the step before, and more
+    mining = {**clip.record, "dataset": args.dataset, "class_0": class_0, "class_1": class_1, "seed": args.seed}
+    mining |= {"word_source": args.word_source, "text_descriptions": args.text_descriptions}
     if args.word_source == "second_order":
         mining |= {"train_dataset": args.train_dataset or args.dataset, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
         mining |= {"neurons_num": args.neurons_num, "neurons_texts": args.neurons_texts, "components": args.components}
@@ -57,7 +62,7 @@ def main(args):
     mined = run.step("candidates.json", mining, lambda: mine(args, clip, results, mining))
 
     def filtered():
-        require_packages(similarity_model=args.similarity_model, text_model=args.text_model, image_model=args.image_model)
+        require_packages(args.similarity_model, args.text_model, args.image_model)
         encode = load_similarity(args.similarity_model, clip, args.batch_size)
         limits = {"threshold": threshold, "blocked": blocked}
         return attack.filter_words(mined["words"], class_0, args.overall_words, encode, **limits)
@@ -66,24 +71,23 @@ def main(args):
     print(f"words: {', '.join(words)}")
 
     def written():
-        if args.text_model == "template":
-            descriptions = attack.template_descriptions(words, class_1, args.results_per_generation, args.seed)
-            good, bad = attack.usable(descriptions, class_0, class_1, blocked)
-            return {"descriptions": good, "dropped": bad}
-        return attack.write_descriptions(run, writing, LanguageModel(args.text_model, args.device), words)
+        require_packages(text_model=args.text_model, image_model=args.image_model)
+        if args.text_model != "template":
+            return attack.write_descriptions(run, writing, LanguageModel(args.text_model, args.device), words)
+        descriptions = attack.template_descriptions(words, class_1, args.results_per_generation, args.seed)
+        good, bad = attack.usable(descriptions, class_0, class_1, blocked)
+        return {"descriptions": good, "dropped": bad}
 
     prompts = run.step("prompts.json", writing, written)
-    print(f"{len(prompts['descriptions'])} descriptions, {len(prompts['dropped'])} dropped; {prompts['descriptions'][0]!r}, ...")
+    texts = prompts["descriptions"]
+    print(f"{len(texts)} descriptions, {len(prompts['dropped'])} dropped; {texts[0]!r}, ...")
 
-    def planned():
-        return attack.plan_drawings(run.folder, prompts["descriptions"], args.images, args.seed)
-
-    drawings = run.step("images.json", drawing, planned)["images"]
-    attack.draw(run.folder, drawings, lambda: load_image_model(args.image_model, args.device, options, args.offload))
+    planned = run.step("images.json", drawing, lambda: attack.plan_drawings(run.folder, texts, args.images, args.seed))["images"]
+    attack.draw(run.folder, planned, lambda: load_image_model(args.image_model, args.device, options, args.offload))
 
     def classified():
         names = {"classes": class_names, "class_0": class_0, "class_1": class_1}
-        return attack.classify(run.folder, drawings, clip, classifier, names=names, batch_size=args.batch_size)
+        return attack.classify(run.folder, planned, clip, classifier, names=names, batch_size=args.batch_size)
 
     rates = run.step("results.json", drawing, classified, beside=("files.csv",))
     print(
@@ -94,18 +98,21 @@ def main(args):
 
 
 def mine(args, clip, results, settings):
-    """Words by score, and the neurons that they come from."""
-    v, text_0 = attack.class_difference(clip, settings["class_0"], settings["class_1"])
+    """Words by score and, for `second_order`, the neurons that they come from."""
+    text_0, text_1 = text_vectors(clip, [settings["class_0"], settings["class_1"]], 2)
     if args.word_source != "second_order":
         pool = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
         return pool.random(args.seed) if args.word_source == "random" else pool.similar(text_0)
     names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
     names |= {"components": args.components, "alpha": args.transform_alpha}
     neurons = attack.NeuronWords(results, clip, settings["mlp_layers"], **names)
-    return neurons.mine(v, args.neurons_num, args.neurons_texts)
+    return neurons.mine(text_0 - text_1, args.neurons_num, args.neurons_texts)
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where --image_model MODULE:FUNCTION may be
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+    disable_progress_bars()
     parser = flags.stage_parser(__doc__)
     flags.add_dataset(parser)
     parser.add_argument("--train_dataset", choices=flags.DATASETS, help="whose neurons' words are taken; default: --dataset")

@@ -1,4 +1,4 @@
-"""Semantic adversarial images: the words are the definition's, every step is kept, and real generators run."""
+"""Semantic adversarial images: words as defined, steps that are kept, and real generators."""
 
 import csv
 import importlib.util
@@ -17,10 +17,11 @@ from PIL import Image
 from tests.conftest import ROOT
 from utils import adversarial, generators
 from utils.adversarial import NeuronWords, PoolWords, Run, find_class, load_block_list, names_class, parse_list, usable
-from utils.artifacts import Names, save_array, save_atomic
 from utils.clip import load_clip, text_vectors
-from utils.errors import UserError
-from utils.sparse_coding import save_decomposition
+from utils.runtime.errors import UserError
+from utils.runtime.files import save_atomic
+from utils.runtime.results import Results, save_array
+from utils.sparse_coding import save_descriptions
 
 CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
 POOL = [
@@ -28,6 +29,7 @@ POOL = [
     "snow", "red", "a stone wall", "chrome", "river",
 ]  # fmt: skip
 LAYERS, N, D, COMPONENTS, K = (1, 3), 96, 24, 4, 5
+NAMES = {"dataset": "imagenet", "texts": "pool", "components": COMPONENTS, "alpha": 1.0, "k": K}
 DRAWING = """
 import os, random
 from pathlib import Path
@@ -50,36 +52,33 @@ def number(text, seed=0):
 
 
 class Attack:
-    """A random CLIP with made-up first components and descriptions, and a folder in which the attack is run."""
+    """A random CLIP, made-up first components and descriptions, and a folder to run the attack in."""
 
     def __init__(self, root, model):
         self.root, self.input, self.model = root, root / "in", model
         self.input.mkdir()
         (root / "drawing.py").write_text(DRAWING)
         self.clip = load_clip(model, "random", "cpu")
-        self.names = Names(self.input, model, "random")
-        meta = {"fingerprint": self.clip.fingerprint}
+        self.results = Results(self.input, model, "random")
+        record = {"fingerprint": self.clip.fingerprint}
         generator = torch.Generator().manual_seed(0)
         self.pcas, self.supports, self.coefficients = {}, {}, {}
         for layer in LAYERS:
             r = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=-1)
             support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
             coefficients = torch.randn(N, COMPONENTS, generator=generator)
-            save_array(self.names.statistics("imagenet", layer, f"{K}_pca"), r.numpy(), meta)
-            path = self.names.decomposition("imagenet", layer, "pool", 1.0, COMPONENTS)
-            save_decomposition(path, support.numpy(), coefficients.numpy(), POOL, {**meta, "top_k_pca": K})
+            save_array(self.results.path("pca", layer=layer, **NAMES), r.numpy(), record)
+            path, made_with = self.results.path("decomposition", layer=layer, **NAMES), {**record, "top_k_pca": K}
+            save_descriptions(path, support.numpy(), coefficients.numpy(), texts=POOL, record=made_with)
             self.pcas[layer], self.supports[layer], self.coefficients[layer] = r.numpy(), support, coefficients
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
-        save_array(self.names.classifier("imagenet"), self.classifier, {**meta, "class_names": CLASSES})
-        path = self.names.texts("pool")
+        save_array(self.results.path("classifier", dataset="imagenet"), self.classifier, {**record, "class_names": CLASSES})
+        path = self.results.path("texts", texts="pool")
         save_atomic(path.with_suffix(".txt"), lambda file: file.write("\n".join(POOL).encode()))
-        save_array(path, 100 * text_vectors(self.clip, POOL, 8), meta)
-
-    def words(self):
-        return NeuronWords(self.names, self.clip, "imagenet", LAYERS, K, "pool", 1.0, COMPONENTS, "")
+        save_array(path, 100 * text_vectors(self.clip, POOL, 8), record)
 
     def run(self, *flags, output="out", check=True):
-        """The script as a user runs it, from the folder in which the drawing function is."""
+        """Run the script as a user does, in the folder with the drawing function."""
         settings = {
             "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--output_dir": output, "--class_0": "horse",
             "--class_1": "automobile", "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K,
@@ -108,14 +107,10 @@ def attack(tmp_path_factory, tiny_model):
     return Attack(tmp_path_factory.mktemp("attack"), tiny_model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
-
-
 @pytest.mark.parametrize("texts", [None, 2])
 def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    found = attack.words().mine(v, 20, texts)
+    found = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, texts)
     every = []
     for layer in LAYERS:
         for n in range(N):
@@ -137,7 +132,7 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
 
 
 def test_similar_words_stand_by_cosine_and_random_words_by_seed(attack):
-    pool = PoolWords(attack.names, "pool", "text_descriptions", attack.clip, "")
+    pool = PoolWords(attack.results, "pool", "text_descriptions", attack.clip)
     vectors = text_vectors(attack.clip, ["horse", *POOL], 4)
     found = pool.similar(vectors[0])["words"]
     assert [word for word, _ in found] == [POOL[i] for i in np.argsort(-(vectors[1:] @ vectors[0]))]
@@ -146,12 +141,12 @@ def test_similar_words_stand_by_cosine_and_random_words_by_seed(attack):
     assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(POOL)
 
 
-def test_components_of_other_weights_are_refused(attack, tiny_model):
+def test_components_and_texts_of_other_weights_are_refused(attack, tiny_model):
     other = load_clip(tiny_model, "random", "cpu", seed=1)
-    with pytest.raises(UserError, match="was made with fingerprint"):
-        NeuronWords(attack.names, other, "imagenet", LAYERS, K, "pool", 1.0, COMPONENTS, "")
-    with pytest.raises(UserError, match="is of other weights"):
-        PoolWords(attack.names, "pool", "text_descriptions", other, "")
+    with pytest.raises(UserError, match="_pca.npy was made with fingerprint.*compute_pcas.py"):
+        NeuronWords(attack.results, other, LAYERS, **NAMES)
+    with pytest.raises(UserError, match="pool_.*npy was made with fingerprint.*compute_text_set_projection.py"):
+        PoolWords(attack.results, "pool", "text_descriptions", other)
 
 
 @pytest.mark.parametrize(
@@ -182,17 +177,17 @@ def test_words_that_are_dropped_have_a_reason():
         return torch.tensor([vectors.get(text, [0.0, 1.0]) for text in texts])
 
     candidates = [[word, 9.0 - i] for i, word in enumerate(["horses", "pony", "old mares", "fence", "straw", "lake", "horse"])]
-    found = adversarial.filter_words(candidates, "horse", 2, encode, 0.6, ["mare"])
+    found = adversarial.filter_words(candidates, "horse", 2, encode, threshold=0.6, blocked=["mare"])
     assert [entry["word"] for entry in found["words"]] == ["fence", "straw"] and found["words"][0]["score"] == 6.0
     reasons = {entry["word"]: entry["reason"] for entry in found["dropped"]}
     assert reasons == {
         "horses": "names horse",
         "pony": "cosine with horse above 0.6",
-        "old mares": "mare is on the block list",
+        "old mares": "names mare, which is on the block list",
     }
-    assert len(adversarial.filter_words(candidates, "horse", 90, encode, 0.6, [])["words"]) == 4
-    with pytest.raises(UserError, match="none is left for horse; raise --cosim_similarity"):
-        adversarial.filter_words(candidates[:2], "horse", 2, encode, 0.6, [])
+    assert len(adversarial.filter_words(candidates, "horse", 90, encode, threshold=0.6, blocked=[])["words"]) == 4
+    with pytest.raises(UserError, match="none of 2 words is left for horse; raise --cosim_similarity"):
+        adversarial.filter_words(candidates[:2], "horse", 2, encode, threshold=0.6, blocked=[])
 
 
 def test_a_block_list_is_a_json_of_words_and_a_class_without_entry_has_none(tmp_path):
@@ -210,7 +205,7 @@ def test_a_block_list_is_a_json_of_words_and_a_class_without_entry_has_none(tmp_
 
 def test_classes_are_found_or_near_ones_are_named():
     assert find_class("--class_0", "SPORTS_car", CLASSES) == "sports car"
-    with pytest.raises(UserError, match="--class_0 hrse is no class of the classifier; did you mean horse"):
+    with pytest.raises(UserError, match="--class_0 hrse is not a class of the classifier; did you mean horse"):
         find_class("--class_0", "hrse", CLASSES)
     with pytest.raises(UserError, match="did you mean Egyptian cat"):
         find_class("--class_1", "cat", CLASSES)
@@ -219,14 +214,14 @@ def test_classes_are_found_or_near_ones_are_named():
 
 
 def test_classes_that_cannot_be_named_apart_are_refused():
-    for class_0, class_1, blocked in (("ship", "ship", []), ("ship", "container ship", []), ("ship", "sports car", ["car"])):
-        with pytest.raises(UserError):
+    for class_0, class_1, blocked, said in (
+        ("ship", "ship", [], "--class_0 and --class_1 are both ship"),
+        ("ship", "container ship", [], "every description of container ship names ship"),
+        ("ship", "sports car", ["car"], "every description of sports car names car, which is on the block list"),
+    ):
+        with pytest.raises(UserError, match=said):
             adversarial.check_classes(class_0, class_1, blocked)
     adversarial.check_classes("container ship", "ship", [])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Descriptions
 
 
 def test_lists_are_read_whatever_their_marks():
@@ -245,6 +240,16 @@ def test_descriptions_that_cannot_be_drawn_have_a_reason():
     assert [reason.split(",")[0] for _, reason in bad] == ["names horse", "names pony", "does not name car", "is there twice"]
 
 
+WRITING = {
+    "class_0": "horse",
+    "class_1": "car",
+    "block_list": [],
+    "text_model": "some-model",
+    "results_per_generation": 9,
+    "seed": 0,
+}
+
+
 @pytest.mark.parametrize(
     "answer, cut_off, said",
     [
@@ -254,7 +259,7 @@ def test_descriptions_that_cannot_be_drawn_have_a_reason():
     ],
 )
 def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
-    run = Run(tmp_path, "horse", "car", "random", 0)
+    run = Run(tmp_path, ("horse", "car", "random"), 0)
     run.step("words.json", {}, lambda: {"words": ["fence"]})
     seeds = []
 
@@ -264,17 +269,17 @@ def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
         return answer, cut_off
 
     with pytest.raises(UserError, match=said) as error:
-        adversarial.write_descriptions(run, {}, "some-model", ask, ["fence", "lake"], "horse", "car", 9, [], 2)
-    assert "\n" not in str(error.value) and len(set(seeds)) == 3
+        adversarial.write_descriptions(run, {**WRITING, "seed": 2}, ask, ["fence", "lake"])
+    assert "\n" not in str(error.value) and "--text_model some-model gave" in str(error.value) and len(set(seeds)) == 3
     kept = json.loads((run.folder / "generations.json").read_text())
     assert [entry["answer"] for entry in kept["answers"]] == [answer] * 3
-    assert run.kept("words.json", {})["words"] == ["fence"] and run.kept("prompts.json", {}) is None
+    assert run.step("words.json", {}, None)["words"] == ["fence"] and not (run.folder / "prompts.json").exists()
 
 
 def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
     answers = iter([("nothing", False), ("1. a car in straw\n2. a horse\n3. a car by a la", True)])
-    run = Run(tmp_path, "horse", "car", "random", 0)
-    found = adversarial.write_descriptions(run, {}, "x", lambda *_: next(answers), ["straw"], "horse", "car", 9, [], 0)
+    run = Run(tmp_path, ("horse", "car", "random"), 0)
+    found = adversarial.write_descriptions(run, WRITING, lambda *_: next(answers), ["straw"])
     assert found == {"descriptions": ["a car in straw"], "dropped": [["a horse", "names horse"]]}
 
 
@@ -287,19 +292,15 @@ def test_template_descriptions_are_different_and_of_the_words():
     assert len(adversarial.template_descriptions(["sea"], "frog", 30, seed=1)) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole attack, as a user runs it
-
-
-def test_a_broken_attack_goes_on_and_its_rate_is_that_of_an_independent_classification(attack):
+def test_an_interrupted_attack_resumes_and_its_rate_is_that_of_an_independent_classification(attack):
     stop = attack.root / "stop"
     stop.write_text("4")
-    assert_one_line(attack.run(output="out_broken", check=False), "--image_model drawing:draw failed", "the brush broke")
+    assert_one_line(attack.run(output="out_interrupted", check=False), "--image_model drawing:draw failed", "the brush broke")
     stop.unlink()
-    folder = attack.root / "out_broken" / "horse_automobile_second_order_seed0"
+    folder = attack.root / "out_interrupted" / "horse_automobile_second_order_seed0"
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
     assert len(list(folder.glob("images/*.png"))) == 4 and not (folder / "results.json").exists()
-    said = attack.run(output="out_broken").stdout
+    said = attack.run(output="out_interrupted").stdout
     assert "drew 8 images" in said and all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
     words = json.loads((folder / "words.json").read_text())
@@ -312,7 +313,7 @@ def test_a_broken_attack_goes_on_and_its_rate_is_that_of_an_independent_classifi
     assert [row["description"] for row in rows] == [prompts[i % 5] for i in range(12)]
     pixels = torch.stack([attack.clip.transform(Image.open(folder / row["file"])) for row in rows])
     with torch.no_grad():
-        logits = attack.clip.model.encode_image(pixels, normalize=True).numpy() @ attack.classifier
+        logits = attack.clip.text.encode_image(pixels, normalize=True).numpy() @ attack.classifier
     predicted = [CLASSES[i] for i in logits.argmax(axis=1)]
     assert [row["predicted"] for row in rows] == predicted
     assert [row["adversarial"] for row in rows] == [str(int(name == "horse")) for name in predicted]
@@ -338,17 +339,13 @@ def test_other_settings_are_refused_until_overwrite(attack):
 
 
 def test_results_of_a_damaged_run_are_named(tmp_path):
-    run = Run(tmp_path, "horse", "car", "random", 0)
+    run = Run(tmp_path, ("horse", "car", "random"), 0)
     (run.folder / "words.json").write_text("{")
     with pytest.raises(UserError, match="damaged.*--overwrite"):
         run.step("words.json", {}, dict)
-    run = Run(tmp_path, "horse", "car", "random", 0, overwrite=True)
+    run = Run(tmp_path, ("horse", "car", "random"), 0, overwrite=True)
     assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {"settings": {"a": (1,)}, "words": []}
     assert run.step("words.json", {"a": [1]}, None)["words"] == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generators
 
 
 def test_without_the_packages_one_line_says_how_to_install_them(monkeypatch):
@@ -367,20 +364,17 @@ def test_a_gated_model_names_its_licence_page_and_the_other_flags():
     class GatedRepoError(Exception):
         pass
 
-    def load():
+    with pytest.raises(UserError) as raised, generators.one_line_errors("--text_model", "meta-llama/X"):
         try:
             raise GatedRepoError("403 Client Error")
         except GatedRepoError as error:
             raise OSError("You are trying to access a gated repo.") from error
-
-    with pytest.raises(UserError) as error:
-        generators._load("--text_model", "meta-llama/X", generators.TEMPLATE, load)
-    said = str(error.value)
+    said = str(raised.value)
     assert "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said and "\n" not in said
 
 
 def test_drawing_functions_are_checked(attack, monkeypatch):
-    monkeypatch.chdir(attack.root)
+    monkeypatch.syspath_prepend(attack.root)
     image = generators.load_image_model("drawing:draw", "cpu", {"side": 24})("a frog", 1)
     assert image.size == (24, 24) and image.mode == "RGB"
     with pytest.raises(UserError, match="returned a int, and a PIL image is needed"):
@@ -483,13 +477,16 @@ def test_language_models_that_cannot_be_used_are_one_line(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="has no weights in safetensors"):
         generators.LanguageModel(str(tmp_path / "lm"), "cpu")
     for missing in (tmp_path / "none", tmp_path / "none.gguf"):
-        with pytest.raises(UserError, match="there is no such"):
+        with pytest.raises(UserError, match="--text_model .*none.* does not exist; --text_model template needs no model"):
             generators.LanguageModel(str(missing), "cpu")
     save_language_model(tmp_path / "short", "some words")
     short = generators.LanguageModel(str(tmp_path / "short"), "cpu")
-    with pytest.raises(UserError, match="reads 2048 tokens"):
+    with pytest.raises(UserError, match="tokens and --text_model .* reads 2048"):
         short("word " * 3000, 2, 0)
+    torch.manual_seed(5)
+    random_state = torch.random.get_rng_state()
     assert short("some words", 1, 3) == short("some words", 1, 3) != short("some words", 1, 4)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
 def clip_tokenizer(folder):
@@ -586,9 +583,8 @@ def test_deepfloyd_draws_in_two_stages(tmp_path):
     diffusers.IFSuperResolutionPipeline(
         unet=larger, scheduler=scheduler, image_noising_scheduler=diffusers.DDPMScheduler(), **parts
     ).save_pretrained(tmp_path / "second")
-    options = {"num_inference_steps": 2}
-    draw = generators.DeepFloyd(str(tmp_path / "first"), str(tmp_path / "second"), "cpu", options)
-    images = [draw("a frog at a lake", seed) for seed in (1, 1, 2)]
+    draw = generators.DeepFloyd(str(tmp_path / "first"), str(tmp_path / "second"), "cpu")
+    images = [draw("a frog at a lake", seed, num_inference_steps=2) for seed in (1, 1, 2)]
     assert images[0].size == (32, 32) and images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
 
 
@@ -613,6 +609,6 @@ def test_sentence_embeddings_drop_what_means_the_class():
     clip = type("Clip", (), {"device": torch.device("cpu")})
     encode = generators.load_similarity(str(package.get_model_path()), clip, 8)
     candidates = [[word, 1.0] for word in ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")]
-    found = adversarial.filter_words(candidates, "horse", 3, encode, 0.6, [])
+    found = adversarial.filter_words(candidates, "horse", 3, encode, threshold=0.6, blocked=[])
     assert [entry["word"] for entry in found["words"]] == ["fence", "asphalt", "lake"]
     assert {entry["word"] for entry in found["dropped"]} == {"horses", "pony", "equine", "stallion"}
