@@ -6,9 +6,9 @@ Reads the first components of --train_dataset (compute_pcas.py, for all --mlp_la
 FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
     .json                             the scores in per cent: one row of a table of methods
     _precision.npy _recall.npy .png   the curve over all pixels, at the thresholds 0, 1/65536, ..., 1
-    _maps.npy [images, patches]       the maps before they are scaled
+    _maps.npy [images, patches]       the maps, not scaled
     _images/00000.png, ...            with --save_img: input, mask, prediction and heat map, side by side
-The rows to compare with: --method random (or --random), attention, rollout.
+Baselines: --method random (or --random), attention, rollout.
 """
 
 import numpy as np
@@ -21,38 +21,38 @@ from utils.runtime.files import whole_folder
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of, walk
 from utils.runtime.results import Results
-from utils.segmentation import METHODS, Scores, choose_method, enlarge, patch_maps, row_name, save_scores
+from utils.segmentation import METHODS, Scores, choose_method, enlarge, row_name, save_scores
 from utils.segmentation_set import SegmentationSet
 
 
 def main(args):
     scores = Scores(args.thr)
-    inputs, results = (Results(place, args.model, args.pretrained) for place in (args.input_dir, args.output_dir))
-    classifiers = Results(args.classifier_dir or args.input_dir, args.model, args.pretrained)
+    folders = (args.input_dir, args.classifier_dir or args.input_dir, args.output_dir)
+    inputs, classifiers, results = (Results(folder, args.model, args.pretrained) for folder in folders)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, size = clip.vit, (args.image_size, args.image_size) if args.image_size else clip.vit.visual.image_size
     data = SegmentationSet(args.dataset_path, clip.transform, args.geometry, size)
-    settings = {"method": args.method, "geometry": args.geometry, "image_size": args.image_size, "thr": args.thr}
-    settings |= settings_of_method(args, vit)
+    settings = settings_of_method(args, vit)
     method, made_of = choose_method(settings, clip, inputs, classifiers, images=len(data))
 
     names = {"file": data.path.stem, "row": row_name(settings)}
     path, maps_path = results.path("segmentation", **names), results.path("maps", **names)
-    record = {**clip.record, **data.record, **settings, "size": size, "inputs": made_of}
+    record = {**clip.record, **data.record, **settings, "size": size, **made_of}
     arrays = results.arrays(["maps"], {"images": len(data), "patches": vit.grid[0] * vit.grid[1]}, **names)
     pieces, loader = pieces_of(len(data), args.batch_size), Loader(data, args.device, args.num_workers)
     with torch.inference_mode(), Pass(arrays, record, pieces, {"batch_size": args.batch_size}, overwrite=args.overwrite) as work:
         for rows, pixels in work.over(loader):
-            work[maps_path][rows] = patch_maps(vit, method, pixels, rows.start)
+            with vit.record(*method.activations) as cache:
+                representation = vit(pixels)
+            work[maps_path][rows] = method(cache, rows.start, representation)
     if not distributed.is_rank_zero():
         return
     from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
 
     maps, pictures = np.load(maps_path, mmap_mode="r"), path.with_name(path.stem + "_images") if args.save_img else None
     data = SegmentationSet(args.dataset_path, clip.transform, args.geometry, size, images=args.save_img)
-    masks_of = Loader(data, num_workers=args.num_workers)
     with whole_folder(pictures) as folder:
-        for rows, (pixels, masks) in walk(pieces, masks_of.with_targets, "scores"):
+        for rows, (pixels, masks) in walk(pieces, Loader(data, num_workers=args.num_workers).with_targets, "scores"):
             enlarged = enlarge(torch.tensor(maps[rows]), vit.grid, size).numpy()
             scores.add(enlarged, masks.numpy())
             for i, picture in enumerate(to_pictures(pixels, clip.transform, size) if folder else ()):
@@ -61,22 +61,19 @@ def main(args):
     result, precision, recall = save_scores(path, scores, record)
     plot_precision_recall(precision, recall, names["row"], path.with_suffix(".png"))
     print(segmentation_table({names["row"]: result}))
-    print(f"wrote {path}, its .png, _precision.npy and _recall.npy, over {scores.images} images")
-    if pictures:
-        print(f"wrote {pictures}")
+    files = f".png, _precision.npy, _recall.npy{', _images' if pictures else ''}"
+    print(f"wrote {path} and {files} from {scores.images} images")
     other = "random" if args.method == "second_order" else "second_order"
-    print(f"next: another row of the table, {flags.same_command(method=other)}")
+    print(f"next, for another row of the table: {flags.same_command(method=other)}")
 
 
 def settings_of_method(args, vit):
-    """Settings that only some methods have."""
-    if args.method in ("attention", "rollout"):
-        return {}
-    neurons = {"layers": parse_layers(args.mlp_layers, vit), "top_neurons": args.top_neurons}
-    if args.method == "random":
-        return {**neurons, "seed": args.seed}
-    classes = {"neuron_sign": args.neuron_sign, "class_source": args.class_source}
-    return {**neurons, **classes, "train_dataset": args.train_dataset, "top_k_pca": args.top_k_pca}
+    """What the maps and scores depend on: for all methods, and for this one."""
+    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "thr")}
+    if args.method in ("second_order", "random"):
+        settings |= {"layers": parse_layers(args.mlp_layers, vit), "top_neurons": args.top_neurons}
+    own = {"second_order": ("neuron_sign", "class_source", "train_dataset", "top_k_pca"), "random": ("seed",)}
+    return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
 
 
 if __name__ == "__main__":

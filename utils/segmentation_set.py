@@ -14,33 +14,39 @@ from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_texts
+from utils.runtime.files import one_line
 
-IGNORED = -1  # mask pixels that count nowhere
+IGNORED = -1  # mask pixels that do not count
 
 
 class SegmentationSet(Dataset):
-    """Images and masks of a MATLAB v7.3 file like gtsegs_ijcv.mat, read one by one.
+    """Images and masks of a MATLAB v7.3 file like gtsegs_ijcv.mat.
 
-    `/value/img` [images, 1] refers to uint8 arrays [3, W, H]; `/value/gt` [images, 1] to cells that refer to masks [W, H], which
-    are 0 on the background, -1 where nobody knows, anything else on the object.
+    Item i is read when it is asked for: (transformed image [3, side, side], int8 mask [size] of 0, 1 and IGNORED), or the
+    UserError that says what is wrong. In the file, `/value/img` [images, 1] refers to uint8 arrays [3, W, H], and `/value/gt`
+    [images, 1] to cells that refer to masks [W, H]: 0 on the background, -1 where it is unknown, else on the object.
 
-    Item i is (transformed image [3, side, side], int8 mask [size] of 0, 1 and IGNORED), or the UserError that says what is wrong.
-
-    Parameters
     path: the file, or the folder with gtsegs_ijcv.mat.
     transform: open_clip's validation transform of the images.
-    geometry: 'paper' or 'aligned', see `mask_transform`.
+    geometry: of masks: 'paper' squashes the whole mask to `size`, whatever is cropped from the image (the published behaviour);
+        'aligned' resizes and crops the mask as the image, and ignores what the image is padded with.
     size: (rows, columns) of the masks.
     images: False leaves the images' place empty, when only masks are needed.
+
+    Attribute: record, what results say about the set: its name, and a fingerprint of the number of images and the file's size.
     """
 
     def __init__(self, path, transform, geometry="paper", size=(224, 224), images=True):
         path = Path(path)
         self.path = path / "gtsegs_ijcv.mat" if path.is_dir() else path
-        self.transform, self.mask_transform = transform if images else None, mask_transform(transform, geometry, size)
+        self.transform = transform if images else None
+        geometric = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
+        steps = [deepcopy(step) for step in transform.transforms if geometry == "aligned" and isinstance(step, geometric)]
+        for step in steps:
+            step.interpolation, step.fill = InterpolationMode.NEAREST, IGNORED % 256
+        self.mask_transform = Compose([*steps, Resize(size, InterpolationMode.NEAREST)])
         if not self.path.is_file():
-            raise UserError(f"--dataset_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one of its layout")
+            raise UserError(f"--dataset_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout")
         try:
             with h5py.File(self.path) as file:
                 shapes = [file[name].shape for name in ("value/img", "value/gt") if h5py.check_ref_dtype(file[name].dtype)]
@@ -49,81 +55,49 @@ class SegmentationSet(Dataset):
         except (KeyError, AttributeError):
             shapes = []
         if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != (1,) or not shapes[0][0]:
-            raise UserError(
-                f"--dataset_path {self.path} is not laid out like gtsegs_ijcv.mat, with references to images in /value/img and "
-                "to masks in /value/gt, [images, 1] each"
-            )
+            layout = "references to images in /value/img and to masks in /value/gt, [images, 1] each"
+            raise UserError(f"--dataset_path {self.path} does not have the layout of gtsegs_ijcv.mat: {layout}")
         self.images = shapes[0][0]
+        data = hashlib.sha256(f"{self.images} {self.path.stat().st_size}".encode()).hexdigest()[:12]
+        self.record = {"dataset": self.path.stem, "data": data}
 
     def __len__(self):
         return self.images
 
-    @property
-    def record(self):
-        """What results say about the set: its name, and a fingerprint of the number of images and the size of the file."""
-        data = hashlib.sha256(f"{self.images} {self.path.stat().st_size}".encode()).hexdigest()[:12]
-        return {"dataset": self.path.stem, "data": data}
-
     def __getitem__(self, index):
         try:
-            image, mask = self.read(index)
+            with h5py.File(self.path) as file:  # opened for each item: another process could not use the handle
+                image = file[file["value/img"][index, 0]][()]  # [3, W, H]
+                mask = file[file[file["value/gt"][index, 0]][0, 0]][()]  # [W, H]
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (3, *mask.shape):
+                raise ValueError(f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed")
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             return UserError(f"{self.path}: image {index} (of 0 to {len(self) - 1}) cannot be read ({one_line(error)[:120]})")
+        mask = np.where(mask == IGNORED, IGNORED, mask != 0).astype(np.int8).view(np.uint8)
+        image, mask = (Image.fromarray(np.ascontiguousarray(array.T)) for array in (image, mask))
         pixels = self.transform(image) if self.transform else torch.empty(0)
         return pixels, torch.from_numpy(np.array(self.mask_transform(mask)).view(np.int8))
 
-    def read(self, index):
-        """Image and mask as they are in the file, as PIL images; the mask is 0, 1, and 255 where it is to be ignored."""
-        with h5py.File(self.path) as file:  # opened here: a handle is of no use in another process
-            image = file[file["value/img"][index, 0]][()]  # [3, W, H]
-            mask = file[file[file["value/gt"][index, 0]][0, 0]][()]  # [W, H]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.shape[1:] != mask.shape:
-            raise ValueError(f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed")
-        mask = np.where(mask == IGNORED, IGNORED, mask != 0).astype(np.int8).view(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(image.transpose(2, 1, 0))), Image.fromarray(np.ascontiguousarray(mask.T))
-
-
-def mask_transform(transform, geometry, size):
-    """What masks go through, always by nearest neighbour.
-
-    transform: open_clip's validation transform of the images.
-    geometry: 'paper' squashes the whole mask to `size`, whatever is cropped from the image (the published behaviour);
-        'aligned' resizes and crops the mask as the image. What an image is padded with is ignored.
-    size: (rows, columns) at which scores are taken.
-    """
-    steps = []
-    if geometry == "aligned":
-        geometric = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
-        steps = [deepcopy(step) for step in transform.transforms if isinstance(step, geometric)]
-        for step in steps:
-            step.interpolation, step.fill = InterpolationMode.NEAREST, IGNORED % 256
-    return Compose([*steps, Resize(size, InterpolationMode.NEAREST)])
-
 
 def read_classes(path, images, classes):
-    """The class of every image, int64 [images], from a file: .npy, .json (a list), or text (one index a line).
-
-    Raises UserError when it cannot be read, has another number of classes than `images`, or one that is not in 0 to classes - 1.
-    """
+    """The class of every image, int64 [images] in 0 to classes - 1, from .npy, .json (a list), or text (one index a line)."""
     path = Path(path)
     try:
         if path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
-        elif path.suffix == ".json":
-            found = np.array(json.loads(path.read_text()))
         else:
-            found = np.array([int(line) for line in read_texts(path)])
+            text = path.read_text(encoding="utf-8")
+            found = np.array(json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()])
     except (OSError, EOFError, ValueError) as error:
         raise UserError(
-            f"--class_source {path} cannot be read ({one_line(error)[:120]}); give a class index per image"
+            f"--class_source {path} cannot be read ({one_line(error)[:120]}); give one class index per image"
         ) from error
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise UserError(f"--class_source {path} holds something else than whole numbers; give one class index per image")
+        raise UserError(f"--class_source {path} does not hold whole numbers; give one class index per image")
     if len(found) != images:
         raise UserError(f"--class_source {path} has {len(found)} classes and the segmentation set has {images} images")
     wrong = np.flatnonzero((found < 0) | (found >= classes))
     if len(wrong):
-        raise UserError(
-            f"--class_source {path}: image {wrong[0]} has the class {found[wrong[0]]}, and the classifier has 0 to {classes - 1}"
-        )
+        i = wrong[0]
+        raise UserError(f"--class_source {path}: image {i} has the class {found[i]}, and the classifier has 0 to {classes - 1}")
     return found.astype(np.int64)
