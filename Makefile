@@ -24,4 +24,4 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 bench: setup
-	$(RUN) benchmarks/run.py
+	$(RUN) -m benchmarks.run

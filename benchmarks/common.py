@@ -1,36 +1,66 @@
-"""What every benchmark needs: timing, the peak memory of a process, the machine in words, tables on disk.
+"""The frame of every benchmark, and what they share: timing in turns, processes with their peak memory, inputs, tables.
 
-    from common import interleaved, measured, median, save_table
+A benchmark is three functions, which `run` calls:
 
-Importing this module puts the repository's root on the path, so that `utils` and `tests` are found from any folder.
+    set_up(args, folder)    make what is measured, outside of the time; folder: temporary
+    measure(args, case)     time it; case: what set_up returned
+    table(args, found)      the `Table`; found: what measure returned
 """
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-sys.path.insert(0, str(ROOT))
 median = statistics.median
 
 
-def bench_parser(description):
-    """The parser of a benchmark; description is its docstring."""
+class Table(NamedTuple):
+    """What a benchmark found. name: of its files. rows: list of what `row` gives."""
+
+    name: str
+    title: str
+    rows: list
+
+
+def bench_parser(description, device=True):
+    """The parser of a benchmark, with the flags that all have. description: its docstring. device: whether it has a choice."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; the figures mean nothing")
+    if device:
+        parser.add_argument("--device", default="cpu")
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")
     return parser
+
+
+def run(parser, set_up, measure, table, quick):
+    """Run a benchmark and save its table. quick: {flag: value} that --quick sets."""
+    args = parser.parse_args()
+    logging.getLogger().setLevel(logging.CRITICAL)  # open_clip's notes
+    if args.quick:
+        args = argparse.Namespace(**{**vars(args), **quick})
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        found = measure(args, set_up(args, Path(folder)))
+    save_table(table(args, found), args)
+
+
+# time
 
 
 def interleaved(functions, rounds, device="cpu"):
@@ -52,70 +82,140 @@ def ratio(times, reference):
     return median(a / b for a, b in zip(times, reference, strict=True))
 
 
-def measured(command):
-    """Run a command in the repository's root: (output, seconds, peak bytes, stderr). Ends with its stderr if it fails.
+# processes
+
+
+class Process(NamedTuple):
+    """A process that has ended: what it printed, seconds, peak memory in bytes."""
+
+    output: str
+    errors: str
+    seconds: float
+    peak: float
+
+
+def measured(*words):
+    """Run python with some words in the repository's root. Ends with its stderr if it fails.
 
     The peak is the larger of the main process's own high-water mark and the largest sum over it and its workers, in which
     shared pages are counted once (proportional set size). Where there is no /proc it is the largest single process.
     """
-    command = [str(word) for word in command]
-    peak = 0
+    command, peak, look_at = [sys.executable, *map(str, words)], 0, 0
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    texts = {}
-    pipes = {name: getattr(process, name) for name in ("stdout", "stderr")}
-    readers = [threading.Thread(target=lambda n=n, p=p: texts.update({n: p.read()})) for n, p in pipes.items()]
-    for reader in readers:
-        reader.start()
-    look_at = start
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # its usage is of this process and its children alone
-        if pid:
-            break
-        peak = max(peak, _kilobytes(f"/proc/{process.pid}/status", "VmHWM:"))
-        began = time.perf_counter()
-        if began > look_at:  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
-            peak = max(peak, sum(_kilobytes(f"/proc/{p}/smaps_rollup", "Pss:") for p in _family(process.pid)))
-            look_at = began + max(1, 100 * (time.perf_counter() - began))
-        time.sleep(0.02)
-    seconds = time.perf_counter() - start
-    for reader in readers:
-        reader.join()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            peak, now = max(peak, 1024 * kilobytes(process.pid, "status", "VmHWM")), time.perf_counter()
+            if now > look_at:  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
+                peak = max(peak, memory_of(process.pid))
+                look_at = now + max(1, 100 * (time.perf_counter() - now))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        for file in (output, errors):
+            file.seek(0)
+        printed, complaint = output.read(), errors.read()
+    _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with code {process.returncode}:\n{texts['stderr'][-2000:]}")
-    if not peak:
-        peak = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return texts["stdout"], seconds, 1024 * peak, texts["stderr"]
+        sys.exit(f"{' '.join(command)}\nended with code {process.returncode}:\n{complaint[-2000:]}")
+    return Process(printed, complaint, seconds, peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
-def looping(stderr):
-    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images, not the start-up."""
-    total = last = 0
-    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", stderr):
-        if done == "0":  # another bar begins
-            total, last = total + last, 0
-        last = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
-    return total + last
+def memory_of(pid):
+    """Bytes of a process and its descendants, shared pages counted once."""
+    return 1024 * sum(kilobytes(relative, "smaps_rollup", "Pss") for relative in _family(pid))
+
+
+def kilobytes(pid, file, key):
+    """A number of /proc/PID/FILE; 0 when it is not there."""
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def _family(pid):
     """A process and its descendants."""
     found = [pid]
     for parent in found:
-        try:
+        with contextlib.suppress(OSError):  # it has just ended
             for children in Path(f"/proc/{parent}/task").glob("*/children"):
                 found += [int(child) for child in children.read_text().split()]
-        except OSError:
-            pass  # it has just ended
     return found
 
 
-def _kilobytes(file, key):
-    try:
-        return next((int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(key)), 0)
-    except OSError:
-        return 0
+def stage(script, *flags):
+    """Run a stage script as `measured` does."""
+    return measured(f"{script}.py", *flags)
+
+
+def alone(function, **arguments):
+    """Call a benchmark's function in a process of its own: (what it returned, as json has it; the `Process`).
+
+    arguments: numbers, strings, lists of them.
+    """
+    module = sys.modules[function.__module__].__spec__.name  # the name behind __main__
+    call = f"print(json.dumps({function.__name__}(**{arguments!r})))"
+    process = measured("-c", f"import json; from {module} import {function.__name__}; {call}")
+    return json.loads(process.output.splitlines()[-1]), process
+
+
+def looping(errors):
+    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images, not the start-up."""
+    total = last = 0
+    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors):
+        if done == "0":  # another bar starts
+            total, last = total + last, 0
+        last = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
+    return total + last
+
+
+# inputs
+
+
+def write_photos(root, images, splits=("train", "val"), **options):
+    """Write a tree of class folders, `images` photos in every split, as `tests.photos.write_photos` does. Returns the root."""
+    from tests import photos  # here, because scikit-learn would count as memory of all processes
+
+    if images % len(photos.SYNSETS):
+        sys.exit(f"error: {images} images cannot be divided into {len(photos.SYNSETS)} classes; give a multiple")
+    return photos.write_photos(root, splits, per_class=images // len(photos.SYNSETS), **options)
+
+
+def save_unit_vectors(path, count, width, columns=False):
+    """Save random unit vectors in place of text vectors [count, width], or as columns [width, count] of a classifier."""
+    vectors = np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.save(path, vectors.T if columns else vectors)
+
+
+# tables
+
+
+def row(what, value, unit="", *, at_most=None, at_least=None, note=""):
+    """A row of a table. at_most, at_least: the bar, one of them or none."""
+    bar = at_most if at_least is None else at_least
+    held = None if bar is None else bool(value <= bar if at_least is None else value >= bar)
+    found = {"what": what, "value": float(value), "unit": unit}
+    return {**found, "at_least": at_least is not None, "bar": bar, "held": held, "note": note}
+
+
+def of_model(name, model):
+    """Name of a table: other models than ViT-B-32 have tables of their own."""
+    return name if model == "ViT-B-32" else f"{name}_{model}"
+
+
+def save_table(table, args):
+    """Print a table, and write results/NAME.json and .md (NAME_cuda on a GPU; quick ones go to results/quick)."""
+    kind = torch.device(args.device).type
+    name = table.name if kind == "cpu" else f"{table.name}_{kind}"
+    folder = RESULTS / "quick" if args.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"title": table.title, "quick": args.quick, "machine": machine(args.device), "rows": table.rows}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{name}.md").write_text(markdown(content))
+    print(markdown(content))
 
 
 def machine(device="cpu"):
@@ -126,28 +226,8 @@ def machine(device="cpu"):
     return f"{name}, {platform.machine()}, {cores} cores, {torch.get_num_threads()} threads, {versions}"
 
 
-def row(what, value, unit, bar=None, note=""):
-    """One line of a table. bar: a number that the value must not exceed, or (number,) that it has to reach."""
-    at_least = isinstance(bar, tuple)
-    limit = bar[0] if at_least else bar
-    held = None if bar is None else bool(value >= limit if at_least else value <= limit)
-    return {"what": what, "value": float(value), "unit": unit, "at_least": at_least, "bar": limit, "held": held, "note": note}
-
-
-def save_table(name, title, rows, args, device="cpu"):
-    """Print the rows, and write results/NAME.json and .md (NAME_cuda on a GPU; quick ones go to results/quick)."""
-    kind = torch.device(device).type
-    name = name if kind == "cpu" else f"{name}_{kind}"
-    folder = RESULTS / "quick" if args.quick else RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    table = {"title": title, "quick": args.quick, "machine": machine(device), "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    (folder / f"{name}.md").write_text(markdown(table))
-    print(markdown(table))
-
-
 def markdown(table):
-    """A table as markdown; in a quick one no bar is judged."""
+    """A saved table as markdown; in a quick one no bar is judged."""
     lines = [f"### {table['title']}", "", table["machine"] + (" (quick: the figures mean nothing)" if table["quick"] else ""), ""]
     lines += ["| what | measured | bar | |", "|---|---|---|---|"]
     for item in table["rows"]:

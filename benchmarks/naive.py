@@ -1,16 +1,16 @@
 """The definition, computed step by step for every token, neuron and head: what the factorisation is compared with.
 
-    python benchmarks/naive.py [--model ViT-B-32] [--layer 9] [--quick]
+    python -m benchmarks.naive [--model ViT-B-32] [--layer 9] [--quick]
 
-Nothing here is imported from `utils.prs`: the forward pass and every share of means and biases are written out from the
+`naive_effects` uses nothing of `utils.prs`: the forward pass and every share of means and biases are written out from the
 definition, with tensors over tokens and neurons, in float32. Prints the largest difference from the factorised effects.
 """
 
 import torch
-from common import bench_parser, row, save_table
 
+from benchmarks.common import Table, bench_parser, row, run
 from utils.clip import load_clip
-from utils.prs import dense, fold, second_order
+from utils.prs import fold, second_order
 
 
 def statistics(z, norm):
@@ -72,24 +72,34 @@ def naive_effects(visual, image, layer, sum_early=False, coefficient=100.0):
     return coefficient / representation.norm() * effects
 
 
-def main(args):
-    clip = load_clip(args.model, args.pretrained, args.device)
-    vit = clip.hooked_vit()
+def set_up(args, folder):
+    """The tower, with every bias and gamma made to count, an image, and the directions of the layer."""
+    vit = load_clip(args.model, args.pretrained, args.device, image_only=True).vit
     layer = vit.L - 2 if args.quick else vit.L - 3 if args.layer is None else args.layer
     torch.manual_seed(0)
-    image = torch.randn(1, 3, *clip.model.visual.image_size, device=args.device)
+    image = torch.randn(1, 3, *vit.visual.image_size, device=args.device)
     for parameter in vit.visual.parameters():  # random weights have empty biases and equal gammas; make every share count
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    directions = fold(vit, layer)
-    _, [(C, kappa)] = second_order(vit, image, [directions])
-    ours = dense(C, kappa, directions)[0]
-    rows = []
+    return vit, image, fold(vit, layer)
+
+
+def measure(args, case):
+    """The layer, and the largest difference of either form of the definition, of its largest entry."""
+    vit, image, directions = case
+    _, [phi] = second_order(vit, image, [directions])
+    ours, differences = phi.dense()[0], {}
     for name, sum_early in (("definition as written", False), ("tokens summed at the attention", True)):
-        naive = naive_effects(vit.visual, image, layer, sum_early)
-        error = (ours - naive).abs().max() / naive.abs().max()
-        rows.append(row(name, error, "", 1e-5, "largest difference from the factorised effects, of the largest entry"))
-    save_table("naive", f"Agreement with the definition, {args.model}, layer {layer}, float32", rows, args, args.device)
+        naive = naive_effects(vit.visual, image, directions.layer, sum_early)
+        differences[name] = (ours - naive).abs().max() / naive.abs().max()
+    return directions.layer, differences
+
+
+def table(args, found):
+    layer, differences = found
+    note = "largest difference from the factorised effects, of the largest entry"
+    rows = [row(name, difference, at_most=1e-5, note=note) for name, difference in differences.items()]
+    return Table("naive", f"Agreement with the definition, {args.model}, layer {layer}, float32", rows)
 
 
 if __name__ == "__main__":
@@ -97,5 +107,4 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--pretrained", default="random")
     parser.add_argument("--layer", type=int, help="default: the third last")
-    parser.add_argument("--device", default="cpu")
-    main(parser.parse_args())
+    run(parser, set_up, measure, table, quick={})

@@ -1,106 +1,138 @@
 """A real-size rehearsal: every stage in README order on photos at full size, with random weights; time, memory and disk of each.
 
-    python benchmarks/rehearsal.py --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
-    python benchmarks/rehearsal.py --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top --project 5124 5000
+    python -m benchmarks.rehearsal --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
+    python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top --project 5124 5000
 
 Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own benchmark.
 """
 
-import sys
-import tempfile
 import time
-from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from common import ROOT, bench_parser, looping, measured, row, save_table
-
-from tests.photos import SYNSETS, write_photos
-from utils.artifacts import Names
+from benchmarks.common import Process, Table, bench_parser, looping, row, run, save_unit_vectors, stage, write_photos
 from utils.clip import load_clip
+from utils.runtime.results import Results
+
+EFFECTS = "compute_second_order_neuron_prs"
+BARS = {"full": 1.3, "top": 2.6}  # times the plain pass, all layers of ViT-B-32
 
 
-def main(args):
-    if args.quick:
-        args.images, args.val_images, args.texts, args.components, args.describe = 8, 8, 20, 4, args.describe[:1]
-    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
-        out, photos, rng = Path(folder) / "out", Path(folder) / "photos", np.random.default_rng(0)
-        out.mkdir()
-        for split, images in (("train", args.images), ("val", args.val_images)):
-            write_photos(photos, splits=(split,), per_class=images // len(SYNSETS))
-        names = Names(out, args.model, "random")
-        D = load_clip(args.model, "random", "cpu").model.visual.output_dim
-        for path, count, columns in ((names.classifier("imagenet"), 1000, True), (names.texts("words"), args.texts, False)):
-            vectors = rng.standard_normal((count, D), dtype=np.float32)
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-            np.save(path, vectors.T if columns else vectors)
-        (out / f"words_{names.clip}.txt").write_text("".join(f"word {i}\n" for i in range(args.texts)))
+class Step(NamedTuple):
+    """A stage of the rehearsal. keep: the form of the effects that it writes or reads."""
 
-        model = ["--model", args.model, "--pretrained", "random", "--device", args.device, "--output_dir", out]
-        images = ["--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
-        layers, pca = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
-        memory = ["--memory", args.memory] if args.memory else []
-        effects = [*images, *layers, "--split", "train"]
-        describe = ["--mlp_layer", *args.describe, *pca, "--text_descriptions", "words", "--components", args.components]
-        stages = [("compute_representations", [*images, "--split", "train"])]
-        for keep in args.keep:
-            form = ["--keep", keep, *(pca if keep == "top" else ["--store_dtype", "float16"])]
-            stages += [("compute_second_order_neuron_prs", [*effects, *form, *memory]), ("compute_pcas", [*layers, *pca])]
-        stages += [("compute_ablations", [*images, *layers, *pca, *memory]), ("compute_sparse_decomposition", describe)]
+    script: str
+    flags: list
+    keep: str = ""
 
-        rows, judged, peaks, plain, keep = [], [], [], None, None
-        barred = args.model == "ViT-B-32" and args.mlp_layer == ["all"]
-        for script, flags in stages:
-            before = time.time()
-            _, seconds, peak, errors = measured([sys.executable, ROOT / f"{script}.py", *model, *flags])
-            written = sum(file.stat().st_size for file in out.glob("*") if file.stat().st_mtime >= before)
-            plain = plain or seconds
-            name = script
-            if "--keep" in flags:
-                keep = flags[flags.index("--keep") + 1]
-                name += f" --keep {keep}"
-            elif script == "compute_pcas":
-                name += f", after --keep {keep}"
-                for part in ("coefficients", "top_coefficients"):  # the other form comes next
-                    for path in out.glob(f"*_{part}.npy"):
-                        path.unlink()
-            if script == "compute_second_order_neuron_prs":
-                bar = {"full": 1.3, "top": 2.6}[keep] if barred else None
-                judged.append(row(f"effects, --keep {keep}", seconds / plain, "x plain", bar, "the whole processes"))
-                if keep == "top":
-                    judged.append(row("effects, --keep top, on disk", written / 1e9, "GB", 3 if barred else None))
-            peaks.append(peak)
-            note = f"peak {peak / 1e9:.2f} GB, {written / 1e9:,.2f} GB written"
-            if args.project:
-                held_out, loop = script == "compute_ablations", looping(errors)
-                projected = seconds - loop + loop * args.project[held_out] / (args.images, args.val_images)[held_out]
-                note += f"; {loop} s of it over images, projected {projected:,.0f} s"
-            rows.append(row(name, seconds, "s", None, note))
-            print(rows[-1], flush=True)
-        judged.append(row("peak memory of all stages", max(peaks) / 1e9, "GB", 3 if barred else None, "with their workers"))
+    @property
+    def name(self):
+        after = {EFFECTS: " --keep ", "compute_pcas": ", after --keep "}.get(self.script, "")
+        return f"{self.script}{after}{self.keep}"
+
+
+class Done(NamedTuple):
+    """A step that was run. written: bytes."""
+
+    step: Step
+    process: Process
+    written: int
+
+
+def set_up(args, folder):
+    """Photos, a classifier, text vectors; returns the folder of the results, and the steps."""
+    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
+    results.directory.mkdir()
+    for split, images in (("train", args.images), ("val", args.val_images)):
+        write_photos(photos, images, (split,))
+    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
+    save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
+    save_unit_vectors(texts, args.texts, width)
+    texts.with_suffix(".txt").write_text("".join(f"word {i}\n" for i in range(args.texts)))
+    return results, steps(args, photos, results)
+
+
+def steps(args, photos, results):
+    """The stages in README order. They overwrite, because every form of the effects has its components, of the same name."""
+    model = ["--model", args.model, "--pretrained", "random", "--output_dir", results.directory, "--device", args.device]
+    model += ["--overwrite"]
+    images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
+    layers, k = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+    memory = ["--memory", args.memory] if args.memory else []
+    found = [Step("compute_representations", [*images, "--split", "train"])]
+    for keep in args.keep:
+        form = ["--keep", keep, *(k if keep == "top" else ["--store_dtype", "float16"])]
+        found.append(Step(EFFECTS, [*images, *layers, *memory, "--split", "train", *form], keep))
+        found.append(Step("compute_pcas", [*model, *layers, *k], keep))
+    found.append(Step("compute_ablations", [*images, *layers, *memory, *k]))
+    words = ["--mlp_layer", *args.describe, "--text_descriptions", "words", "--components", args.components]
+    return [*found, Step("compute_sparse_decomposition", [*model, *words, *k])]
+
+
+def measure(args, case):
+    results, steps = case
+    return [run_step(step, results) for step in steps]
+
+
+def run_step(step, results):
+    """Run a step; the effects go once their components are there."""
+    before = time.time()
+    process = stage(step.script, *step.flags)
+    written = sum(file.stat().st_size for file in results.directory.iterdir() if file.stat().st_mtime >= before)
+    print(f"{step.name}: {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
+    if step.script == "compute_pcas":
+        for path in results.directory.glob("*_coefficients.npy"):
+            path.unlink()
+    return Done(step, process, written)
+
+
+def table(args, found):
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
     title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
     title += f", --keep {' '.join(args.keep)}"
     if args.project:
         title += f", projected to {args.project[0]} + {args.project[1]} photos"
     name = f"rehearsal_{args.model}" + ("" if len(args.keep) > 1 else f"_{args.keep[0]}")
-    save_table(name, title, rows + judged, args, args.device)
+    return Table(name, title, [step_row(args, done) for done in found] + judged_rows(args, found))
+
+
+def step_row(args, done):
+    """Time, memory and disk of a step; with --project also the time for other numbers of images."""
+    seconds = done.process.seconds
+    note = f"peak {done.process.peak / 1e9:.2f} GB, {done.written / 1e9:,.2f} GB written"
+    if args.project:
+        held_out, loop = done.step.script == "compute_ablations", looping(done.process.errors)
+        projected = seconds - loop + loop * args.project[held_out] / (args.images, args.val_images)[held_out]
+        note += f"; {loop} s of it over images, projected {projected:,.0f} s"
+    return row(done.step.name, seconds, "s", note=note)
+
+
+def judged_rows(args, found):
+    """What has a bar: the effects against the plain pass, their disk, the memory."""
+    barred, rows = args.model == "ViT-B-32" and args.mlp_layer == ["all"], []
+    for done in found:
+        if done.step.script == EFFECTS:
+            keep, times = done.step.keep, done.process.seconds / found[0].process.seconds
+            bar, note = BARS[keep] if barred else None, "the whole processes"
+            rows.append(row(f"effects, --keep {keep}", times, "x plain", at_most=bar, note=note))
+            if keep == "top":
+                rows.append(row("effects, --keep top, on disk", done.written / 1e9, "GB", at_most=3 if barred else None))
+    peak = max(done.process.peak for done in found)
+    note = "with their workers"
+    return [*rows, row("peak memory of all stages", peak / 1e9, "GB", at_most=3 if barred else None, note=note)]
 
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--images", type=int, default=200, help="photos of the train split")
-    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split")
+    parser.add_argument("--images", type=int, default=200, help="photos of the train split, a multiple of 4")
+    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split, a multiple of 4")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
-    parser.add_argument(
-        "--keep", nargs="+", default=["top", "full"], help="in this order: the full store fills the system's cache"
-    )
+    help = "in this order: the full store fills the system's cache"
+    parser.add_argument("--keep", nargs="+", choices=("top", "full"), default=["top", "full"], help=help)
     parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
     parser.add_argument("--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help="say what so many photos would take")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
-    parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")
-    main(parser.parse_args())
+    run(parser, set_up, measure, table, quick={"images": 8, "val_images": 8, "texts": 20, "components": 4})
