@@ -10,14 +10,16 @@ Reads the effects of the train split, factorised or merged. Writes  DATASET_trai
 After this stage the effects can be deleted.
 """
 
+from functools import partial
+
 import numpy as np
 
 from utils.effects import FORMS, copy_norms, open_effects, slices
 from utils.pca import statistics
-from utils.runtime import flags
+from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
-from utils.runtime.passes import Pass
+from utils.runtime.passes import Pass, require_space
 from utils.runtime.results import Results
 
 
@@ -31,20 +33,24 @@ def main(args):
                 f"{effects.path} has {effects.kept} images for a neuron, and --top_k_pca {k} needs {k}; lower it, or run "
                 "compute_second_order_neuron_prs.py with a smaller --subsample (for --keep top, a larger --top_k_pca)"
             )
+    arrays = {}
     for layer, effects in stored.items():
-        names = {"dataset": args.dataset, "layer": layer, "k": k}
         sizes = {"N": effects.N, "D": effects.D, "images": effects.images, "k": k}
         kinds = ("mean", "pca", "norm", "explained", *(() if effects.has_norms else ("image_norms",)))
-        paths, arrays = {kind: results.path(kind, **names) for kind in kinds}, results.arrays(kinds, sizes, **names)
+        arrays[layer] = results.arrays(kinds, sizes, dataset=args.dataset, layer=layer, k=k)
+    if distributed.is_rank_zero():
+        require_space({path: spec for each in arrays.values() for path, spec in each.items()}, overwrite=args.overwrite)
+    for layer, effects in stored.items():
+        path = partial(results.path, dataset=args.dataset, layer=layer, k=k)
         if effects.has_norms:
             copy_norms(effects, results)
         pieces = slices(effects.N, max(effects.floats, 3 * k * effects.D), args.memory * 1e9)
-        with Pass(arrays, effects.record, pieces, overwrite=args.overwrite) as work:
+        with Pass(arrays[layer], effects.record, pieces, overwrite=args.overwrite) as work:
             for neurons, _ in work.over(description=f"layer {layer}", unit="neuron"):
                 for kind, values in statistics(effects, neurons, k).items():
-                    work[paths[kind]][(slice(None), neurons) if kind == "image_norms" else neurons] = values
-        share = 100 * float(np.load(paths["explained"]).mean())
-        print(f"wrote {', '.join(path.name for path in paths.values())}")
+                    work[path(kind)][(slice(None), neurons) if kind == "image_norms" else neurons] = values
+        share = 100 * float(np.load(path("explained")).mean())
+        print(f"wrote {', '.join(file.name for file in arrays[layer])}")
         print(f"layer {layer}: the first component explains {share:.1f} % of the effects on the top images")
     print(f"next: {results.command('ablations', dataset=args.dataset, layer=layers, k=k)}")
 

@@ -1,7 +1,7 @@
 """Stages as processes that can be killed, and as several that share the work.
 
-They are forked from one process that has imported everything, so that one starts in half a second and not in four. As a script,
-`python -m tests.launcher '{"utils.rows.COMMIT_SECONDS": 0}' STAGE.py FLAGS` runs a stage with constants changed.
+They are forked from one process that has imported everything, so that one starts in half a second and not in eight. As a script,
+`python -m tests.launcher '{"utils.runtime.passes.COMMIT_SECONDS": 0}' STAGE.py FLAGS` runs a stage with constants changed.
 """
 
 import functools
@@ -16,29 +16,34 @@ import socket
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from tests.conftest import ROOT
-from tests.photos import write_photos
-from tests.test_segmentation import discs, write_mat
+from tests.photos import discs, write_mat, write_photos
 
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTS = ("ablation", "adversarial", "arguments", "clip", "concepts", "datasets", "pca", "segmentation", "sparse_coding")
+IMPORTS = ("ablation", "adversarial", "clip", "concepts", "datasets", "effects", "pca", "segmentation", "sparse_coding")
 CONTEXT.set_forkserver_preload(["tests.launcher", *(f"utils.{name}" for name in (*IMPORTS, "top_effects", "visualization"))])
-COMMITS = {"utils.rows.COMMIT_SECONDS": 0, "utils.top_effects.COMMIT_SECONDS": 0}  # every piece is counted at once
-SLOW = {**COMMITS, "pause": 0.04}
+COMMITS = {"utils.runtime.passes.COMMIT_SECONDS": 0, "utils.runtime.passes.COMMIT_SHARE": 1e9}  # every piece is saved at once
 WORDS = 60
+_RUNS = itertools.count()
+HANGS = 900  # seconds after which a process counts as hanging, however busy the machine is
 STAGES = ("representations", "classifier", "full", "top", "pcas", "ablations", "texts", "decomposition", "segmentation")
 
 
-def start(script, *flags, log, environment=(), constants=()):
-    """A stage as a process of its own, whose output goes to the file `log`. constants: {module.NAME: value}, set beforehand."""
+def start(script, *flags, log, errors=None, environment=(), constants=()):
+    """A stage as a process of its own, whose output goes to the file `log`; its stderr to `errors`, where that is given.
+
+    constants: {module.NAME: value}, set beforehand.
+    """
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTHONPATH")}
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     try:
@@ -47,21 +52,33 @@ def start(script, *flags, log, environment=(), constants=()):
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     command = [str(script), *map(str, flags)]
-    process = CONTEXT.Process(target=_run_forked, args=(command, str(log), dict(environment), dict(constants)))
-    process.log = Path(log)
+    process = CONTEXT.Process(target=_run_forked, args=(command, (str(log), str(errors or log)), dict(environment), dict(constants)))
+    process.daemon = "--num_workers" in command and command[command.index("--num_workers") + 1] == "0"  # ends with the tests
+    process.log, process.marker = Path(log), Path(f"{log}.held.0")
     process.start()
     return process
 
 
-def finish(process, code=0, seconds=120):
+def finish(process, code=0):
     """Wait for a process; returns what it printed. Fails when it ends otherwise than with `code`."""
-    process.join(seconds)
+    process.join(HANGS)
     ended = process.exitcode
     if ended is None:
         process.kill()
     printed = process.log.read_text()
     assert ended == code, f"ended with {ended}:\n{printed[-3000:]}"
     return printed
+
+
+def run_stage_of_user(script, *flags, folder, check=True):
+    """Run a stage to its end; returns `returncode`, `stdout` and `stderr`, as subprocess.run does."""
+    stem = Path(folder) / str(next(_RUNS))
+    process = start(script, *flags, log=f"{stem}.out", errors=f"{stem}.err")
+    process.join(HANGS)
+    out, err = (Path(f"{stem}.{part}").read_text() for part in ("out", "err"))
+    if check and process.exitcode:
+        raise AssertionError(f"{script} {' '.join(map(str, flags))} ended with {process.exitcode}:\n{err[-2000:]}")
+    return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 
 
 def run(script, *flags, log, code=0, **options):
@@ -76,8 +93,9 @@ def start_ranks(size, script, *flags, log, constants=()):
     for rank in range(size):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in environment.items()}
-        its_log = log.with_name(f"{log.name}.{rank}")
+        its_log, marker = log.with_name(f"{log.name}.{rank}"), Path(f"{log}.held.{rank}")
         its_log.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
         processes.append(start(script, *flags, log=its_log, environment=environment, constants=constants))
     return processes
 
@@ -93,14 +111,23 @@ def free_port():
         return server.getsockname()[1]
 
 
+def progress_files(folder):
+    """The progress of the passes in a folder, as numpy reads it."""
+    return [path for path in Path(folder).glob("*.progress.*") if path.suffix[1:].isdecimal()]
+
+
 def finished_pieces(folder):
-    """How many pieces the records of the passes in a folder count."""
-    return sum(path.read_bytes().split(b"\n", 1)[-1].count(b"\1") for path in Path(folder).glob("*.progress"))
+    """How many pieces the progress files in a folder count."""
+    count = 0
+    for path in progress_files(folder):
+        with suppress(OSError, ValueError, BadZipFile), np.load(path, allow_pickle=False) as saved:
+            count += int(saved["done"].sum())
+    return count
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process):
     """Poll until condition() holds; returns whether it did before the process ended."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + HANGS
     while time.monotonic() < deadline:
         ended = process.poll() is not None if hasattr(process, "poll") else not process.is_alive()
         if condition():
@@ -108,14 +135,30 @@ def wait_for(condition, process, seconds=60):
         if ended:
             return False
         time.sleep(0.002)
-    raise AssertionError(f"nothing happened for {seconds} seconds")
+    raise AssertionError(f"nothing happened for {HANGS} seconds")
 
 
-def kill_when(condition, process):
-    """kill -9 as soon as condition() holds."""
-    assert wait_for(condition, process), process.log.read_text()[-3000:]
-    process.kill()
-    process.join()
+def hold(pieces, log):
+    """Constants of a stage that saves its progress after every piece and stops after so many, until it is released or killed."""
+    return {**COMMITS, "hold": [pieces, f"{log}.held"]}
+
+
+def wait_until_held(process):
+    """Wait until a process with the constants of `hold` has stopped."""
+    assert wait_for(process.marker.exists, process), process.log.read_text()[-3000:]
+
+
+def release(process):
+    """Let it run on."""
+    process.marker.unlink()
+
+
+def kill(*processes):
+    """kill -9."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def contents(folder):
@@ -189,12 +232,25 @@ class World:
             return run_ranks(size, *arguments, log=log, constants={**own, **dict(constants)})[0]
         return run(*arguments, log=log, code=code, constants={**own, **dict(constants)})
 
-    def start(self, name, output, *more, constants=(), **options):
-        """Begin a stage."""
+    def start(self, name, output, *more, constants=()):
+        """Start a stage."""
         arguments, own = self.command(name, output, *more)
         log = self.root / f"{Path(output).name}_{name}.log"
         log.unlink(missing_ok=True)
-        return start(*arguments, log=log, constants={**own, **dict(constants)}, **options)
+        return start(*arguments, log=log, constants={**own, **dict(constants)})
+
+    def start_held(self, name, output, *more, pieces=2):
+        """Start a stage and wait until `pieces` of its pieces are done and saved; there it stops."""
+        log = self.root / f"{Path(output).name}_{name}.log"
+        Path(f"{log}.held.0").unlink(missing_ok=True)
+        process = self.start(name, output, *more, constants=hold(pieces, log))
+        wait_until_held(process)
+        return process
+
+    def interrupt(self, name, output, *more, pieces=2):
+        """A stage that kill -9 ends when `pieces` of its pieces are done. Returns the folder."""
+        kill(self.start_held(name, output, *more, pieces=pieces))
+        return output
 
     def make(self):
         """What later stages read, in `base`; and in `whole` what every stage leaves that nothing disturbs."""
@@ -216,10 +272,10 @@ def _world(root, model):
     return World(root, model).make()
 
 
-def _run_forked(command, log, environment, constants):
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _run_forked(command, logs, environment, constants):
+    for descriptor, log in enumerate(logs, start=1):
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that kill -9 would leave behind
@@ -229,15 +285,14 @@ def _run_forked(command, log, environment, constants):
 def run_stage(command, constants):
     """Run a stage in this process.
 
-    constants: {"module.NAME": value}, set beforehand. Besides, {"pause": seconds} is slept before each piece is counted, and
+    constants: {"module.NAME": value}, set beforehand. Besides, {"hold": [n, marker]} stops after n pieces (see `hold`), and
     {"die": i} is kill -9 just before the i-th time that a file gets its name or is removed; 0 prints how many times there are.
     """
     os.chdir(ROOT)
     constants = dict(constants)
-    pause, death = constants.pop("pause", 0), constants.pop("die", None)
-    if pause:
-        _before(importlib.import_module("utils.rows").RowWriter, "write", lambda: time.sleep(pause))
-        _before(importlib.import_module("utils.top_effects").Saved, "step", lambda: time.sleep(pause))
+    held, death = constants.pop("hold", None), constants.pop("die", None)
+    if held:
+        _hold(*held)
     if death is not None:
         times = itertools.count(1)
         for owner, name in ((os, "replace"), (Path, "unlink")):
@@ -249,6 +304,22 @@ def run_stage(command, constants):
     runpy.run_path(command[0], run_name="__main__")
     if death == 0:
         print(f"{next(times) - 1} names and removals")
+
+
+def _hold(pieces, marker):
+    """Make a pass save its progress after so many pieces, and wait as long as the marker is there."""
+    pass_class, turns = importlib.import_module("utils.runtime.passes").Pass, itertools.count(1)
+    marker, end_turn = Path(f"{marker}.{os.environ.get('RANK', 0)}"), pass_class._end_turn
+
+    def held(self, i):
+        end_turn(self, i)
+        if next(turns) == pieces:
+            self.commit()
+            marker.touch()
+            while marker.exists():
+                time.sleep(0.005)
+
+    pass_class._end_turn = held
 
 
 def _before(owner, name, action):

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,18 @@ import torch
 from tests.conftest import run_script
 from tests.launcher import (
     COMMITS,
-    SLOW,
     assert_same_files,
     contents,
     finish,
     finished_pieces,
-    kill_when,
+    progress_files,
+    release,
     shared_world,
     the_line,
     wait_for,
 )
-from utils.errors import UserError
-from utils.top_effects import _Store
+from utils.runtime.errors import UserError
+from utils.runtime.passes import Scratch
 
 KILLS = int(os.environ.get("KILLS", 0))
 LONG = {"top": 10, "full": 3, "representations": 2, "pcas": 3, "ablations": 2, "decomposition": 3, "segmentation": 2}
@@ -43,16 +43,9 @@ def world(tmp_path_factory, tiny_model):
 
 
 @pytest.fixture(scope="module")
-def begun(world):
-    """The second-order stage, killed when some of its 6 pieces were finished; not to be changed."""
-    return broken_off(world, "full", world.root / "begun")
-
-
-def broken_off(world, name, output, pieces=2):
-    """A stage that kill -9 ended when `pieces` were finished."""
-    process = world.start(name, output, constants=SLOW)
-    kill_when(lambda: finished_pieces(output) >= pieces, process)
-    return output
+def started(world):
+    """The second-order stage, killed when 2 of its 16 pieces were finished; tests work on copies."""
+    return world.interrupt("full", world.root / "started")
 
 
 def copy(folder, name):
@@ -97,14 +90,14 @@ def read_only(folder):
 
 @pytest.mark.parametrize("name", LONG)
 def test_kill_9_at_random_moments_changes_nothing(world, name):
-    """Killed anywhere between its start and its end; when it gets through before the last kill, it begins anew elsewhere."""
+    """Killed anywhere between its start and its end; when it finishes before the last kill, it starts again elsewhere."""
     kills, rng, moments = KILLS or LONG[name], np.random.default_rng(len(name)), []
     small = {**COMMITS, "utils.sparse_coding.BLOCK": 16}
     output = world.root / f"killed_{name}"
     started = time.monotonic()
     whole = world.root / f"timed_{name}"
     process = world.start(name, whole, constants=small)
-    wait_for(lambda: list(whole.glob("*.progress")), process)
+    wait_for(lambda: progress_files(whole), process)
     before = time.monotonic() - started
     finish(process)
     during = time.monotonic() - started - before
@@ -132,17 +125,20 @@ def test_kill_9_at_random_moments_changes_nothing(world, name):
 
 
 def times(output):
-    """Changes when a piece is counted."""
-    return {(path.name, path.stat().st_mtime_ns) for path in output.glob("*.progress")}
+    """Changes when progress is saved."""
+    found = set()
+    for path in progress_files(output):
+        with suppress(FileNotFoundError):  # the pass has just finished
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def state(output):
     """Where a killed stage was."""
     if not output.is_dir():
         return "before its folder was there"
-    records = [path.read_bytes().split(b"\n", 1)[-1] for path in output.glob("*.progress")]
-    if records:
-        return f"at {sum(record.count(1) for record in records)} of {sum(map(len, records))}"
+    if progress_files(output):
+        return f"after {finished_pieces(output)} pieces"
     return "while saving its results" if list(output.iterdir()) else "before its first record"
 
 
@@ -175,12 +171,12 @@ def test_a_plain_process_leaves_the_same_files(world, tmp_path):
 def test_a_disk_that_fills_up_in_the_middle(world, name):
     """From the first finished piece on, no file may grow to its end, as if a quota were met."""
     output = world.root / f"quota_{name}"
-    process = world.start(name, output, constants=SLOW)
-    assert wait_for(lambda: finished_pieces(output) >= 1, process), process.log.read_text()
-    limit = int(0.9 * max(path.stat().st_size for path in output.glob("*.npy.partial")))
+    process = world.start_held(name, output, pieces=1)
+    limit = int(0.9 * max(path.stat().st_size for path in output.glob("*.npy.*.partial")))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    release(process)
     line = the_line(finish(process, code=1))
-    assert ".npy cannot be written (File too large); what is finished is kept, and the same command goes on" in line
+    assert ".npy cannot be written (File too large); what is finished is kept: fix this, then run the same command again" in line
     assert finished_pieces(output) >= 1 and not list(output.glob("*.npy"))
     world.run(name, output)
     assert_same_files(output, world.whole / name)
@@ -190,12 +186,12 @@ def test_a_disk_that_fills_up_in_the_middle(world, name):
 def test_a_disk_that_another_fills_up_in_the_middle(world, name):
     """The room that was there at the start is gone: no space is left on a file system of 4 MB."""
     with small_disk(world.root / f"disk_{name}", 4_000_000) as output:
-        process = world.start(name, output, constants=SLOW)
-        assert wait_for(lambda: finished_pieces(output) >= 2, process), process.log.read_text()
+        process = world.start_held(name, output)
         filler = output / "filler"
         with open(filler, "wb", buffering=0) as file, pytest.raises(OSError):
             while True:
                 file.write(bytes(4096))
+        release(process)
         line = the_line(finish(process, code=1))
         assert "No space left on device" in line
         finished = finished_pieces(output)
@@ -215,9 +211,9 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(world, name):
 
 def test_a_folder_that_turns_read_only_in_the_middle(world):
     output = world.root / "read_only"
-    process = world.start("full", output, constants=SLOW)
-    assert wait_for(lambda: finished_pieces(output) >= 2, process), process.log.read_text()
+    process = world.start_held("full", output)
     with read_only(output):
+        release(process)
         line = the_line(finish(process, code=1))
         assert "Read-only file system" in line or "Permission denied" in line
         refused = the_line(world.run("full", output, code=1))
@@ -242,18 +238,18 @@ def damaged(image, content):
 
 @pytest.mark.parametrize("name", ["representations", "full", "top"])
 def test_a_damaged_image_in_the_middle(world, name):
-    """Of the size that it has when it is mended, for instance by copying it again."""
+    """Of the size that it has once it is fixed, for instance by copying it again."""
     output, image = world.root / f"damaged_{name}", sorted((world.photos / "train").rglob("*.JPEG"))[30]
     with damaged(image, bytes(image.stat().st_size)):
         line = the_line(world.run(name, output, constants=COMMITS, code=1))
         assert f"the image {image} cannot be read" in line and "run the same command again" in line
-    assert finished_pieces(output) == (0 if name == "top" else 7)  # the first of two passes counts batches elsewhere
+    assert finished_pieces(output) == 7  # the batches before the image's
     world.run(name, output)
     assert_same_files(output, world.whole / name)
 
 
-def test_a_cut_off_image_that_is_mended_is_another_data_set(world):
-    """Its size in bytes is part of what tells data sets apart, so rows of before are not taken for rows of now."""
+def test_a_cut_off_image_that_is_fixed_is_another_data_set(world):
+    """Its size in bytes is part of what tells data sets apart, so earlier rows are not taken for rows of the fixed image."""
     output, image = world.root / "cut_off", sorted((world.photos / "train").rglob("*.JPEG"))[30]
     with damaged(image, image.read_bytes()[:500]):
         line = the_line(world.run("full", output, constants=COMMITS, code=1))
@@ -264,15 +260,15 @@ def test_a_cut_off_image_that_is_mended_is_another_data_set(world):
     assert_same_files(output, world.whole / "full")
 
 
-# what a started pass does not go on with
+# what an interrupted pass is not resumed with
 
 
-def test_images_that_changed_since(world, begun):
-    output, image = copy(begun, "begun_images"), sorted((world.photos / "train").rglob("*.JPEG"))[0]
+def test_images_that_changed_since(world, started):
+    output, image = copy(started, "started_images"), sorted((world.photos / "train").rglob("*.JPEG"))[0]
     with damaged(image, sorted((world.photos / "train").rglob("*.JPEG"))[1].read_bytes()):
         line = the_line(world.run("full", output, code=1))
-    assert "belongs to a run with other data; repeat that run to finish it, or add --overwrite to start afresh" in line
-    assert finished_pieces(output) == finished_pieces(begun)
+    assert "belongs to a run with other data; repeat that run to finish it, or add --overwrite to start from scratch" in line
+    assert finished_pieces(output) == finished_pieces(started)
     world.run("full", output)
     assert_same_files(output, world.whole / "full")
 
@@ -288,35 +284,34 @@ OTHER_FLAGS = {
 
 
 @pytest.mark.parametrize("differing", OTHER_FLAGS)
-def test_other_flags(world, begun, differing):
-    output = copy(begun, f"begun_{differing.replace(', ', '_')}")
+def test_other_flags(world, started, differing):
+    output = copy(started, f"started_{differing.replace(', ', '_')}")
     line = the_line(world.run("full", output, *OTHER_FLAGS[differing], code=1))
-    assert f"belongs to a run with other {differing}" in line and "--overwrite to start afresh" in line
-    assert contents(output) == contents(begun)
+    assert f"belongs to a run with other {differing}" in line and "--overwrite to start from scratch" in line
+    assert contents(output) == contents(started)
 
 
 def test_other_flags_of_two_passes(world):
-    output = broken_off(world, "top", world.root / "begun_top")
+    output = world.interrupt("top", world.root / "started_top")
     for flags in (["--top_k_pca", 4], ["--batch_size", 8], ["--mlp_layer", 0, 1]):
         line = the_line(world.run("top", output, *flags, code=1))
-        assert "belongs to a run with other" in line and "--overwrite to start afresh" in line
+        assert "belongs to a run with other" in line and "--overwrite to start from scratch" in line
     world.run("top", output)
     assert_same_files(output, world.whole / "top")
 
 
-def test_overwriting_starts_afresh(world, begun):
-    output = copy(begun, "begun_overwritten")
-    world.run("full", output, "--overwrite", constants={"utils.rows.COMMIT_SECONDS": 60})
+def test_overwriting_starts_from_scratch(world, started):
+    output = copy(started, "started_overwritten")
+    world.run("full", output, "--overwrite", constants={"utils.runtime.passes.COMMIT_SECONDS": 60})
     assert_same_files(output, world.whole / "full")
 
 
-def test_another_models_weights(world, begun, tmp_path):
+def test_another_models_weights(world, tmp_path):
     """The file of a checkpoint keeps its name and gets other weights."""
-    output, weights = world.root / "begun_weights", tmp_path / "weights.pt"
+    output, weights = world.root / "started_weights", tmp_path / "weights.pt"
     save_weights(world, weights)
     flags = ["--pretrained", weights]
-    process = world.start("representations", output, *flags, constants=SLOW)
-    kill_when(lambda: finished_pieces(output) >= 2, process)
+    world.interrupt("representations", output, *flags)
     save_weights(world, weights, scale=1.5)
     line = the_line(world.run("representations", output, *flags, code=1))
     assert "belongs to a run with other fingerprint" in line
@@ -325,7 +320,7 @@ def test_another_models_weights(world, begun, tmp_path):
 def save_weights(world, path, scale=1.0, value=None):
     from utils.clip import load_clip
 
-    weights = load_clip(world.model[1], "random", "cpu").model.state_dict()
+    weights = load_clip(world.model[1], "random", "cpu").text.state_dict()
     weights["visual.proj"] = weights["visual.proj"] * scale
     if value is not None:
         weights["visual.proj"][3, 3] = value
@@ -390,28 +385,28 @@ def test_a_cut_off_input(world, name, ending, made_by):
         ("ablations", "_1_5_pca.npy", "statistics"),
         ("ablations", "classifier_tiny_random.npy", "classifier"),
         ("decomposition", "words_tiny_random.npy", "atoms"),
-        ("decomposition", "_1_5_pca.npy", "targets"),
+        ("decomposition", "_0_5_pca.npy", "targets"),  # of the layer that was interrupted
         ("segmentation", "_1_5_pca.npy", ""),
         ("segmentation", "classifier_tiny_random.npy", ""),
     ],
 )
-def test_an_input_that_changed_while_a_stage_was_broken_off(world, name, ending, differing):
-    output = world.root / f"changed_{name}{ending}"
-    broken_off(world, name, output)
+def test_an_input_that_changed_while_a_stage_was_interrupted(world, name, ending, differing):
+    output = world.interrupt(name, world.root / f"changed_{name}{ending}")
     base = base_with(world, f"changed_{name}{ending}", {ending: other_values})
     line = the_line(world.run(name, output, "--input_dir", base, code=1))
-    assert f"belongs to a run with other {differing}" in line and "--overwrite to start afresh" in line
+    assert f"belongs to a run with other {differing}" in line and "--overwrite to start from scratch" in line
     world.run(name, output)
     assert_same_files(output, world.whole / name)
     shutil.rmtree(base)
 
 
-def test_effects_that_were_made_anew_of_other_images(world):
-    """Statistics are begun with the effects of some images, and would be ended with those of others."""
-    base, output = copy(world.base, "base_anew"), world.root / "anew"
-    process = world.start("pcas", output, "--input_dir", base, constants=SLOW)
-    kill_when(lambda: finished_pieces(output) >= 2, process)
-    world.run("full", base, "--subsample", 2)
+def test_effects_that_were_made_again_of_other_images(world):
+    """Statistics are started with the effects of some images, and would be finished with those of others."""
+    base, output = copy(world.base, "base_again"), world.root / "again"
+    world.interrupt("pcas", output, "--input_dir", base)
+    line = the_line(world.run("full", base, "--subsample", 2, code=1))
+    assert "is there, made with other data" in line and "add --overwrite to replace it" in line
+    world.run("full", base, "--subsample", 2, "--overwrite")
     line = the_line(world.run("pcas", output, "--input_dir", base, code=1))
     assert "belongs to a run with other data" in line and "--overwrite" in line
     shutil.rmtree(base)
@@ -430,26 +425,27 @@ def test_parts_of_effects_that_do_not_belong_together(world):
 # what `--keep top` keeps for itself
 
 
-def test_files_of_a_broken_run_that_are_cut_off(world):
-    """As a machine that loses its power may leave them: made anew where they can be, else refused by a line."""
-    begun = broken_off(world, "top", world.root / "begun_cut_off", pieces=4)
-    for i, (pattern, bytes_left) in enumerate([("*_top.rank0.partial", 200), ("*_sums.rank0.partial", 200), ("*_top.*", 0)]):
-        output = copy(begun, f"cut_off_{i}")
-        [path] = output.glob(pattern)
+@pytest.mark.parametrize("pieces", [4, 20])  # of the first pass, of the second
+def test_files_of_an_interrupted_run_that_are_cut_off(world, pieces):
+    """As a machine that loses its power may leave them: made again where they can be, else refused by a line."""
+    started = world.interrupt("top", world.root / f"started_cut_off_{pieces}", pieces=pieces)
+    for bytes_left in (0, 200):
+        output = copy(started, f"cut_off_{pieces}_{bytes_left}")
+        [path] = progress_files(output)
         os.truncate(path, bytes_left)
         world.run("top", output)
         assert_same_files(output, world.whole / "top")
-    output = copy(begun, "cut_off_coefficients")
-    os.truncate(next(output.glob("*_2_top_coefficients.rank0.partial")), 4096)
+    output = copy(started, f"cut_off_coefficients_{pieces}")
+    os.truncate(next(output.glob("*.top2.0.partial")), 4096)
     line = the_line(world.run("top", output, code=1))
-    assert "_2_top_coefficients.rank0.partial of a broken run is missing or cut off; add --overwrite" in line
+    assert ".top2.0.partial of an interrupted run is missing or cut off; add --overwrite" in line
     world.run("top", output, "--overwrite")
     assert_same_files(output, world.whole / "top")
 
 
 def test_keeping_all_of_a_layer_in_between(world):
-    """It begins a file anew that the broken pass counts on."""
-    output = broken_off(world, "top", world.root / "in_between", pieces=4)
+    """It makes files that the interrupted pass is making, too."""
+    output = world.interrupt("top", world.root / "in_between", pieces=20)
     world.run("full", output, "--mlp_layer", 1)
     world.run("top", output)
     expected = world.root / "in_between_expected"
@@ -460,9 +456,7 @@ def test_keeping_all_of_a_layer_in_between(world):
 
 def test_what_is_kept_has_its_room_from_the_start(tmp_path):
     """A map into a file without it ends the process by a signal when the disk is full, and no line is printed."""
-    store = object.__new__(_Store)
-    store.shape = (10, 100, 20)
-    store.open(tmp_path / "x.partial", fresh=True)
-    assert (tmp_path / "x.partial").stat().st_blocks * 512 >= 80_000 and not store.file.any()
+    scratch = Scratch(tmp_path / "x.partial", (10, 100, 20), "float32", resumed=False)
+    assert (tmp_path / "x.partial").stat().st_blocks * 512 >= 80_000 and not scratch.array.any()
     with small_disk(tmp_path / "disk", 65536) as disk, pytest.raises(UserError, match="x.partial cannot be written"):
-        store.open(disk / "x.partial", fresh=True)
+        Scratch(disk / "x.partial", (10, 100, 20), "float32", resumed=False)

@@ -8,10 +8,12 @@ from torch.testing import assert_close
 
 from tests import definition
 from tests.conftest import random_tower
-from utils import prs
-from utils.errors import UserError
+from utils import norms as norms_module
 from utils.hooked_vit import HookedViT
-from utils.prs import CentredNorms, dense, fold, parse_layers, second_order, sum_of_effects
+from utils.norms import CentredNorms
+from utils.prs import SecondOrder, fold, fold_layers, second_order
+from utils.runtime.errors import UserError
+from utils.runtime.layers import groups_of_layers, parse_layers
 
 
 def double(visual):
@@ -21,18 +23,17 @@ def double(visual):
 @pytest.mark.parametrize("layer", [0, 2, 3])  # first, middle, the last one with an attention after it
 def test_effects_equal_the_definition(vit, visual, images, layer):
     directions = fold(vit, layer)
-    _, [(C, kappa)] = second_order(vit, images, [directions])
-    phi = dense(C, kappa, directions)
-    for image, effects in zip(images[:3], phi, strict=False):
+    _, [phi] = second_order(vit, images, [directions])
+    for image, effects in zip(images[:3], phi.dense(), strict=False):
         truth = definition.effects(double(visual), image.double(), layer)
         assert_close(effects.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
 def test_the_shares_of_means_and_biases_are_part_of_the_effects(vit, visual, images):
     directions = fold(vit, 3)
-    _, [(C, kappa)] = second_order(vit, images[:1], [directions])
+    _, [phi] = second_order(vit, images[:1], [directions])
     truth = definition.effects(double(visual), images[0].double(), 3)
-    without = dense(C, torch.zeros_like(kappa), directions)[0].double()
+    without = phi._replace(kappa=torch.zeros_like(phi.kappa)).dense()[0].double()
     assert (without - truth).abs().max() > 1e-3 * truth.abs().max()
 
 
@@ -49,17 +50,17 @@ def test_effects_equal_the_definition_for_other_kinds_of_towers(images, options)
     visual = random_tower(3, **options)
     vit = HookedViT(visual)
     directions = fold(vit, 2)
-    _, [(C, kappa)] = second_order(vit, images[:1], [directions])
+    _, [phi] = second_order(vit, images[:1], [directions])
     truth = definition.effects(double(visual), images[0].double(), 2)
-    assert_close(dense(C, kappa, directions)[0].double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+    assert_close(phi.dense()[0].double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_effects_sum_to_the_attention_path_of_the_mlp(vit, visual, images, layer):
     directions = fold(vit, layer)
-    _, [(C, kappa)] = second_order(vit, images, [directions])
-    total = sum_of_effects(C, kappa, directions)
-    assert_close(total, dense(C, kappa, directions).sum(dim=1), rtol=1e-4, atol=1e-4)
+    _, [phi] = second_order(vit, images, [directions])
+    total = phi.sum()
+    assert_close(total, phi.dense().sum(dim=1), rtol=1e-4, atol=1e-4)
     for i in range(3):
         truth = definition.sum_of_effects(double(visual), images[i].double(), layer)
         assert_close(total[i].double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
@@ -70,8 +71,8 @@ def test_silencing_a_neuron_with_all_else_frozen_removes_its_effect(vit, visual,
     visual64, image = double(visual), images[0].double()
     clean = definition.run(visual64, image)
     directions = fold(vit, layer)
-    _, [(C, kappa)] = second_order(vit, images[:1], [directions])
-    effect = dense(C, torch.zeros_like(kappa), directions)[0].double()  # without the constant shares
+    _, [phi] = second_order(vit, images[:1], [directions])
+    effect = phi._replace(kappa=torch.zeros_like(phi.kappa)).dense()[0].double()  # without the constant shares
     w = visual64.transformer.resblocks[layer].mlp.c_proj.weight.T
     for n in (0, 17, 95):
         change = -clean.p[layer][:, n, None] * w[n]
@@ -89,17 +90,6 @@ def test_one_pass_serves_several_layers_as_single_passes_do(vit, images):
         assert_close(single, effects, rtol=1e-6, atol=1e-6)
 
 
-def test_sums_over_images_are_those_of_each_images_effects(vit, images):
-    directions = [fold(vit, layer) for layer in (0, 2)]
-    _, single = second_order(vit, images, directions)
-    _, summed = second_order(vit, images, directions, summed=True)
-    for of_each, sums in zip(single, summed, strict=True):
-        for values, total in zip(of_each, sums, strict=True):
-            exact = values.double().sum(dim=0)
-            assert total.shape == exact.shape
-            assert_close(total.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
-
-
 def test_the_representation_is_the_models(vit, visual, images):
     representation, _ = second_order(vit, images, [fold(vit, 3)])
     exact = copy.deepcopy(visual).double()(images.double())
@@ -109,29 +99,54 @@ def test_the_representation_is_the_models(vit, visual, images):
 
 def test_the_coefficient_scales_effects(vit, images):
     directions = fold(vit, 2)
-    _, [(C, kappa)] = second_order(vit, images, [directions])
-    _, [(C1, kappa1)] = second_order(vit, images, [directions], coefficient=1)
-    assert_close((C, kappa), (100 * C1, 100 * kappa1))
+    _, [phi] = second_order(vit, images, [directions])
+    _, [unit] = second_order(vit, images, [directions], coefficient=1)
+    assert_close((phi.C, phi.kappa), (100 * unit.C, 100 * unit.kappa))
 
 
-@pytest.mark.parametrize("strip", [prs.STRIP, 5])  # one of all columns; several, the last one narrower
+@pytest.mark.parametrize("strip", [norms_module.STRIP, 5])  # one of all columns; several, the last one narrower
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # a small one makes plain squares cancel
 def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors, strip, monkeypatch):
-    monkeypatch.setattr(prs, "STRIP", strip)
+    monkeypatch.setattr(norms_module, "STRIP", strip)
     directions = fold(vit, 1)
-    _, [(C, kappa)] = second_order(vit, images, [directions])
+    _, [(C, kappa, _)] = second_order(vit, images, [directions])
     C = C.mean(dim=0) + spread * (C - C.mean(dim=0))
-    phi = dense(C.double(), kappa.double(), _in_double(directions))
+    phi = SecondOrder(C.double(), kappa.double(), in_double(directions)).dense()
     mean = phi.mean(dim=0)
     centred_norms = CentredNorms(directions, (C.mean(dim=0), kappa.mean(dim=0)) if factors else mean.float())
-    norms = centred_norms(C, kappa)
+    norms = centred_norms(SecondOrder(C, kappa, directions))
     truth = (phi - mean).norm(dim=-1)
     assert_close(norms.double(), truth, rtol=2e-3 if spread < 1 else 1e-4, atol=1e-5 * float(truth.max()))
 
 
-def _in_double(directions):
-    return type(directions)(directions.layer, *(getattr(directions, k).double() for k in ("values", "outputs", "shares")))
+def in_double(directions):
+    return directions._replace(**{name: getattr(directions, name).double() for name in ("values", "outputs", "constants")})
+
+
+def test_layers_that_are_folded_together_are_those_folded_alone_and_share_what_they_have_in_common(vit):
+    together = fold_layers(vit, [0, 1, 3])
+    for item in together:
+        alone = fold(vit, item.layer)
+        for name in ("values", "outputs", "constants"):
+            assert_close(getattr(item, name), getattr(alone, name), rtol=0, atol=0)
+        assert item.outputs.untyped_storage().data_ptr() == together[0].outputs.untyped_storage().data_ptr()
+
+
+def test_groups_of_layers_fit_into_the_memory(vit):
+    """By the sizes of the folded weights and half the Gram matrices, in float32; the test's tower has 4 heads, e = 12, N = 96."""
+
+    def needed(layer):
+        K = (vit.L - 1 - layer) * vit.H
+        return 4 * vit.N * (K * vit.d // vit.H + K * (K + 16) / 2)
+
+    layers = [0, 1, 2, 3]
+    assert groups_of_layers(vit, layers, 1e12) == [layers]
+    assert groups_of_layers(vit, layers, 1) == [[0], [1], [2], [3]]
+    for memory in (needed(0) + 1, needed(0) + needed(1) + 1, needed(1) + needed(2) + needed(3) + 1):
+        groups = groups_of_layers(vit, layers, memory)
+        assert sum(groups, []) == layers
+        assert all(len(group) == 1 or sum(map(needed, group)) <= memory for group in groups)
 
 
 def test_layers_are_named_by_number_or_all(vit):

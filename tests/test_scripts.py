@@ -1,4 +1,4 @@
-"""Every stage as a user runs it: a process of its own, the README's command, on an ImageNet-shaped tree of photographs."""
+"""Every stage as a user runs it: a process of its own, the README's commands, on an ImageNet-shaped tree of photographs."""
 
 import json
 import shutil
@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 from numpy.testing import assert_allclose
+from safetensors.torch import save_file
 
 from tests.conftest import TINY, run_script
+from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, write_photos
+from utils.clip import load_clip
 
 WORDS = "a dog\nthe sea\nred\na temple in china\nflowers\nsky\nroof\npetals\nnight\nhouse\n"
 D, N, L, H = 24, 96, 5, 4
@@ -21,7 +24,8 @@ class World:
     """A tree of photos, a model, a text file and an output directory, with the flags that name them."""
 
     def __init__(self, root, model):
-        self.root, self.output = root, root / "out"
+        self.root, self.output, self.logs = root, root / "out", root / "logs"
+        self.logs.mkdir()
         self.photos = write_photos(root / "photos", per_class=5, side=48)
         self.words = root / "words.txt"
         self.words.write_text(WORDS)
@@ -30,7 +34,7 @@ class World:
 
     def run(self, script, *flags, output=None, **options):
         where = ["--output_dir", output or self.output]
-        return run_script(script, *self.model, *where, *flags, **options)
+        return run_stage_of_user(script, *self.model, *where, *flags, folder=self.logs, **options)
 
     def stages(self, output=None):
         """The commands of the README's order."""
@@ -172,6 +176,40 @@ def test_running_every_stage_twice_gives_the_same_bytes(world):
     assert [name for name in first if first[name] != second[name]] == []
 
 
+def test_a_stage_whose_results_are_there_makes_them_no_second_time(world):
+    """Also not the slow text stages; arrays and records are not touched."""
+    before = {path: path.stat().st_mtime_ns for path in world.output.glob("*.np[yz]")}
+    world.stages()
+    assert {path: path.stat().st_mtime_ns for path in world.output.glob("*.np[yz]")} == before
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "made"),
+    [
+        ("compute_representations.py", ["--coefficient", 1], "coefficient"),
+        ("compute_representations.py", ["--precision", "bfloat16"], "precision"),
+        ("compute_second_order_neuron_prs.py", ["--mlp_layer", 3, "--split", "train", "--subsample", 2], "data"),
+        ("compute_ablations.py", ["--mlp_layer", 1, 3, "--top_k_pca", 5, "--precision", "bfloat16"], "precision"),
+        ("compute_text_set_projection.py", ["--text_descriptions", "{words}", "--coefficient", 1], "coefficient"),
+    ],
+)
+def test_runs_that_differ_in_a_flag_do_not_replace_each_others_results(world, script, flags, made):
+    before = {path.name: path.read_bytes() for path in world.output.iterdir()}
+    data = [] if "text" in script else [*world.data, "--batch_size", 4, "--num_workers", 0]
+    done = world.run(script, *data, *(str(flag).format(words=world.words) for flag in flags), check=False)
+    assert done.returncode == 1 and f"is there, made with other {made}" in done.stderr and "--overwrite" in done.stderr
+    assert {path.name: path.read_bytes() for path in world.output.iterdir()} == before
+
+
+def test_descriptions_of_both_kinds_of_atoms_lie_beside_each_other(world, tmp_path):
+    flags = ["--mlp_layer", 3, "--top_k_pca", 5, "--text_descriptions", "words", "--components", 4, "--input_dir", world.output]
+    for kind in ("axis", "text"):
+        world.run("compute_sparse_decomposition.py", *flags, "--normalise", kind, output=tmp_path)
+    base = "imagenet_mlps_tiny_random_3_words_decomposition_omp_1_4"
+    axis, text = ((tmp_path / f"{base}{variant}.json").read_text() for variant in ("", "_text"))
+    assert axis == (world.output / f"{base}.json").read_text() != text
+
+
 def test_half_precision_halves_the_store(world, tmp_path):
     passing = [*world.data, "--batch_size", 4, "--num_workers", 0, "--split", "train", "--mlp_layer", 3]
     world.run("compute_second_order_neuron_prs.py", *passing, "--store_dtype", "float16", output=tmp_path)
@@ -245,7 +283,7 @@ FAULTS = [
         "statistics missing",
         ABLATIONS,
         [*DATA, "--mlp_layer", "2", "--top_k_pca", "5"],
-        ["missing", "compute_pcas.py --mlp_layer 2"],
+        ["missing", "compute_pcas.py --dataset imagenet --mlp_layer 2"],
     ),
     (
         "statistics of other weights",
@@ -287,12 +325,6 @@ FAULTS = [
         ["--data_path"],
     ),
     ("a file where the output should be", REPRESENTATIONS, [*DATA, "--output_dir", "{root}/words.txt"], ["words.txt"]),
-    (
-        "no room",
-        EFFECTS,
-        [*DATA, "--split", "train", "--mlp_layer", "3", "--output_dir", "{full}"],
-        ["coefficients.npy", "No space left"],
-    ),
     ("a GPU that is not there", REPRESENTATIONS, [*DATA, "--device", "cuda:0"], ["0 CUDA GPUs", "--device cpu"]),
     ("a device that is none", REPRESENTATIONS, [*DATA, "--device", "tpu9"], ["--device tpu9"]),
 ]
@@ -301,10 +333,6 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def faults(world):
     """Run all of them, two at a time: {what: (finished process, files of the output directory that were not there before)}."""
-    from safetensors.torch import save_file
-
-    from utils.clip import load_clip
-
     root = world.root
     (root / "empty" / "val").mkdir(parents=True)
     (root / "empty.txt").write_text("\n")
@@ -313,7 +341,7 @@ def faults(world):
     broken.write_bytes(broken.read_bytes()[:300])
     narrow = root / "narrow.json"
     narrow.write_text(json.dumps(TINY | {"embed_dim": 16}))
-    save_file(load_clip(str(narrow), "random", "cpu").model.state_dict(), root / "narrow.safetensors")
+    save_file(load_clip(str(narrow), "random", "cpu").text.state_dict(), root / "narrow.safetensors")
     for name in ("wrong_bias", "truncated", "other_weights"):
         shutil.copytree(world.output, root / name)
     base = "imagenet_train_mlps_tiny_random_"
@@ -322,11 +350,8 @@ def faults(world):
     coefficients.write_bytes(coefficients.read_bytes()[:1000])
     record = root / "other_weights" / f"{base}3_mean.meta.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fingerprint": "0123456789ab"}))
-    (root / "full").mkdir()  # every file that is written there is /dev/full
-    for part in ("coefficients", "bias"):
-        (root / "full" / f"{base}3_{part}.npy.partial").symlink_to("/dev/full")
     places = {"photos": world.photos, "root": root, "checkpoint": root / "narrow.safetensors"}
-    places |= {name: root / name for name in ("empty", "broken", "wrong_bias", "truncated", "other_weights", "full")}
+    places |= {name: root / name for name in ("empty", "broken", "wrong_bias", "truncated", "other_weights")}
 
     def run(fault):
         what, script, flags, _ = fault

@@ -1,42 +1,66 @@
 """PCA and ablations against plain numpy on the dense effects."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from utils.ablation import ABLATIONS, Ablations, Rebuilt, Statistics
-from utils.artifacts import Names, save_array
-from utils.effects import open_effects, stored_layers
-from utils.errors import UserError
-from utils.pca import principal_directions, write_statistics
-from utils.prs import CentredNorms, Directions, dense, fold, second_order
+import compute_pcas
+from utils.ablation import ABLATIONS, Ablations, Rebuilt, Statistics, accuracies
+from utils.effects import FORMS, open_effects
+from utils.norms import CentredNorms
+from utils.pca import principal_directions
+from utils.prs import Directions, SecondOrder, fold, second_order
+from utils.runtime.errors import UserError
+from utils.runtime.layers import stored_layers
+from utils.runtime.results import Results, save_array
 
 LAYER, K = 1, 7
 
 
 @pytest.fixture(scope="module")
 def many(vit):
-    """Effects of 40 images: representation, C, kappa, directions, and the dense effects in float64."""
+    """Effects of 40 images: representation, the factorised effects, and the dense ones in float64."""
     images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-    directions = fold(vit, LAYER)
-    representation, [(C, kappa)] = second_order(vit, images, [directions])
-    wide = type(directions)(LAYER, directions.values.double(), directions.outputs.double(), None)
-    return representation, C, kappa, directions, dense(C.double(), kappa.double(), wide).numpy()
+    representation, [phi] = second_order(vit, images, [fold(vit, LAYER)])
+    return representation, phi, in_double(phi).dense().numpy()
+
+
+def in_double(phi):
+    directions = Directions(LAYER, phi.directions.values.double(), phi.directions.outputs.double(), None)
+    return SecondOrder(phi.C.double(), phi.kappa.double(), directions)
 
 
 @pytest.fixture
 def store(many, tmp_path):
-    """The effects in both forms, in two directories: Names of the factorised and of the dense one."""
-    _, C, kappa, directions, phi = many
-    factorised, merged = (Names(tmp_path / kind, "tiny", "random") for kind in ("factorised", "merged"))
-    for names in (factorised, merged):
-        names.directory.mkdir()
-    parts = {"coefficients": C, "bias": kappa, "values": directions.values, "outputs": directions.outputs}
+    """The effects in both forms, in two folders: Results of the factorised and of the dense one."""
+    _, phi, dense = many
+    factorised, merged = (Results(tmp_path / kind, "tiny", "random") for kind in ("factorised", "merged"))
+    for results in (factorised, merged):
+        results.directory.mkdir()
+    parts = {"coefficients": phi.C, "bias": phi.kappa, "values": phi.directions.values, "outputs": phi.directions.outputs}
     for part, tensor in parts.items():
-        save_array(factorised.effects("folder", "train", LAYER, part), tensor.numpy(), {})
-    np.save(merged.effects("folder", "train", LAYER, "merged"), phi.astype(np.float32))  # as the published code leaves it
+        save_array(factorised.path(part, dataset="folder", layer=LAYER), tensor.numpy(), {})
+    np.save(merged.path("merged", dataset="folder", layer=LAYER), dense.astype(np.float32))  # as the published code leaves it
     return factorised, merged
+
+
+def compute(store, folder, k, memory=0.25):
+    """Run compute_pcas.py in this process; returns a reader of what it wrote."""
+    where = {"input_dir": str(store.directory), "output_dir": str(folder), "model": "tiny", "pretrained": "random"}
+    asked = {
+        "dataset": "folder",
+        "mlp_layer": [str(LAYER)],
+        "top_k_pca": k,
+        "memory": memory,
+        "device": "cpu",
+        "overwrite": False,
+    }
+    compute_pcas.main(Namespace(**where, **asked))
+    results = Results(folder, "tiny", "random")
+    return lambda kind: np.load(results.path(kind, dataset="folder", layer=LAYER, k=k))
 
 
 def numpy_statistics(phi, k):
@@ -54,23 +78,19 @@ def numpy_statistics(phi, k):
     return mean, np.stack(pcas), np.stack(top_norms), norms
 
 
-@pytest.mark.parametrize("memory", [1e9, 4e4])  # all neurons at once, a few at a time
+@pytest.mark.parametrize("memory", [1, 4e-5])  # all neurons at once, a few at a time
 @pytest.mark.parametrize("form", [0, 1], ids=["factorised", "dense"])
 def test_statistics_equal_numpys_svd_on_the_dense_effects(many, store, tmp_path, form, memory):
     phi = many[-1]
-    results = Names(tmp_path, "tiny", "random")
-    share = write_statistics(store[form], results, "folder", [LAYER], K, memory)[LAYER]
+    read = compute(store[form], tmp_path, K, memory)
     mean, pcas, top_norms, norms = numpy_statistics(phi, K)
-
-    def read(part):
-        return np.load(results.statistics("folder", LAYER, part))
-
     assert_allclose(read("mean"), mean, atol=1e-5 * np.abs(phi).max())
-    assert_allclose(read(f"{K}_norm"), top_norms, rtol=1e-4)
+    assert_allclose(read("norm"), top_norms, rtol=1e-4)
     assert_allclose(read("image_norms"), norms, rtol=1e-3, atol=1e-5 * norms.max())
-    assert_allclose(np.abs((read(f"{K}_pca") * pcas).sum(axis=1)), 1, atol=1e-5)
-    assert_allclose(read(f"{K}_pca"), pcas, atol=2e-3)  # the sign rule included: K is odd, so there are no ties
-    assert 0 < share <= 1 and {read(part).dtype for part in ("mean", f"{K}_pca", f"{K}_norm", "image_norms")} == {np.dtype("f4")}
+    assert_allclose(np.abs((read("pca") * pcas).sum(axis=1)), 1, atol=1e-5)
+    assert_allclose(read("pca"), pcas, atol=2e-3)  # the sign rule included: K is odd, so there are no ties
+    assert (read("explained") > 0).all() and (read("explained") <= 1).all()
+    assert {read(kind).dtype for kind in ("mean", "pca", "norm", "image_norms", "explained")} == {np.dtype("f4")}
 
 
 def test_the_sign_makes_more_than_half_of_the_rows_positive():
@@ -88,10 +108,9 @@ def test_norms_are_right_where_there_are_more_heads_than_dimensions():
     values, outputs = torch.randn(40, 6, 3, generator=generator), torch.randn(40, 3, 8, generator=generator)
     C, kappa = torch.randn(9, 40, 6, generator=generator), torch.randn(9, 8, generator=generator)
     directions = Directions(0, values, outputs, None)
-    wide = Directions(0, values.double(), outputs.double(), None)
-    phi = dense(C.double(), kappa.double(), wide)
+    phi = in_double(SecondOrder(C, kappa, directions)).dense()
     mean = phi.mean(dim=0)
-    norms = CentredNorms(directions, mean.float())(C, kappa)
+    norms = CentredNorms(directions, mean.float())(SecondOrder(C, kappa, directions))
     assert_allclose(norms, (phi - mean).norm(dim=-1), rtol=1e-4)
 
 
@@ -116,39 +135,37 @@ def test_a_neuron_without_effects_has_no_direction_and_no_nan():
 
 def test_too_few_images_for_the_components_are_refused(store, tmp_path):
     with pytest.raises(UserError, match="40 images"):
-        write_statistics(store[0], Names(tmp_path, "tiny", "random"), "folder", [LAYER], 41, 1e9)
+        compute(store[0], tmp_path, 41)
     assert not list(tmp_path.glob("*.npy*"))
 
 
 def test_parts_of_a_store_that_do_not_belong_together_are_refused(store):
-    names = store[0]
-    path = names.effects("folder", "train", LAYER, "bias")
+    path = store[0].path("bias", dataset="folder", layer=LAYER)
     np.save(path, np.load(path)[:-1])
     with pytest.raises(UserError, match="bias.npy has the shape 39 x 24 where 40 x 24"):
-        open_effects(names, "folder", "train", LAYER)
+        open_effects(store[0], "folder", "train", LAYER)
 
 
 def test_all_layers_are_found_by_their_files(store):
-    parts = ("coefficients", "merged")
-    assert (
-        stored_layers(store[0], "folder", ["all"], parts, "compute_second_order_neuron_prs.py")
-        == [LAYER]
-        == stored_layers(store[1], "folder", ["all"], parts, "compute_second_order_neuron_prs.py")
-    )
-    save_array(Names(store[0].directory, "tiny", "random_7").effects("folder", "train", 2, "merged"), np.zeros(1), {})
-    assert stored_layers(store[0], "folder", ["all"], parts, "compute_second_order_neuron_prs.py") == [
-        LAYER
-    ]  # weights whose name begins alike are others
-    with pytest.raises(UserError, match="compute_second_order_neuron_prs.py"):
-        stored_layers(store[0], "imagenet", ["all"], parts, "compute_second_order_neuron_prs.py")
+    def found(results, dataset="folder"):
+        return stored_layers(results, FORMS, ["all"], dataset=dataset)
+
+    assert found(store[0]) == [LAYER] == found(store[1])
+    other = Results(store[0].directory, "tiny", "random_7")  # weights whose name begins alike are others
+    save_array(other.path("merged", dataset="folder", layer=2), np.zeros(1), {})
+    assert found(store[0]) == [LAYER]
+    with pytest.raises(UserError, match="make them with: python compute_second_order_neuron_prs.py .*--mlp_layer all"):
+        found(store[0], "imagenet")
 
 
 def test_ablations_equal_plain_numpy_on_the_dense_effects(many):
-    representation, C, kappa, directions, phi = many
+    representation, factorised, phi = many
     mean, pcas, top_norms, _ = numpy_statistics(phi[:25], K)  # the statistics are of other images than the last 15
     statistics = Statistics(*(torch.from_numpy(a).float() for a in (mean, pcas, top_norms[:, 0])))
     unit = 100 * representation / representation.norm(dim=-1, keepdim=True)
-    ours = Ablations(directions, statistics)(unit[25:], C[25:], kappa[25:]).numpy()
+    directions = factorised.directions
+    held_out = SecondOrder(factorised.C[25:], factorised.kappa[25:], directions)
+    ours = Ablations(directions, statistics)(unit[25:], held_out).numpy()
 
     held_out, unit = phi[25:], unit[25:].double().numpy()
     c = held_out - mean
@@ -169,10 +186,15 @@ def test_ablations_equal_plain_numpy_on_the_dense_effects(many):
 
 
 def test_rebuilding_does_not_divide_by_the_vectors_norm(many):
-    representation, C, kappa, directions, phi = many
+    _, factorised, phi = many
     mean = torch.from_numpy(phi.mean(axis=0)).float()
     vectors = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))  # far from unit
-    ours = Rebuilt(directions, mean, vectors).projected(C, kappa).double().numpy()
+    ours = Rebuilt(factorised.directions, mean, vectors).projected(factorised).double().numpy()
     c, v = phi - phi.mean(axis=0), vectors.double().numpy()
     truth = np.einsum("ind,nd,ne->ie", c, v, v)
     assert_allclose(ours, truth, atol=1e-4 * np.abs(truth).max())
+
+
+def test_accuracies_count_each_layer_and_ablation_alone():
+    predictions = np.array([[[1, 2], [0, 0]], [[1, 1], [3, 0]], [[0, 3], [3, 3]], [[1, 2], [3, 1]]])  # 4 images, 2 layers, 2 each
+    assert accuracies(predictions, np.array([1, 1, 0, 2])) == [[75.0, 50.0], [0.0, 0.0]]

@@ -1,6 +1,7 @@
 """`--keep top` leaves what `--keep full` does, to rounding, and the largest effects are the largest."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from tests import definition
 from tests.launcher import assert_same_files, contents, shared_world, the_line
 from utils.clip import load_clip
 from utils.datasets import load_images
-from utils.top_effects import _Store
+from utils.prs import SecondOrder, fold, second_order
+from utils.top_effects import FIXED, Sums, enter, image_of, key_of
 
 K, LAYERS = 5, (0, 1, 2, 3)
 PCAS = ["--dataset", "folder", "--mlp_layer", "all"]
@@ -50,7 +52,7 @@ def test_the_largest_effects_are_those_of_the_definition(world):
     layer, whole = 2, world.whole / "top"
     clip = load_clip(*world.model[1::2], "cpu")
     images = load_images("folder", world.photos, "train", clip.transform)
-    visual = clip.model.visual.double()
+    visual = clip.vit.visual.double()
     phi = torch.stack([definition.effects(visual, images[i][0].double(), layer) for i in range(len(images))]).numpy()
     mean = phi.mean(axis=0)
     norms = np.linalg.norm(phi - mean, axis=-1)
@@ -140,16 +142,13 @@ def test_layers_in_several_groups_leave_the_same_arrays(world, size):
 
 
 def kept(norms, k, split):
-    """What `_Store.keep` keeps of norms [images, N] that come in batches: images [N, k] by falling norm."""
+    """What is kept of norms [images, N] that come in batches: images [N, k] by falling norm."""
     N = norms.shape[1]
-    store = object.__new__(_Store)
-    store.shape, store.mean_rows = (N, k, 1), torch.zeros(N, 1)
-    store.rows = torch.zeros(store.shape)
-    keys = np.zeros((N, k), np.uint64)
+    keys, kept_images = np.zeros((N, k), np.uint64), np.full((N, k), -1)
     for rows in np.split(np.arange(len(norms)), split):
-        C = torch.from_numpy(rows[:, None, None]).float().expand(len(rows), 1, N)  # a coefficient says whose it is
-        store.keep(keys, norms[rows], C, int(rows[0]))
-    kept_images = store.rows[..., 0].numpy().astype(int)
+        n, places, columns = enter(keys, key_of(norms[rows].T, rows))
+        kept_images[n, places] = rows[columns]
+    assert (image_of(keys) == kept_images).all()
     order = np.lexsort((kept_images, -np.take_along_axis(norms.T, kept_images, axis=1)), axis=1)
     return np.take_along_axis(kept_images, order, axis=1)
 
@@ -176,3 +175,23 @@ def test_of_images_that_are_there_twice_the_first_is_kept_by_one_process_and_by_
         assert (read(world.root / "twice_by_1", layer, "top_images") == largest(norms, 7)).all()
     assert_same_files(world.root / "twice_by_2", world.root / "twice_by_1")
     assert_same_files(world.root / "twice_by_3", world.root / "twice_by_1")
+
+
+def test_sums_do_not_depend_on_batches_or_processes(vit, images):
+    """Of two processes together, in batches of any size, they are those of all images in float64, to the step of the integers."""
+    directions = fold(vit, 2)
+    _, [whole] = second_order(vit, images, [directions])
+    sums = []
+    for split in ([slice(0, 6)], [slice(0, 1), slice(1, 6)], [slice(2, 4), slice(4, 6), slice(0, 2)]):
+        work = SimpleNamespace(state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)})
+        total = Sums(work, 100.0)
+        for rows in split:
+            total.add(SecondOrder(whole.C[rows], whole.kappa[rows], directions))
+        sums.append(work.state)
+    exact = whole.C.double().sum(dim=0).numpy()
+    for state in sums:
+        assert np.abs(state["C2"] * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
+    work = SimpleNamespace(gather=lambda names: {name: [state[name] for state in sums[:2]] for name in names})
+    mean_C, mean_kappa = Sums(work, 100.0).means([2], 12)[2]
+    assert_allclose(mean_C, whole.C.double().mean(dim=0), atol=1e-6 * np.abs(exact).max())
+    assert_allclose(mean_kappa, whole.kappa.double().mean(dim=0), atol=1e-6 * float(whole.kappa.abs().max()))

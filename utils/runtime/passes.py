@@ -55,6 +55,26 @@ def walk(pieces, load=None, description="images", unit="image"):
             bar.update(piece.stop - piece.start)
 
 
+def require_space(arrays, scratch=0, overwrite=False):
+    """Say how much will be written, and refuse what cannot fit, before any work is done.
+
+    arrays: {path: (shape, dtype)} in one folder; what is there already needs no more room, unless it is to be overwritten.
+    scratch: bytes of other files.
+
+    Raises UserError when the disk is too small.
+    """
+    folder = next(iter(arrays)).parent
+    needed = scratch + sum(_bytes(*spec) for path, spec in arrays.items() if overwrite or not path.is_file())
+    partials = [partial for path in arrays for partial in folder.glob(f"{path.name}.*.partial")]
+    free = shutil.disk_usage(folder).free
+    if needed - sum(partial.stat().st_blocks * 512 for partial in partials) > free:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free and this run writes {needed / 1e9:.2f} GB; make room, choose another "
+            "--output_dir, or write less (--store_dtype float16, fewer layers, a larger --subsample)"
+        )
+    print(f"{needed / 1e9:.2f} GB go to {folder}, which has {free / 1e9:.0f} GB free", flush=True)
+
+
 class Pass:
     """The loop over pieces that can be interrupted.
 
@@ -73,7 +93,8 @@ class Pass:
     """
 
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
-        self.pieces, self.overwrite, self.state = pieces, overwrite, dict(state or {})
+        self.pieces, self.overwrite = pieces, overwrite
+        self.state = {name: array.copy() for name, array in (state or {}).items()}
         self.records = {Path(path): complete(record, *spec) for path, spec in arrays.items()}
         identity = {**complete(record), **(settings or {})}
         identity["arrays"] = {path.name: [made["shape"], made["dtype"]] for path, made in self.records.items()}
@@ -85,7 +106,7 @@ class Pass:
         self.files = {path: ArrayFile(path, self.records[path], self.tag, self._queue) for path in self.records}
         self._scratch_specs, self.scratch = scratch or {}, {}
         self._done, self._in_turn, self._error = np.zeros(len(pieces), bool), False, None
-        self._thread, self._blocks, self._saving = ThreadPoolExecutor(1), deque(), None
+        self._thread, self._blocks, self._saving, self._turns = ThreadPoolExecutor(1), deque(), None, None
         self._saved, self._cost = time.monotonic(), 0.0
 
     def __getitem__(self, path):
@@ -144,7 +165,9 @@ class Pass:
                     "add --overwrite to start from scratch"
                 )
         resumed = bool(leftovers) and all(file.partial.is_file() or file.is_published() for file in self.files.values())
-        self._require_space()
+        arrays = {path: (file.shape, file.dtype) for path, file in self.files.items()}
+        scratch = distributed.world_size() * sum(_bytes(*spec) for spec in self._scratch_specs.values())
+        require_space(arrays, scratch, self.overwrite)
         if resumed:
             return
         self._clean(every_tag=self.overwrite)
@@ -155,22 +178,6 @@ class Pass:
         except BaseException:
             self._clean()
             raise
-
-    def _require_space(self):
-        """Say what will be written, and refuse what cannot fit, before any work is done."""
-        folder, needed, there = self.first.parent, 0, 0
-        for file in self.files.values():
-            needed += file.size
-            there += file.partial.stat().st_blocks * 512 if file.partial.is_file() else 0
-        needed += distributed.world_size() * sum(_bytes(*spec) for spec in self._scratch_specs.values())
-        there += sum(path.stat().st_blocks * 512 for name in self._scratch_specs for path in self._scratch_files(name))
-        free = shutil.disk_usage(folder).free
-        if needed - there > free:
-            raise UserError(
-                f"{folder} has {free / 1e9:.2f} GB free and this run writes {needed / 1e9:.2f} GB; make room, choose another "
-                "--output_dir, or write less (--store_dtype float16, fewer layers, a larger --subsample)"
-            )
-        print(f"{needed / 1e9:.2f} GB go to {folder}, which has {free / 1e9:.0f} GB free", flush=True)
 
     # loop
 
@@ -187,8 +194,8 @@ class Pass:
                 todo = [i for i in distributed.shard(numbers) if not done[i]]
             else:
                 todo = distributed.shard([i for i in numbers if not done[i]])
-        turns = walk([self.pieces[i] for i in todo], load, description, unit)
-        for i, (piece, item) in zip(todo, turns, strict=True):
+        self._turns = walk([self.pieces[i] for i in todo], load, description, unit)
+        for i, (piece, item) in zip(todo, self._turns, strict=True):
             self._in_turn = True
             yield piece, item
             self._in_turn = False
@@ -264,12 +271,14 @@ class Pass:
 
     def _save(self, done, state):
         content = {"identity": json.dumps(self.identity), "done": done, **state}
-        with writing(self.progress()):
+        with writing(self.first):
             save_atomic(self.progress(), lambda file: (np.savez(file, **content), file.flush(), _sync(file)))
 
     # end
 
     def __exit__(self, kind, error, trace):
+        if self._turns is not None:
+            self._turns.close()  # ends the progress bar's line
         if self.finished:
             self._thread.shutdown()
             return
@@ -306,9 +315,6 @@ class Pass:
     def _progress_files(self, tag=None):
         files = self.first.parent.glob(f"{self.first.name}.{tag or self.tag}.progress.*")
         return sorted(path for path in files if path.suffix[1:].isdecimal())
-
-    def _scratch_files(self, name):
-        return sorted(self.first.parent.glob(f"{self.first.name}.{self.tag}.{name}.*.partial"))
 
     def _clean(self, every_tag=False):
         """Remove what is not a result; with `every_tag` also what other interrupted passes have left for these arrays."""
@@ -385,7 +391,8 @@ class ArrayFile:
     def publish(self):
         """Give the file its name."""
         if self.partial.is_file():
-            publish(self.partial, self.path, self.record)
+            with writing(self.path):
+                publish(self.partial, self.path, self.record)
 
 
 class Scratch:

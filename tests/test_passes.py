@@ -1,0 +1,319 @@
+"""Arrays appear whole or not at all, and an interrupted pass resumes where it stopped."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from utils.runtime import passes as module
+from utils.runtime.errors import UserError
+from utils.runtime.passes import ArrayFile, Pass, pieces_of
+from utils.runtime.results import METHOD, load_record, record_path
+
+PIECES = pieces_of(9, 2)  # the last one is shorter
+
+
+def pass_of(path, record, pieces=PIECES, **options):
+    b, c = path.with_name("b.npy"), path.with_name("c.npy")
+    return Pass({path: ((9, 3), "float32"), b: ((9,), "int32"), c: ((4, 9), "float32")}, record, pieces, **options)
+
+
+def fill(work, path, count=None):
+    """Write the next `count` pieces; returns the first rows of those that were to be done."""
+    done = []
+    for rows, _ in work.over():
+        if len(done) == count:
+            break
+        values = np.arange(rows.start, rows.stop)
+        work[path][rows] = np.repeat(values[:, None], 3, axis=1)
+        work[path.with_name("b.npy")][rows] = values
+        work[path.with_name("c.npy")][:, rows] = values + 100 * np.arange(4)[:, None]
+        done.append(rows.start)
+    return done
+
+
+class PowerCut(Exception):
+    pass
+
+
+def interrupted(path, record, count, **options):
+    """A pass that ends in the middle, when `count` pieces are done."""
+    with pytest.raises(PowerCut), pass_of(path, record, **options) as work:
+        fill(work, path, count)
+        raise PowerCut
+
+
+def test_rows_and_columns_that_were_written_in_two_runs_equal_those_of_one(tmp_path):
+    path = tmp_path / "a.npy"
+    interrupted(path, {"seed": 2}, 3)
+    assert not path.exists()
+    with pass_of(path, {"seed": 2}) as work:
+        assert fill(work, path) == [6, 8]
+    assert np.array_equal(np.load(path), np.repeat(np.arange(9.0)[:, None], 3, axis=1))
+    assert np.array_equal(np.load(tmp_path / "b.npy"), np.arange(9)) and np.load(tmp_path / "b.npy").dtype == np.int32
+    assert np.array_equal(np.load(tmp_path / "c.npy"), np.arange(9) + 100.0 * np.arange(4)[:, None])
+    assert {file.name for file in tmp_path.iterdir()} == {f"{x}.{end}" for x in "abc" for end in ("npy", "meta.json")}
+    record = json.loads(record_path(path).read_text())
+    assert record == {"seed": 2, "method": METHOD, "shape": [9, 3], "dtype": "float32"}
+
+
+def test_a_piece_whose_turn_is_interrupted_does_not_count(tmp_path):
+    path = tmp_path / "a.npy"
+    with pytest.raises(PowerCut), pass_of(path, {}) as work:
+        for rows, _ in work.over():
+            work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
+            if rows.start == 4:
+                raise PowerCut
+    with pass_of(path, {}) as work:
+        assert fill(work, path) == [4, 6, 8]
+
+
+def test_a_finished_pass_is_skipped_and_made_again_only_when_asked(tmp_path):
+    path = tmp_path / "a.npy"
+    with pass_of(path, {"seed": 2}) as work:
+        fill(work, path)
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    with pass_of(path, {"seed": 2}, settings={"batch_size": 3}) as work:  # a setting of resumption only
+        assert work.finished and fill(work, path) == []
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+    with pass_of(path, {"seed": 2}, overwrite=True) as work:
+        assert fill(work, path) == [0, 2, 4, 6, 8]
+
+
+def test_a_finished_result_of_something_else_is_never_replaced_without_being_asked(tmp_path):
+    path = tmp_path / "a.npy"
+    with pass_of(path, {"seed": 2, "data": "x"}) as work:
+        fill(work, path)
+    content = path.read_bytes()
+    with (
+        pytest.raises(UserError, match="a.npy is there, made with other seed; .*--overwrite"),
+        pass_of(path, {"seed": 3, "data": "x"}),
+    ):
+        pass
+    arrays = {path: ((9, 4), "float32")}
+    with pytest.raises(UserError, match="made with other shape"), Pass(arrays, {"seed": 2, "data": "x"}, PIECES):
+        pass
+    record_path(path).unlink()  # as the published code leaves it
+    with pytest.raises(UserError, match="made by another program.*--overwrite"), pass_of(path, {"seed": 2, "data": "x"}):
+        pass
+    assert path.read_bytes() == content and not list(tmp_path.glob("*.partial"))
+    with pass_of(path, {"seed": 3, "data": "x"}, overwrite=True) as work:
+        fill(work, path)
+    assert load_record(path)["seed"] == 3
+
+
+def test_results_of_older_mathematics_are_made_again(tmp_path):
+    path = tmp_path / "a.npy"
+    with pass_of(path, {"seed": 2}) as work:
+        fill(work, path)
+    for older in ({}, {"method": METHOD - 1}):
+        record = load_record(path)
+        record.pop("method")
+        record_path(path).write_text(json.dumps(record | older))
+        with pass_of(path, {"seed": 2}) as work:
+            assert not work.finished and fill(work, path) == [0, 2, 4, 6, 8]
+        assert load_record(path)["method"] == METHOD
+
+
+def test_a_finished_array_that_was_cut_off_is_made_again(tmp_path):
+    path = tmp_path / "a.npy"
+    with pass_of(path, {}) as work:
+        fill(work, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pass_of(path, {}) as work:
+        assert len(fill(work, path)) == 5
+    assert path.read_bytes() == whole
+
+
+def test_what_belongs_to_another_run_is_refused_until_it_is_overwritten(tmp_path):
+    path = tmp_path / "a.npy"
+    interrupted(path, {"seed": 2}, 2)
+    with pytest.raises(UserError, match="other seed.*--overwrite"), pass_of(path, {"seed": 4}):
+        pass
+    with pytest.raises(UserError, match="other division into pieces"), pass_of(path, {"seed": 2}, pieces_of(9, 3)):
+        pass
+    with pytest.raises(UserError, match="other batch_size"), pass_of(path, {"seed": 2}, settings={"batch_size": 2}):
+        pass
+    with pass_of(path, {"seed": 4}, overwrite=True) as work:
+        assert len(fill(work, path)) == 5
+    assert np.load(path)[8, 0] == 8
+    assert len(list(tmp_path.iterdir())) == 6  # nothing of the other run is left
+
+
+def test_a_disk_that_fails_in_the_middle_ends_the_pass_and_its_rows_do_not_count(tmp_path, monkeypatch):
+    path, sync = tmp_path / "a.npy", os.fsync
+
+    def failing(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    interrupted(path, {}, 1)
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(UserError, match="a.npy cannot be written .Input/output error"), pass_of(path, {}) as work:
+        fill(work, path)
+    monkeypatch.setattr(os, "fsync", sync)
+    with pass_of(path, {}) as work:
+        assert fill(work, path) == [2, 4, 6, 8]
+
+
+def test_rows_of_another_precision_are_not_resumed(tmp_path):
+    path, pieces = tmp_path / "a.npy", pieces_of(4, 2)
+    with pytest.raises(PowerCut), Pass({path: ((4, 2), "float32")}, {}, pieces) as work:
+        for rows, _ in work.over():
+            if rows.start:
+                raise PowerCut
+            work[path][rows] = np.ones((2, 2))
+    with pytest.raises(UserError, match="other arrays"), Pass({path: ((4, 2), "float16")}, {}, pieces):
+        pass
+
+
+def test_passes_that_share_an_array_do_not_disturb_each_other(tmp_path):
+    """One of layers 8 and 9 is interrupted, one of layer 9 alone is finished, the former is resumed."""
+    a, b, pieces = tmp_path / "a.npy", tmp_path / "b.npy", pieces_of(4, 1)
+    both, one = {a: ((4,), "int32"), b: ((4,), "int32")}, {b: ((4,), "int32")}
+
+    def write(work, files, stop):
+        done = []
+        for rows, _ in work.over():
+            if rows.start == stop:
+                raise PowerCut
+            for file in files:
+                work[file][rows] = np.full(1, rows.start)
+            done.append(rows.start)
+        return done
+
+    with pytest.raises(PowerCut), Pass(both, {"seed": 1}, pieces, {"layers": [8, 9]}) as work:
+        write(work, both, 2)
+    with Pass(one, {"seed": 1}, pieces, {"layers": [9]}) as work:
+        assert write(work, one, None) == [0, 1, 2, 3]
+    with Pass(both, {"seed": 1}, pieces, {"layers": [8, 9]}) as work:
+        assert write(work, both, None) == [2, 3]
+    assert np.load(a).tolist() == np.load(b).tolist() == [0, 1, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_pass_that_fails_before_its_first_row_leaves_nothing(tmp_path):
+    with pytest.raises(PowerCut), pass_of(tmp_path / "a.npy", {}):
+        raise PowerCut
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_death_while_the_files_get_their_names_loses_nothing(tmp_path, monkeypatch, overwrite):
+    """The machine dies between the first file's name and the second's; never does an array stand beside a record of another."""
+    path, replace = tmp_path / "a.npy", os.replace
+    if overwrite:
+        with pass_of(path, {"seed": 1}) as work:
+            fill(work, path)
+
+    def dies(source, target):
+        if str(target).endswith("b.npy"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with pytest.raises(KeyboardInterrupt), pass_of(path, {"seed": 2}, overwrite=overwrite) as work:
+        fill(work, path)
+        monkeypatch.setattr(os, "replace", dies)
+    monkeypatch.setattr(os, "replace", replace)
+    assert load_record(path)["seed"] == 2 and not (tmp_path / "b.npy").is_file()
+    if overwrite:  # c.npy is still of the older run, with its record
+        assert load_record(tmp_path / "c.npy")["seed"] == 1
+        return
+    with pass_of(path, {"seed": 2}) as work:
+        assert fill(work, path) == []
+    assert np.array_equal(np.load(path)[:, 0], np.arange(9)) and np.array_equal(np.load(tmp_path / "b.npy"), np.arange(9))
+    assert not list(tmp_path.glob("*.p*")) and len(list(tmp_path.iterdir())) == 6
+
+
+def test_what_cannot_fit_on_the_disk_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="GB free"), Pass({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, []):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_a_piece_that_could_not_be_written_ends_the_pass_and_does_not_count(tmp_path, monkeypatch, pieces):
+    """Pieces are written in a thread; the error of the last one comes when the pass ends."""
+    path, write = tmp_path / "a.npy", ArrayFile._write_at
+    rows_of_a = []
+
+    def full(self, entry, values):
+        if self.path == path:
+            rows_of_a.append(entry)
+            if len(rows_of_a) == pieces:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, entry, values)
+
+    monkeypatch.setattr(ArrayFile, "_write_at", full)
+    with pytest.raises(UserError, match="a.npy cannot be written .No space left"), pass_of(path, {}) as work:
+        fill(work, path, pieces)
+    assert not path.exists()
+    monkeypatch.setattr(ArrayFile, "_write_at", write)
+    with pass_of(path, {}) as work:
+        assert fill(work, path) == [2 * i for i in range(pieces - 1, 5)]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not reserve room on the disk")
+def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
+    path = tmp_path / "a.npy"
+    with pytest.raises(PowerCut), Pass({path: ((1000, 100), "float32")}, {}, pieces_of(1000, 10)):
+        [partial] = tmp_path.glob("a.npy.*.partial")
+        assert partial.stat().st_blocks * 512 >= 400_000
+        raise PowerCut
+
+
+# state and scratch
+
+
+def sum_up(path, stop=None, where="between"):
+    """A pass that sums the numbers 0 to 8 in its state, and keeps their squares in a scratch array."""
+    arrays, state, scratch = {path: ((9,), "float32")}, {"sum": np.zeros(1, np.int64)}, {"squares": ((9,), "int64")}
+    with Pass(arrays, {}, PIECES, state=state, scratch=scratch) as work:
+        for rows, _ in work.over():
+            if rows.start == stop and where == "before":
+                raise PowerCut
+            numbers = np.arange(rows.start, rows.stop)
+            work.state["sum"] += numbers.sum()
+            work.scratch["squares"].array[rows] = numbers**2
+            if rows.start == stop and where == "after":
+                raise PowerCut
+            work[path][rows] = numbers
+        [total] = work.gather(["sum"])["sum"]
+        [squares] = work.gather_scratch("squares")
+        found = int(total[0]), squares.tolist()
+        del squares
+    assert state["sum"] == 0  # the caller's array is its own
+    return found
+
+
+@pytest.mark.parametrize("commit", [0, 1000])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_the_state_of_an_interrupted_turn_is_not_counted_twice(tmp_path, monkeypatch, where, commit):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", commit)
+    for stop in (4, 6):
+        with pytest.raises(PowerCut):
+            sum_up(tmp_path / "a.npy", stop, where)
+    assert sum_up(tmp_path / "a.npy") == (36, [i**2 for i in range(9)])
+    assert {file.name for file in tmp_path.iterdir()} == {"a.npy", "a.meta.json"}
+
+
+def test_a_damaged_record_of_the_progress_costs_the_progress_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    with pytest.raises(PowerCut):
+        sum_up(tmp_path / "a.npy", 6, "before")
+    [progress] = tmp_path.glob("*.progress.0")
+    progress.write_bytes(progress.read_bytes()[:100])
+    assert sum_up(tmp_path / "a.npy") == (36, [i**2 for i in range(9)])
+
+
+def test_a_scratch_array_that_is_cut_off_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    with pytest.raises(PowerCut):
+        sum_up(tmp_path / "a.npy", 6, "before")
+    [scratch] = tmp_path.glob("*.squares.0.partial")
+    os.truncate(scratch, 8)
+    with pytest.raises(UserError, match="squares.0.partial of an interrupted run is missing or cut off; add --overwrite"):
+        sum_up(tmp_path / "a.npy")
