@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import logging
 
 import numpy as np
 import open_clip
@@ -14,10 +15,11 @@ from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from tests.photos import SYNSETS, write_photos
-from utils.artifacts import read_texts
+from utils import datasets
 from utils.clip import load_clip, text_vectors, weights_fingerprint, zero_shot_classifier
-from utils.datasets import batches, class_names_of, load_images
-from utils.errors import UserError
+from utils.datasets import Loader, class_names_of, load_images
+from utils.runtime.errors import UserError
+from utils.runtime.files import read_texts
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +35,27 @@ def photos(tmp_path_factory):
 def test_random_weights_come_from_a_seed(tiny_model, clip):
     again, other = load_clip(tiny_model, "random", "cpu"), load_clip(tiny_model, "random", "cpu", seed=1)
     assert again.fingerprint == clip.fingerprint != other.fingerprint
-    assert not clip.model.training and next(clip.model.parameters()).dtype == torch.float32
+    assert not clip.text.training and next(clip.text.parameters()).dtype == torch.float32
 
 
 def test_a_fingerprint_notices_one_changed_tensor(clip):
-    changed = copy.deepcopy(clip.model)
+    changed = copy.deepcopy(clip.text)
     changed.visual.ln_post.bias.data += 1e-3
     assert weights_fingerprint(changed) != clip.fingerprint
 
 
 def test_the_image_tower_alone_is_the_same_tower_of_the_same_weights(tiny_model, clip):
     alone = load_clip(tiny_model, "random", "cpu", image_only=True)
-    assert alone.fingerprint == clip.fingerprint and not hasattr(alone.model, "encode_text")
-    assert all(torch.equal(a, b) for a, b in zip(alone.model.visual.parameters(), clip.model.visual.parameters(), strict=True))
+    assert alone.fingerprint == clip.fingerprint and alone.text is None
+    assert all(torch.equal(a, b) for a, b in zip(alone.vit.visual.parameters(), clip.vit.visual.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_a_local_checkpoint_is_loaded(tiny_model, tmp_path, suffix):
-    state = load_clip(tiny_model, "random", "cpu", seed=7).model.state_dict()
+    state = load_clip(tiny_model, "random", "cpu", seed=7).text.state_dict()
     path = tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    loaded = load_clip(tiny_model, str(path), "cpu").model.state_dict()
+    loaded = load_clip(tiny_model, str(path), "cpu").text.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
@@ -64,7 +66,7 @@ def test_a_local_directory_is_loaded_and_one_without_weights_refused(tmp_path):
     model = open_clip.create_model("ViT-B-32", **TINY)
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     clip = load_clip(f"local-dir:{tmp_path}", "openai", "cpu")
-    assert torch.equal(clip.model.visual.proj, model.visual.proj)
+    assert torch.equal(clip.vit.visual.proj, model.visual.proj)
     assert tuple(clip.transform.transforms[-1].mean) == (0.1, 0.2, 0.3)
 
 
@@ -76,7 +78,7 @@ def test_the_activation_is_that_of_the_tag_in_both_towers(monkeypatch):
     monkeypatch.setattr(open_clip.factory, "download_pretrained", from_memory)
     monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *arguments, **options: {})
     for tag, activation in (("openai", "QuickGELU"), ("laion2b_s34b_b79k", "GELU")):
-        model = load_clip("ViT-B-32", tag, "cpu").model
+        model = load_clip("ViT-B-32", tag, "cpu").text
         for tower in (model.visual.transformer, model.transformer):
             assert type(tower.resblocks[0].mlp.gelu).__name__ == activation
 
@@ -105,7 +107,7 @@ def test_files_that_are_no_checkpoint_or_do_not_fit_are_refused(tiny_model, tmp_
     torch.save({"state_dict": print}, tmp_path / "code.pt")  # an object that would have to be unpickled
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         load_clip(tiny_model, str(tmp_path / "code.pt"), "cpu")
-    state = load_clip(tiny_model, "random", "cpu").model.state_dict()
+    state = load_clip(tiny_model, "random", "cpu").text.state_dict()
     state["visual.proj"] = state["visual.proj"][:, :-1].contiguous()
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="does not fit.*visual.proj"):
@@ -120,10 +122,10 @@ def test_the_classifier_is_the_mean_of_eighty_templates(clip):
     ours = zero_shot_classifier(clip, names, 160)
     for column, name in zip(ours.T, names, strict=True):
         texts = [template(name) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-        vectors = clip.model.encode_text(clip.tokenizer(texts)).double()
+        vectors = clip.text.encode_text(clip.tokenizer(texts)).double()
         mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(dim=0)
         assert_allclose(column, (mean / mean.norm()).numpy(), atol=1e-6)
-    legacy = open_clip.build_zero_shot_classifier_legacy(clip.model, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    legacy = open_clip.build_zero_shot_classifier_legacy(clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES)
     assert_allclose(ours, legacy.numpy(), atol=1e-6)
     assert ours.shape == (24, 3) and ours.dtype == np.float32
 
@@ -131,7 +133,7 @@ def test_the_classifier_is_the_mean_of_eighty_templates(clip):
 def test_text_vectors_are_unit_and_without_a_template(clip):
     texts = ["a dog", "the sea", "x"]
     ours = text_vectors(clip, texts, 2)
-    truth = clip.model.encode_text(clip.tokenizer(texts)).double()
+    truth = clip.text.encode_text(clip.tokenizer(texts)).double()
     assert_allclose(ours, (truth / truth.norm(dim=1, keepdim=True)).numpy(), atol=1e-6)
 
 
@@ -191,24 +193,52 @@ def test_folders_that_are_not_imagenets_are_refused(tmp_path):
         load_images("imagenet", tmp_path, "val")
 
 
-def test_batches_come_in_order_and_may_start_later(photos, clip):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_and_may_start_later(photos, clip, workers):
     images = load_images("folder", photos, "val", clip.transform)
     all_pixels = torch.stack([images[i][0] for i in range(12)])
-    for workers in (0, 2):
-        numbers, rows, pixels, labels = zip(*batches(images, [[1, [4, 8]], [2, [8, 12]]], workers), strict=True)
-        assert numbers == (1, 2) and rows == (4, 8)
-        assert torch.equal(torch.cat(pixels), all_pixels[4:]) and torch.cat(labels).tolist() == images.labels[4:].tolist()
-        assert gc.get_freeze_count() == 0  # what became garbage on the way is collected again
+    loader, pieces = Loader(images, num_workers=workers), [slice(4, 8), slice(8, 11)]
+    assert [len(pixels) for pixels in loader(pieces)] == [4, 3] and list(loader([])) == []
+    assert torch.equal(torch.cat(list(loader(pieces))), all_pixels[4:11])
+    pixels, labels = zip(*loader.with_targets(pieces), strict=True)
+    assert torch.equal(torch.cat(pixels), all_pixels[4:11]) and torch.cat(labels).tolist() == images.labels[4:11].tolist()
+
+
+def process_state():
+    """What code must not change in passing."""
+    return {
+        "random numbers": torch.random.get_rng_state().tolist(),
+        "numpy's random numbers": np.random.get_state()[1].tolist(),  # noqa: NPY002
+        "logging": [logging.getLogger().level, logging.root.manager.disable, len(logging.getLogger().handlers)],
+        "matmul": [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "autograd": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")],
+        "defaults": [torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()],
+        "garbage": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(tmp_path, clip, workers):
+def test_a_model_and_its_batches_leave_the_state_of_the_process_alone(tiny_model, photos, workers):
+    torch.manual_seed(3)
+    before = process_state()
+    for precision in ("float32", "bfloat16"):
+        clip = load_clip(tiny_model, "random", "cpu", precision=precision)
+        images = load_images("folder", photos, "val", clip.transform)
+        for pixels in Loader(images, num_workers=workers)([slice(0, 5), slice(5, 12)]):
+            clip.vit(pixels)
+        text_vectors(clip, ["a dog"], 1)
+    after = process_state()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(tmp_path, clip, workers):
     write_photos(tmp_path, splits=("val",), classes=("a", "b"), per_class=2, side=32)
-    broken = tmp_path / "val" / "b" / "0001.JPEG"
-    broken.write_bytes(broken.read_bytes()[:200])
+    damaged = tmp_path / "val" / "b" / "0001.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:200])
     images = load_images("folder", tmp_path, "val", clip.transform)
     with pytest.raises(UserError, match="b/0001.JPEG cannot be read"):
-        list(batches(images, [[0, [0, 2]], [1, [2, 4]]], workers))
+        list(Loader(images, num_workers=workers)([slice(0, 2), slice(2, 4)]))
 
 
 def test_images_are_taken_as_rgb(tmp_path, clip):
@@ -219,13 +249,14 @@ def test_images_are_taken_as_rgb(tmp_path, clip):
     assert grey.shape == (3, 32, 32) and torch.equal(grey, transparent)
 
 
-def test_the_datas_fingerprint_notices_a_change_and_not_a_move(tmp_path):
+def test_the_fingerprint_of_images_changes_with_their_files_and_not_when_they_move(tmp_path):
     first = write_photos(tmp_path / "one", splits=("val",), classes=("a",), per_class=2, side=32)
     second = write_photos(tmp_path / "two", splits=("val",), classes=("a",), per_class=2, side=32)
-    before = load_images("folder", first, "val").fingerprint()
-    assert before == load_images("folder", second, "val").fingerprint()
+    before = load_images("folder", first, "val").record
+    assert before.keys() == {"dataset", "split", "data"} and (before["dataset"], before["split"]) == ("folder", "val")
+    assert before == load_images("folder", second, "val").record
     (second / "val" / "a" / "0001.JPEG").write_bytes(b"other")
-    assert before != load_images("folder", second, "val").fingerprint()
+    assert before["data"] != load_images("folder", second, "val").record["data"]
 
 
 def test_cifar_is_read_as_torchvision_has_it(tmp_path, monkeypatch, clip):
@@ -235,7 +266,7 @@ def test_cifar_is_read_as_torchvision_has_it(tmp_path, monkeypatch, clip):
                 raise RuntimeError("Dataset not found")
             self.data, self.targets, self.classes = np.full((7, 32, 32, 3), 9, np.uint8), [0, 1, 2, 0, 1, 2, 0], ["x", "y", "z"]
 
-    monkeypatch.setitem(__import__("utils.datasets").datasets.CIFAR, "CIFAR10", Fake)
+    monkeypatch.setitem(datasets.CIFAR, "CIFAR10", Fake)
     images = load_images("CIFAR10", tmp_path, "val", clip.transform, subsample=2)
     assert images.labels.tolist() == [0, 2, 1, 0] and images.class_names == ["x", "y", "z"] and images[0][0].shape == (3, 32, 32)
     with pytest.raises(UserError, match="could it be fetched"):

@@ -1,4 +1,4 @@
-"""Concept discovery agrees with the definition, written out in plain numpy."""
+"""Concept discovery agrees with the definition in plain numpy."""
 
 import json
 
@@ -7,13 +7,14 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-from utils.artifacts import Names
-from utils.concepts import concepts_of_images, concepts_of_row, load_descriptions, word_scores
-from utils.errors import UserError
-from utils.prs import CentredNorms, dense, fold, second_order
+from utils.concepts import concepts_of_images, word_scores
+from utils.norms import CentredNorms
+from utils.prs import fold, second_order
+from utils.runtime.errors import UserError
+from utils.runtime.results import Results
+from utils.sparse_coding import load_descriptions
 
 WORDS = ["violin", "guitar", "chords", "cranes", "faceted", "sea", "sky"]
-COEFFICIENT = 100.0
 
 
 def random_descriptions(neurons, seed=0, texts=3):
@@ -27,7 +28,7 @@ def random_descriptions(neurons, seed=0, texts=3):
 
 
 def slow_scores(norms_of_all, norms, k, descriptions):
-    """{word: score} of an image's norms [N], and its active neurons: those among whose k largest of [images, N] the image is."""
+    """{word: score} of an image's norms [N], and its active neurons: those whose k largest norms of [images, N] include it."""
     scores, active = {}, []
     for n in range(len(norms)):
         threshold = np.sort(norms_of_all[:, n])[-k]
@@ -48,74 +49,80 @@ def assert_same(found, scores, active, norms):
     assert values == sorted(values, reverse=True)
 
 
-@pytest.mark.parametrize("images", [7, 1100])  # less and more than are compared at a time
-def test_an_image_of_the_data_set_has_the_concepts_of_the_definition(images, tmp_path):
+def concepts_of_rows(norms, rows, k, descriptions):
+    """`concepts_of_images` for some images of a data set with known norms [images, N]."""
+    thresholds = torch.from_numpy(np.sort(norms, axis=0)[-k])  # [N], the smallest of the k largest
+    return concepts_of_images(None, lambda phi: torch.from_numpy(norms[rows]), thresholds, descriptions)
+
+
+@pytest.mark.parametrize("images", [7, 1100])
+def test_an_image_of_the_data_set_has_the_concepts_of_the_definition(images):
     norms = np.random.default_rng(1).gamma(2, size=(images, 12)).astype(np.float32)
-    np.save(tmp_path / "norms.npy", norms)
-    descriptions = random_descriptions(12)
-    k = images // 5 + 1
-    for row in (0, images // 2, images - 1):
+    descriptions, k, rows = random_descriptions(12), images // 5 + 1, [0, images // 2, images - 1]
+    for row, found in zip(rows, concepts_of_rows(norms, rows, k, descriptions), strict=True):
         scores, active = slow_scores(norms, norms[row], k, descriptions)
-        found = concepts_of_row(np.load(tmp_path / "norms.npy", mmap_mode="r"), row, k, descriptions)
         assert_same(found, scores, active, norms[row])
 
 
 def test_every_neuron_is_active_on_k_images_of_the_data_set():
     norms = np.random.default_rng(2).gamma(2, size=(40, 9)).astype(np.float32)
     counts = np.zeros(9, int)
-    for row in range(40):
-        counts[concepts_of_row(norms, row, 6, random_descriptions(9)).neurons] += 1
+    for found in concepts_of_rows(norms, range(40), 6, random_descriptions(9)):
+        counts[found.neurons] += 1
     assert_array_equal(counts, 6)
 
 
-def test_a_row_that_is_not_there_is_named():
-    with pytest.raises(UserError, match="no image 40; the data set has 40"):
-        concepts_of_row(np.ones((40, 2)), 40, 6, random_descriptions(2))
+def test_an_image_without_active_neurons_has_no_concepts():
+    norms = np.random.default_rng(2).gamma(2, size=(40, 9)).astype(np.float32)
+    [found] = concepts_of_images(None, lambda phi: torch.zeros(1, 9), torch.from_numpy(norms.max(axis=0)), random_descriptions(9))
+    assert found.neurons == found.norms == found.words == []
 
 
 def test_new_images_have_the_concepts_of_their_dense_effects(vit):
-    """Effects formed in full and centred in numpy, on images that are not in the data set."""
+    """On images outside the data set, against effects formed in full and centred in numpy."""
     layer, k = 2, 4
     generator = torch.Generator().manual_seed(3)
     known, new = (torch.randn(count, 3, 32, 32, generator=generator) for count in (20, 5))
     directions = fold(vit, layer)
     effects = []
     for images in (known, new):
-        _, [(C, kappa)] = second_order(vit, images, [directions], COEFFICIENT)
-        effects.append(dense(C, kappa, directions).numpy().astype(np.float64))  # [images, N, D]
+        _, [phi] = second_order(vit, images, [directions])
+        effects.append(phi.dense().numpy().astype(np.float64))  # [images, N, D]
     mean = effects[0].mean(axis=0)
     norms_known, norms_new = (np.linalg.norm(phi - mean, axis=-1) for phi in effects)
     descriptions = random_descriptions(vit.N)
 
     centred_norms = CentredNorms(directions, torch.from_numpy(mean).float())
     thresholds = torch.from_numpy(np.sort(norms_known, axis=0)[-k]).float()  # [N], the smallest of the k largest
-    found = concepts_of_images(vit, new, directions, centred_norms, thresholds, descriptions, COEFFICIENT)
+    found = concepts_of_images(phi, centred_norms, thresholds, descriptions)
     assert len(found) == 5 and any(item.neurons for item in found)
     for item, norms in zip(found, norms_new, strict=True):
         assert_same(item, *slow_scores(norms_known, norms, k, descriptions), norms)
 
 
-def test_only_the_first_words_of_a_description_count_when_it_is_asked():
+def test_only_the_first_words_of_a_description_count_if_asked():
     descriptions = [[(0, 3.0, "sea"), (1, -2.0, "sky")], [(1, 1.0, "sky"), (0, 0.5, "sea")]]
     assert word_scores(descriptions, {0: 2.0, 1: 1.0}) == [("sea", 6.5), ("sky", -3.0)]
     assert word_scores(descriptions, {0: 2.0, 1: 1.0}, texts=1) == [("sea", 6.0), ("sky", 1.0)]
 
 
 def test_descriptions_are_checked_when_they_are_read(tmp_path):
-    names = Names(tmp_path, "ViT-B-32", "openai")
+    results = Results(tmp_path, "ViT-B-32", "openai")
+    names = {"dataset": "imagenet", "layer": 9, "texts": "30k", "alpha": 1.0, "components": 4}
 
     def load(neurons=2, **expected):
-        return load_descriptions(names, "imagenet", 9, "30k", 1.0, 4, neurons, "--model ViT-B-32", **expected)
+        return load_descriptions(results, {"N": neurons}, expected, **names)
 
-    path = names.decomposition("imagenet", 9, "30k", 1.0, 4)
-    with pytest.raises(UserError, match="is missing; make it with: python compute_sparse_decomposition.py --mlp_layer 9"):
+    path = results.path("decomposition", **names)
+    make = "is missing; make it with: python compute_sparse_decomposition.py --dataset imagenet --mlp_layer 9"
+    with pytest.raises(UserError, match=make):
         load()
     path.write_text(json.dumps({"0": [[5, 0.5, "sea"]], "1": [[6, -1, "sky"], [5, 0.1, "sea"]]}))
     assert load() == [[(5, 0.5, "sea")], [(6, -1.0, "sky"), (5, 0.1, "sea")]]
     with pytest.raises(UserError, match="describes 2 neurons, and the layer has 3"):
         load(3)
     path.with_suffix(".meta.json").write_text('{"fingerprint": "abc", "top_k_pca": null}')
-    assert load(fingerprint="abc", top_k_pca=5) == load()
+    assert load(fingerprint="abc", top_k_pca=5) == load()  # null stands for unknown
     with pytest.raises(UserError, match="made with fingerprint 'abc'"):
         load(fingerprint="def")
     for damaged in ("{", "[1, 2]", '{"a": []}', '{"0": [[1, 2]], "1": []}'):

@@ -1,4 +1,4 @@
-"""The stages on a GPU against the CPU, where there is one; and what `--precision` costs, which a CPU shows as well."""
+"""The stages on a GPU, if there is one, against the CPU; the cost of `--precision`, also on the CPU."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from numpy.testing import assert_allclose
 from tests.conftest import ROOT
 from tests.launcher import STAGES, shared_world, the_line
 from utils.clip import load_clip
-from utils.errors import UserError
-from utils.prs import dense, fold, second_order
+from utils.prs import fold, second_order
+from utils.runtime.errors import UserError
 
 LAYER = 1
 GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-needs_gpu = pytest.mark.skipif(GPU is None, reason="no CUDA or MPS device is here; the stages were compared on the CPU only")
-needs_cuda = pytest.mark.skipif(GPU != "cuda", reason="no CUDA device is here; tf32 and autocast on one were not compared")
+needs_gpu = pytest.mark.skipif(GPU is None, reason="there is no CUDA or MPS device; the stages were tested on the CPU only")
+needs_cuda = pytest.mark.skipif(GPU != "cuda", reason="there is no CUDA device; tf32 and autocast on CUDA were not tested")
 READING = ("pcas", "ablations", "decomposition", "segmentation")
-# what rounding of 8, 10 or 23 bits leaves of effects, relative to the largest, on a random model of 5 layers
+# errors of the effects from rounding to 8, 10 or 23 bits, relative to the largest effect, on a random model of 5 layers
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.003, "tf32": 0.003, "float32": 1e-4}
 
 
@@ -32,12 +32,11 @@ def world(tmp_path_factory, tiny_model):
 
 def effects_of(model, precision, device="cpu"):
     """Unit representations [B, D], and the effects [B, N, D] of a layer on 12 images."""
-    clip = load_clip(model, "random", device, precision=precision)
-    vit = clip.hooked_vit()
+    vit = load_clip(model, "random", device, precision=precision).vit
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(7)).to(device)
     directions = fold(vit, LAYER)
-    representation, [(C, kappa)] = second_order(vit, images, [directions])
-    return torch.nn.functional.normalize(representation, dim=-1).cpu(), dense(C, kappa, directions).cpu()
+    representation, [phi] = second_order(vit, images, [directions])
+    return torch.nn.functional.normalize(representation, dim=-1).cpu(), phi.dense().cpu()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -67,7 +66,7 @@ def test_tf32_without_a_cuda_gpu_is_refused(world, tiny_model):
         load_clip(tiny_model, "random", "cpu", precision="tf32")
 
 
-@pytest.mark.skipif(GPU is not None, reason="a GPU is here, and is the default")
+@pytest.mark.skipif(GPU is not None, reason="there is a GPU, which is the default")
 def test_the_default_device_without_a_gpu_is_the_cpu(world):
     line = the_line(world.run("representations", world.root / "no_gpu", "--device", "cuda", code=1))
     assert "--device cuda: this machine has 0 CUDA GPUs; use --device cpu" in line
@@ -95,7 +94,7 @@ def on_gpu(world, name, output, *flags):
 
 @needs_gpu
 def test_every_stage_on_a_gpu_is_close_to_the_cpu(world):
-    """With the GPU's own inputs: what is found on it feeds the next stage."""
+    """Each stage on the GPU reads what earlier stages computed there."""
     output = world.root / "gpu"
     for name in STAGES:
         on_gpu(world, name, output, *(["--input_dir", output] if name in READING else []))
@@ -106,7 +105,7 @@ def test_every_stage_on_a_gpu_is_close_to_the_cpu(world):
         assert found.shape == exact.shape and found.dtype == exact.dtype, name
         if "predictions" in name or "top_images" in name:
             assert (found == exact).mean() > 0.97, name
-        elif "top_coefficients" in name or "_maps" in name:  # a swap of two images that are nearly equal moves rows
+        elif "top_coefficients" in name or "_maps" in name:  # near-ties may swap rows
             assert np.isclose(found, exact, atol=1e-3 * np.abs(exact).max()).mean() > 0.97, name
         elif "_pca" in name:
             assert np.median((found * exact).sum(axis=1)) > 0.9999, name

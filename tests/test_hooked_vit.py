@@ -1,4 +1,4 @@
-"""What is recorded is what runs, and nothing stays behind."""
+"""Recorded activations are those of the running model, and no hook stays behind."""
 
 import open_clip
 import pytest
@@ -6,8 +6,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.conftest import random_tower
-from utils.errors import UserError
 from utils.hooked_vit import HookedViT
+from utils.runtime.errors import UserError
 
 
 def hooks(visual):
@@ -24,7 +24,7 @@ def test_attention_rows_equal_those_of_the_running_model(vit, visual, images):
     names = {block.attn: l for l, block in enumerate(visual.transformer.resblocks)}
     handles = []
 
-    class Once:  # the hook calls the module again, and must not be called by that
+    class Once:  # the hook calls the module, which must not call the hook again
         def __init__(self):
             self.inside = False
 
@@ -46,7 +46,7 @@ def test_attention_rows_equal_those_of_the_running_model(vit, visual, images):
         assert_close(cache[f"blocks.{l}.attn.row"], row, rtol=1e-5, atol=1e-6)
 
 
-def test_norm_statistics_give_back_the_norms_outputs(vit, visual, images):
+def test_norm_statistics_reproduce_the_output_of_the_norms(vit, visual, images):
     seen = {}
     modules = {f"blocks.{l}.ln1": block.ln_1 for l, block in enumerate(visual.transformer.resblocks)}
     modules["ln_post"] = visual.ln_post
@@ -66,7 +66,7 @@ def test_norm_statistics_give_back_the_norms_outputs(vit, visual, images):
         assert_close((x - mean) / std * module.weight + module.bias, y, rtol=1e-4, atol=1e-5)
 
 
-def test_post_activations_write_the_mlps_output(vit, visual, images):
+def test_post_activations_reproduce_the_output_of_the_mlp(vit, visual, images):
     seen = {}
     block = visual.transformer.resblocks[2]
     handle = block.mlp.register_forward_hook(lambda m, x, y: seen.__setitem__("out", y))

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import resize
 
 from tests.conftest import ROOT, run_script
+from tests.photos import discs, write_mat
 from utils import segmentation
 from utils.clip import load_clip
 from utils.runtime.errors import UserError
@@ -31,39 +32,6 @@ from utils.segmentation import (
 from utils.segmentation_set import SegmentationSet
 
 LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
-SIZES = ((40, 40), (64, 40), (40, 72), (32, 32), (33, 47))  # rows, columns
-
-
-def write_mat(path, images, masks):
-    """Images [rows, columns, 3] and masks [rows, columns] in the layout of gtsegs_ijcv.mat, which is transposed."""
-    with h5py.File(path, "w") as file:
-        img = file.create_dataset("value/img", (len(images), 1), dtype=h5py.ref_dtype)
-        gt = file.create_dataset("value/gt", (len(images), 1), dtype=h5py.ref_dtype)
-        for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
-            img[i, 0] = file.create_dataset(f"refs/img{i}", data=image.transpose(2, 1, 0)).ref
-            cell = file.create_dataset(f"refs/cell{i}", (1, 1), dtype=h5py.ref_dtype)
-            cell[0, 0] = file.create_dataset(f"refs/mask{i}", data=mask.T).ref
-            gt[i, 0] = cell.ref
-    return path
-
-
-def discs(n, seed=0):
-    """Images of several aspect ratios, each with a disc, and masks of it: -1 on the disc's rim. Image 3 has no disc."""
-    rng = np.random.default_rng(seed)
-    images, masks = [], []
-    for i in range(n):
-        rows, columns = SIZES[i % len(SIZES)]
-        y, x = np.mgrid[:rows, :columns]
-        distance = np.hypot(y - rng.uniform(0.3, 0.7) * rows, x - rng.uniform(0.3, 0.7) * columns)
-        radius = 0 if i == 3 else rng.uniform(6, 14)
-        mask = (distance < radius).astype(np.int16)
-        image = np.where(mask[..., None] == 1, rng.integers(150, 255, 3), rng.integers(0, 100, 3)) + rng.integers(
-            -20, 20, (rows, columns, 3)
-        )
-        mask[(distance >= radius) & (distance < radius + 1.5)] = -1
-        images.append(image.clip(0, 255).astype(np.uint8))
-        masks.append(mask)
-    return images, masks
 
 
 def random_maps(n=8, side=24):

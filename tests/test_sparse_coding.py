@@ -10,12 +10,12 @@ import torch
 from numpy.testing import assert_allclose
 from sklearn.decomposition import SparseCoder
 
-from utils.errors import UserError
-from utils.sparse_coding import make_atoms, orthogonal_matching_pursuit, save_decomposition
+from utils.runtime.errors import UserError
+from utils.sparse_coding import make_atoms, orthogonal_matching_pursuit, save_descriptions
 
 
 def vectors(texts, D, seed=0):
-    """Like text vectors: a common part, and a spectrum that falls."""
+    """Made-up text vectors: with a common part and a falling spectrum, as real ones."""
     rng = np.random.default_rng(seed)
     raw = rng.standard_normal((texts, D)) * np.linspace(2, 0.1, D) @ np.linalg.qr(rng.standard_normal((D, D)))[0] + 1.0
     return torch.from_numpy(100 * raw / np.linalg.norm(raw, axis=1, keepdims=True)).float()
@@ -58,7 +58,7 @@ def test_supports_coefficients_and_residuals_are_scikit_learns(texts, D, n_nonze
         if set(np.flatnonzero(ours[n])) == set(np.flatnonzero(theirs[n])):
             same += 1
             assert_allclose(ours[n], theirs[n], atol=1e-4 * np.abs(theirs[n]).max())
-    assert same >= 19  # float32 may swap a near-tie
+    assert same >= 19  # float32 may swap near-ties
 
 
 def test_the_residual_is_orthogonal_to_the_chosen_atoms():
@@ -70,7 +70,7 @@ def test_the_residual_is_orthogonal_to_the_chosen_atoms():
         assert np.abs(chosen @ residual[n]).max() < 1e-4 * np.linalg.norm(chosen, axis=1).max()
 
 
-def test_more_atoms_than_dimensions_stop_where_the_target_is_reached():
+def test_a_pursuit_of_more_atoms_than_dimensions_stops_when_the_target_is_reached():
     atoms, targets = make_atoms(vectors(300, 20), "text"), unit_targets(6, 20)
     support, ours = code(atoms, targets, 60)
     theirs = sklearn_code(atoms, targets, 60, np.float32)
@@ -78,11 +78,11 @@ def test_more_atoms_than_dimensions_stop_where_the_target_is_reached():
     taken = [(support[n] >= 0).sum() for n in range(6)]
     assert all(20 <= count <= 22 for count in taken)
     assert all(abs(count - (theirs[n] != 0).sum()) <= 2 for n, count in enumerate(taken))
-    for row in support:  # what follows a stop stays empty
+    for row in support:  # empty after the stop
         assert (row[(row >= 0).sum() :] == -1).all()
 
 
-def test_of_equal_atoms_the_first_is_taken_and_only_once():
+def test_of_equal_atoms_only_the_first_is_taken():
     atoms = make_atoms(vectors(60, 24), "text")
     doubled = torch.cat([atoms, atoms, atoms[:5]])
     targets = unit_targets(10, 24)
@@ -96,7 +96,7 @@ def test_of_equal_atoms_the_first_is_taken_and_only_once():
     assert_allclose(ours[:, :60], folded, atol=1e-5 * np.abs(folded).max())
 
 
-def test_tiny_atoms_and_empty_targets_end_without_a_choice():
+def test_tiny_atoms_and_zero_targets_get_no_support():
     atoms = make_atoms(vectors(50, 16), "text") * 1e-7
     targets = torch.cat([unit_targets(3, 16), torch.zeros(1, 16)])
     support, ours = code(atoms, targets, 5)
@@ -108,7 +108,7 @@ def test_tiny_atoms_and_empty_targets_end_without_a_choice():
     assert_allclose(ours, sklearn_code(mixed, targets, 5), atol=1e-5)
 
 
-def test_a_stopped_target_does_not_change_the_others():
+def test_a_target_that_stops_early_does_not_change_the_others():
     atoms = make_atoms(vectors(200, 32), "text")
     targets = unit_targets(4, 32)
     reachable = 0.5 * atoms[3] - 0.25 * atoms[9]  # two atoms are enough
@@ -133,11 +133,11 @@ def test_atoms_are_centred_and_scaled_as_published():
     assert_allclose(np.linalg.norm(make_atoms(t, "text"), axis=1), 100, rtol=1e-5)
 
 
-def test_descriptions_are_sorted_and_both_files_agree(tmp_path):
+def test_descriptions_are_sorted_and_the_two_files_agree(tmp_path):
     support = torch.tensor([[4, 0, 2], [1, 3, -1], [-1, -1, -1]])
     coefficients = torch.tensor([[0.1, -0.9, 0.5], [0.2, 0.3, 0.0], [0.0, 0.0, 0.0]])
     texts = ["zero", 'a "quoted" one', "zwei", "trois", "četiri"]
-    save_decomposition(tmp_path / "d.json", support.numpy(), coefficients.numpy(), texts, {})
+    save_descriptions(tmp_path / "d.json", support.numpy(), coefficients.numpy(), texts=texts, record={})
     content = json.loads((tmp_path / "d.json").read_text(encoding="utf-8"))
     assert [[i, text] for i, _, text in content["0"]] == [[0, "zero"], [2, "zwei"], [4, "četiri"]]
     assert [i for i, *_ in content["1"]] == [3, 1] and content["2"] == []

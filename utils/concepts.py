@@ -1,7 +1,7 @@
-"""Concept discovery: which words the active neurons of an image stand for (appendix A.5 of the paper).
+"""Concept discovery: the words that the active neurons of an image stand for (appendix A.5 of the paper).
 
-A neuron is active on an image if its centred norm is among its own k largest over the data set. A word's score is the sum, over
-the active neurons that have it in their description, of coefficient * norm.
+A neuron is active on an image if its centred norm there is among its k largest over the data set. A word's score is the sum of
+coefficient * norm over the active neurons whose descriptions have it.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Concepts:
-    """What was found in one image: the active neurons and their norms, by falling norm, and (word, score) by falling score."""
+    """What was found in one image: the active neurons and their norms, by falling norm; (word, score), by falling score."""
 
     neurons: list
     norms: list
@@ -25,7 +25,7 @@ def word_scores(descriptions, weights, texts=None):
 
     descriptions: list over neurons, as `load_descriptions` returns it.
     weights: {neuron: weight}.
-    texts: how many of a neuron's words count, None for all; they stand by falling |coefficient|.
+    texts: words of a neuron that count, those of the largest |coefficient|; None for all.
 
     Returns [(word, score), ...] by falling score, then by word.
     """
