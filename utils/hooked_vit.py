@@ -1,10 +1,8 @@
-"""HookedViT: watch an open_clip ViT while it runs, and leave no trace.
+"""HookedViT: watch an open_clip ViT while it runs, and leave no trace. Letters as in `utils.prs`."""
 
-Letters as in `utils.prs`.
-"""
-
+import fnmatch
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -13,26 +11,29 @@ from utils.runtime.errors import UserError
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What can be recorded: activation: (module, function of the block or tower, the module's input z and its output x). A std is
+# sqrt(biased variance + eps), the number that the LayerNorm divides by.
+OF_BLOCK = {  # as blocks.{l}.NAME
+    "ln1.mean": ("ln_1", lambda block, z, x: z.float().mean(dim=-1)),  # [B, T], of the LayerNorm before the attention
+    "ln1.std": ("ln_1", lambda block, z, x: norm_std(z.float(), block.ln_1.eps)),  # [B, T]
+    "ln1.out": ("ln_1", lambda block, z, x: x.float()),  # [B, T, d], from which `attention_pattern` gives all probabilities
+    "attn.row": ("ln_1", lambda block, z, x: class_attention(block.attn, x.float())),  # [B, H, T], of the class token
+    "mlp.post": ("mlp.gelu", lambda block, z, x: x.float()),  # [B, T, N], post-GELU activations of the neurons
+}
+OF_TOWER = {  # of the last LayerNorm at the class token
+    "ln_post.mean": ("ln_post", lambda visual, z, x: _class_token(z.float()).mean(dim=-1)),  # [B]
+    "ln_post.std": ("ln_post", lambda visual, z, x: norm_std(_class_token(z.float()), visual.ln_post.eps)),  # [B]
+}
+
 
 class HookedViT:
     """An open_clip image tower whose activations can be recorded.
 
-    The tower itself is used as it is: no weights are copied and its fused attention stays in place.
-
-    Parameters
-    visual: the tower.
+    visual: the tower, used as it is: no weights are copied and its fused attention stays in place.
     precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
 
     Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `grid` (rows and
-    columns of patches), `blocks`.
-
-    Activations that `record` knows, for block l:
-        blocks.{l}.ln1.mean, blocks.{l}.ln1.std   [B, T]      statistics of the LayerNorm before the attention
-        blocks.{l}.ln1.out                        [B, T, d]   its output, from which `attention_pattern` gives all probabilities
-        blocks.{l}.attn.row                       [B, H, T]   attention probabilities of the class token
-        blocks.{l}.mlp.post                       [B, T, N]   post-GELU activations of the MLP's neurons
-        ln_post.mean, ln_post.std                 [B]         statistics of the last LayerNorm at the class token
-    A std is sqrt(biased variance + eps), the number that the LayerNorm divides by.
+    columns of patches), `blocks`. `record` knows the activations of OF_BLOCK and OF_TOWER.
 
     Raises UserError for a tower that the method does not cover.
     """
@@ -48,6 +49,8 @@ class HookedViT:
         self.sizes = {"N": self.N, "D": self.D, "e": self.d // self.H}
         self.grid = visual.grid_size
         self.T = self.grid[0] * self.grid[1] + 1
+        parts = [(f"blocks.{l}.", block, OF_BLOCK) for l, block in enumerate(self.blocks)] + [("", visual, OF_TOWER)]
+        self._activations = {prefix + name: (part, *table[name]) for prefix, part, table in parts for name in table}
 
     def K(self, layer):
         """Number of attention heads after MLP `layer`."""
@@ -56,8 +59,7 @@ class HookedViT:
     @property
     def names(self):
         """Every activation that can be recorded."""
-        per_block = ("ln1.mean", "ln1.std", "ln1.out", "attn.row", "mlp.post")
-        return [f"blocks.{l}.{name}" for l in range(self.L) for name in per_block] + ["ln_post.mean", "ln_post.std"]
+        return list(self._activations)
 
     def __call__(self, images):
         """Representations [B, D], not normalised, of images [B, 3, side, side]."""
@@ -77,19 +79,16 @@ class HookedViT:
         """
         wanted = set()
         for pattern in patterns:
-            fitting = [name for name in self.names if fnmatchcase(name, pattern)]
+            fitting = fnmatch.filter(self.names, pattern)
             if not fitting:
                 raise KeyError(f"no activation is called {pattern!r}; there are {', '.join(self.names)}")
             wanted.update(fitting)
         cache, handles = {}, []
         try:
-            for l, block in enumerate(self.blocks):
-                if f"blocks.{l}.mlp.post" in wanted:
-                    handles.append(block.mlp.gelu.register_forward_hook(_keep_output(cache, f"blocks.{l}.mlp.post")))
-                if wanted & {f"blocks.{l}.{name}" for name in ("ln1.mean", "ln1.std", "ln1.out", "attn.row")}:
-                    handles.append(block.ln_1.register_forward_hook(_keep_attention(cache, wanted, f"blocks.{l}", block.attn)))
-            if wanted & {"ln_post.mean", "ln_post.std"}:
-                handles.append(self.visual.ln_post.register_forward_hook(_keep_last_norm(cache)))
+            for name in wanted:
+                part, module, compute = self._activations[name]
+                hook = partial(_keep, cache, name, partial(compute, part))
+                handles.append(part.get_submodule(module).register_forward_hook(hook))
             yield cache
         finally:
             for handle in handles:
@@ -106,56 +105,29 @@ class HookedViT:
             hook.remove()
 
 
-def _keep_output(cache, name):
-    """Forward hook that stores a module's output."""
-
-    def hook(module, inputs, output):
-        cache[name] = output.detach().float()
-
-    return hook
-
-
-def _keep_attention(cache, wanted, block, attn):
-    """Forward hook on the LayerNorm before an attention: its statistics, its output, the class token's attention."""
-
-    def hook(norm, inputs, output):
-        z, x = inputs[0].detach().float(), output.detach().float()
-        with tf32(False), torch.autocast(x.device.type, enabled=False):
-            if f"{block}.ln1.mean" in wanted:
-                cache[f"{block}.ln1.mean"] = z.mean(dim=-1)
-            if f"{block}.ln1.std" in wanted:
-                cache[f"{block}.ln1.std"] = norm_std(z, norm.eps)
-            if f"{block}.ln1.out" in wanted:
-                cache[f"{block}.ln1.out"] = x
-            if f"{block}.attn.row" in wanted:
-                cache[f"{block}.attn.row"] = class_attention(attn, x)
-
-    return hook
-
-
-def _keep_last_norm(cache):
-    """Forward hook on the last LayerNorm: its statistics at the class token."""
-
-    def hook(norm, inputs, output):
-        z = inputs[0].detach().float()
-        z = z[:, 0] if z.ndim == 3 else z  # all tokens [B, T, d]; the class token [B, d] when the norm comes after pooling
-        cache["ln_post.mean"], cache["ln_post.std"] = z.mean(dim=-1), norm_std(z, norm.eps)
-
-    return hook
+def _keep(cache, name, compute, module, inputs, output):
+    """Forward hook that stores an activation, computed in float32."""
+    with tf32(False), torch.autocast(output.device.type, enabled=False):
+        cache[name] = compute(inputs[0].detach(), output.detach())
 
 
 @contextmanager
 def tf32(allowed):
     """Inside the `with`, whether CUDA may compute float32 products in TF32."""
-    modes = ((torch.backends.cuda.matmul, allowed), (torch.backends.cudnn, allowed))
-    before = [backend.allow_tf32 for backend, _ in modes]
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for backend, mode in modes:
-            backend.allow_tf32 = mode
+        for backend in backends:
+            backend.allow_tf32 = allowed
         yield
     finally:
-        for (backend, _), mode in zip(modes, before, strict=True):
+        for backend, mode in zip(backends, before, strict=True):
             backend.allow_tf32 = mode
+
+
+def _class_token(z):
+    """z [B, T, d] -> [B, d]; z itself when the LayerNorm comes after pooling."""
+    return z[:, 0] if z.ndim == 3 else z
 
 
 def norm_std(z, eps):
@@ -170,8 +142,7 @@ def class_attention(attn, x):
     attn: the block's nn.MultiheadAttention.
     x: its input, the output of LN1 [B, T, d].
 
-    The score of token i is q.(W_K x_i + b_K). It is taken as (q W_K).x_i, so that no key is ever computed: b_K adds the
-    same number to all tokens, which the softmax does not see.
+    The score of token i is q.(W_K x_i + b_K). It is computed as (q W_K).x_i, without any key: b_K adds the same to all tokens.
     """
     d, H = attn.embed_dim, attn.num_heads
     W_Q, W_K, _ = attn.in_proj_weight.view(3, H, d // H, d)  # each [H, e, d]
@@ -191,24 +162,14 @@ def attention_pattern(attn, x):
 
 def check_supported(visual):
     """Raise UserError, naming the reason, unless the second-order effects of this image tower are defined exactly."""
+    plain = "choose a plain ViT such as --model ViT-B-32"
     if not isinstance(visual, VisionTransformer):
-        raise UserError(
-            f"this model's image tower is a {type(visual).__name__}, and second-order effects are defined for open_clip's "
-            "own VisionTransformer; choose a plain ViT such as --model ViT-B-32 or --model ViT-L-14"
-        )
+        kind = type(visual).__name__
+        raise UserError(f"this model's image tower is a {kind} and not open_clip's own VisionTransformer; {plain} or ViT-L-14")
     if visual.attn_pool is not None:
-        raise UserError(
-            "this model pools its tokens by attention (attentional_pool), so the class token is not what reaches the output; "
-            "choose a plain ViT such as --model ViT-B-32"
-        )
+        raise UserError(f"this model pools its tokens by attention (attentional_pool), not by the class token; {plain}")
     if visual.pool_type != "tok":
-        raise UserError(
-            f"this model's output is pooled by '{visual.pool_type}' and not taken from the class token, from which "
-            "second-order effects are defined; choose a plain ViT such as --model ViT-B-32"
-        )
-    block = visual.transformer.resblocks[0]
-    if type(block) is not ResidualAttentionBlock or visual.proj is None:
-        raise UserError(
-            f"this model has {type(block).__name__} blocks or no output projection; second-order effects are defined for "
-            "plain pre-norm blocks, such as those of --model ViT-B-32"
-        )
+        raise UserError(f"this model's output is pooled by '{visual.pool_type}' and not taken from the class token; {plain}")
+    kind = type(visual.transformer.resblocks[0])
+    if kind is not ResidualAttentionBlock or visual.proj is None:
+        raise UserError(f"this model has {kind.__name__} blocks, which are not plain pre-norm, or no output projection; {plain}")
