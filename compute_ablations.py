@@ -13,7 +13,7 @@ import torch
 from utils.ablation import ABLATIONS, Ablations, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
 from utils.datasets import Loader, load_images
-from utils.prs import fold_layers, second_order
+from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import groups_of_layers, parse_layers
@@ -47,9 +47,7 @@ def main(args):
             directions = [] if work.finished else fold_layers(vit, group)
             ablations = [Ablations(item, statistics[item.layer]) for item in directions]
             for rows, pixels in work.over(loader):
-                representation, effects = second_order(vit, pixels, directions, args.coefficient)
-                representation = args.coefficient * torch.nn.functional.normalize(representation, dim=-1)
-                work[path][rows] = classify(representation, effects, ablations, classifier)
+                work[path][rows] = classify(vit, pixels, ablations, classifier, coefficient=args.coefficient)
         del directions, ablations  # room for the next group
         if distributed.is_rank_zero():
             table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))

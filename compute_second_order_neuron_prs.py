@@ -16,12 +16,11 @@ from functools import partial
 from utils.clip import load_clip
 from utils.datasets import Loader, load_images
 from utils.prs import fold_layers, second_order
-from utils.runtime import distributed, flags
-from utils.runtime.errors import UserError
+from utils.runtime import flags
 from utils.runtime.layers import groups_of_layers, parse_layers
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
-from utils.top_effects import Sums, TopK, start_of, write_top
+from utils.top_effects import FULL, TOP, Sums, TopK, start_of, write_top, write_weights
 
 
 def main(args):
@@ -29,28 +28,33 @@ def main(args):
     layers = parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
     loader, results = Loader(images, args.device, args.num_workers), Results(args.output_dir, args.model, args.pretrained)
-    record = {**clip.record, **images.record, "coefficient": args.coefficient}
-    keep = args.keep or ("top" if len(layers) > 1 and not args.merged else "full")
-    if keep == "full":
-        keep_all(args, clip.vit, layers, loader=loader, results=results, record=record)
+    record, names = (
+        {**clip.record, **images.record, "coefficient": args.coefficient},
+        {"dataset": args.dataset, "split": args.split},
+    )
+
+    def plan(layers, kinds, dtype=None):
+        """The arrays of some layers."""
+        arrays = {}
+        for layer in layers:
+            sizes = {**clip.vit.sizes, "K": clip.vit.K(layer), "images": len(images), "k": args.top_k_pca}
+            arrays |= results.arrays(kinds, sizes, dtype, layer=layer, **names)
+        return arrays
+
+    path = partial(results.path, **names)
+    if (args.keep or ("top" if len(layers) > 1 and not args.merged else "full")) == "full":
+        large = plan(layers, ["coefficients", *["merged"] * args.merged], args.store_dtype)
+        keep_all(args, clip.vit, layers, loader, path=path, arrays=large | plan(layers, FULL), record=record)
     else:
         for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-            keep_top(args, clip.vit, group, loader=loader, results=results, record=record)
-    for layer in layers:
-        print(f"wrote {args.dataset}_{args.split} effects of layer {layer}: {len(images)} images, {clip.vit.N} neurons")
+            keep_top(args, clip.vit, group, loader, path=path, arrays=plan(group, TOP), record=record)
+    print(f"wrote the effects of MLP layer {', '.join(map(str, layers))}: {len(images)} images, {clip.vit.N} neurons")
     print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
-def keep_all(args, vit, layers, loader, results, record):
+def keep_all(args, vit, layers, loader, path, arrays, record):
     """One pass that stores every effect."""
-    arrays, names = {}, {"dataset": args.dataset, "split": args.split}
-    for layer in layers:
-        sizes = {**vit.sizes, "K": vit.K(layer), "images": len(loader.images)}
-        large = ("coefficients", "merged") if args.merged else ("coefficients",)
-        arrays |= results.arrays(large, sizes, args.store_dtype, **names, layer=layer)
-        arrays |= results.arrays(("bias", "values", "outputs"), sizes, **names, layer=layer)
     pieces, settings = pieces_of(len(loader.images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
-    path = partial(results.path, **names)
     with Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
         directions = [] if work.finished else fold_layers(vit, layers)
         for rows, pixels in work.over(loader):
@@ -61,32 +65,22 @@ def keep_all(args, vit, layers, loader, results, record):
                 work[path("bias", layer=layer)][rows] = phi.kappa
                 if args.merged:
                     work[path("merged", layer=layer)][rows] = phi.dense()
-        for item in directions if distributed.is_rank_zero() else ():
-            work[path("values", layer=item.layer)][:] = item.values
-            work[path("outputs", layer=item.layer)][:] = item.outputs
+        write_weights(work, directions, path)
 
 
-def keep_top(args, vit, layers, loader, results, record):
+def keep_top(args, vit, layers, loader, path, arrays, record):
     """Two passes that leave the largest effects of every neuron."""
-    arrays, names, images, k = {}, {"dataset": args.dataset, "split": args.split}, len(loader.images), args.top_k_pca
-    if images < k:
-        raise UserError(f"there are {images} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
-    kinds = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", "values", "outputs")
-    for layer in layers:
-        sizes = {**vit.sizes, "K": vit.K(layer), "images": images, "k": k}
-        arrays |= results.arrays(kinds, sizes, **names, layer=layer)
-    pieces, path = pieces_of(images, args.batch_size), partial(results.path, **names)
-    settings = {"top_k_pca": k, "layers": layers, "batch_size": args.batch_size}
-    state, scratch = start_of(vit, layers, k)
-    both = {"state": state, "scratch": scratch, "overwrite": args.overwrite}
-    with Pass(arrays, record, pieces + pieces, settings, **both) as work:
+    pieces = pieces_of(len(loader.images), args.batch_size)
+    settings = {"top_k_pca": args.top_k_pca, "layers": layers, "batch_size": args.batch_size}
+    state, scratch = start_of(vit, layers, args.top_k_pca, len(loader.images))
+    with Pass(arrays, record, pieces * 2, settings, state=state, scratch=scratch, overwrite=args.overwrite) as work:
         if work.finished:
             return
         directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
         for _, pixels in work.over(loader, slice(len(pieces)), "means"):
             for phi in second_order(vit, pixels, directions, args.coefficient)[1]:
                 sums.add(phi)
-        means = sums.means(layers, images)
+        means = sums.means(layers, len(loader.images))
         tops = [TopK(work, item, means[item.layer]) for item in directions]
         for rows, pixels in work.over(loader, slice(len(pieces), None), "effects"):
             _, effects = second_order(vit, pixels, directions, args.coefficient)

@@ -16,7 +16,7 @@ import torch
 from utils.ablation import Rebuilt, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
 from utils.datasets import Loader, load_images
-from utils.prs import fold_layers, second_order
+from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
@@ -54,22 +54,20 @@ def describe(args, path, atoms, targets, texts, record):
     """Pursue the targets [N, D] of one layer and write their descriptions."""
     made = is_made(path, complete(record), args.overwrite)
     distributed.barrier()  # every process has looked before one of them writes
-    if made:
-        print(f"kept {path}: made from the same components and texts (--overwrite makes it again)")
-        return
     support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
-    shape, targets = (len(targets), args.components), torch.from_numpy(targets).to(args.device)
-    arrays = {support: (shape, "int32"), weights: (shape, "float32")}
-    with Pass(arrays, record, pieces_of(len(targets), BLOCK), overwrite=args.overwrite) as work:
-        for n, _ in work.over(description="OMP", unit="neuron"):
-            work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], args.components)
+    if not made:
+        shape, targets = (len(targets), args.components), torch.from_numpy(targets).to(args.device)
+        arrays = {support: (shape, "int32"), weights: (shape, "float32")}
+        with Pass(arrays, record, pieces_of(len(targets), BLOCK), overwrite=args.overwrite) as work:
+            for n, _ in work.over(description="OMP", unit="neuron"):
+                work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], args.components)
     if distributed.is_rank_zero():
-        save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
-        for path in (support, weights):  # the result holds them
-            path.unlink()
-            record_path(path).unlink()
+        if not made:
+            save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
+        for file in (support, weights, record_path(support), record_path(weights)):
+            file.unlink(missing_ok=True)  # the result holds them
     distributed.barrier()
-    print(f"wrote {len(targets)} descriptions, {args.components} of {len(texts)} texts each")
+    print(f"{'kept' if made else 'wrote'} {path}: {args.components} of {len(texts)} texts for each neuron")
 
 
 def evaluate(args, inputs, results, rebuilt, names):
@@ -77,31 +75,28 @@ def evaluate(args, inputs, results, rebuilt, names):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
     classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
-    wanted = {"clip": clip, "coefficient": args.coefficient}
-    statistics = load_statistics(inputs, args.dataset, list(rebuilt), args.top_k_pca, **wanted)
-    vectors = {layer: torch.from_numpy(array).to(clip.device) for layer, array in rebuilt.items()}
-
+    wanted, layers = {"clip": clip, "coefficient": args.coefficient}, list(rebuilt)
+    statistics = load_statistics(inputs, args.dataset, layers, args.top_k_pca, **wanted)
     made_of = {**clip.record, **images.record, "text_descriptions": args.text_descriptions, "components": args.components}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
-    record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in rebuilt]
+    record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in layers]
     pieces, table = pieces_of(len(images), args.batch_size), {}
-    for group in groups_of_layers(clip.vit, list(rebuilt), args.memory * 1e9):
+    for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
         path = results.path("evaluated", layer=group, **names)
         arrays = results.arrays(["evaluated"], {"images": len(images), "layers": len(group)}, layer=group, **names)
         settings = {"layers": group, "batch_size": args.batch_size}
         with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
             directions = [] if work.finished else fold_layers(clip.vit, group)
+            vectors = {layer: torch.from_numpy(rebuilt[layer]).to(clip.device) for layer in group}
             ablations = [Rebuilt(item, statistics[item.layer].mean, vectors[item.layer]) for item in directions]
             for rows, pixels in work.over(loader):
-                representation, effects = second_order(clip.vit, pixels, directions, args.coefficient)
-                representation = args.coefficient * torch.nn.functional.normalize(representation, dim=-1)
-                work[path][rows] = classify(representation, effects, ablations, classifier)
+                work[path][rows] = classify(clip.vit, pixels, ablations, classifier, coefficient=args.coefficient)
         if distributed.is_rank_zero():
             table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
     if distributed.is_rank_zero():
-        path = results.path("evaluation", layer=list(rebuilt), **names)
+        path = results.path("evaluation", layer=layers, **names)
         table = {layer: accuracy for layer, (accuracy,) in table.items()}
-        save_json(path, {**made_of, "layers": list(rebuilt), "images": len(images), "accuracy": table})
+        save_json(path, {**made_of, "layers": layers, "images": len(images), "accuracy": table})
         for layer, accuracy in table.items():
             print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")
         print(f"wrote {path}, over {len(images)} images")

@@ -52,7 +52,8 @@ def start(script, *flags, log, errors=None, environment=(), constants=()):
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     command = [str(script), *map(str, flags)]
-    process = CONTEXT.Process(target=_run_forked, args=(command, (str(log), str(errors or log)), dict(environment), dict(constants)))
+    logs = (str(log), str(errors or log))
+    process = CONTEXT.Process(target=_run_forked, args=(command, logs, dict(environment), dict(constants)))
     process.daemon = "--num_workers" in command and command[command.index("--num_workers") + 1] == "0"  # ends with the tests
     process.log, process.marker = Path(log), Path(f"{log}.held.0")
     process.start()
@@ -311,8 +312,8 @@ def _hold(pieces, marker):
     pass_class, turns = importlib.import_module("utils.runtime.passes").Pass, itertools.count(1)
     marker, end_turn = Path(f"{marker}.{os.environ.get('RANK', 0)}"), pass_class._end_turn
 
-    def held(self, i):
-        end_turn(self, i)
+    def held(self):
+        end_turn(self)
         if next(turns) == pieces:
             self.commit()
             marker.touch()

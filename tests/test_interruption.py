@@ -436,9 +436,9 @@ def test_files_of_an_interrupted_run_that_are_cut_off(world, pieces):
         world.run("top", output)
         assert_same_files(output, world.whole / "top")
     output = copy(started, f"cut_off_coefficients_{pieces}")
-    os.truncate(next(output.glob("*.top2.0.partial")), 4096)
+    os.truncate(next(output.glob("*.top2.0")), 4096)
     line = the_line(world.run("top", output, code=1))
-    assert ".top2.0.partial of an interrupted run is missing or cut off; add --overwrite" in line
+    assert ".top2.0 of an interrupted run is missing or cut off; add --overwrite" in line
     world.run("top", output, "--overwrite")
     assert_same_files(output, world.whole / "top")
 

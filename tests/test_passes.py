@@ -289,9 +289,16 @@ def sum_up(path, stop=None, where="between"):
     return found
 
 
+def save_at_once(monkeypatch):
+    """Progress is saved after every piece."""
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(module, "COMMIT_SHARE", 1e9)
+
+
 @pytest.mark.parametrize("commit", [0, 1000])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_the_state_of_an_interrupted_turn_is_not_counted_twice(tmp_path, monkeypatch, where, commit):
+    save_at_once(monkeypatch)
     monkeypatch.setattr(module, "COMMIT_SECONDS", commit)
     for stop in (4, 6):
         with pytest.raises(PowerCut):
@@ -301,7 +308,7 @@ def test_the_state_of_an_interrupted_turn_is_not_counted_twice(tmp_path, monkeyp
 
 
 def test_a_damaged_record_of_the_progress_costs_the_progress_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    save_at_once(monkeypatch)
     with pytest.raises(PowerCut):
         sum_up(tmp_path / "a.npy", 6, "before")
     [progress] = tmp_path.glob("*.progress.0")
@@ -310,10 +317,10 @@ def test_a_damaged_record_of_the_progress_costs_the_progress_and_nothing_else(tm
 
 
 def test_a_scratch_array_that_is_cut_off_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    save_at_once(monkeypatch)
     with pytest.raises(PowerCut):
         sum_up(tmp_path / "a.npy", 6, "before")
-    [scratch] = tmp_path.glob("*.squares.0.partial")
+    [scratch] = tmp_path.glob("*.squares.0")
     os.truncate(scratch, 8)
-    with pytest.raises(UserError, match="squares.0.partial of an interrupted run is missing or cut off; add --overwrite"):
+    with pytest.raises(UserError, match="squares.0 of an interrupted run is missing or cut off; add --overwrite"):
         sum_up(tmp_path / "a.npy")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from utils.norms import CentredNorms, blocks_of
+from utils.prs import second_order
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 
@@ -18,11 +19,11 @@ ABLATIONS = (
 
 
 class Statistics(NamedTuple):
-    """What `compute_pcas.py` found for one layer: mean effects [N, D], first components [N, D], thresholds [N]."""
+    """What `compute_pcas.py` found for one layer."""
 
-    mean: torch.Tensor
-    pcas: torch.Tensor
-    thresholds: torch.Tensor
+    mean: torch.Tensor  # [N, D]        mean effects
+    pcas: torch.Tensor  # [N, D]        first components
+    thresholds: torch.Tensor  # [N]
 
     def digest(self):
         """Twelve hex digits of the content."""
@@ -30,11 +31,9 @@ class Statistics(NamedTuple):
 
 
 class Rebuilt:
-    """Effects replaced by their projections on one vector per neuron: base + sum_n <c_n, r_n> r_n with c_n = phi_n - mean_n,
-    where base has every effect at its mean.
+    """Effects projected on one vector per neuron: base + sum_n <c_n, r_n> r_n, with c_n = phi_n - mean_n and all means in base.
 
-    directions: `Directions` of the layer.
-    mean: [N, D], mean effects of the train split.
+    directions, mean: of the layer; [N, D], mean effects of the train split.
     vectors: [N, D], first components, or what a sparse decomposition makes of them; nothing is divided by |r_n|^2.
     """
 
@@ -58,16 +57,14 @@ class Rebuilt:
         return self.projections(phi) @ self.vectors
 
     def __call__(self, representation, phi):
-        """[B, 1, D]: the one representation in a row, as `Ablations` gives its five."""
+        """[B, 1, D], as `Ablations` gives its five."""
         return (self.base(representation, phi) + self.projected(phi))[:, None]
 
 
 class Ablations:
     """The five representations that the paper compares, for one layer.
 
-    directions: `Directions` of the layer.
-    statistics: `Statistics` of the train split. An effect is significant where |c_n| is above the threshold, the neuron's k-th
-        largest norm in training.
+    An effect is significant where |c_n| is above the threshold, the neuron's k-th largest norm in the train split.
     """
 
     def __init__(self, directions, statistics):
@@ -80,8 +77,7 @@ class Ablations:
         base = self.rebuilt.base(representation, phi)
         pc = base + self.rebuilt.projected(phi)
         small = (self.norms(phi) <= self.thresholds).to(phi.C.dtype)  # [B, N]
-        # sum of the small c_n; base plus all c_n is the representation again, so leaving them out needs no second sum
-        heads = 0
+        heads = 0  # for the sum of the small c_n; base plus all c_n is the representation, so leaving them out needs no second sum
         for n in blocks_of(phi.C.shape[2]):
             x = (phi.C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]
             heads = heads + torch.einsum("bkn,kne->bke", x, self.directions.values[:, n])
@@ -91,11 +87,10 @@ class Ablations:
 
 
 def load_statistics(results, dataset, layers, k, clip, coefficient):
-    """Read `Statistics` of some layers to the model's device: {layer: Statistics}.
+    """Read {layer: Statistics} to the model's device.
 
-    results: `Results` of the folder. dataset, layers, k: in the files' names.
-    clip: `Clip` whose weights they must be of.
-    coefficient: that they must have been made with.
+    results, dataset, layers, k: the folder's `Results`, and what is in the files' names.
+    clip, coefficient: what they must have been made with.
 
     Raises UserError, with the command, for what is missing or wrong.
     """
@@ -114,28 +109,29 @@ def load_classifier(results, clip, images):
     classifier = results.load("classifier", clip.vit.sizes, expected, dataset=images.dataset)
     classes = len(images.class_names)
     partial = images.dataset == "imagenet" and classes < classifier.shape[1]  # some of the 1,000 folders are there
-    if classifier.shape[1] != classes and not partial:
-        path, command = (make("classifier", dataset=images.dataset) for make in (results.path, results.command))
-        raise UserError(
-            f"{path} has {classifier.shape[1]} classes and the images have {classes}; make it again with: {command} --overwrite"
-        )
     if partial:
-        print(
-            f"note: only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the "
-            "classifier's 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own"
-        )
+        labels = f"only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the classifier's"
+        print(f"note: {labels} 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own")
+    elif classifier.shape[1] != classes:
+        path, command = (make("classifier", dataset=images.dataset) for make in (results.path, results.command))
+        counts = f"{classifier.shape[1]} classes and the images have {classes}"
+        raise UserError(f"{path} has {counts}; make it again with: {command} --overwrite")
     return torch.from_numpy(classifier).to(clip.device)
 
 
-def classify(representation, effects, ablations, classifier):
+@torch.inference_mode()
+def classify(vit, images, ablations, classifier, coefficient):
     """Predicted classes, int64 [B, layers, V], of the V ablated representations of every layer.
 
-    representation: of norm 100 [B, D].
-    effects: iterator over the layers' `SecondOrder`, one of which is in memory at a time.
-    ablations: list of `Ablations` or `Rebuilt`, one for each layer.
+    vit: HookedViT.
+    images: [B, 3, side, side], transformed.
+    ablations: list of `Ablations` or `Rebuilt`, one for each layer, ascending.
     classifier: [D, classes].
+    coefficient: as in `second_order`.
     """
-    ablated = [ablate(representation, next(effects)) for ablate in ablations]
+    representation, effects = second_order(vit, images, [ablate.directions for ablate in ablations], coefficient)
+    representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
+    ablated = [ablate(representation, next(effects)) for ablate in ablations]  # one layer's effects are in memory at a time
     return (torch.stack(ablated, dim=1) @ classifier).argmax(dim=-1)
 
 

@@ -10,15 +10,23 @@ import torch
 
 from utils.norms import CentredNorms
 from utils.runtime.distributed import is_rank_zero
+from utils.runtime.errors import UserError
 
+FULL = ("bias", "values", "outputs")  # written with --keep full, besides the large arrays
+TOP = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", "values", "outputs")  # written with --keep top
 FIXED = 2.0**32  # sums are int64 multiples of 1/FIXED: integer addition is exact, so batch order and process count do not matter
 ENTERING = 8192  # effects that are copied into the kept ones at a time
 MERGED = 64  # neurons whose kept effects are merged at a time
 LAST_IMAGE = 2**32 - 1
 
 
-def start_of(vit, layers, k):
-    """What a pass for the largest effects keeps: its state (sums and keys) and scratch (coefficients), as `Pass` takes them."""
+def start_of(vit, layers, k, images):
+    """What a pass for the largest effects keeps: its state (sums and keys) and scratch (coefficients), as `Pass` takes them.
+
+    Raises UserError when there are fewer images than k.
+    """
+    if images < k:
+        raise UserError(f"there are {images} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
     state, scratch = {}, {}
     for layer in layers:
         state[f"C{layer}"], state[f"kappa{layer}"] = np.zeros((vit.K(layer), vit.N), np.int64), np.zeros(vit.D, np.int64)
@@ -128,5 +136,11 @@ def write_top(work, tops, path):
             every = np.concatenate([file[n] for file in kept], axis=1)  # [n, processes k, K]
             work[path("top_coefficients", layer=layer)][n] = np.take_along_axis(every, order[n, :, None], axis=1)
         work[path("top_mean", layer=layer)][:] = top.mean()
-        work[path("values", layer=layer)][:] = top.directions.values
-        work[path("outputs", layer=layer)][:] = top.directions.outputs
+    write_weights(work, [top.directions for top in tops], path)
+
+
+def write_weights(work, directions, path):
+    """Write the weights' part of the effects of some layers. Parameters as in `write_top`; directions: list of `Directions`."""
+    for item in directions if is_rank_zero() else ():
+        for part in ("values", "outputs"):
+            work[path(part, layer=item.layer)][:] = getattr(item, part)

@@ -37,7 +37,7 @@ def save_atomic(path, write, rename=os.replace):
 
 
 def save_json(path, content):
-    """Write json in one step."""
+    """Write a json file in one step."""
     save_atomic(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
@@ -67,18 +67,13 @@ def whole_folder(path):
 
 
 def read_json(path, what, fix):
-    """Read a json file.
+    """Read a json file. what: what it is, such as a flag. fix: what to do about a damaged file, the end of the message.
 
-    what: what the file is, in front of its name in messages (a flag, or "").
-    fix: what to do about a damaged file, the end of the message.
-
-    Raises FileNotFoundError when it is not there and UserError when it is damaged or unreadable.
+    Raises FileNotFoundError when it is not there and UserError when it is damaged.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{what} {path} is damaged ({one_line(error)[:100]}); {fix}".strip()) from error
 
 

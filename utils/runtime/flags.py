@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,35 +23,29 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def stage_parser(description, reads=True):
-    """The parser of a stage script, with the flags that every stage has.
-
-    description: the script's docstring.
-    reads: whether the stage reads results of earlier ones.
-    """
+    """The parser of a stage script, with the flags of every stage; `reads`: whether it reads results of earlier ones."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
-    group = parser.add_argument_group("model")
-    help = "open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json"
-    group.add_argument("--model", default="ViT-B-32", help=help)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="ViT-B-32", help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json")
     help = "open_clip tag, path of a .safetensors or .pt file (the activation is then --model's), or 'random'"
-    group.add_argument("--pretrained", default="openai", help=help)
-    group = parser.add_argument_group("files")
-    group.add_argument("--output_dir", default="./output_dir", help="where results are written")
+    add("--pretrained", default="openai", help=help)
+    add = parser.add_argument_group("files").add_argument
+    add("--output_dir", default="./output_dir", help="where results are written")
     if reads:
-        group.add_argument("--input_dir", help="where results of earlier stages are; default: --output_dir")
-    group.add_argument("--overwrite", action="store_true", help="start from scratch: replace results, discard earlier progress")
+        add("--input_dir", help="where results of earlier stages are; default: --output_dir")
+    add("--overwrite", action="store_true", help="start from scratch: replace results, discard earlier progress")
     return parser
 
 
 def add_compute(parser, batch_size=16, precision=False, memory=False):
     """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers --memory."""
-    group = parser.add_argument_group("computation")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
-    group.add_argument("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
+    add = parser.add_argument_group("computation").add_argument
+    add("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+    add("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
     if precision:
-        group.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
+        add("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
     if memory:
-        help = "GB for the folded weights of the layers that share one pass over the images"
-        group.add_argument("--memory", type=float, default=4, help=help)
+        add("--memory", type=float, default=4, help="GB for the folded weights of layers that share one pass over the images")
 
 
 def add_data(parser, split="val", required=True):
@@ -64,27 +59,22 @@ def add_data(parser, split="val", required=True):
 
 
 def add_workers(parser):
-    """--num_workers."""
     parser.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
 
 
 def add_dataset(parser):
-    """--dataset."""
     parser.add_argument("--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files")
 
 
 def add_layers(parser):
-    """--mlp_layer."""
     parser.add_argument("--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'")
 
 
 def add_top_k(parser, help="as in compute_pcas.py"):
-    """--top_k_pca."""
     parser.add_argument("--top_k_pca", type=positive_int, default=100, help=help)
 
 
 def add_coefficient(parser):
-    """--coefficient."""
     parser.add_argument("--coefficient", type=float, default=100.0, help="norm that a representation is scaled to")
 
 
@@ -96,20 +86,15 @@ def add_texts(parser):
     parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
 
 
-def positive_int(text):
-    """An int above 0, as the type of a flag."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def count(text, least=0):
+    """An int of `least` or more, as the type of a flag."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return int(text)
 
 
-def count(text):
-    """An int of 0 or more, as the type of a flag."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+positive_int = partial(count, least=1)
+positive_int.__name__ = "positive int"  # in argparse's messages
 
 
 def choose_device(name):

@@ -56,18 +56,16 @@ def walk(pieces, load=None, description="images", unit="image"):
 
 
 def require_space(arrays, scratch=0, overwrite=False):
-    """Say how much will be written, and refuse what cannot fit, before any work is done.
+    """Say how much will be written. Raises UserError, before any work is done, when the disk is too small.
 
-    arrays: {path: (shape, dtype)} in one folder; what is there already needs no more room, unless it is to be overwritten.
+    arrays: {path: (shape, dtype)} in one folder. Finished ones need no more room, unless they are to be overwritten.
     scratch: bytes of other files.
-
-    Raises UserError when the disk is too small.
     """
     folder = next(iter(arrays)).parent
     needed = scratch + sum(_bytes(*spec) for path, spec in arrays.items() if overwrite or not path.is_file())
-    partials = [partial for path in arrays for partial in folder.glob(f"{path.name}.*.partial")]
+    started = sum(file.stat().st_blocks * 512 for path in arrays for file in folder.glob(f"{path.name}.*.partial"))
     free = shutil.disk_usage(folder).free
-    if needed - sum(partial.stat().st_blocks * 512 for partial in partials) > free:
+    if needed - started > free:
         raise UserError(
             f"{folder} has {free / 1e9:.2f} GB free and this run writes {needed / 1e9:.2f} GB; make room, choose another "
             "--output_dir, or write less (--store_dtype float16, fewer layers, a larger --subsample)"
@@ -84,49 +82,42 @@ class Pass:
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).
-    state: {name: array} that the loop changes in place (`work.state`), saved with the progress. Each process has its own, so the
-        pass is resumed by as many processes. scratch: {name: (shape, dtype)}, the same for arrays too large for memory.
+    state: {name: array} that the loop changes in place (`work.state`), saved with the progress. Each process has its own, so as
+        many processes must resume the pass.
+    scratch: {name: (shape, dtype)}, the same for arrays too large for memory (`work.scratch`).
     overwrite: discard finished results and earlier progress.
 
-    Raises UserError when results are there that were made from something else, when an unfinished pass with other settings has
-    written into the first array, and when the disk is too small.
+    Raises UserError when results made from something else are there, when an unfinished pass with other settings has written into
+    the first array, and when the disk is too small.
     """
 
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
-        self.pieces, self.overwrite = pieces, overwrite
-        self.state = {name: array.copy() for name, array in (state or {}).items()}
-        self.records = {Path(path): complete(record, *spec) for path, spec in arrays.items()}
+        self.arrays, self.pieces, self.overwrite = {Path(path): spec for path, spec in arrays.items()}, pieces, overwrite
+        self.state, self.scratch = {name: array.copy() for name, array in (state or {}).items()}, dict(scratch or {})
         identity = {**complete(record), **(settings or {})}
-        identity["arrays"] = {path.name: [made["shape"], made["dtype"]] for path, made in self.records.items()}
+        identity["arrays"] = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
         identity["division into pieces"] = _hash([[piece.start, piece.stop] for piece in pieces])
         if state:
             identity["number of processes"] = distributed.world_size()
-        self.identity = json.loads(json.dumps(identity))
-        self.tag, self.first = _hash(self.identity)[:8], next(iter(self.records))
-        self.files = {path: ArrayFile(path, self.records[path], self.tag, self._queue) for path in self.records}
-        self._scratch_specs, self.scratch = scratch or {}, {}
-        self._done, self._in_turn, self._error = np.zeros(len(pieces), bool), False, None
-        self._thread, self._blocks, self._saving, self._turns = ThreadPoolExecutor(1), deque(), None, None
-        self._saved, self._cost = time.monotonic(), 0.0
+        self.identity, self.tag = json.loads(json.dumps(identity)), _hash(identity)
+        self.first = next(iter(self.arrays))
+        self.files = {path: ArrayFile(path, complete(record, *spec), self) for path, spec in self.arrays.items()}
+        self._done = np.zeros(len(pieces), bool)  # by this process
+        self._elsewhere = np.zeros(len(pieces), bool)  # by an earlier run or another process
+        self._thread, self._blocks, self._error = ThreadPoolExecutor(1), deque(), None
+        self._saving, self._saved, self._cost = None, time.monotonic(), 0.0
+        self._turns, self._in_turn = None, False
 
     def __getitem__(self, path):
         return self.files[Path(path)]
 
-    def progress(self, rank=None):
-        """Progress file of a process."""
+    def beside(self, name, rank=None):
+        """A file of one process, such as its progress."""
         rank = distributed.rank() if rank is None else rank
-        return self.first.with_name(f"{self.first.name}.{self.tag}.progress.{rank}")
-
-    def scratch_path(self, name, rank=None):
-        """Scratch file of a process."""
-        rank = distributed.rank() if rank is None else rank
-        return self.first.with_name(f"{self.first.name}.{self.tag}.{name}.{rank}.partial")
-
-    # start
+        return self.first.with_name(f"{self.first.name}.{self.tag}.{name}.{rank}")
 
     def __enter__(self):
-        made = [is_made(path, record, self.overwrite) for path, record in self.records.items()]
-        self.finished = all(made)
+        self.finished = all([file.is_made(self.overwrite) for file in self.files.values()])
         distributed.barrier()  # every process has looked before one of them changes anything
         if distributed.is_rank_zero():
             if self.finished:
@@ -139,81 +130,72 @@ class Pass:
             return self
         for file in self.files.values():
             file.open()
-        self._elsewhere = np.zeros(len(self.pieces), bool)  # done, by an earlier run or another process
         for path in self._progress_files():
             saved = read_progress(path)
             if saved is not None:
                 self._elsewhere |= saved["done"]
-                if path == self.progress():
+                if path == self.beside("progress"):
                     self._done |= saved["done"]
-                    self.state |= {name: saved[name] for name in self.state}
-        for name, (shape, dtype) in self._scratch_specs.items():
-            self.scratch[name] = Scratch(self.scratch_path(name), shape, dtype, resumed=self._done.any())
-        distributed.barrier()  # every process has read the progress before one of them saves new one
+                    self.state = {name: saved[name] for name in self.state}
+        for name, (shape, dtype) in self.scratch.items():
+            self.scratch[name] = Scratch(self.beside(name), shape, dtype, resumed=self._done.any())
+        distributed.barrier()  # every process has read the progress before one of them saves more
         return self
 
     def _prepare(self):
         """Create the files, or check those of an interrupted run."""
-        leftovers = [] if self.overwrite else self._progress_files("*")
-        for path in leftovers:
+        earlier = [] if self.overwrite else self._progress_files("*")
+        for path in earlier:
             saved = read_progress(path)
-            started = saved and json.loads(str(saved["identity"]))
-            if started and started != self.identity:
-                differing = [key for key in self.identity if started.get(key) != self.identity[key]]
+            started = self.identity if saved is None else json.loads(str(saved["identity"]))
+            differing = [key for key in self.identity if started.get(key) != self.identity[key]]
+            if differing:
                 raise UserError(
-                    f"{path} belongs to a run with other {', '.join(differing) or 'settings'}; repeat that run to finish it, or "
-                    "add --overwrite to start from scratch"
+                    f"{path} belongs to a run with other {', '.join(differing)}; repeat that run to finish it, or add "
+                    "--overwrite to start from scratch"
                 )
-        resumed = bool(leftovers) and all(file.partial.is_file() or file.is_published() for file in self.files.values())
-        arrays = {path: (file.shape, file.dtype) for path, file in self.files.items()}
-        scratch = distributed.world_size() * sum(_bytes(*spec) for spec in self._scratch_specs.values())
-        require_space(arrays, scratch, self.overwrite)
-        if resumed:
+        scratch = distributed.world_size() * sum(_bytes(*spec) for spec in self.scratch.values())
+        require_space(self.arrays, scratch, self.overwrite)
+        if earlier and all(file.partial.is_file() or file.is_made() for file in self.files.values()):
             return
-        self._clean(every_tag=self.overwrite)
+        self._clean("*" if self.overwrite else self.tag)
         try:
             for file in self.files.values():
                 file.create()
-            self._save(self._done, self.state)
+            self._save(self.state)
         except BaseException:
             self._clean()
             raise
-
-    # loop
 
     def over(self, load=None, part=slice(None), description="images", unit="image"):
         """Yield (piece, item) for this process's share of what is not done; load, description, unit as in `walk`.
 
         part: a slice of the pieces, for passes that go over the images more than once.
         """
-        todo = []
-        if not self.finished:
-            numbers = range(len(self.pieces))[part]
-            done = self._done | self._elsewhere
-            if self.state:  # a process resumes its own pieces, which its state goes with
-                todo = [i for i in distributed.shard(numbers) if not done[i]]
-            else:
-                todo = distributed.shard([i for i in numbers if not done[i]])
+        numbers, done = range(len(self.pieces))[part], self._done | self._elsewhere | self.finished
+        if self.state:  # a process resumes its own pieces, which its state goes with
+            todo = [i for i in distributed.shard(numbers) if not done[i]]
+        else:
+            todo = distributed.shard([i for i in numbers if not done[i]])
         self._turns = walk([self.pieces[i] for i in todo], load, description, unit)
         for i, (piece, item) in zip(todo, self._turns, strict=True):
             self._in_turn = True
             yield piece, item
             self._in_turn = False
-            self._end_turn(i)
+            self._submit(lambda i=i: self._done.__setitem__(i, True))  # after what the turn has queued
+            self._wait()
+            saving = self._saving is not None and not self._saving.done()
+            if not saving and time.monotonic() - self._saved > max(COMMIT_SECONDS, self._cost / COMMIT_SHARE):
+                self.commit(wait=False)
+            self._end_turn()
 
-    def _end_turn(self, i):
-        """Piece i is done when the thread gets here: what the turn has written is before it in the queue."""
-        self._submit(lambda: self._done.__setitem__(i, True))
-        self._wait()
-        saving = self._saving is not None and not self._saving.done()
-        if not saving and time.monotonic() - self._saved > max(COMMIT_SECONDS, self._cost / COMMIT_SHARE):
-            self.commit(wait=False)
+    def _end_turn(self):
+        """Called after every turn; tests stop here."""
 
     def commit(self, wait=True):
         """Save the progress: first the rows reach the disk, then the record of them, so that a machine may die in between."""
         state = {name: array.copy() for name, array in self.state.items()}
-        self._saved = time.monotonic()
-        self._saving = self._submit(lambda: self._sync_and_save(state))
+        self._saved, self._saving = time.monotonic(), self._submit(lambda: self._save(state))
         if wait:
             self._wait(self._saving)
 
@@ -223,7 +205,7 @@ class Pass:
         distributed.barrier()
         gathered = {name: [] for name in names}
         for rank in range(distributed.world_size()):
-            with np.load(self.progress(rank), allow_pickle=False) as file:
+            with np.load(self.beside("progress", rank), allow_pickle=False) as file:
                 for name in names:
                     gathered[name].append(file[name])
         distributed.barrier()
@@ -231,9 +213,8 @@ class Pass:
 
     def gather_scratch(self, name):
         """The same of a scratch array, as read-only memory maps. To be called after `gather`."""
-        shape, dtype = self._scratch_specs[name]
-        paths = [self.scratch_path(name, rank) for rank in range(distributed.world_size())]
-        return [np.memmap(path, dtype, "r", shape=shape) for path in paths]
+        ranks, own = range(distributed.world_size()), self.scratch[name].array
+        return [np.memmap(self.beside(name, rank), own.dtype, "r", shape=own.shape) for rank in ranks]
 
     def _submit(self, task):
         """Queue a task for the writing thread. After the first error nothing more is done there."""
@@ -247,9 +228,9 @@ class Pass:
 
         return self._thread.submit(guarded)
 
-    def _queue(self, write, size):
-        """Queue the writing of a block of `size` bytes; wait while more than QUEUE are waiting."""
-        self._blocks.append((self._submit(write), size))
+    def write(self, task, size):
+        """Queue the writing of a block of `size` bytes; wait while more than QUEUE bytes are waiting."""
+        self._blocks.append((self._submit(task), size))
         while sum(waiting for _, waiting in self._blocks) > QUEUE or self._blocks and self._blocks[0][0].done():
             self._wait(self._blocks.popleft()[0])
 
@@ -260,83 +241,66 @@ class Pass:
         if self._error is not None:
             raise self._error
 
-    def _sync_and_save(self, state):
+    def _save(self, state):
         began = time.monotonic()
-        for file in [*self.files.values(), *self.scratch.values()]:
+        for file in [*self.files.values(), *(item for item in self.scratch.values() if isinstance(item, Scratch))]:
             file.sync()
-        synced = time.monotonic()
-        self._save(self._done, state)
-        if state:
-            self._cost = time.monotonic() - (began if self.scratch else synced)
-
-    def _save(self, done, state):
-        content = {"identity": json.dumps(self.identity), "done": done, **state}
+        content = {"identity": json.dumps(self.identity), "done": self._done, **state}
         with writing(self.first):
-            save_atomic(self.progress(), lambda file: (np.savez(file, **content), file.flush(), _sync(file)))
-
-    # end
+            save_atomic(self.beside("progress"), lambda file: (np.savez(file, **content), file.flush(), _sync(file)))
+        self._cost = time.monotonic() - began if state else 0.0
 
     def __exit__(self, kind, error, trace):
         if self._turns is not None:
             self._turns.close()  # ends the progress bar's line
-        if self.finished:
-            self._thread.shutdown()
-            return
         try:
-            if kind is None:
+            if kind is None and not self.finished:
                 self.commit()
         finally:
             self._thread.shutdown()  # what is queued gets done
             failed = kind is not None or self._error is not None
             # a turn that was interrupted may have changed the state, and one that was not written is in it
-            if failed and not (self.state and (self._in_turn or self._error)):
+            if failed and not self.finished and not (self.state and (self._in_turn or self._error)):
                 with contextlib.suppress(OSError, UserError):  # a full disk says so a second time
-                    self._sync_and_save(self.state)
-            for file in [*self.files.values(), *self.scratch.values()]:
-                with contextlib.suppress(OSError):
-                    file.close()
-        if kind is not None:
-            if distributed.world_size() == 1 and not self._done.any():
+                    self._save(self.state)
+            for file in self.files.values():
+                file.close()
+            if failed and distributed.world_size() == 1 and not self._done.any():
                 self._clean()
+        if kind is not None or self.finished:
             return
         distributed.barrier()
-        if distributed.is_rank_zero() and self._all_done():
+        if distributed.is_rank_zero() and np.any([read_progress(path)["done"] for path in self._progress_files()], axis=0).all():
             for file in self.files.values():
                 file.publish()
             self._clean()
         distributed.barrier()
 
-    def _all_done(self):
-        done = self._done | self._elsewhere
-        for path in self._progress_files():
-            done |= read_progress(path)["done"]
-        return done.all()
-
     def _progress_files(self, tag=None):
         files = self.first.parent.glob(f"{self.first.name}.{tag or self.tag}.progress.*")
         return sorted(path for path in files if path.suffix[1:].isdecimal())
 
-    def _clean(self, every_tag=False):
-        """Remove what is not a result; with `every_tag` also what other interrupted passes have left for these arrays."""
-        tag = "*" if every_tag else self.tag
+    def _clean(self, tag=None):
+        """Remove what is no result; for the tag "*" also what other interrupted passes have left for these arrays."""
         for path in self.files:
-            for leftover in path.parent.glob(f"{path.name}.{tag}.*partial"):
+            for leftover in path.parent.glob(f"{path.name}.{tag or self.tag}.*"):
                 leftover.unlink()
-        for leftover in self.first.parent.glob(f"{self.first.name}.{tag}.progress.*"):
-            leftover.unlink()
 
 
 class ArrayFile:
-    """An .npy that is written piece by piece. The room for all of it is taken at the start."""
+    """An .npy of a `Pass`, written piece by piece. The room for all of it is taken at the start.
 
-    def __init__(self, path, record, tag, queue):
-        self.path, self.record, self.shape, self.dtype = path, record, tuple(record["shape"]), np.dtype(record["dtype"])
-        self.partial = path.with_name(f"{path.name}.{tag}.partial")
-        self.size, self._queue, self._file = _bytes(self.shape, self.dtype), queue, None
+    path: of the result. record: of the finished array. work: the `Pass`.
+    """
 
-    def is_published(self):
-        """Whether an interrupted run has already given it its name."""
-        return is_made(self.path, self.record)
+    def __init__(self, path, record, work):
+        self.path, self.record, self.work, self._file = path, record, work, None
+        self.shape, self.dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+        self.partial = path.with_name(f"{path.name}.{work.tag}.partial")
+
+    def is_made(self, overwrite=False):
+        """Whether the result is there already, as in `results.is_made`."""
+        return is_made(self.path, self.record, overwrite)
 
     def create(self):
         """Make the file, with room for the whole array."""
@@ -344,10 +308,10 @@ class ArrayFile:
             header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            reserve(file, file.tell() + self.size)
+            reserve(file, file.tell() + _bytes(self.shape, self.dtype))
 
     def open(self):
-        """Open it for writing; a published file needs none."""
+        """Open it for writing, unless an interrupted run has already given it its name."""
         if self.partial.is_file():
             self._file = open(self.partial, "r+b", buffering=0)
             np.lib.format.read_magic(self._file)
@@ -360,7 +324,7 @@ class ArrayFile:
             block = block.detach().to(getattr(torch, self.dtype.name)).cpu().numpy()
         block = np.ascontiguousarray(block, self.dtype)
         if self._file is not None:
-            self._queue(lambda: self._write(index, block), block.nbytes)
+            self.work.write(lambda: self._write(index, block), block.nbytes)
 
     def _write(self, index, block):
         with writing(self.path):
@@ -384,9 +348,10 @@ class ArrayFile:
                 _sync(self._file)
 
     def close(self):
-        """Close the file; an error of the disk has been told before."""
+        """Close the file; errors of the disk have been raised before."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def publish(self):
         """Give the file its name."""
@@ -396,7 +361,7 @@ class ArrayFile:
 
 
 class Scratch:
-    """An array of one process that lies in a file mapped into memory."""
+    """An array of one process in a file that is mapped into memory."""
 
     def __init__(self, path, shape, dtype, resumed):
         size = _bytes(shape, dtype)
@@ -417,10 +382,6 @@ class Scratch:
     def sync(self):
         """Wait until the disk has what was written."""
         self._map.flush()
-
-    def close(self):
-        """Let go of the array; the map goes with its last view."""
-        self.array = None
 
 
 def read_progress(path):
