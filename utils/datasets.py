@@ -15,11 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
 
-STRIDES = {  # the paper's 5,124 and 5,000 images
-    ("imagenet", "train"): 250,
-    ("imagenet", "val"): 10,
-    ("imagenet_r", "val"): 10,
-}
+STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}  # the paper's 5,124 and 5,000 images
 IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # data sets with ImageNet's class names, and their splits
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
@@ -28,10 +24,8 @@ CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 class Images(Dataset):
     """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
 
-    samples: list of (path or PIL image, label).
-    class_names: the name of every label.
-    transform: PIL image -> [3, side, side].
-    dataset, split: where they are from.
+    samples, class_names: list of (path or PIL image, label); the name of every label.
+    transform, dataset, split: as in `load_images`.
     """
 
     samples: list
@@ -49,10 +43,8 @@ class Images(Dataset):
             try:
                 image = Image.open(image).convert("RGB")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return UserError(
-                    f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]}); fix or remove it, and run the "
-                    "same command again"
-                )
+                what = f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]})"
+                return UserError(f"{what}; fix or remove it, and run the same command again")
         return self.transform(image), label
 
     @property
@@ -62,8 +54,7 @@ class Images(Dataset):
 
     @property
     def record(self):
-        """What results say about the images. Its fingerprint changes when images come, go, or change name or size in bytes; not
-        when the root moves."""
+        """What results say about the images. `data` changes when images come, go, or change name or bytes; not with the root."""
         digest = hashlib.sha256()
         for image, label in self.samples:
             item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
@@ -83,56 +74,49 @@ class Loader:
     num_workers: int = 0
 
     def __call__(self, pieces):
-        for pixels, _ in self.with_targets(pieces):
-            yield pixels
+        return (pixels for pixels, _ in self.with_targets(pieces))
 
     def with_targets(self, pieces):
         """Yield (images, labels [B] or masks [B, ...])."""
         on_gpu = torch.device(self.device).type == "cuda"
         rows = [range(piece.start, piece.stop) for piece in pieces]
-        loader = DataLoader(self.images, batch_sampler=rows, num_workers=self.num_workers, pin_memory=on_gpu, collate_fn=_collate)
-        for batch in loader:
+        options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate}
+        for batch in DataLoader(self.images, batch_sampler=rows, **options):
             if isinstance(batch, UserError):
                 raise batch
-            pixels, targets = batch
-            yield pixels.to(self.device, non_blocking=on_gpu), targets
+            yield batch[0].to(self.device, non_blocking=on_gpu), batch[1]
 
 
 def _collate(items):
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    return torch.utils.data.default_collate(items)
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else torch.utils.data.default_collate(items)
 
 
 def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
-    """The images of a data set, in the order of its sorted folders, every `subsample`-th of them.
+    """Every `subsample`-th of a data set's images, in the order of its sorted folders.
 
-    Parameters
     dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or folder
         (ROOT/SPLIT/CLASS/image).
-    data_path: ROOT.
-    split: train or val; for `folder` the name of a folder.
-    transform: of every image.
+    data_path, split: ROOT; train or val, for `folder` the name of a folder.
+    transform: PIL image -> [3, side, side].
     subsample: stride, None for the paper's.
     class_names: a text file for `folder`, a name a line.
 
-    Labels are the index of the image's folder among the sorted folders; for imagenet_r its index among the 1,000 of ImageNet.
-    Raises UserError when folders are missing or empty, for a split that does not exist, and for a wrong number of names.
+    Labels count the sorted folders (imagenet_r: ImageNet's 1,000). Raises UserError for missing or empty folders, an unknown
+    split, or a wrong number of names.
     """
-    stride = subsample or STRIDES.get((dataset, split), 1)
     if dataset in CIFAR:
         samples, names = _cifar(dataset, data_path, split)
+    elif dataset in IMAGENET:
+        samples, names = _imagenet(dataset, data_path, split)
     else:
-        if dataset in IMAGENET and split not in IMAGENET[dataset]:
-            raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
-        root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
-        samples, names = _class_folders(root, data_path, split)
-        if dataset in IMAGENET:
-            samples, names = _imagenet_names(dataset, samples, names)
-        else:
-            names = _folder_names(names, class_names)
-    return Images(samples[::stride], names, transform, dataset, split)
+        samples, folders = _class_folders(Path(data_path) / split, data_path, split)
+        names = [folder.replace("_", " ") for folder in folders] if class_names is None else read_texts(class_names)
+        if len(names) != len(folders):
+            counts = f"{len(names)} names, and the data set has {len(folders)} class folders"
+            raise UserError(f"--class_names {class_names} has {counts}")
+    stride = subsample or STRIDES.get((dataset, split), 1)
+    return Images(samples[::stride], names, transform, dataset=dataset, split=split)
 
 
 def class_names_of(dataset, data_path=None, split="val", class_names=None):
@@ -150,10 +134,8 @@ def _class_folders(root, data_path, split):
     if not root.is_dir():
         if not Path(data_path).is_dir():
             raise UserError(f"--data_path {data_path}: there is no such folder")
-        there = sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())
-        raise UserError(
-            f"--data_path {data_path} has no folder for --split {split}; it has {', '.join(there[:8]) or 'no folders'}"
-        )
+        there = ", ".join(sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())[:8]) or "no folders"
+        raise UserError(f"--data_path {data_path} has no folder for --split {split}; it has {there}")
     try:
         folder = ImageFolder(str(root))
     except FileNotFoundError as error:  # torchvision's word for no class folders, and for class folders without images
@@ -161,7 +143,11 @@ def _class_folders(root, data_path, split):
     return folder.samples, folder.classes
 
 
-def _imagenet_names(dataset, samples, wnids):
+def _imagenet(dataset, data_path, split):
+    if split not in IMAGENET[dataset]:
+        raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
+    root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
+    samples, wnids = _class_folders(root, data_path, split)
     index = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
@@ -171,22 +157,12 @@ def _imagenet_names(dataset, samples, wnids):
     return samples, [IMAGENET_CLASSNAMES[index[wnid]] for wnid in wnids]
 
 
-def _folder_names(folders, file):
-    if file is None:
-        return [folder.replace("_", " ") for folder in folders]
-    names = read_texts(file)
-    if len(names) != len(folders):
-        raise UserError(f"--class_names {file} has {len(names)} names, and the data set has {len(folders)} class folders")
-    return names
-
-
 def _cifar(dataset, data_path, split):
     if split not in ("train", "val", "test"):
         raise UserError(f"--split {split}: {dataset} has train and val (its test images)")
     try:  # torchvision compares the files with the published checksums before it opens them
         images = CIFAR[dataset](data_path, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
-        ) from error
+        why = f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
+        raise UserError(why) from error
     return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
