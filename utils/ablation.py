@@ -39,8 +39,7 @@ class Rebuilt:
 
     def __init__(self, directions, mean, vectors):
         self.directions, self.mean_sum, self.vectors = directions, mean.sum(dim=0), vectors
-        heads = torch.einsum("keo,no->kne", directions.outputs, vectors)
-        self.along = (directions.values * heads).sum(dim=-1)  # [K, N], <B_n, r_n>
+        self.along = (directions.values * torch.einsum("keo,no->kne", directions.outputs, vectors)).sum(dim=-1)  # [K, N]
         self.mean_along = (mean * vectors).sum(dim=-1)
 
     def base(self, representation, phi):
@@ -77,7 +76,7 @@ class Ablations:
         base = self.rebuilt.base(representation, phi)
         pc = base + self.rebuilt.projected(phi)
         small = (self.norms(phi) <= self.thresholds).to(phi.C.dtype)  # [B, N]
-        heads = 0  # for the sum of the small c_n; base plus all c_n is the representation, so leaving them out needs no second sum
+        heads = 0  # of the sum of the small c_n; base plus all c_n is the representation: leaving them out needs no second sum
         for n in blocks_of(phi.C.shape[2]):
             x = (phi.C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]
             heads = heads + torch.einsum("bkn,kne->bke", x, self.directions.values[:, n])
@@ -105,13 +104,12 @@ def load_statistics(results, dataset, layers, k, clip, coefficient):
 
 def load_classifier(results, clip, images):
     """Read the zero-shot classifier [D, classes] of a data set to the model's device; it must cover the labels of `images`."""
-    expected = {"fingerprint": clip.fingerprint}
-    classifier = results.load("classifier", clip.vit.sizes, expected, dataset=images.dataset)
+    classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=images.dataset)
     classes = len(images.class_names)
     partial = images.dataset == "imagenet" and classes < classifier.shape[1]  # some of the 1,000 folders are there
     if partial:
-        labels = f"only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the classifier's"
-        print(f"note: {labels} 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own")
+        why = f"only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the classifier's"
+        print(f"note: {why} 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own")
     elif classifier.shape[1] != classes:
         path, command = (make("classifier", dataset=images.dataset) for make in (results.path, results.command))
         counts = f"{classifier.shape[1]} classes and the images have {classes}"
@@ -123,11 +121,9 @@ def load_classifier(results, clip, images):
 def classify(vit, images, ablations, classifier, coefficient):
     """Predicted classes, int64 [B, layers, V], of the V ablated representations of every layer.
 
-    vit: HookedViT.
-    images: [B, 3, side, side], transformed.
+    vit, images, coefficient: as in `second_order`.
     ablations: list of `Ablations` or `Rebuilt`, one for each layer, ascending.
     classifier: [D, classes].
-    coefficient: as in `second_order`.
     """
     representation, effects = second_order(vit, images, [ablate.directions for ablate in ablations], coefficient)
     representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
