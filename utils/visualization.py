@@ -11,14 +11,14 @@ from utils.runtime.files import save_atomic
 def accuracy_table(table):
     """A plain-text table of {layer: {name: per cent}}."""
     names = list(next(iter(table.values())))
-    width = max(len(name) for name in names)
+    width = max(map(len, names))
     lines = [" " * 6 + "  ".join(f"{name:>{width}}" for name in names)]
     lines += [f"{layer:>5} " + "  ".join(f"{row[name]:>{width}.2f}" for name in names) for layer, row in table.items()]
     return "\n".join(["layer, accuracy in per cent", *lines])
 
 
 def plot_ablations(table, path):
-    """Accuracies {layer: {name: per cent}} as a line per ablation over the layers, or as bars where there is one layer."""
+    """Accuracies {layer: {name: per cent}}: a line per ablation over the layers, or bars for one layer."""
     layers, names = list(table), list(next(iter(table.values())))
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if len(layers) == 1:
@@ -27,8 +27,7 @@ def plot_ablations(table, path):
     else:
         for name in names:
             axes.plot(layers, [table[layer][name] for layer in layers], marker="o", label=name)
-        axes.set_xlabel("MLP layer")
-        axes.set_ylabel("accuracy (%)")
+        axes.set(xlabel="MLP layer", ylabel="accuracy (%)")
         axes.legend(fontsize="small")
     save_figure(figure, path)
 
@@ -66,12 +65,8 @@ def to_pictures(pixels, transform, size):
 
 
 def save_segmentation(path, picture, mask, heat, thr):
-    """Side by side as .png: the picture, its mask (grey: ignored), the prediction, and the heat map over the picture.
-
-    picture: [S, S, 3] in [0, 1].
-    mask: [S, S] of 0, 1 and -1.
-    heat: [S, S] in [0, 1], above `thr` predicted as object.
-    """
+    """Write side by side as .png: the picture [S, S, 3] in [0, 1], its mask [S, S] (1, 0, and -1 for ignored, in grey), the
+    prediction heat > thr, and the heat map [S, S] in [0, 1] over the picture."""
     overlay = 0.5 * picture + 0.5 * pyplot.get_cmap("jet")(heat)[..., :3]
     flat = [np.repeat(panel[..., None], 3, axis=-1) for panel in (np.where(mask < 0, 0.5, mask), heat > thr)]
     panels = [np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)]
@@ -80,14 +75,11 @@ def save_segmentation(path, picture, mask, heat, thr):
 
 
 def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
-    """A neuron's card: its top pictures, bright where it fires, its texts with signed coefficients, the histogram of its norms.
+    """A neuron's card, as a figure: top pictures, bright where it fires; texts with signed coefficients; histogram of its norms.
 
-    pictures: [n, S, S, 3] in [0, 1].
-    maps: [n, rows, columns], the neuron's post-GELU activation on the patches of each.
+    pictures, maps: [n, S, S, 3] in [0, 1]; the neuron's post-GELU activations on their patches, [n, rows, columns].
     words: [(text, coefficient), ...].
-    norms: [images], its centred norm on every image. threshold: of significance.
-
-    Returns the figure.
+    norms, threshold: its centred norm on every image, [images]; the norm above which an effect is significant.
     """
     columns = min(len(pictures), 8)
     rows = -(-len(pictures) // columns)
@@ -95,7 +87,7 @@ def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
     figure.suptitle(title, fontsize="medium")
     parts = 2 if norms is None else 3
     left, middle, *right = figure.subfigures(1, parts, width_ratios=[1.1 * columns, 3.2, 3.2][:parts])
-    grid = np.atleast_1d(left.subplots(rows, columns)).reshape(-1)
+    grid = left.subplots(rows, columns, squeeze=False).reshape(-1)
     top = float(maps.max()) or 1.0
     for axes in grid:
         axes.set_axis_off()
