@@ -12,18 +12,15 @@ from utils.visualization import plot_neuron, to_pictures
 
 
 class NeuronLayer:
-    """The statistics and descriptions of one MLP layer, with the images that they are of.
+    """The statistics and descriptions of one MLP layer, and the images behind them.
 
-    Parameters
-    clip: the loaded `Clip`.
-    results: `Results` of the stages' folder.
-    images: the train split's `Images`, as the effects were made from.
-    layer: the MLP layer.
+    clip, results: the loaded `Clip`; `Results` of the stages' folder.
+    images: the train split's `Images`, from which the effects were made.
+    layer, k: the MLP layer; images per neuron, as in compute_pcas.py.
     described: {"texts": name of the text set, "components": texts per neuron, "alpha": as in the files' names}.
-    k: images per neuron, as in compute_pcas.py.
 
-    Attributes: norms [N, k] ascending, explained [N], image_norms [images, N] (memory map), descriptions (list over neurons of
-    (text index, coefficient, text) by falling |coefficient|), statistics, directions, centred_norms.
+    Attributes: norms [N, k] ascending, explained [N], image_norms [images, N] (memory map), descriptions (of every neuron, as
+    `load_descriptions` gives them), statistics, directions, centred_norms.
 
     Raises UserError, with the command, when a file is missing or of other images or weights.
     """
@@ -33,24 +30,19 @@ class NeuronLayer:
         self.directions = fold(clip.vit, layer)
         names = {"dataset": images.dataset, "layer": layer, "k": k}
         expected = {"fingerprint": clip.fingerprint}
-        found = load_statistics(results, images.dataset, [layer], k, clip=clip, coefficient=COEFFICIENT)
-        self.statistics = found[layer]
-        self.norms = results.load("norm", clip.vit.sizes, expected, **names)
-        self.explained = results.load("explained", clip.vit.sizes, expected, **names)
+        self.statistics = load_statistics(results, images.dataset, [layer], k, clip=clip, coefficient=COEFFICIENT)[layer]
+        self.norms, self.explained = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "explained"))
         self.image_norms = results.load("image_norms", clip.vit.sizes, expected, mmap=True, **names)
         if len(self.image_norms) != len(images):
-            raise UserError(
-                f"the statistics are of {len(self.image_norms)} images and there are {len(images)}; use the same --data_path and "
-                "--subsample as for compute_second_order_neuron_prs.py"
-            )
+            counts = f"the statistics are of {len(self.image_norms)} images and there are {len(images)}"
+            raise UserError(f"{counts}; use the same --data_path and --subsample as for compute_second_order_neuron_prs.py")
         self.descriptions = load_descriptions(results, clip.vit.sizes, expected, **names, **{"alpha": 1, **described})
         self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
         self._along = Rebuilt(self.directions, self.statistics.mean, self.statistics.pcas)
 
     def effects(self, pixels):
         """`SecondOrder` of transformed images [n, 3, side, side]."""
-        _, [phi] = second_order(self.clip.vit, pixels, [self.directions])
-        return phi
+        return next(second_order(self.clip.vit, pixels, [self.directions])[1])
 
     def largest(self, count):
         """The neurons with the largest effects (mean of their k largest norms): int [count], largest first."""
@@ -64,7 +56,11 @@ class NeuronLayer:
     def look(self, rows, neuron):
         """Run images through the tower: pictures [n, S, S, 3] in [0, 1], the neuron's activation maps [n, rows, columns], and
         the projections [n] of its centred effects on its first component."""
-        pixels = torch.stack([self._image(row) for row in rows]).to(self.clip.device)
+        items = [self.images[int(row)] for row in rows]
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+        pixels = torch.stack([image for image, _ in items]).to(self.clip.device)
         return (to_pictures(pixels, self.clip.transform, (224, 224)), *self.activity(pixels, neuron))
 
     @torch.inference_mode()
@@ -76,20 +72,13 @@ class NeuronLayer:
             maps = cache[name][:, 1:, neuron].unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
-    def _image(self, row):
-        item = self.images[int(row)]
-        if isinstance(item, UserError):
-            raise item
-        return item[0]
-
     def card(self, neuron, pictures=8, words=8):
         """The neuron's card, a figure: the images with the largest effects along its component (most project positively, by
         the component's sign), its texts, the histogram of its norms."""
-        entries = self.descriptions[neuron][:words]
         shown, maps, projections = self.look(self.top_images(neuron, 4 * pictures), neuron)
         order = np.argsort(-projections, kind="stable")[:pictures]
         share = 100 * self.explained[neuron]
         title = f"layer {self.layer}, neuron {neuron}: {share:.0f} % of its largest effects lie along one direction"
-        words = [(text, coefficient) for _, coefficient, text in entries]
+        words = [(text, coefficient) for _, coefficient, text in self.descriptions[neuron][:words]]
         norms = np.asarray(self.image_norms[:, neuron])
         return plot_neuron(title, shown[order], np.maximum(maps[order], 0), words, norms=norms, threshold=self.norms[neuron, 0])
