@@ -28,18 +28,14 @@ def main(args):
     layers = parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
     loader, results = Loader(images, args.device, args.num_workers), Results(args.output_dir, args.model, args.pretrained)
-    record, names = (
-        {**clip.record, **images.record, "coefficient": args.coefficient},
-        {"dataset": args.dataset, "split": args.split},
-    )
+    record = {**clip.record, **images.record, "coefficient": args.coefficient}
+    names = {"dataset": args.dataset, "split": args.split}
 
     def plan(layers, kinds, dtype=None):
         """The arrays of some layers."""
-        arrays = {}
-        for layer in layers:
-            sizes = {**clip.vit.sizes, "K": clip.vit.K(layer), "images": len(images), "k": args.top_k_pca}
-            arrays |= results.arrays(kinds, sizes, dtype, layer=layer, **names)
-        return arrays
+        sizes = {**clip.vit.sizes, "images": len(images), "k": args.top_k_pca}
+        each = (results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **names) for layer in layers)
+        return {path: spec for arrays in each for path, spec in arrays.items()}
 
     path = partial(results.path, **names)
     if (args.keep or ("top" if len(layers) > 1 and not args.merged else "full")) == "full":

@@ -22,8 +22,8 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import groups_of_layers, stored_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results, complete, is_made, record_path
-from utils.sparse_coding import BLOCK, load_texts, make_atoms, orthogonal_matching_pursuit, save_descriptions
+from utils.runtime.results import Results
+from utils.sparse_coding import describe, load_texts, make_atoms
 
 
 def main(args):
@@ -42,32 +42,14 @@ def main(args):
     record |= {"text_descriptions": args.text_descriptions, "components": args.components, "atoms": digest(atoms)}
     for layer, targets in pcas.items():
         path = results.path("decomposition", layer=layer, **names)
-        describe(args, path, atoms, targets, texts=texts, record={**record, "layer": layer, "targets": digest(targets)})
+        made_of = {**record, "layer": layer, "targets": digest(targets)}
+        describe(path, texts, atoms, torch.from_numpy(targets).to(args.device), record=made_of, overwrite=args.overwrite)
+        print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} neurons")
         rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
         loss = (np.linalg.norm(rebuilt[layer] - targets, axis=1) / np.linalg.norm(targets, axis=1)).mean()
         print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
     if args.evaluate:
         evaluate(args, inputs, results, rebuilt, names=names)
-
-
-def describe(args, path, atoms, targets, texts, record):
-    """Pursue the targets [N, D] of one layer and write their descriptions."""
-    made = is_made(path, complete(record), args.overwrite)
-    distributed.barrier()  # every process has looked before one of them writes
-    support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
-    if not made:
-        shape, targets = (len(targets), args.components), torch.from_numpy(targets).to(args.device)
-        arrays = {support: (shape, "int32"), weights: (shape, "float32")}
-        with Pass(arrays, record, pieces_of(len(targets), BLOCK), overwrite=args.overwrite) as work:
-            for n, _ in work.over(description="OMP", unit="neuron"):
-                work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], args.components)
-    if distributed.is_rank_zero():
-        if not made:
-            save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
-        for file in (support, weights, record_path(support), record_path(weights)):
-            file.unlink(missing_ok=True)  # the result holds them
-    distributed.barrier()
-    print(f"{'kept' if made else 'wrote'} {path}: {args.components} of {len(texts)} texts for each neuron")
 
 
 def evaluate(args, inputs, results, rebuilt, names):

@@ -7,9 +7,11 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts, save_atomic, save_json
-from utils.runtime.results import complete, load_record, record_path
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import complete, is_made, load_record, record_path
 
 BLOCK = 256  # targets that are pursued at a time
 
@@ -127,6 +129,29 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     chosen = support >= 0
     support[chosen] = first[support[chosen]]
     return support, coefficients
+
+
+def describe(path, texts, atoms, targets, record, overwrite=False):
+    """Pursue the first components of a layer, BLOCK at a time, by all processes, and write their descriptions.
+
+    path: of the json; while the pursuit goes on, its blocks lie beside.
+    texts, atoms: the pool, [texts, D]. targets: [N, D]. record: what the descriptions are made from, components included.
+    overwrite: discard finished descriptions and earlier progress.
+    """
+    made, components = is_made(path, complete(record), overwrite), record["components"]
+    barrier()  # every process has looked before one of them writes
+    support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
+    if not made:
+        arrays = {support: ((len(targets), components), "int32"), weights: ((len(targets), components), "float32")}
+        with Pass(arrays, record, pieces_of(len(targets), BLOCK), overwrite=overwrite) as work:
+            for n, _ in work.over(description="OMP", unit="neuron"):
+                work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], components)
+    if is_rank_zero():
+        if not made:
+            save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
+        for file in (support, weights, record_path(support), record_path(weights)):
+            file.unlink(missing_ok=True)  # the descriptions hold them
+    barrier()
 
 
 def _first_of_equal(atoms):

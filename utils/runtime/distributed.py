@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 compute_representations.py ...
 
-Every process (rank) computes its share and writes it into the same files on the shared file system. The processes exchange no
-tensors; they only meet at a few barriers. Without torchrun there is one process, rank 0.
+Every process (rank) computes its share and writes it into the same files. Processes exchange no tensors; they only meet at a few
+barriers. Without torchrun there is one process, rank 0.
 """
 
 import os

@@ -4,10 +4,10 @@
         for rows, pixels in work.over(loader):
             work[path][rows] = vit(pixels)
 
-A piece of the work (a batch of images, a block of neurons) counts as done when its turn of the loop has ended and its rows are
-written. Arrays grow as X.npy.TAG.partial, where TAG stands for what the pass is made from. Beside the first array lies
-X.npy.TAG.progress.RANK: which pieces this process has done, and the arrays of `work.state`. When all pieces of all processes are
-done, the arrays get their names and records. A pass whose arrays are there with the same record has nothing left to do.
+A piece (a batch of images, a block of neurons) is done when its turn of the loop has ended and its rows are written. Arrays grow
+as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first one lies X.npy.TAG.progress.RANK: the pieces that
+this process has done, and its `work.state`. When all pieces are done, the arrays get their names and records. A pass whose arrays
+are there with the same record has nothing left to do.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ class Pass:
         return self.first.with_name(f"{self.first.name}.{self.tag}.{name}.{rank}")
 
     def __enter__(self):
-        self.finished = all([file.is_made(self.overwrite) for file in self.files.values()])
+        self.finished = all([is_made(file.path, file.record, self.overwrite) for file in self.files.values()])
         distributed.barrier()  # every process has looked before one of them changes anything
         if distributed.is_rank_zero():
             if self.finished:
@@ -156,7 +156,7 @@ class Pass:
                 )
         scratch = distributed.world_size() * sum(_bytes(*spec) for spec in self.scratch.values())
         require_space(self.arrays, scratch, self.overwrite)
-        if earlier and all(file.partial.is_file() or file.is_made() for file in self.files.values()):
+        if earlier and all(file.partial.is_file() or is_made(file.path, file.record) for file in self.files.values()):
             return
         self._clean("*" if self.overwrite else self.tag)
         try:
@@ -297,10 +297,6 @@ class ArrayFile:
         self.path, self.record, self.work, self._file = path, record, work, None
         self.shape, self.dtype = tuple(record["shape"]), np.dtype(record["dtype"])
         self.partial = path.with_name(f"{path.name}.{work.tag}.partial")
-
-    def is_made(self, overwrite=False):
-        """Whether the result is there already, as in `results.is_made`."""
-        return is_made(self.path, self.record, overwrite)
 
     def create(self):
         """Make the file, with room for the whole array."""

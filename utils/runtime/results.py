@@ -21,19 +21,12 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 class Artifact(NamedTuple):
-    """A kind of result.
+    """A kind of result."""
 
-    file: its name. {clip} is MODEL_PRETRAINED, the other fields are those of `Results.path`.
-    shape: of the array, in the letters of `utils.prs` (e = d/H; k images per neuron); "" for other files.
-    maker: the stage that makes it, with the flags that make this very file, besides the model and the folder.
-    content: one line for the README.
-    dtype: of the array.
-    """
-
-    file: str
-    shape: str
-    maker: str
-    content: str
+    file: str  # its name; {clip} is MODEL_PRETRAINED, the other fields are those of `Results.path`
+    shape: str  # of the array, in the letters of `utils.prs` (and k images per neuron); "" for other files
+    maker: str  # the stage and the flags that make this very file, besides the model and the folder
+    content: str  # one line for the README
     dtype: str = "float32"
 
 
@@ -43,12 +36,12 @@ DESCRIPTIONS = "{dataset}_mlps_{clip}_{layer}_{texts}_decomposition_omp_{alpha}_
 SEGMENTATION = "{file}_segmentation_{clip}_{row}"
 
 IMAGES = "--dataset {dataset} --data_path {data_path} --split {split}"
-EMBEDS = f"compute_representations.py {IMAGES}"
+EMBEDS, CLASSIFIER = f"compute_representations.py {IMAGES}", f"compute_classifier_projection.py {IMAGES}"
 EFFECTS = f"compute_second_order_neuron_prs.py {IMAGES} --mlp_layer {{layer}}"
-TOP = f"{EFFECTS} --keep top --top_k_pca {{k}}"
+MERGED, TOP = f"{EFFECTS} --merged", f"{EFFECTS} --keep top --top_k_pca {{k}}"
 PCAS = "compute_pcas.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k}"
 ABLATES = f"compute_ablations.py {IMAGES} --train_dataset {{train_dataset}} --mlp_layer {{layer}} --top_k_pca {{k}}"
-EMBEDS_TEXTS = "compute_text_set_projection.py --text_descriptions {texts} --descriptions_dir {descriptions_dir}"
+TEXTS = "compute_text_set_projection.py --text_descriptions {texts} --descriptions_dir {descriptions_dir}"
 DESCRIBES = (
     "compute_sparse_decomposition.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k} --text_descriptions {texts} "
     "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
@@ -57,24 +50,15 @@ EVALUATES = DESCRIBES + " --evaluate --data_path {data_path} --split {split}"
 SEGMENTS = "compute_segmentation.py --dataset_path {data_path}"
 
 ARTIFACTS = {
-    "representations": Artifact(
-        "{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x the unit representation"
-    ),
+    "representations": Artifact("{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x unit representations"),
     "classes": Artifact("{dataset}_{split}_classes.npy", "images", EMBEDS, "labels", "int64"),
-    "classifier": Artifact(
-        "{dataset}_classifier_{clip}.npy",
-        "D classes",
-        f"compute_classifier_projection.py {IMAGES}",
-        "unit columns, mean over OpenAI's 80 templates",
-    ),
+    "classifier": Artifact("{dataset}_classifier_{clip}.npy", "D classes", CLASSIFIER, "unit columns, mean over 80 templates"),
     "coefficients": Artifact(LAYER + "coefficients.npy", "images K N", EFFECTS, "C, the images' part of the effects"),
     "bias": Artifact(LAYER + "bias.npy", "images D", EFFECTS, "kappa, equal for all neurons"),
     "values": Artifact(LAYER + "values.npy", "K N e", EFFECTS, "the weights' part: neuron n written into head k"),
     "outputs": Artifact(LAYER + "outputs.npy", "K e D", EFFECTS, "head k written into the representation"),
-    "merged": Artifact(
-        LAYER + "merged.npy", "images N D", EFFECTS + " --merged", "the effects themselves, as the published code stores them"
-    ),
-    "top_coefficients": Artifact(LAYER + "top_coefficients.npy", "N k K", TOP, "each neuron's k largest centred effects"),
+    "merged": Artifact(LAYER + "merged.npy", "images N D", MERGED, "`--merged`: the effects, as in the published code"),
+    "top_coefficients": Artifact(LAYER + "top_coefficients.npy", "N k K", TOP, "`--keep top`: the k largest centred effects"),
     "top_images": Artifact(LAYER + "top_images.npy", "N k", TOP, "their images", "int32"),
     "top_mean": Artifact(LAYER + "top_mean.npy", "N D", TOP, "mean effects"),
     "pca": Artifact(LAYER + "{k}_pca.npy", "N D", PCAS, "first components"),
@@ -84,17 +68,10 @@ ARTIFACTS = {
     "image_norms": Artifact(LAYER + "image_norms.npy", "images N", PCAS, "centred norm of every effect"),
     "ablations": Artifact(ABLATIONS + ".json", "", ABLATES, "five accuracies for every layer; also `.csv`, `.png`"),
     "predictions": Artifact(ABLATIONS + "_predictions.npy", "images layers 5", ABLATES, "predicted classes", "int32"),
-    "texts": Artifact("{texts}_{clip}.npy", "texts D", EMBEDS_TEXTS, "100 x unit text vectors; the texts in a `.txt` beside"),
-    "decomposition": Artifact(
-        DESCRIPTIONS + ".json",
-        "",
-        DESCRIBES,
-        "{neuron: [[text index, coefficient, text], ...]} by falling size; `.npz`: the same as a csc matrix [N, texts]",
-    ),
+    "texts": Artifact("{texts}_{clip}.npy", "texts D", TEXTS, "100 x unit text vectors; the texts in a `.txt` beside"),
+    "decomposition": Artifact(DESCRIPTIONS + ".json", "", DESCRIBES, "{neuron: [[text index, coefficient, text]]}; also `.npz`"),
     "evaluation": Artifact(DESCRIPTIONS + "_evaluation.json", "", EVALUATES, "accuracy with effects rebuilt from the texts"),
-    "evaluated": Artifact(
-        DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "predicted classes", "int32"
-    ),
+    "evaluated": Artifact(DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "classes", "int32"),
     "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
     "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
 }
@@ -242,12 +219,9 @@ def complete(record, shape=None, dtype=None):
 
 
 def is_made(path, record, overwrite=False):
-    """Whether a result is there with this very record, so that it need not be made again.
+    """Whether a result is there with this very record (as `complete` gives it), so that it need not be made again.
 
-    record: as `complete` gives it.
-    overwrite: say no in any case.
-
-    Raises UserError when the result is there with another record: it is never replaced without --overwrite.
+    Raises UserError when it is there with another record: nothing is replaced without --overwrite.
     """
     path = Path(path)
     if overwrite or not path.is_file():
