@@ -17,23 +17,18 @@ BLOCK = 256  # targets that are pursued at a time
 
 
 def load_texts(results, name, descriptions_dir):
-    """A text set that compute_text_set_projection.py embedded.
+    """A text set that compute_text_set_projection.py embedded: the texts, their vectors [texts, D], and the fingerprint of the
+    weights (None when it is unknown).
 
-    results: `Results` of the folder with the vectors.
-    name: of the text set.
+    results, name: `Results` of the folder with the vectors; name of the set.
     descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published code).
-
-    Returns the texts, their vectors [texts, D], and the fingerprint of the weights (None when it is unknown).
     """
     path, vectors = results.path("texts", texts=name), results.load("texts", texts=name)
-    beside = path.with_suffix(".txt")
-    file = beside if beside.is_file() else f"{descriptions_dir}/{name}.txt"
+    file = path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else f"{descriptions_dir}/{name}.txt"
     texts = read_texts(file)
     if len(texts) != len(vectors):
-        command = results.command("texts", texts=name)
-        raise UserError(
-            f"{file} has {len(texts)} texts and {path} {len(vectors)} vectors; make the vectors again with: {command} --overwrite"
-        )
+        counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)
+        raise UserError(f"{file} has {counts}; make the vectors again with: {command} --overwrite")
     return texts, vectors, load_record(path).get("fingerprint")
 
 
@@ -47,10 +42,8 @@ def decomposition_matrix(support, coefficients, texts):
 def save_descriptions(path, support, coefficients, texts, record):
     """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it.
 
-    path: of the json.
+    path, texts, record: of the json; of the pool; what the descriptions are made from.
     support, coefficients: [N, S], numpy arrays.
-    texts: of the pool.
-    record: what they are made from.
     """
     order = np.argsort(-np.abs(coefficients), axis=1, kind="stable")
     support, coefficients = np.take_along_axis(support, order, 1), np.take_along_axis(coefficients, order, 1)
@@ -69,7 +62,7 @@ def save_descriptions(path, support, coefficients, texts, record):
 def load_descriptions(results, sizes, expected=(), **names):
     """The descriptions of a layer's neurons: a list over neurons of [(text index, coefficient, text), ...].
 
-    results: `Results` of the folder. names: dataset, layer, texts, components, alpha, normalise: in the file's name.
+    results, names: `Results` of the folder; dataset, layer, texts, components, alpha, normalise in the file's name.
     sizes: {"N": number of neurons}.
     expected: {key: value} that the record beside must agree with where it has the key.
 
@@ -108,16 +101,12 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     by least squares. Correlations of a block of targets are one matrix product; the fit is a QR decomposition that grows by a
     column (Gram-Schmidt, orthogonalised twice), solved once at the end. No texts x texts matrix is formed.
 
-    Parameters
-    atoms: [texts, D], float32.
-    targets: [n, D], float32 on the same device.
-    n_nonzero: atoms per target.
-    block: targets at a time.
+    atoms, targets: [texts, D] and [n, D], float32 on the same device.
+    n_nonzero, block: atoms per target, targets at a time.
 
-    Returns
-    support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early; and coefficients
+    Returns support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early, and coefficients
     [n, n_nonzero], 0 there. A target stops as in scikit-learn: when the largest squared correlation is below the dtype's eps,
-    when an atom would be taken twice, or when it depends on those already taken. Of equal atoms the first one is taken.
+    when an atom would be taken twice, or when it depends on those already taken. Of equal atoms the earliest is taken.
 
     Raises UserError when more atoms are asked for than there are.
     """
@@ -126,9 +115,7 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     first, distinct = _first_of_equal(atoms)
     found = [_pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)]
     support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
-    chosen = support >= 0
-    support[chosen] = first[support[chosen]]
-    return support, coefficients
+    return torch.where(support >= 0, first[support], support), coefficients
 
 
 def describe(path, texts, atoms, targets, record, overwrite=False):
@@ -155,7 +142,7 @@ def describe(path, texts, atoms, targets, record, overwrite=False):
 
 
 def _first_of_equal(atoms):
-    """Drop exact duplicates, which would win or lose by rounding: indices of the first ones, and those atoms."""
+    """Drop exact duplicates, which would win or lose by rounding: indices of the earliest ones, and those atoms."""
     seen = {}
     for index, row in enumerate(atoms.cpu().numpy()):
         seen.setdefault(hashlib.sha1(row.tobytes()).digest(), index)
@@ -165,8 +152,7 @@ def _first_of_equal(atoms):
 
 def _pursue(atoms, targets, steps, width):
     """OMP of one block: targets [b, D] -> support [b, width], coefficients [b, width]."""
-    b, D = targets.shape
-    eps = torch.finfo(atoms.dtype).eps
+    (b, D), eps = targets.shape, torch.finfo(atoms.dtype).eps
     rows = torch.arange(b, device=atoms.device)
     support = torch.full((b, width), -1, dtype=torch.int64, device=atoms.device)
     Q = atoms.new_zeros(b, width, D)  # orthonormal rows spanning the chosen atoms
@@ -179,8 +165,7 @@ def _pursue(atoms, targets, steps, width):
         best = correlation.argmax(dim=1)
         running &= correlation[rows, best].square() >= eps
         running &= (support[:, :step] != best[:, None]).all(dim=1)
-        atom = atoms[best]  # [b, D]
-        known = Q[:, :step]
+        atom, known = atoms[best], Q[:, :step]  # [b, D], [b, step, D]
         along = torch.bmm(known, atom[..., None])
         atom = atom - torch.bmm(known.mT, along)[..., 0]
         again = torch.bmm(known, atom[..., None])  # a second pass keeps Q orthogonal to rounding
