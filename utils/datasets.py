@@ -81,6 +81,7 @@ class Loader:
         on_gpu = torch.device(self.device).type == "cuda"
         rows = [range(piece.start, piece.stop) for piece in pieces]
         options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate}
+        options["generator"] = torch.Generator()  # else it would draw from the process's random numbers
         for batch in DataLoader(self.images, batch_sampler=rows, **options):
             if isinstance(batch, UserError):
                 raise batch

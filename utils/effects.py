@@ -80,9 +80,11 @@ class _Effects:
         return torch.from_numpy(np.array(array)).to(self.device, torch.float32)
 
     def read_rows(self, take):
-        """take(rows of the main array) for blocks of rows, concatenated, in float32."""
-        blocks = (take(np.load(self.path, mmap_mode="r", allow_pickle=False)[rows]) for rows in self.row_blocks())
-        return torch.from_numpy(np.concatenate([np.asarray(block, np.float32) for block in blocks])).to(self.device)
+        """take(rows of the main array) for all blocks of rows, copied, in float32."""
+        copied = np.empty((self.images, *take(self.array[:1]).shape[1:]), np.float32)
+        for rows in self.row_blocks():
+            copied[rows] = take(np.load(self.path, mmap_mode="r", allow_pickle=False)[rows])
+        return torch.from_numpy(copied).to(self.device)
 
     def row_blocks(self):
         return [slice(row, row + READ_IMAGES) for row in range(0, self.images, READ_IMAGES)]

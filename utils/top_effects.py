@@ -21,7 +21,7 @@ LAST_IMAGE = 2**32 - 1
 
 
 def start_of(vit, layers, k, images):
-    """What a pass for the largest effects keeps: its state (sums and keys) and scratch (coefficients), as `Pass` takes them.
+    """State (sums and keys) and scratch (kept coefficients) of the pass, as `Pass` takes them.
 
     Raises UserError when there are fewer images than k.
     """
@@ -36,11 +36,7 @@ def start_of(vit, layers, k, images):
 
 
 class Sums:
-    """Sums of coefficients and kappa over images, in the state of a pass.
-
-    work: `Pass`.
-    coefficient: as in `second_order`.
-    """
+    """Sums of C and kappa over images, in the state of a `Pass`. coefficient: as in `second_order`."""
 
     def __init__(self, work, coefficient):
         self.work, self.scale = work, FIXED / coefficient
@@ -60,10 +56,12 @@ class Sums:
 
 
 class TopK:
-    """The k largest centred effects of every neuron of a layer, in the state and scratch of a pass.
+    """The k largest centred effects of every neuron of a layer, in the state and scratch of a `Pass`.
 
-    work: `Pass`, with `start_of`'s state: keys uint64 [N, k], `key_of` the kept effects, 0 where none is kept yet; and scratch:
-        float32 [N, k, K], their centred coefficients.
+    The state has keys, uint64 [N, k]: `key_of` the kept effects, 0 where none is kept yet. The scratch has their centred
+    coefficients, float32 [N, k, K].
+
+    work: `Pass`.
     directions: `Directions` of the layer.
     mean: C [K, N] and kappa [D] of the mean effects.
     """
@@ -83,18 +81,18 @@ class TopK:
     def add(self, phi, first):
         """Let the effects of a batch take the places of smaller ones. first: number of its first image. Returns norms [B, N]."""
         norms = self.norms(phi).cpu().numpy()
-        n, slots, images = enter(self.keys, key_of(norms.T, np.arange(first, first + len(norms))))
+        n, places, images = enter(self.keys, key_of(norms.T, np.arange(first, first + len(norms))))
         kept = torch.from_numpy(self.scratch.array)  # the same memory; torch writes with several threads
         for part in np.array_split(np.arange(len(n)), len(n) // ENTERING + 1):
             m, b = (torch.from_numpy(index[part]).to(phi.C.device) for index in (n, images))
             centred = phi.C[b, :, m] - self.mean_rows[m]  # [entering, K]
-            kept[torch.from_numpy(n[part]), torch.from_numpy(slots[part])] = centred.cpu()
+            kept[torch.from_numpy(n[part]), torch.from_numpy(places[part])] = centred.cpu()
             self.scratch.release()
         return norms
 
 
 def enter(keys, new):
-    """Replace keys [N, k] in place by larger ones of new [N, B]; returns for each that enters its neuron, place and column."""
+    """Replace keys [N, k] in place by larger ones of new [N, B]; returns neuron, place and column of each that enters."""
     k, B = keys.shape[1], new.shape[1]
     neurons = np.flatnonzero(new.max(axis=1) > keys.min(axis=1))
     both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
@@ -107,8 +105,8 @@ def enter(keys, new):
 
 
 def key_of(norms, images):
-    """Sort key uint64: the norm in the high 32 bits, the reversed image index in the low 32, so that ties go to the earlier
-    image. norms: float32. images: int."""
+    """Sort keys, uint64: the norm (float32) in the high 32 bits, the reversed image index in the low 32, so that ties go to the
+    earlier image."""
     bits = np.ascontiguousarray(np.abs(norms)).view(np.uint32)  # bits of floats that are not negative rise with them
     return bits.astype(np.uint64) << np.uint64(32) | (LAST_IMAGE - images).astype(np.uint64)
 
@@ -124,12 +122,10 @@ def write_top(work, tops, path):
     work: `Pass`. tops: list of `TopK`. path: function (kind, layer=...) -> path of a result.
     """
     gathered = work.gather([f"keys{top.directions.layer}" for top in tops])
-    if not is_rank_zero():
-        return
-    for top in tops:
-        layer = top.directions.layer
+    for top in tops if is_rank_zero() else ():
+        layer, k = top.directions.layer, top.keys.shape[1]
         kept, keys = work.gather_scratch(f"top{layer}"), np.concatenate(gathered[f"keys{layer}"], axis=1)  # [N, processes k]
-        order = keys.argsort(axis=1)[:, ::-1][:, : top.keys.shape[1]]
+        order = keys.argsort(axis=1)[:, ::-1][:, :k]
         work[path("top_images", layer=layer)][:] = image_of(np.take_along_axis(keys, order, axis=1))
         for start in range(0, len(order), MERGED):
             n = slice(start, start + MERGED)
@@ -140,7 +136,7 @@ def write_top(work, tops, path):
 
 
 def write_weights(work, directions, path):
-    """Write the weights' part of the effects of some layers. Parameters as in `write_top`; directions: list of `Directions`."""
+    """Write the weights' part of the effects of some layers, a list of `Directions`; the rest as in `write_top`."""
     for item in directions if is_rank_zero() else ():
         for part in ("values", "outputs"):
             work[path(part, layer=item.layer)][:] = getattr(item, part)

@@ -5,7 +5,7 @@
             work[path][rows] = vit(pixels)
 
 A piece (a batch of images, a block of neurons) is done when its turn of the loop has ended and its rows are written. Arrays grow
-as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first one lies X.npy.TAG.progress.RANK: the pieces that
+as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first lies X.npy.TAG.progress.RANK: the pieces that
 this process has done, and its `work.state`. When all pieces are done, the arrays get their names and records. A pass whose arrays
 are there with the same record has nothing left to do.
 """

@@ -191,7 +191,7 @@ class Results:
         """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
         record = load_record(path)
         for key, value in {**expected, "method": METHOD}.items():
-            if value is not None and record.get(key, value) != value:
+            if None not in (value, record.get(key)) and record[key] != value:
                 raise UserError(f"{path} was made with {key} {record[key]!r}, and here it is {value!r}; {again}")
 
 
