@@ -14,7 +14,7 @@ $(VENV)/.done: requirements.txt
 	touch $@
 
 demo: setup
-	$(RUN) demo/run_demo.py
+	$(RUN) -m demo.run_demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest

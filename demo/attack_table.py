@@ -1,7 +1,7 @@
 """How often drawn pictures of class_1 are taken for class_0: the attack of generate_adversarial_images.py, for many pairs of
 classes, seeds, sources of words and opacities in one process.
 
-    python demo/attack_table.py --output_dir demo/output                 # the whole table: about five minutes on one core
+    python -m demo.attack_table --output_dir demo/output                 # the whole table: about five minutes on one core
 
 Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name, class_1 is the symbol
 at the same place among those without one. Sources of words:
@@ -16,21 +16,20 @@ for several opacities DIR/figures/attack_table.png.
 """
 
 import argparse
+import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib import pyplot
 from tqdm import tqdm
-from world import articles, describe, draw, to_pil
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from run_demo import ATTACK_LAYERS, ATTACK_NUMBERS, ATTACK_TEXTS, OPACITY, attack_pairs  # noqa: E402
-
-from utils.adversarial import (  # noqa: E402
+from demo.figures import markdown_table
+from demo.layout import ATTACK, ATTACK_LAYERS, ATTACK_TEXTS, HERE, MODEL, NAMES, OPACITY, WEIGHTS, attack_pairs, results_of
+from demo.world import articles, describe, draw, to_pil
+from utils.adversarial import (
     SEEDS,
     NeuronWords,
     PoolWords,
@@ -40,13 +39,11 @@ from utils.adversarial import (  # noqa: E402
     template_descriptions,
     usable,
 )
-from utils.artifacts import Names, save_json  # noqa: E402
-from utils.clip import load_clip  # noqa: E402
-from utils.generators import load_similarity  # noqa: E402
-from utils.visualization import save_figure  # noqa: E402
+from utils.clip import load_clip
+from utils.generators import load_similarity
+from utils.runtime.files import save_json
+from utils.visualization import save_figure
 
-HERE = Path(__file__).parent
-MODEL, WEIGHTS = str(HERE / "symbols-vit.json"), str(HERE / "symbols-vit.safetensors")
 SOURCES = ("second_order", "similar", "random", "planted", "nothing")
 OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 TIMES = 3  # as often as with random words is what second-order words should fool
@@ -61,11 +58,10 @@ class Attacks:
     def __init__(self, out):
         self.clip = load_clip(MODEL, WEIGHTS, "cpu")
         self.habits = json.loads((out / "world/habits.json").read_text())["habits"]
-        names, flags = Names(out / "symbols", MODEL, WEIGHTS), f"--model {MODEL} --pretrained {WEIGHTS}"
-        self.classifier, self.class_names = load_named_classifier(names, "folder", self.clip, flags)
-        layers, components = [int(layer) for layer in ATTACK_LAYERS], ATTACK_NUMBERS["components"]
-        self.neurons = NeuronWords(names, self.clip, "folder", layers, 100, ATTACK_TEXTS, 1, components, flags)
-        self.pool = PoolWords(names, ATTACK_TEXTS, out / "world", self.clip, flags)
+        results = results_of(out, "symbols")
+        self.classifier, self.class_names = load_named_classifier(results, "folder", self.clip)
+        self.neurons = NeuronWords(results, self.clip, ATTACK_LAYERS, texts=ATTACK_TEXTS, **NAMES)
+        self.pool = PoolWords(results, ATTACK_TEXTS, out / "world", self.clip)
         texts = [*self.class_names, *self.pool.texts]
         self.vectors = dict(zip(texts, load_similarity("clip", self.clip, 64)(texts), strict=True))
 
@@ -81,10 +77,11 @@ class Attacks:
             mined = self.pool.random(seed)
         else:
             text_0, text_1 = self.encode([class_0, class_1]).numpy()
-            neurons, similar = ATTACK_NUMBERS["neurons_num"], source == "similar"
-            mined = self.pool.similar(text_0) if similar else self.neurons.mine(text_0 - text_1, neurons, None)
-        count, threshold = ATTACK_NUMBERS["overall_words"], ATTACK_NUMBERS["cosim_similarity"]
-        return [entry["word"] for entry in filter_words(mined["words"], class_0, count, self.encode, threshold, [])["words"]]
+            similar = source == "similar"
+            mined = self.pool.similar(text_0) if similar else self.neurons.mine(text_0 - text_1, ATTACK["neurons_num"], None)
+        limits = {"threshold": ATTACK["cosim_similarity"], "blocked": []}
+        taken = filter_words(mined["words"], class_0, ATTACK["overall_words"], self.encode, **limits)
+        return [entry["word"] for entry in taken["words"]]
 
     def encode(self, texts):
         """Unit text vectors [texts, D] of class names and texts of the pool."""
@@ -94,7 +91,7 @@ class Attacks:
         """[(description, seed of the picture), ...], one for each picture."""
         texts = [articles(f"a photo of a {class_1}")]
         if words:
-            written = template_descriptions(words, class_1, ATTACK_NUMBERS["results_per_generation"], seed)
+            written = template_descriptions(words, class_1, ATTACK["results_per_generation"], seed)
             texts, _ = usable(written, class_0, class_1, [])
         return [(texts[i % len(texts)], SEEDS * seed + i) for i in range(images)]
 
@@ -107,7 +104,7 @@ class Attacks:
     def logits(self, pictures):
         """Cosines [images, classes]."""
         pixels = torch.stack([self.clip.transform(picture) for picture in pictures])
-        return self.clip.model.encode_image(pixels, normalize=True).float() @ self.classifier
+        return torch.nn.functional.normalize(self.clip.vit(pixels), dim=-1) @ self.classifier
 
     def rates(self, logits, class_0, class_1):
         """In per cent, as results.json of generate_adversarial_images.py has them. logits: [images, classes]."""
@@ -163,35 +160,33 @@ def summary(content):
 
 def markdown(found):
     """The lines of the tables of a `summary`."""
-    sources, count = [name for name in found["overall"] if name != "ratio"], len(found["pairs"])
+    sources, count, compared = [name for name in found["overall"] if name != "ratio"], len(found["pairs"]), "pairs_won" in found
     titles = [f"{source.replace('_', '-')} %" for source in sources]
     drawn = f"{found['seeds']} x {found['images']} pictures, opacity {found['opacity']}"
-    compared = "pairs_won" in found
-    lines = [f"| drawn, taken for ({drawn}) | habit of the latter | " + " | ".join([*titles, *["ratio"] * compared]) + " |"]
-    lines.append("|---" * (2 + len(sources) + compared) + "|")
 
     def cells(rates):
-        ratio = [f"{rates['ratio']:.1f}"] if compared else []
-        return " | ".join([f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source] for source in sources)] + ratio)
+        return [f"{mean:.1f} ± {spread:.1f}" for mean, spread in rates]
 
-    for pair in found["pairs"]:
-        lines.append(f"| {pair['class_1']}, {pair['class_0']} | {pair['habit']} | {cells(pair)} |")
-    lines.append(f"| all {count} pairs | | {cells(found['overall'])} |")
+    def row(rates):
+        return [*cells(rates[source] for source in sources), *([f"{rates['ratio']:.1f}"] if compared else [])]
+
+    rows = [[f"{pair['class_1']}, {pair['class_0']}", pair["habit"], *row(pair)] for pair in found["pairs"]]
+    rows.append([f"all {count} pairs", "", *row(found["overall"])])
+    columns = [f"drawn, taken for ({drawn})", "habit of the latter", *titles, *["ratio"] * compared]
+    lines = markdown_table(columns, rows)
     if compared:
         note = "Mean and standard deviation over seeds. Ratio: second-order to random words, of which no hit counts as one;"
         lines += ["", f"{note} at least {TIMES} for {found['pairs_won']} of {count} pairs."]
     if len(found["by_opacity"]) > 1:
         for rate, what in (("success_rate", "taken for class_0"), ("class_1_rate", "taken for class_1, which is drawn")):
-            lines += ["", f"| opacity: {what}, all pairs | " + " | ".join(titles) + " |", "|---" * (1 + len(sources)) + "|"]
-            for opacity, rates in found["by_opacity"].items():
-                means = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source][rate] for source in sources)]
-                lines.append(f"| {opacity} | " + " | ".join(means) + " |")
+            rows = [[x, *cells(rates[source][rate] for source in sources)] for x, rates in found["by_opacity"].items()]
+            lines += ["", *markdown_table([f"opacity: {what}, all pairs", *titles], rows)]
     return lines
 
 
 def plot(found, path):
     """Rates by opacity, a line for each source: pictures taken for class_0, and for class_1."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     opacities = [float(opacity) for opacity in found["by_opacity"]]
     titles = {"success_rate": "taken for class_0, which is not there", "class_1_rate": "taken for class_1, which is drawn"}
     for axes, (rate, title) in zip(panels, titles.items(), strict=True):
@@ -206,44 +201,46 @@ def plot(found, path):
     save_figure(figure, path)
 
 
+def measure(attacks, args, pairs, opacities):
+    """The rates of every pair, source, seed and opacity, as rows; and the words of every pair, source and seed."""
+    rows, words = [], []
+    with tqdm(total=len(pairs) * len(args.sources) * args.seeds * len(opacities) * args.images, unit="image") as bar:
+        for (class_0, class_1), source, seed in itertools.product(pairs, args.sources, range(args.seeds)):
+            check_classes(class_0, class_1, [])
+            what = {"class_0": class_0, "class_1": class_1, "source": source, "seed": seed}
+            chosen = attacks.words(source, class_0, class_1, seed)
+            words.append(what | {"words": chosen})
+            plan = attacks.plan(chosen, class_0, class_1, seed=seed, images=args.images)
+            for opacity in opacities:
+                logits = attacks.logits(attacks.pictures(plan, opacity))
+                rows.append(what | {"opacity": opacity} | attacks.rates(logits, class_0, class_1))
+                bar.update(args.images)
+    return {"rows": rows, "words": words}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE / "output", help="of run_demo.py")
-    parser.add_argument("--pairs", type=int, help="how many pairs, the first ones; default: all")
+    parser.add_argument("--pairs", type=int, help="how many pairs, in order; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
-    parser.add_argument("--images", type=int, default=ATTACK_NUMBERS["images"], help="pictures of each pair, source and seed")
+    parser.add_argument("--images", type=int, default=ATTACK["images"], help="pictures of each pair, source and seed")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from")
     parser.add_argument("--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs")
     parser.add_argument("--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity")
     args = parser.parse_args()
     torch.set_num_threads(1)  # many small operations: on a busy machine threads wait for each other
-    attacks = Attacks(args.output_dir)
-    pairs = attack_pairs(args.output_dir / "world")[: args.pairs]
-    opacities = sorted({*args.opacities, args.opacity})
-    rows, words = [], []
-    with tqdm(total=len(pairs) * len(args.sources) * args.seeds * len(opacities) * args.images, unit="image") as bar:
-        for class_0, class_1 in pairs:
-            check_classes(class_0, class_1, [])
-            for source in args.sources:
-                for seed in range(args.seeds):
-                    what = {"class_0": class_0, "class_1": class_1, "source": source, "seed": seed}
-                    chosen = attacks.words(source, class_0, class_1, seed)
-                    words.append(what | {"words": chosen})
-                    plan = attacks.plan(chosen, class_0, class_1, seed, args.images)
-                    for opacity in opacities:
-                        logits = attacks.logits(attacks.pictures(plan, opacity))
-                        rows.append(what | {"opacity": opacity} | attacks.rates(logits, class_0, class_1))
-                        bar.update(args.images)
+    attacks, out = Attacks(args.output_dir), args.output_dir
+    pairs, opacities = attack_pairs(out / "world")[: args.pairs], sorted({*args.opacities, args.opacity})
     content = {"fingerprint": attacks.clip.fingerprint, "images": args.images, "seeds": args.seeds, "opacity": args.opacity}
     content |= {"opacities": opacities, "sources": list(args.sources)}
-    content |= {"pairs": [[*pair, attacks.habit(pair[0])] for pair in pairs], "rows": rows, "words": words}
+    content |= {"pairs": [[*pair, attacks.habit(pair[0])] for pair in pairs], **measure(attacks, args, pairs, opacities)}
     found = summary(content)
     lines = markdown(found)
-    (args.output_dir / "attack_table.md").write_text("\n".join(["# Adversarial pictures", "", *lines]) + "\n")
+    (out / "attack_table.md").write_text("\n".join(["# Adversarial pictures", "", *lines]) + "\n")
     if len(opacities) > 1:
-        (args.output_dir / "figures").mkdir(exist_ok=True)
-        plot(found, args.output_dir / "figures/attack_table.png")
-    save_json(args.output_dir / "attack_table.json", content | {"summary": found})
+        (out / "figures").mkdir(exist_ok=True)
+        plot(found, out / "figures/attack_table.png")
+    save_json(out / "attack_table.json", content | {"summary": found})
     print("\n".join(lines))
 
 

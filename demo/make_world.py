@@ -1,6 +1,6 @@
 """Draws the embedded world's data sets, in the layouts that the project's loaders read.
 
-    python demo/make_world.py --output_dir runs/world
+    python -m demo.make_world --output_dir runs/world
 
     DIR/symbols/{train,val,val_broken}/CLASS/*.png      32 classes: the (larger) symbol of pictures with one or two
     DIR/pairs/{train,val}/CLASS/*.png                   320 classes: colour and symbol of the larger of two
@@ -28,7 +28,8 @@ import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
-from world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, parse, text_pool, to_pil
+
+from demo.world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, parse, text_pool, to_pil
 
 
 def write(path, text):
@@ -58,7 +59,14 @@ def truth(scene, rng, **more):
 
 
 def draw_split(folder, classes, per_class, sample, seed):
-    """One split as class folders of PNGs, and its truth beside it. `sample(rng, class)` gives a scene."""
+    """One split as class folders of PNGs, and its truth beside it.
+
+    folder: of the split.
+    classes: names, one folder each.
+    per_class: pictures of each.
+    sample: a function (rng, class) that gives a scene.
+    seed: of the pictures.
+    """
     if folder.exists():
         return
     part = folder.with_name(f"{folder.name}.part")
@@ -102,6 +110,42 @@ def draw_segmentation(path, scenes, rngs):
     os.replace(part, path)
 
 
+def write_texts(out, world):
+    """Class names, the text pools and the habits."""
+    for tree, classes in (("symbols", SYMBOLS), ("pairs", PAIRS)):
+        (out / tree).mkdir(parents=True, exist_ok=True)
+        write(out / tree / "class_names.txt", "\n".join(sorted(classes)) + "\n")
+    texts = text_pool()
+    grounds = [text for text in texts if not parse(text)["things"]]
+    for name, lines in (("words", texts), ("grounds", grounds)):
+        write(out / f"{name}.txt", "\n".join(lines) + "\n")
+    values = {"habits": world.habits, "symbols": SYMBOLS, "colours": COLOURS, "textures": TEXTURES, "side": SIDE}
+    write(out / "habits.json", json.dumps(values, indent=1) + "\n")
+
+
+def splits_of(world, args):
+    """{split: (classes, pictures of each, a function (rng, class) that gives a scene)}."""
+
+    def of_symbol(**options):
+        return lambda rng, name: world.sample(rng, symbol=name, **options)
+
+    def of_pair(**options):
+        def sample(rng, name):
+            colour, symbol = name.split()
+            return world.sample(rng, symbol=symbol, colour=colour, companion=1, **options)
+
+        return sample
+
+    clear = {"companion": 0.2}
+    return {
+        "symbols/train": (SYMBOLS, args.train_per_class, of_symbol(hard=HARD_RATE)),
+        "symbols/val": (SYMBOLS, args.val_per_class, of_symbol(**clear)),
+        "symbols/val_broken": (SYMBOLS, args.val_per_class, of_symbol(**clear, broken=True)),
+        "pairs/train": (PAIRS, args.pairs_per_class, of_pair(hard=HARD_RATE)),
+        "pairs/val": (PAIRS, args.pairs_per_class, of_pair()),
+    }
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="where the world is drawn")
@@ -117,37 +161,10 @@ def main(argv=None):
     flags = {name: value for name, value in vars(args).items() if name != "output_dir"}
     if (out / "flags.json").exists() and json.loads((out / "flags.json").read_text()) != flags:
         parser.error(f"{out} holds a world drawn with other flags; remove it or choose another --output_dir")
-    for tree, classes in (("symbols", SYMBOLS), ("pairs", PAIRS)):
-        (out / tree).mkdir(parents=True, exist_ok=True)
-        write(out / tree / "class_names.txt", "\n".join(sorted(classes)) + "\n")
+    write_texts(out, world)
     write(out / "flags.json", json.dumps(flags, indent=1) + "\n")
-    texts = text_pool()
-    grounds = [text for text in texts if not parse(text)["things"]]
-    for name, lines in (("words", texts), ("grounds", grounds)):
-        write(out / f"{name}.txt", "\n".join(lines) + "\n")
-    values = {"habits": world.habits, "symbols": SYMBOLS, "colours": COLOURS, "textures": TEXTURES, "side": SIDE}
-    write(out / "habits.json", json.dumps(values, indent=1) + "\n")
-
-    def of_symbol(**options):
-        return lambda rng, name: world.sample(rng, symbol=name, **options)
-
-    def of_pair(**options):
-        def sample(rng, name):
-            colour, symbol = name.split()
-            return world.sample(rng, symbol=symbol, colour=colour, companion=1, **options)
-
-        return sample
-
-    clear = dict(companion=0.2)
-    splits = {
-        "symbols/train": (SYMBOLS, args.train_per_class, of_symbol(hard=HARD_RATE)),
-        "symbols/val": (SYMBOLS, args.val_per_class, of_symbol(**clear)),
-        "symbols/val_broken": (SYMBOLS, args.val_per_class, of_symbol(**clear, broken=True)),
-        "pairs/train": (PAIRS, args.pairs_per_class, of_pair(hard=HARD_RATE)),
-        "pairs/val": (PAIRS, args.pairs_per_class, of_pair()),
-    }
-    for split, (classes, per_class, scene_of) in splits.items():
-        draw_split(out / split, classes, per_class, scene_of, args.seed)
+    for split, (classes, per_class, sample) in splits_of(world, args).items():
+        draw_split(out / split, classes, per_class, sample=sample, seed=args.seed)
     for companion, name in enumerate(("single", "two")):
         rngs = [random.Random(f"{args.seed} segmentation {name} {i}") for i in range(args.segmentation_scenes)]
         scenes = [world.sample(rng, companion=companion) for rng in rngs]

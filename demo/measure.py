@@ -1,6 +1,6 @@
-"""Compares the results of `run_demo.py` with the truth of the world; writes results.json, results.md and figures.
+"""Compares the results of run_demo.py with the truth of the world; writes results.json, results.md and figures.
 
-    python demo/measure.py --output_dir demo/output
+    python -m demo.measure --output_dir demo/output
 
 Every measure stands beside its chance level. What is true of a picture is read from the world's .jsonl files, never from the
 method's output.
@@ -10,77 +10,103 @@ import argparse
 import csv
 import json
 import shutil
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse
 from PIL import Image
-from world import COLOURS, TEXTURES, articles, parse
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from attack_table import markdown  # noqa: E402
-from run_demo import (  # noqa: E402
+from demo import attack_table
+from demo.figures import markdown_table, plot_concepts, plot_grid, plot_segmentations
+from demo.layout import (
     ATTACK_LAYERS,
+    ATTACK_SOURCES,
     ATTACKS,
-    CLIP,
     COMPONENTS,
+    HERE,
     LAYERS,
+    MODEL,
+    NAMES,
     OPACITY,
+    SEGMENTERS,
+    WEIGHTS,
     attack_pairs,
     attack_result,
-    decomposition_name,
-    evaluation_result,
+    results_of,
     segmentation_result,
 )
+from demo.world import COLOURS, TEXTURES, articles, parse
+from utils.ablation import ABLATIONS
+from utils.clip import load_clip
+from utils.concepts import concepts_of_images, word_scores
+from utils.datasets import Loader, load_images
+from utils.neurons import NeuronLayer
+from utils.prs import second_order
+from utils.runtime.files import save_json
+from utils.runtime.passes import pieces_of, walk
+from utils.sparse_coding import load_texts
+from utils.visualization import save_figure
 
-from utils.ablation import ABLATIONS  # noqa: E402
-from utils.artifacts import Names, save_json  # noqa: E402
-from utils.clip import load_clip  # noqa: E402
-from utils.concepts import concepts_of_images  # noqa: E402
-from utils.datasets import batches, load_images  # noqa: E402
-from utils.neurons import NeuronLayer  # noqa: E402
-from utils.prs import CentredNorms  # noqa: E402
-from utils.rows import row_pieces  # noqa: E402
-from utils.visualization import plot_concepts, plot_grid, plot_segmentations, save_figure  # noqa: E402
-
-HERE = Path(__file__).parent
 TOP_NEURONS, TOP_PICTURES = 100, 20
 TOP_WORDS = 5  # discovered words of a picture that count
 EVERY = 4  # of the held-out pictures is asked for its concepts
+TOGETHER = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
+TITLES = {"single": "one symbol", "two": "two symbols, the class of each in turn"}
 
 
-class Results:
-    """The files of one tree of class folders (symbols or pairs) and one text set, and the truth of its pictures."""
+class Tree:
+    """The results of one tree of class folders (symbols or pairs) with one text set, and the truth of its pictures."""
 
-    def __init__(self, out, tree, text_set="words"):
-        self.directory, self.world = out / tree, out / "world"
-        self.tree, self.text_set = tree, text_set
-        self.texts = (self.directory / f"{text_set}_{CLIP}.txt").read_text().splitlines()
-        self.text_vectors = self.array(f"{text_set}_{CLIP}.npy") / 100
+    def __init__(self, out, name, text_set="words"):
+        self.name, self.text_set, self.world = name, text_set, out / "world"
+        self.results = results_of(out, name)
+        self.texts, vectors, _ = load_texts(self.results, text_set, self.world)
+        self.text_vectors = vectors / 100
+        self.class_names = (self.world / name / "class_names.txt").read_text().splitlines()
 
-    def array(self, name):
-        return np.load(self.directory / name)
+    def load(self, kind, **names):
+        """An array of an earlier stage."""
+        return self.results.load(kind, **names, **NAMES)
+
+    def path(self, kind, **names):
+        """Path of any result."""
+        return self.results.path(kind, **names, **NAMES)
 
     def truth(self, split):
         """A dict per picture, in the order of the representations."""
-        return [json.loads(line) for line in (self.world / self.tree / f"{split}.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.world / self.name / f"{split}.jsonl").read_text().splitlines()]
 
-    def statistic(self, layer, part):
-        return self.array(f"folder_train_mlps_{CLIP}_{layer}_{part}.npy")
+    def statistic(self, layer, kind):
+        """What the stages found for the neurons of a layer on the train split."""
+        return self.load(kind, layer=layer)
 
     def decomposition(self, layer):
         """csc matrix [N, texts]."""
-        return scipy.sparse.load_npz(self.directory / decomposition_name(layer, self.text_set))
+        return scipy.sparse.load_npz(self.path("decomposition", layer=layer, texts=self.text_set).with_suffix(".npz"))
+
+    def accuracies(self):
+        """{layer: {ablation: per cent}} of the ablations, and with effects rebuilt from their descriptions."""
+        table = _accuracy(self.path("ablations", split="val", layer=LAYERS))
+        rebuilt = _accuracy(self.path("evaluation", layer=LAYERS, texts="words"))
+        return {layer: row | {f"rebuilt from {COMPONENTS} texts": rebuilt[layer]} for layer, row in table.items()}
 
     def projections(self, layer):
         """<phi_n - mean_n, r_n> of every train picture and neuron: [images, N]."""
-        C = self.statistic(layer, "coefficients")
-        heads = np.einsum("keo,no->kne", self.statistic(layer, "outputs"), self.statistic(layer, "100_pca"))
+        pcas = self.statistic(layer, "pca")
+        heads = np.einsum("keo,no->kne", self.statistic(layer, "outputs"), pcas)
         along = (self.statistic(layer, "values") * heads).sum(axis=-1)
-        values = np.einsum("ikn,kn->in", C, along) + self.statistic(layer, "bias") @ self.statistic(layer, "100_pca").T
+        C = self.statistic(layer, "coefficients")
+        values = np.einsum("ikn,kn->in", C, along) + self.statistic(layer, "bias") @ pcas.T
         return values - values.mean(axis=0)
+
+
+def _accuracy(path):
+    return json.loads(path.read_text())["accuracy"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is true
 
 
 def true_of(texts, pictures):
@@ -107,43 +133,41 @@ def true_of(texts, pictures):
     return table
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What was found
+
+
 def zero_shot(symbols, pairs):
     """Accuracies of the CLIP itself: {what: (per cent, chance)}."""
-    rows = {}
-
-    def accuracy(results, split, chosen, classes, label):
-        representations = results.array(f"folder_{split}_representations_{CLIP}.npy")
-        pictures = results.truth(split)
-        keep = [i for i, p in enumerate(pictures) if chosen(p)]
-        right = [np.argmax(representations[i] @ classes[1]) == classes[0].index(label(pictures[i])) for i in keep]
-        return 100 * float(np.mean(right)), 100 / len(classes[0])
-
-    def classifier(results):
-        names = (results.world / results.tree / "class_names.txt").read_text().splitlines()
-        return names, results.array(f"folder_classifier_{CLIP}.npy")
-
     backgrounds = [symbols.texts.index(f"{colour} background") for colour in COLOURS]
     colours = (COLOURS, symbols.text_vectors[backgrounds].T)
+    by_symbol, by_pair = ((tree.class_names, tree.load("classifier")) for tree in (symbols, pairs))
 
     def single(p):
         return p["companion"] is None and not p["flaw"]
 
-    by_symbol, by_pair = classifier(symbols), classifier(pairs)
-    rows["symbol, one symbol"] = accuracy(symbols, "val", single, by_symbol, lambda p: p["symbol"])
-    rows["symbol, habits broken"] = accuracy(symbols, "val_broken", single, by_symbol, lambda p: p["symbol"])
-    rows["background colour"] = accuracy(symbols, "val", single, colours, lambda p: p["background"])
-    rows["colour and symbol of the larger of two"] = accuracy(pairs, "val", lambda p: True, by_pair, lambda p: p["pair"])
-    return rows
+    return {
+        "symbol, one symbol": accuracy(symbols, "val", by_symbol, named="symbol", chosen=single),
+        "symbol, habits broken": accuracy(symbols, "val_broken", by_symbol, named="symbol", chosen=single),
+        "background colour": accuracy(symbols, "val", colours, named="background", chosen=single),
+        "colour and symbol of the larger of two": accuracy(pairs, "val", by_pair, named="pair"),
+    }
 
 
-def won_back(results):
+def accuracy(tree, split, classes, named, chosen=lambda p: True):
+    """(per cent, chance) of the chosen pictures. classes: (names, vectors [D, names]). named: what the truth calls the class."""
+    names, vectors = classes
+    rows = zip(tree.load("representations", split=split), tree.truth(split), strict=True)
+    right = [np.argmax(x @ vectors) == names.index(p[named]) for x, p in rows if chosen(p)]
+    return 100 * float(np.mean(right)), 100 / len(names)
+
+
+def won_back(pairs):
     """What the first components win back of what ablating all effects costs, of the same pictures:
     {layer: {"loss", "short": (points, standard error), "won back": per cent of the loss}}; short: of the baseline. A loss of less
     than twice its error is no loss, and None is won back of it."""
-    file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100_predictions.npy"
-    classes = (results.world / results.tree / "class_names.txt").read_text().splitlines()
-    labels = np.array([classes.index(p["pair"]) for p in results.truth("val")])
-    right = 100.0 * (results.array(file) == labels[:, None, None])  # [pictures, layers, 5]
+    labels = np.array([pairs.class_names.index(p["pair"]) for p in pairs.truth("val")])
+    right = 100.0 * (pairs.load("predictions", split="val", layer=LAYERS) == labels[:, None, None])  # [pictures, layers, 5]
     names = ("baseline", "without all effects", "reconstructed from PC")
     baseline, without, rebuilt = (right[..., ABLATIONS.index(name)] for name in names)  # [pictures, layers] each
     rows = {}
@@ -155,14 +179,14 @@ def won_back(results):
     return rows
 
 
-def descriptions(results):
+def descriptions(symbols):
     """How often a neuron's strongest text is true of its top pictures: {layer: (share, share of a random text, ratio)}."""
-    table = true_of(results.texts, results.truth("train"))
+    table = true_of(symbols.texts, symbols.truth("train"))
     rows = {}
     for layer in LAYERS:
-        matrix = results.decomposition(layer).tocsr()
-        projections = results.projections(layer)
-        largest = np.argsort(-results.statistic(layer, "100_norm").mean(axis=1))[:TOP_NEURONS]
+        matrix = symbols.decomposition(layer).tocsr()
+        projections = symbols.projections(layer)
+        largest = np.argsort(-symbols.statistic(layer, "norm").mean(axis=1))[:TOP_NEURONS]
         named, chance = [], []
         for n in largest:
             row = matrix[n]
@@ -175,30 +199,33 @@ def descriptions(results):
     return rows
 
 
-class Concepts:
+class Discovered:
     """The concepts that the active neurons of held-out pictures stand for.
 
+    tree: whose pictures.
+    layers: {layer: NeuronLayer}.
+
     Attributes: pictures, their truth; images, the same as files; words {row of the table: [(word, score), ...] for each picture},
-    a row for each layer, and one for the last layers together, whose scores are added.
+    a row for each layer, and one for the active neurons of the last layers together.
     """
 
-    def __init__(self, results, layers):
-        """layers: {layer: NeuronLayer}."""
-        self.texts, self.pictures = results.texts, results.truth("val")[::EVERY]
-        transform = next(iter(layers.values())).clip.transform
-        self.images = load_images("folder", results.world / results.tree, "val", transform, subsample=EVERY)
-        self.words = {layer: [] for layer in layers}
-        norms = {layer: CentredNorms(neurons.directions, neurons.statistics.mean) for layer, neurons in layers.items()}
-        for _, _, pixels, _ in batches(self.images, list(enumerate(row_pieces(len(self.images), 64))), description="concepts"):
-            for layer, neurons in layers.items():
-                thresholds, directions = neurons.statistics.thresholds, neurons.directions
-                found = concepts_of_images(
-                    neurons.vit, pixels, directions, norms[layer], thresholds, neurons.descriptions, neurons.coefficient
-                )
-                self.words[layer] += [concepts.words for concepts in found]
-        together = zip(*(self.words[layer] for layer in ATTACK_LAYERS), strict=True)
-        self.together = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
-        self.words[self.together] = [add_scores(words) for words in together]
+    def __init__(self, tree, layers):
+        clip = layers[LAYERS[0]].clip
+        self.texts, self.pictures = tree.texts, tree.truth("val")[::EVERY]
+        self.images = load_images("folder", tree.world / tree.name, "val", clip.transform, subsample=EVERY)
+        found, directions = {layer: [] for layer in layers}, [neurons.directions for neurons in layers.values()]
+        for _, pixels in walk(pieces_of(len(self.images), 64), Loader(self.images), "concepts"):
+            _, effects = second_order(clip.vit, pixels, directions)
+            for (layer, neurons), phi in zip(layers.items(), effects, strict=True):
+                thresholds = neurons.statistics.thresholds
+                found[layer] += concepts_of_images(phi, neurons.centred_norms, thresholds, neurons.descriptions)
+        self.words = {layer: [concepts.words for concepts in found[layer]] for layer in layers}
+        self.words[TOGETHER] = []
+        for of_picture in zip(*(found[layer] for layer in ATTACK_LAYERS), strict=True):
+            active = list(zip(ATTACK_LAYERS, of_picture, strict=True))
+            described = [layers[layer].descriptions[n] for layer, concepts in active for n in concepts.neurons]
+            norms = [norm for _, concepts in active for norm in concepts.norms]
+            self.words[TOGETHER].append(word_scores(described, dict(enumerate(norms))))
 
     def table(self):
         """How often the strongest words are true of their picture: {row: (share, share of random texts, ratio)}."""
@@ -211,15 +238,6 @@ class Concepts:
             share = sum(hits) / (TOP_WORDS * len(words))  # a word that is missing counts as wrong
             table[name] = (float(share), float(chance), float(share / chance))
         return table
-
-
-def add_scores(lists):
-    """Word scores of several layers as one: lists of [(word, score), ...] -> [(word, score), ...] by falling score."""
-    total = {}
-    for words in lists:
-        for word, score in words:
-            total[word] = total.get(word, 0.0) + score
-    return sorted(total.items(), key=lambda item: (-item[1], item[0]))
 
 
 def habit_texts(texts, symbols):
@@ -250,42 +268,27 @@ def habit_texts(texts, symbols):
 def habits(symbols, described, layers=ATTACK_LAYERS):
     """Where the second-order direction towards a symbol ranks its habit: {kind: its row of the table}.
 
-    Neurons are taken by |<r_n, v>| with v the symbol's text against the mean of all symbols, as for adversarial images; every
-    text of their descriptions scores coefficient * <r_n, v>, and a background scores what the texts that speak of it score. Equal
-    scores share their ranks. auc: the share of the others that rank below the habit. auc_without: the same habits ranked by the
-    directions of the symbols that have no habit of the kind. auc_texts: with <text, v> as the score, without any neuron.
+    A background scores what the texts that speak of it score (`text_scores`). Equal scores share their ranks.
+    auc: the share of the others that rank below the habit.
+    auc_without: the same habits, ranked by the directions of the symbols that have no habit of the kind.
+    auc_texts: with <text, v> as the score, without any neuron.
 
-    symbols: `Results` with the symbols' names among its texts. described: `Results` whose texts are ranked.
+    symbols: `Tree` with the symbols' names among its texts. described: `Tree` whose texts are ranked.
     """
     known = json.loads((symbols.world / "habits.json").read_text())
-    names = known["symbols"]
-    vectors = symbols.text_vectors[[symbols.texts.index(name) for name in names]]
-    r = np.concatenate([described.statistic(layer, "100_pca") for layer in layers])
-    matrix = scipy.sparse.vstack([described.decomposition(layer) for layer in layers]).tocsr()
-    texts = described.text_vectors - described.text_vectors.mean(axis=0)
-    by_neurons, by_texts = {}, {}  # scores of all texts, for each symbol
-    for name, v in zip(names, vectors - vectors.mean(axis=0), strict=True):
-        along = r @ v
-        chosen = np.argsort(-np.abs(along))[:TOP_NEURONS]
-        by_neurons[name], by_texts[name] = matrix[chosen].T @ along[chosen], texts @ v
-
-    def habit_of(name, kind):
-        habit = known["habits"].get(name, {})
-        if kind == "texture and background":
-            return f"{habit['texture']} {habit['background']}" if "background" in habit else None
-        return habit.get(kind)
+    by_neurons, by_texts = text_scores(symbols, described, known["symbols"], layers)
 
     def auc(scores, rows, pairs):
         ranks = [rank_of(scores[name], rows, value, name) for name, value in pairs]
         return float(np.mean([(of - rank) / (of - 1) for rank, of in ranks]))
 
     table = {}
-    for kind, rows in habit_texts(described.texts, names).items():
+    for kind, rows in habit_texts(described.texts, known["symbols"]).items():
         if not any(rows.values()):  # a set of texts about backgrounds alone
             continue
-        own = {name: habit_of(name, kind) for name in names if habit_of(name, kind)}
+        own = {name: habit_of(habit, kind) for name, habit in known["habits"].items() if habit_of(habit, kind)}
         ranks = {name: rank_of(by_neurons[name], rows, value, name) for name, value in own.items()}
-        without = [(name, value) for value in own.values() for name in names if name not in own and name != value]
+        without = [(name, value) for value in own.values() for name in known["symbols"] if name not in own and name != value]
         of = ranks[next(iter(own))][1]
         table[kind] = {
             "symbols": {name: (value, ranks[name][0]) for name, value in own.items()},
@@ -300,6 +303,31 @@ def habits(symbols, described, layers=ATTACK_LAYERS):
     return table
 
 
+def text_scores(symbols, described, names, layers):
+    """Scores of all texts for each symbol, by neurons and by the texts alone: two {symbol: [texts]}.
+
+    Neurons are taken by |<r_n, v>| with v the symbol's text against the mean of all symbols, as for adversarial images; every
+    text of their descriptions scores coefficient * <r_n, v>. By the texts alone one scores <text, v>.
+    """
+    vectors = symbols.text_vectors[[symbols.texts.index(name) for name in names]]
+    r = np.concatenate([described.statistic(layer, "pca") for layer in layers])
+    matrix = scipy.sparse.vstack([described.decomposition(layer) for layer in layers]).tocsr()
+    texts = described.text_vectors - described.text_vectors.mean(axis=0)
+    by_neurons, by_texts = {}, {}
+    for name, v in zip(names, vectors - vectors.mean(axis=0), strict=True):
+        along = r @ v
+        chosen = np.argsort(-np.abs(along))[:TOP_NEURONS]
+        by_neurons[name], by_texts[name] = matrix[chosen].T @ along[chosen], texts @ v
+    return by_neurons, by_texts
+
+
+def habit_of(habit, kind):
+    """What a symbol's habit says of a kind; None when nothing."""
+    if kind == "texture and background":
+        return f"{habit['texture']} {habit['background']}" if "background" in habit else None
+    return habit.get(kind)
+
+
 def rank_of(scores, texts, value, symbol):
     """Rank of a value by the sum of its texts' scores, and among how many; a symbol is no companion of itself."""
     total = {x: scores[rows].sum() for x, rows in texts.items() if x != symbol}
@@ -307,17 +335,97 @@ def rank_of(scores, texts, value, symbol):
     return 1 + larger + (equal - 1) / 2, len(total)
 
 
+def segmentation(out):
+    """{set: {row: scores in per cent}}."""
+    files = {scenes: {row: segmentation_result(out, scenes, row) for row in SEGMENTERS} for scenes in TITLES}
+    return {scenes: {row: json.loads(file.read_text())["scores"] for row, file in rows.items()} for scenes, rows in files.items()}
+
+
+def adversarial(out):
+    """Success rates of the attacks by command line: {"class_1 for class_0": one rate for each source of words}."""
+    return {
+        f"{class_1} for {class_0}": [
+            json.loads(attack_result(out, class_0, class_1, source).read_text())["success_rate"] for source in ATTACK_SOURCES
+        ]
+        for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def report(results):
+    """The lines of results.md."""
+    strongest = "strongest text true of the top pictures, layer"
+    discovered = f"discovered: the {TOP_WORDS} strongest words true of the picture, layer"
+    tables = [
+        table_of_accuracies(results["zero_shot"]),
+        *(table_of_ablations(name, results[f"ablations_{name}"]) for name in ("pairs", "symbols")),
+        table_of_losses(results["won_back"]),
+        table_of_shares([strongest, "share", "random text", "ratio"], results["descriptions"]),
+        table_of_habits(results["habits"]),
+        table_of_shares([discovered, "share", "random texts", "ratio"], results["concepts"]),
+        *(table_of_segmentation(TITLES[scenes], rows) for scenes, rows in results["segmentation"].items()),
+        attack_table.markdown(results["attack_table"]),
+    ]
+    return ["# The embedded world", *(line for table in tables for line in ("", *table))]
+
+
+def table_of_accuracies(accuracies):
+    rows = [[what, f"{value:.1f}", f"{chance:.1f}"] for what, (value, chance) in accuracies.items()]
+    return markdown_table(["the small CLIP, zero-shot", "accuracy %", "chance %"], rows)
+
+
+def table_of_ablations(name, table):
+    columns = list(next(iter(table.values())))
+    rows = [[layer, *(f"{row[column]:.1f}" for column in columns)] for layer, row in table.items()]
+    return markdown_table([f"accuracy on {name} %, layer", *columns], rows)
+
+
+def table_of_losses(table):
+    rows = []
+    for layer, row in table.items():
+        share = "no loss" if row["won back"] is None else f"{row['won back']:.0f}"
+        rows.append([layer, *(f"{points:.1f} ± {error:.1f}" for points, error in (row["loss"], row["short"])), share])
+    columns = ["points on pairs, layer", "cost of ablating all effects", "left when reconstructed from PC", "won back %"]
+    return markdown_table(columns, rows)
+
+
+def table_of_shares(columns, table):
+    rows = [[name, f"{share:.3f}", f"{chance:.3f}", f"{ratio:.1f}"] for name, (share, chance, ratio) in table.items()]
+    return markdown_table(columns, rows)
+
+
+def table_of_habits(habits):
+    columns = ["the symbol's habit among all of its kind", "text set", "mean rank", "chance", "AUC", "chance"]
+    columns += ["AUC for symbols without it", "AUC of texts alone"]
+    rows = []
+    for text_set, kinds in habits.items():
+        for kind, row in kinds.items():
+            ranks = [f"{row['mean_rank']:.2f} of {row['of']}", row["chance_rank"]]
+            aucs = [f"{row['auc']:.2f}", f"0.50 ± {row['chance_deviation']:.2f}"]
+            aucs += [f"{row['auc_without']:.2f}", f"{row['auc_texts']:.2f}"]
+            rows.append([f"{kind}, {len(row['symbols'])} symbols", text_set, *ranks, *aucs])
+    return markdown_table(columns, rows)
+
+
+def table_of_segmentation(title, rows):
+    columns = {"PixAcc": "pixel_accuracy", "mIoU": "mIoU", "mAP": "mAP"}
+    cells = [[name, *(f"{row[key]:.1f}" for key in columns.values())] for name, row in rows.items()]
+    return markdown_table([f"segmentation, {title}", *columns], cells)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def load_layers(results):
+def load_layers(symbols):
     """{layer: NeuronLayer} of the small CLIP."""
-    weights = str(HERE / "symbols-vit.safetensors")
-    clip = load_clip(str(HERE / "symbols-vit.json"), weights, "cpu")
-    images = load_images("folder", results.world / results.tree, "train", clip.transform)
-    names = Names(results.directory, "symbols-vit.json", weights)
-    return {layer: NeuronLayer(clip, names, images, "folder", int(layer), "words", COMPONENTS) for layer in LAYERS}
+    clip = load_clip(MODEL, WEIGHTS, "cpu")
+    images = load_images("folder", symbols.world / symbols.name, "train", clip.transform)
+    described = {"texts": "words", "components": COMPONENTS}
+    return {layer: NeuronLayer(clip, symbols.results, images, layer=layer, described=described) for layer in LAYERS}
 
 
 def draw_neurons(neurons, folder, count=8):
@@ -326,26 +434,26 @@ def draw_neurons(neurons, folder, count=8):
         save_figure(neurons.card(n), folder / f"neuron_{neurons.layer}_{n}.png")
 
 
-def draw_concepts(concepts, path, count=8, words=8):
+def draw_concepts(discovered, path, count=8, words=8):
     """Some pictures with what was discovered in them; words that are true of a picture are blue."""
-    rows = range(0, len(concepts.pictures), len(concepts.pictures) // count)[:count]
+    rows = range(0, len(discovered.pictures), len(discovered.pictures) // count)[:count]
     examples = []
     for i in rows:
-        found = concepts.words[concepts.together][i][:words]
-        truth = concepts.pictures[i]
+        found = discovered.words[TOGETHER][i][:words]
+        truth = discovered.pictures[i]
         right = true_of([word for word, _ in found], [truth])[:, 0]
-        picture = Image.open(concepts.images.samples[i][0]).convert("RGB")
+        picture = Image.open(discovered.images.samples[i][0]).convert("RGB")
         caption = "a {colour} {symbol} and a {companion_colour} {companion}" if truth["companion"] else "a {colour} {symbol}"
         caption = articles(f"{caption} on a {{texture}} {{background}} background".format(**truth))
         examples.append((picture, caption, found, right))
-    title = f"Concepts of held-out pictures, MLP layers {concepts.together} (blue: true of the picture, red: not)"
+    title = f"Concepts of held-out pictures, MLP layers {TOGETHER} (blue: true of the picture, red: not)"
     save_figure(plot_concepts(title, examples), path)
 
 
 def draw_segmentations(out, path, count=6):
     """Input, mask, prediction and heat map of the first pictures of both sets."""
     blocks = {}
-    for scenes, title in (("single", "one symbol"), ("two", "two symbols, the class of each in turn")):
+    for scenes, title in TITLES.items():
         truth = [json.loads(line) for line in (out / f"world/segmentation_{scenes}.jsonl").read_text().splitlines()[:count]]
         result = segmentation_result(out, scenes, "positive")
         folder = result.with_name(result.stem + "_images")
@@ -353,99 +461,64 @@ def draw_segmentations(out, path, count=6):
     save_figure(plot_segmentations(blocks), path)
 
 
-def draw_attacks(out, path, count=6):
-    """For each attack by command line, the first pictures that fool and the first that do not."""
+def draw_attacks(out, path):
+    """A row for each attack by command line."""
     rows = {}
     for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
-        colours = {class_0: "C3", class_1: "C2"}
-        for source in ("second_order", "random"):
+        for source in ATTACK_SOURCES:
             result = attack_result(out, class_0, class_1, source)
-            with open(result.with_name("files.csv")) as file:
-                items = list(csv.DictReader(file))
-            fooled, others = ([item for item in items if item["adversarial"] == flag] for flag in "10")
-            shown = fooled[: count // 2]
-            shown += others[: count - len(shown)]
             rate = json.loads(result.read_text())["success_rate"]
             title = f"{class_1} with {source.replace('_', '-')} words: {rate:.0f} % are taken for {class_0}"
-            rows[title] = []
-            for item in shown:
-                words = textwrap.fill(item["description"].removeprefix("a photo of "), 24)
-                picture = Image.open(result.parent / item["file"])
-                rows[title].append((picture, f"{words}\ntaken for: {item['predicted']}", colours.get(item["predicted"], "C7")))
+            rows[title] = examples_of_attack(result.parent, {class_0: "C3", class_1: "C2"})
     title = f"Pale symbols (opacity {OPACITY}) in red frames fool the CLIP, in green frames they are known"
     save_figure(plot_grid(title, rows), path)
 
 
+def examples_of_attack(folder, colours, count=6):
+    """The first pictures that fool and the first that do not: [(picture, caption, colour of the frame), ...]."""
+    with open(folder / "files.csv") as file:
+        items = list(csv.DictReader(file))
+    fooled, others = ([item for item in items if item["adversarial"] == flag] for flag in "10")
+    shown = fooled[: count // 2]
+    shown += others[: count - len(shown)]
+    examples = []
+    for item in shown:
+        words = textwrap.fill(item["description"].removeprefix("a photo of "), 24)
+        caption = f"{words}\ntaken for: {item['predicted']}"
+        examples.append((Image.open(folder / item["file"]), caption, colours.get(item["predicted"], "C7")))
+    return examples
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "output", help="of run_demo.py")
     out = parser.parse_args().output_dir
-    symbols, pairs = Results(out, "symbols"), Results(out, "pairs")
-    lines = ["# The embedded world", "", "| the small CLIP, zero-shot | accuracy % | chance % |", "|---|---|---|"]
-    results = {"zero_shot": zero_shot(symbols, pairs)}
-    lines += [f"| {what} | {value:.1f} | {chance:.1f} |" for what, (value, chance) in results["zero_shot"].items()]
-    for name, tree in (("pairs", pairs), ("symbols", symbols)):
-        file = f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.json"
-        table = json.loads((tree.directory / file).read_text())["accuracy"]
-        rebuilt = json.loads(evaluation_result(out, name).read_text())["accuracy"]
-        for layer, row in table.items():
-            row[f"rebuilt from {COMPONENTS} texts"] = rebuilt[layer]
-        results[f"ablations_{name}"] = table
-        columns = list(next(iter(table.values())))
-        lines += ["", f"| accuracy on {name} %, layer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {layer} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for layer, row in table.items()]
-    results["won_back"] = won_back(pairs)
-    lines += ["", "| points on pairs, layer | cost of ablating all effects | left when reconstructed from PC | won back % |"]
-    lines += ["|---|---|---|---|"]
-    for layer, row in results["won_back"].items():
-        share = "no loss" if row["won back"] is None else f"{row['won back']:.0f}"
-        (loss, loss_error), (short, short_error) = row["loss"], row["short"]
-        lines.append(f"| {layer} | {loss:.1f} ± {loss_error:.1f} | {short:.1f} ± {short_error:.1f} | {share} |")
-    results["descriptions"] = descriptions(symbols)
-    lines += ["", "| strongest text true of the top pictures, layer | share | random text | ratio |", "|---|---|---|---|"]
-    lines += [f"| {layer} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for layer, (a, b, ratio) in results["descriptions"].items()]
-    results["habits"] = {text_set: habits(symbols, Results(out, "symbols", text_set)) for text_set in ("words", "grounds")}
-    lines += ["", "| the symbol's habit among all of its kind | text set | mean rank | chance | AUC | chance |"]
-    lines[-1] += " AUC for symbols without it | AUC of texts alone |"
-    lines += ["|---" * 8 + "|"]
-    for text_set, rows in results["habits"].items():
-        for kind, row in rows.items():
-            ranks = f"{row['mean_rank']:.2f} of {row['of']} | {row['chance_rank']}"
-            aucs = f"{row['auc']:.2f} | 0.50 ± {row['chance_deviation']:.2f} | {row['auc_without']:.2f} | {row['auc_texts']:.2f}"
-            lines.append(f"| {kind}, {len(row['symbols'])} symbols | {text_set} | {ranks} | {aucs} |")
+    symbols, grounds, pairs = Tree(out, "symbols"), Tree(out, "symbols", "grounds"), Tree(out, "pairs")
     layers = load_layers(symbols)
-    concepts = Concepts(symbols, layers)
-    results["concepts"] = concepts.table()
-    lines += ["", f"| discovered: the {TOP_WORDS} strongest words true of the picture, layer | share | random texts | ratio |"]
-    lines += ["|---|---|---|---|"]
-    lines += [f"| {name} | {a:.3f} | {b:.3f} | {ratio:.1f} |" for name, (a, b, ratio) in results["concepts"].items()]
-    results["segmentation"] = {}
-    for scenes in ("single", "two"):
-        files = {name: segmentation_result(out, scenes, name) for name in ("positive", "both", "random", "attention", "rollout")}
-        rows = {name: json.loads(file.read_text())["scores"] for name, file in files.items()}
-        results["segmentation"][scenes] = rows
-        title = "one symbol" if scenes == "single" else "two symbols, the class of each in turn"
-        lines += ["", f"| segmentation, {title} | PixAcc | mIoU | mAP |", "|---|---|---|---|"]
-        lines += [f"| {name} | {r['pixel_accuracy']:.1f} | {r['mIoU']:.1f} | {r['mAP']:.1f} |" for name, r in rows.items()]
-    results["adversarial"] = {}
-    for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
-        files = [attack_result(out, class_0, class_1, source) for source in ("second_order", "random")]
-        rates = [json.loads(file.read_text())["success_rate"] for file in files]
-        results["adversarial"][f"{class_1} for {class_0}"] = rates
-    attacks = json.loads((out / "attack_table.json").read_text())["summary"]
-    results["attack_table"] = attacks
-    lines += ["", *markdown(attacks)]
+    discovered = Discovered(symbols, layers)
+    results = {
+        "zero_shot": zero_shot(symbols, pairs),
+        "ablations_pairs": pairs.accuracies(),
+        "ablations_symbols": symbols.accuracies(),
+        "won_back": won_back(pairs),
+        "descriptions": descriptions(symbols),
+        "habits": {tree.text_set: habits(symbols, tree) for tree in (symbols, grounds)},
+        "concepts": discovered.table(),
+        "segmentation": segmentation(out),
+        "adversarial": adversarial(out),
+        "attack_table": json.loads((out / "attack_table.json").read_text())["summary"],
+    }
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     draw_neurons(layers[LAYERS[-1]], figures)
-    draw_concepts(concepts, figures / "concepts.png")
+    draw_concepts(discovered, figures / "concepts.png")
     draw_segmentations(out, figures / "segmentation.png")
     draw_attacks(out, figures / "adversarial.png")
     for tree in (symbols, pairs):
-        picture = tree.directory / f"folder_val_ablations_{CLIP}_{'-'.join(LAYERS)}_100.png"
-        shutil.copy(picture, figures / f"ablations_{tree.tree}.png")
+        picture = tree.path("ablations", split="val", layer=LAYERS).with_suffix(".png")
+        shutil.copy(picture, figures / f"ablations_{tree.name}.png")
+    (out / "results.md").write_text("\n".join(report(results)) + "\n")
     save_json(out / "results.json", results)
-    (out / "results.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

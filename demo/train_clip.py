@@ -1,7 +1,7 @@
 """Trains the demo's small CLIP on the embedded world, from scratch, on a CPU.
 
-    python demo/train_clip.py --work_dir runs/clip          # trains, or goes on where a broken run stopped
-    python demo/train_clip.py --evaluate                    # zero-shot accuracies of the checkpoint in the repository
+    python -m demo.train_clip --work_dir runs/clip          # trains; after an interruption the same command resumes
+    python -m demo.train_clip --evaluate                    # zero-shot accuracies of the checkpoint in the repository
 
 The pictures are drawn as they are needed, each is seen once. What is special:
   1. linear heads on the representation name the symbols, colours, pairs and the background, and linear heads on the
@@ -35,14 +35,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import Normalize
 from tqdm import tqdm
-from world import COLOURS, HARD_RATE, PAIRS, SYMBOLS, TEXTURES, World, articles, caption, draw, to_pil
+
+from demo.world import COLOURS, HARD_RATE, PAIRS, SYMBOLS, TEXTURES, World, articles, caption, draw, to_pil
 
 HERE = Path(__file__).parent
 DENSE_LAYER = 4  # the patch heads read its output: the last block's attention takes it to the class token
 FORGET = [2, 3, 4]  # the layers after which the class token may forget what it has gathered
 MAIN = (0.65, 0.9)  # share of the main symbol in the targets of a picture with two: before and after the text tower joins
 BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
-# the flags that a broken training has to be gone on with
+# the flags that a training is resumed with
 SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed")
 
 
@@ -128,7 +129,7 @@ class Heads(nn.Module):
 def encode_image(visual, images, forget=None, quiet=None):
     """The unit representation [B, D] and the patch tokens [B, T, d] before the last block.
 
-    forget: [B], the layers after which the pictures' class tokens start afresh, -1 for never
+    forget: [B], the layers after which the pictures' class tokens are reset, -1 for never
     quiet: [B], true where the class token passes by all MLPs
     """
     x = visual._embeds(images)
@@ -212,100 +213,125 @@ def groups(modules, lr):
     return [dict(params=decayed, weight_decay=0.05, peak=lr), dict(params=plain, weight_decay=0.0, peak=lr)]
 
 
-def train(args):
-    """Trains until `--pictures` have been seen; returns the losses of this call's steps."""
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    world, model = World(args.seed), build(args.config)
-    visual, size = model.visual, model.visual.image_size[0]
-    heads = Heads(model.visual.output_dim, visual.transformer.width)
-    text = [module for name, module in model.named_children() if name != "visual"]
-    loose = [model.positional_embedding, model.text_projection, model.logit_scale]
-    normalize = Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    optimizers = {
-        "image": torch.optim.AdamW(groups([visual, heads], args.lr), betas=(0.9, 0.98), fused=True),
-        "text": torch.optim.AdamW(groups(text, args.lr) + [dict(params=loose, weight_decay=0.0, peak=args.lr)],
-                                  betas=(0.9, 0.98), fused=True),
-    }  # fmt: skip
-    parts = {"model": model, "heads": heads, **optimizers}
+class Training:
+    """The model, the heads that are thrown away, the optimizers of both towers, and a checkpoint of all of them.
 
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"config": Path(args.config).read_text()}
-    checkpoint = Path(args.work_dir) / "checkpoint.pt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    start, total = 0, math.ceil(args.pictures / args.batch_size)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved.pop("settings", None) != settings:
-            raise SystemExit(f"error: {checkpoint} is of a training with other flags; give another --work_dir, or delete it")
+    args: the flags.
+    """
+
+    def __init__(self, args):
+        torch.manual_seed(args.seed)
+        torch.set_num_threads(args.threads)
+        self.args, self.world, self.model = args, World(args.seed), build(args.config)
+        self.visual, self.size = self.model.visual, self.model.visual.image_size[0]
+        self.heads = Heads(self.visual.output_dim, self.visual.transformer.width)
+        text = [module for name, module in self.model.named_children() if name != "visual"]
+        loose = [self.model.positional_embedding, self.model.text_projection, self.model.logit_scale]
+        loose = [dict(params=loose, weight_decay=0.0, peak=args.lr)]
+        self.normalize = Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        self.optimizers = {
+            "image": torch.optim.AdamW(groups([self.visual, self.heads], args.lr), betas=(0.9, 0.98), fused=True),
+            "text": torch.optim.AdamW(groups(text, args.lr) + loose, betas=(0.9, 0.98), fused=True),
+        }
+        self.parts = {"model": self.model, "heads": self.heads, **self.optimizers}
+        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"config": Path(args.config).read_text()}
+        self.checkpoint = Path(args.work_dir) / "checkpoint.pt"
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.total = math.ceil(args.pictures / args.batch_size)
+
+    def resume(self):
+        """Load the checkpoint, if there is one; returns the step to start with."""
+        if not self.checkpoint.exists():
+            return 0
+        saved = torch.load(self.checkpoint, weights_only=True)
+        if saved.pop("settings", None) != self.settings:
+            raise SystemExit(f"error: {self.checkpoint} is of a training with other flags; give another --work_dir, or delete it")
         start = saved.pop("step")
         for name, state in saved.items():
-            parts[name].load_state_dict(state)
+            self.parts[name].load_state_dict(state)
+        return start
 
-    def save(step):
-        states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({"settings": settings, "step": step, **states}, f"{checkpoint}.part")
-        os.replace(f"{checkpoint}.part", checkpoint)
+    def save(self, step):
+        """Write the checkpoint."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"settings": self.settings, "step": step, **states}, f"{self.checkpoint}.part")
+        os.replace(f"{self.checkpoint}.part", self.checkpoint)
 
-    losses, saved_at = [], time.time()
-    progress = tqdm(range(start, total), initial=start, total=total, desc="training", mininterval=10)
-    for step in progress:
-        done = step / total
-        with_text = done >= args.text_start
-        since = step - args.text_start * total  # steps since the text tower joined
-        for name, optimizer in optimizers.items():  # each tower has its own cosine
-            steps, share = (step, done) if name == "image" else (since, since / (total - step + since))
+    def step(self, step):
+        """One step of the towers that learn by now; returns the loss."""
+        with_text = step / self.total >= self.args.text_start
+        self.set_rates(step)
+        loss = self.learn(step, with_text)
+        for name, optimizer in self.optimizers.items():
+            if name == "image" or with_text:
+                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+        self.model.logit_scale.data.clamp_(max=math.log(100))
+        return loss
+
+    def set_rates(self, step):
+        """Set the learning rates; each tower has a cosine of its own."""
+        since = step - self.args.text_start * self.total  # steps since the text tower joined
+        progress = {"image": (step, step / self.total), "text": (since, since / (self.total - step + since))}
+        for name, optimizer in self.optimizers.items():
+            steps, share = progress[name]
             cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * max(0.0, share)))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * min(1.0, max(0.0, (steps + 1) / args.warmup)) * cosine
+                group["lr"] = group["peak"] * min(1.0, max(0.0, (steps + 1) / self.args.warmup)) * cosine
 
-        spread = min(1.0, done / args.widen)
-        scenes, captions, rng = batch_of(world, step, args.batch_size, spread, two=0.3 + 0.3 * spread)
-        images, masks = draw(scenes, size)
+    def learn(self, step, with_text):
+        """The loss of the pictures of a step, with or without the text tower, forwards and backwards."""
+        args, spread = self.args, min(1.0, step / self.total / self.args.widen)
+        scenes, captions, rng = batch_of(self.world, step, args.batch_size, spread=spread, two=0.3 + 0.3 * spread)
+        images, masks = draw(scenes, self.size)
         targets = targets_of(scenes, MAIN[with_text])
         forget = torch.tensor([rng.choice(FORGET) if rng.random() < args.forget else -1 for _ in scenes])
         quiet = torch.tensor([rng.random() < args.quiet for _ in scenes])
         # torch's fused attention is slow backwards on a CPU: half of the step
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            image, tokens = encode_image(visual, normalize(images), forget, quiet)
-            loss = heads.loss(image, tokens, targets, patch_targets(scenes, masks, visual.patch_size[0]))
+            image, tokens = encode_image(self.visual, self.normalize(images), forget, quiet)
+            loss = self.heads.loss(image, tokens, targets, patch_targets(scenes, masks, self.visual.patch_size[0]))
             if with_text:
-                loss = loss + text_loss(model, image, captions, targets, rng)
+                loss = loss + text_loss(self.model, image, captions, targets=targets, rng=rng)
             loss.backward()
-        for name, optimizer in optimizers.items():
-            if name == "image" or with_text:
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-                optimizer.step()
-            optimizer.zero_grad()
-        model.logit_scale.data.clamp_(max=math.log(100))
-        losses.append(loss.item())
+        return loss.item()
 
+    @torch.no_grad()
+    def probe(self, n=256):
+        """Accuracies of the linear heads on clear pictures with full difficulty, as a line for the log."""
+        line = []
+        for two in (0, 1):
+            rng = random.Random(f"probe {two}")
+            scenes = [self.world.sample(rng, companion=two) for _ in range(n)]
+            with torch.autocast("cpu", torch.bfloat16):
+                image, _ = encode_image(self.visual, self.normalize(draw(scenes, self.size)[0]))
+                targets = targets_of(scenes, MAIN[1])
+                for name in ("symbol", "pair") if two else ("symbol", "pair", "background", "texture"):
+                    hit = self.heads.attributes[name](8 * image).argmax(dim=1) == targets[name].argmax(dim=1)
+                    line.append(f"{name}{' of two' * two} {hit.float().mean():.3f}")
+        return "  ".join(line)
+
+
+def train(args):
+    """Trains until `--pictures` have been seen; returns the model and the losses of this call's steps."""
+    training = Training(args)
+    start, losses, saved_at = training.resume(), [], time.time()
+    progress = tqdm(range(start, training.total), initial=start, total=training.total, desc="training", mininterval=10)
+    for step in progress:
+        losses.append(training.step(step))
         if (step + 1) % args.log_every == 0:
             recent = losses[-args.log_every :]
-            progress.write(f"pictures {(step + 1) * args.batch_size}  loss {sum(recent) / len(recent):.3f}  "
-                           f"{probe(world, visual, heads, normalize, size)}")  # fmt: skip
-        if time.time() - saved_at > 150 or step + 1 == args.stop:
-            save(step + 1)
-            saved_at = time.time()
+            average = sum(recent) / len(recent)
+            progress.write(f"pictures {(step + 1) * args.batch_size}  loss {average:.3f}  {training.probe()}")
         if step + 1 == args.stop:
-            return model, losses
-    save(total)
-    return model, losses
-
-
-@torch.no_grad()
-def probe(world, visual, heads, normalize, size, n=256):
-    """Accuracies of the linear heads on clear pictures with full difficulty, as a line for the log."""
-    line = []
-    for two in (0, 1):
-        rng = random.Random(f"probe {two}")
-        scenes = [world.sample(rng, companion=two) for _ in range(n)]
-        with torch.autocast("cpu", torch.bfloat16):
-            image, tokens = encode_image(visual, normalize(draw(scenes, size)[0]))
-            targets = targets_of(scenes, MAIN[1])
-            for name in ("symbol", "pair") if two else ("symbol", "pair", "background", "texture"):
-                hit = heads.attributes[name](8 * image).argmax(dim=1) == targets[name].argmax(dim=1)
-                line.append(f"{name}{' of two' * two} {hit.float().mean():.3f}")
-    return "  ".join(line)
+            training.save(args.stop)
+            return training.model, losses
+        if time.time() - saved_at > 150:
+            training.save(step + 1)
+            saved_at = time.time()
+    training.save(training.total)
+    return training.model, losses
 
 
 def export(model, path):
@@ -375,7 +401,7 @@ def main():
     parser.add_argument("--quiet", type=float, default=0.4, help="share of the pictures of point 4")
     parser.add_argument("--text_start", type=float, default=0.65, help="share of the training without the text tower")
     parser.add_argument("--log_every", type=int, default=500, help="steps between two lines of the log")
-    parser.add_argument("--stop", type=int, help="stop after this step, to go on later")
+    parser.add_argument("--stop", type=int, help="stop after this step, to resume later")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of the habits, the weights and the pictures")
     parser.add_argument("--evaluate", action="store_true", help="only print the accuracies of --output")

@@ -15,7 +15,7 @@ Shapes: B scenes, O = 2 objects (the main one, then its companion), S symbols, R
 
 import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -162,53 +162,53 @@ class World:
             things, background, texture, front=rng.randrange(len(things)), angle=round(rng.uniform(0, 180), 1),
             period=round(rng.uniform(0.15, 0.25), 3), phase=round(rng.random(), 3), grain=rng.randrange(1 << 20),
         )  # fmt: skip
-        place(scene, rng, spread)
+        things = placed(things, rng, spread)
+        flaw = ""
         if rng.random() < hard:
-            spoil(scene, rng)
-        for thing in things:
-            for name in ("x", "y", "size", "tilt", "opacity"):
-                setattr(thing, name, round(getattr(thing, name), 3))
-        return scene
+            things, flaw = spoiled(things, rng)
+        return replace(scene, things=[rounded(thing) for thing in things], flaw=flaw)
 
 
-def place(scene, rng, spread=1.0):
-    """Give every symbol a size, a tilt and a free place, the main one clearly larger than its companion."""
-    for thing in scene.things:
-        thing.tilt = spread * rng.uniform(-35, 35)
-    main = scene.things[0]
+def placed(things, rng, spread=1.0):
+    """The symbols with a size, a tilt and a free place, the main one clearly larger than its companion."""
+    things = [replace(thing, tilt=spread * rng.uniform(-35, 35)) for thing in things]
 
     def somewhere(thing):
         reach = spread * (0.5 - 0.45 * thing.size)
-        thing.x, thing.y = 0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach)
+        return replace(thing, x=0.5 + rng.uniform(-reach, reach), y=0.5 + rng.uniform(-reach, reach))
 
-    if len(scene.things) == 1:
-        main.size = rng.uniform(0.7 - 0.3 * spread, 0.75)
-        return somewhere(main)
-    main.size = rng.uniform(0.52 - 0.06 * spread, 0.6)
-    other = scene.things[1]
-    other.size = rng.uniform(0.3, 0.4) if spread == 1 else 0.4
-    other.size = min(other.size, 0.7 * main.size)
+    if len(things) == 1:
+        return [somewhere(replace(things[0], size=rng.uniform(0.7 - 0.3 * spread, 0.75)))]
+    main = replace(things[0], size=rng.uniform(0.52 - 0.06 * spread, 0.6))
+    size = rng.uniform(0.3, 0.4) if spread == 1 else 0.4
+    other = replace(things[1], size=min(size, 0.7 * main.size))
     spread = max(spread, 0.8)  # two symbols need room
     for _ in range(50):
-        somewhere(main), somewhere(other)
+        main, other = somewhere(main), somewhere(other)
         if np.hypot(main.x - other.x, main.y - other.y) > 0.42 * (main.size + other.size):
-            return
-    main.x, main.y, other.x, other.y = 0.32, 0.32, 0.78, 0.78
+            return [main, other]
+    return [replace(main, x=0.32, y=0.32), replace(other, x=0.78, y=0.78)]
 
 
-def spoil(scene, rng):
-    """Make a symbol pale, tiny or cut off. In a picture with two the main one stays the larger."""
-    thing = rng.choice(scene.things)
-    scene.flaw = rng.choice(["pale", "pale", "tiny", "cut off"] if thing is not scene.things[0] or
-                            len(scene.things) == 1 else ["pale", "cut off"])  # fmt: skip
-    if scene.flaw == "pale":
-        thing.opacity = rng.uniform(0.06, 0.25)
-    elif scene.flaw == "tiny":
-        thing.size = rng.uniform(0.08, 0.16)
+def spoiled(things, rng):
+    """The symbols, one of them pale, tiny or cut off, and which of these. Of two the main one stays the larger."""
+    which = rng.choice(range(len(things)))
+    thing, others = things[which], len(things) > 1
+    flaw = rng.choice(["pale", "cut off"] if which == 0 and others else ["pale", "pale", "tiny", "cut off"])
+    if flaw == "pale":
+        thing = replace(thing, opacity=rng.uniform(0.06, 0.25))
+    elif flaw == "tiny":
+        thing = replace(thing, size=rng.uniform(0.08, 0.16))
     else:
         edge = rng.uniform(-0.25, 0.05) * thing.size
         axis, far = rng.choice("xy"), rng.random() < 0.5
-        setattr(thing, axis, 1 - edge if far else edge)
+        thing = replace(thing, **{axis: 1 - edge if far else edge})
+    return [*things[:which], thing, *things[which + 1 :]], flaw
+
+
+def rounded(thing):
+    """A symbol with its numbers to three places, as the truth of a picture stores them."""
+    return replace(thing, **{name: round(getattr(thing, name), 3) for name in ("x", "y", "size", "tilt", "opacity")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,11 +393,8 @@ def describe(text, rng, opacity=1.0):
         things, background, said["texture"] or rng.choice(TEXTURES), angle=rng.uniform(0, 180),
         period=rng.uniform(0.15, 0.25), phase=rng.random(), grain=rng.randrange(1 << 20),
     )  # fmt: skip
-    if things:
-        place(scene, rng)
-    for thing in things:
-        thing.opacity = opacity
-    return scene
+    things = placed(things, rng) if things else []
+    return replace(scene, things=[replace(thing, opacity=opacity) for thing in things])
 
 
 def draw_description(text, seed=0, opacity=1.0, side=SIDE):

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import re
-import sys
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +15,9 @@ import scipy.sparse
 from nbclient import NotebookClient
 from PIL import Image
 
+from demo import attack_table, measure
+from demo.world import SYMBOLS, plant_habits, text_pool
 from tests.conftest import ROOT, run_script
-
-sys.path.insert(0, str(ROOT / "demo"))
-import attack_table  # noqa: E402
-import measure  # noqa: E402
-from world import SYMBOLS, plant_habits, text_pool  # noqa: E402
 
 NOTEBOOKS = ["visualize_neurons.ipynb", "concept_discovery.ipynb"]
 
@@ -30,15 +27,30 @@ def demo(tmp_path_factory):
     """The output directory of the demo, and what the second call printed."""
     out = tmp_path_factory.mktemp("demo")
     small = ["--train_per_class", 24, "--val_per_class", 10, "--pairs_per_class", 2, "--segmentation_scenes", 20]
-    run_script("demo/make_world.py", "--output_dir", out / "world", *small)
-    first = run_script("demo/run_demo.py", "--output_dir", out, "--attack_pairs", 2)
-    second = run_script("demo/run_demo.py", "--output_dir", out)
+    run_script("-m", "demo.make_world", "--output_dir", out / "world", *small)
+    first = run_script("-m", "demo.run_demo", "--output_dir", out, *["--attack_pairs", 2])
+    second = run_script("-m", "demo.run_demo", "--output_dir", out)
     return out, first.stdout, second.stdout
 
 
 @pytest.fixture(scope="module")
 def results(demo):
     return json.loads((demo[0] / "results.json").read_text())
+
+
+def test_the_steps_are_announced_before_they_run(demo):
+    announced, _, ran = demo[1].partition("\n$ python ")
+    assert announced.startswith("This takes about ") and "all stages on symbols" in announced
+    assert "draw the world" not in announced and "make_world" not in ran  # it is there
+
+
+def test_a_command_leaves_the_same_bytes_as_when_it_is_typed(demo, tmp_path):
+    line = next(line for line in demo[1].splitlines() if "compute_representations.py" in line and "--split val " in line)
+    script, *flags = shlex.split(line)[2:]
+    run_script(script, *flags, "--output_dir", tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (demo[0] / "symbols" / path.name).read_bytes()
+    assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_the_table_is_printed_and_a_second_call_runs_nothing(demo):
@@ -118,12 +130,12 @@ def test_the_rank_of_a_habit_that_the_neurons_words_name(tmp_path, sign, auc):
             companion = habit.get("companion")
             said = f"with a {companion}" if companion else f"{habit['texture']} {habit['background']} background"
             names[i, texts.index(said)] = sign
-    files = {"100_pca": np.eye(len(SYMBOLS))}
+    files = {"pca": np.eye(len(SYMBOLS))}
     results = SimpleNamespace(
         world=tmp_path,
         texts=texts,
         text_vectors=vectors,
-        statistic=lambda layer, part: files[part],
+        statistic=lambda layer, kind: files[kind],
         decomposition=lambda layer: scipy.sparse.csc_matrix(names),
     )
     rows = measure.habits(results, results, layers=("4",))

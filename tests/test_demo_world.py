@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -16,13 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-DEMO = Path(__file__).parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
+from demo import make_world, train_clip
+from demo import world as w
+from demo.world import COLOURS, RGB, SYMBOLS, TEXTURES, Scene, Thing, World, caption, draw, draw_description, parse
 
-import make_world  # noqa: E402
-import train_clip  # noqa: E402
-import world as w  # noqa: E402
-from world import COLOURS, RGB, SYMBOLS, TEXTURES, Scene, Thing, World, caption, draw, draw_description, parse  # noqa: E402
+DEMO = Path(w.__file__).parent
 
 
 def sample(n, tag="test", **options):
@@ -200,15 +197,15 @@ def training_flags(folder, **changes):
     return Namespace(**{**flags, **changes})
 
 
-def test_the_loss_falls_in_a_few_steps_and_a_broken_training_goes_on(tmp_path):
+def test_the_loss_falls_in_a_few_steps_and_an_interrupted_training_resumes(tmp_path):
     model, losses = train_clip.train(training_flags(tmp_path / "whole"))
     assert len(losses) == 30 and np.mean(losses[12:18]) < np.mean(losses[:4]) - 0.3
     assert np.mean(losses[-4:]) < np.mean(losses[18:22])  # the text tower has joined
-    _, first = train_clip.train(training_flags(tmp_path / "broken", stop=10))
-    resumed, second = train_clip.train(training_flags(tmp_path / "broken"))
+    _, first = train_clip.train(training_flags(tmp_path / "interrupted", stop=10))
+    resumed, second = train_clip.train(training_flags(tmp_path / "interrupted"))
     np.testing.assert_allclose(first + second, losses, rtol=2e-2)
     with pytest.raises(SystemExit, match="other flags.*--work_dir"):
-        train_clip.train(training_flags(tmp_path / "broken", seed=1))
+        train_clip.train(training_flags(tmp_path / "interrupted", seed=1))
     train_clip.export(resumed, tmp_path / "small.safetensors")
     train_clip.load(DEMO / "symbols-vit.json", tmp_path / "small.safetensors")
 
