@@ -56,7 +56,7 @@ def test_rows_and_columns_that_were_written_in_two_runs_equal_those_of_one(tmp_p
     assert np.array_equal(np.load(tmp_path / "c.npy"), np.arange(9) + 100.0 * np.arange(4)[:, None])
     assert {file.name for file in tmp_path.iterdir()} == {f"{x}.{end}" for x in "abc" for end in ("npy", "meta.json")}
     record = json.loads(record_path(path).read_text())
-    assert record == {"seed": 2, "method": METHOD, "shape": [9, 3], "dtype": "float32"}
+    assert record == {"seed": 2, "method_number": METHOD, "shape": [9, 3], "dtype": "float32"}
 
 
 def test_a_piece_whose_turn_is_interrupted_does_not_count(tmp_path):
@@ -108,13 +108,13 @@ def test_results_of_older_mathematics_are_made_again(tmp_path):
     path = tmp_path / "a.npy"
     with pass_of(path, {"seed": 2}) as work:
         fill(work, path)
-    for older in ({}, {"method": METHOD - 1}):
+    for older in ({}, {"method_number": METHOD - 1}):
         record = load_record(path)
-        record.pop("method")
+        record.pop("method_number")
         record_path(path).write_text(json.dumps(record | older))
         with pass_of(path, {"seed": 2}) as work:
             assert not work.finished and fill(work, path) == [0, 2, 4, 6, 8]
-        assert load_record(path)["method"] == METHOD
+        assert load_record(path)["method_number"] == METHOD
 
 
 def test_a_finished_array_that_was_cut_off_is_made_again(tmp_path):

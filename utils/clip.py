@@ -64,7 +64,7 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
         weights = _checked_weights(name, pretrained)
         options = {"force_quick_gelu": open_clip.get_pretrained_cfg(name, weights or "").get("quick_gelu", False)}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             clip = open_clip.create_model(name, pretrained=weights, device=device, **options).eval().requires_grad_(False)
         tokenizer = open_clip.get_tokenizer(name)

@@ -64,7 +64,7 @@ class _Effects:
         self.results, self.names, self.device = results, names, device
         self.path, self.array = results.path(self.main, **names), results.load(self.main, mmap=True, **names)
         record = load_record(self.path)
-        self.record = {key: record[key] for key in record if key not in ("shape", "dtype", "method", "layers", "batch_size")}
+        self.record = {key: record[key] for key in record if key not in ("shape", "dtype", "method_number", "layers", "batch_size")}
         if not record:  # made by the published code: known by its content
             self.record["effects"] = sampled_digest(self.array)
         elif self.array.dtype != np.float32:

@@ -82,7 +82,7 @@ def effect(vit, cache, directions, scale):
     rows = [cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later]  # a / sigma, each [B, H, T]
     means = [cache[f"blocks.{l}.ln1.mean"] for l in later]  # each [B, T]
     rstd_post, mu_post = 1 / cache["ln_post.std"], cache["ln_post.mean"]  # each [B]
-    kappa = scale[:, None] * constant(rows, means, rstd_post, mu_post, directions.constants)
+    kappa = scale[:, None] * constant(rows, means, rstd_post, mu_post, constants=directions.constants)
     p = cache.pop(f"blocks.{directions.layer}.mlp.post")  # [B, T, N]
     a = cat(rows, dim=1) * (scale * rstd_post)[:, None, None]  # [B, K, T]
     return torch.bmm(a, p), kappa  # eq. 5: the attention sums over tokens; eq. 11: so do the LayerNorms' factors in a

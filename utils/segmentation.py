@@ -203,5 +203,5 @@ def save_scores(path, scores, record):
     result, curve = scores.result(), scores.precision_recall()
     for name, values in zip(("precision", "recall"), curve, strict=True):
         save_array(path.with_name(f"{path.stem}_{name}.npy"), values, record)
-    save_json(path, {**complete(record), "method": record["method"], "images": scores.images, "scores": result})
+    save_json(path, {**complete(record), "images": scores.images, "scores": result})
     return result, *curve

@@ -118,8 +118,13 @@ def choose_device(name):
 
 def same_command(**changes):
     """The running command with some flags changed, as one types it in a shell."""
-    changed = [word for flag, value in changes.items() for word in (f"--{flag}", str(value))]
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:], *changed])
+    words = sys.argv[1:]
+    for flag, value in changes.items():
+        if f"--{flag}" in words:
+            at = words.index(f"--{flag}")
+            del words[at : at + 2]
+        words += [f"--{flag}", str(value)]
+    return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
 def run(main, parser, parallel=False):

@@ -190,7 +190,7 @@ class Results:
     def check_record(self, path, expected, again):
         """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
         record = load_record(path)
-        for key, value in {**expected, "method": METHOD}.items():
+        for key, value in {**expected, "method_number": METHOD}.items():
             if None not in (value, record.get(key)) and record[key] != value:
                 raise UserError(f"{path} was made with {key} {record[key]!r}, and here it is {value!r}; {again}")
 
@@ -215,7 +215,7 @@ def load_record(path):
 def complete(record, shape=None, dtype=None):
     """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
     described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
-    return json.loads(json.dumps({**record, "method": METHOD, **described}))
+    return json.loads(json.dumps({**record, "method_number": METHOD, **described}))
 
 
 def is_made(path, record, overwrite=False):
@@ -233,7 +233,7 @@ def is_made(path, record, overwrite=False):
             return False  # cut off or damaged
     found = load_record(path)
     differing = [key for key in record if found.get(key) != record[key]]
-    if differing == ["method"] and found.get("method", 0) < METHOD:
+    if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
         return False  # of older mathematics
     if differing:
         how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
