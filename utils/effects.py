@@ -64,7 +64,8 @@ class _Effects:
         self.results, self.names, self.device = results, names, device
         self.path, self.array = results.path(self.main, **names), results.load(self.main, mmap=True, **names)
         record = load_record(self.path)
-        self.record = {key: record[key] for key in record if key not in ("shape", "dtype", "method_number", "layers", "batch_size")}
+        own = ("shape", "dtype", "method_number", "layers", "batch_size")  # of the array, not of what it was made from
+        self.record = {key: record[key] for key in record if key not in own}
         if not record:  # made by the published code: known by its content
             self.record["effects"] = sampled_digest(self.array)
         elif self.array.dtype != np.float32:
