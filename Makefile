@@ -17,7 +17,7 @@ demo: setup
 	$(RUN) -m demo.run_demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -3,7 +3,6 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import scipy.sparse
 from numpy.testing import assert_allclose
 from safetensors.torch import save_file
 
-from tests.conftest import TINY, run_script
+from tests.conftest import ROOT, TINY
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, write_photos
 from utils.clip import load_clip
@@ -234,9 +233,9 @@ def test_statistics_of_imagenet_serve_imagenet_r(world):
     assert (output / "imagenet_r_val_ablations_imagenet_tiny_random_3_5.json").is_file()
 
 
-def test_help_shows_the_command_and_every_default():
-    for script in sorted(Path().glob("*.py")):
-        text = run_script(script, "--help").stdout
+def test_help_shows_the_command_and_every_default(tmp_path):
+    for script in sorted(ROOT.glob("*.py")):
+        text = run_stage_of_user(script.name, "--help", folder=tmp_path).stdout
         assert f"python {script.name}" in text and "default:" in text
 
 

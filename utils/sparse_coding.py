@@ -94,6 +94,12 @@ def make_atoms(text_vectors, normalise="axis"):
     return 100 * centred / norms.clamp_min(torch.finfo(centred.dtype).tiny)
 
 
+def check_components(components, texts):
+    """Raise UserError when so many cannot be chosen from so many texts."""
+    if not 1 <= components <= texts:
+        raise UserError(f"--components {components} cannot be chosen from {texts} texts; give 1 to {texts}")
+
+
 def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes one by one.
 
@@ -110,8 +116,7 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
 
     Raises UserError when more atoms are asked for than there are.
     """
-    if not 1 <= n_nonzero <= len(atoms):
-        raise UserError(f"--components {n_nonzero} cannot be chosen from {len(atoms)} texts; give 1 to {len(atoms)}")
+    check_components(n_nonzero, len(atoms))
     first, distinct = _first_of_equal(atoms)
     found = [_pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)]
     support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -126,6 +131,7 @@ def describe(path, texts, atoms, targets, record, overwrite=False):
     overwrite: discard finished descriptions and earlier progress.
     """
     made, components = is_made(path, complete(record), overwrite), record["components"]
+    check_components(components, len(texts))
     barrier()  # every process has looked before one of them writes
     support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
     if not made:
