@@ -1,6 +1,6 @@
 """What single tricks earn, each against the plain way, in turns. Some are in the code, some were left out of it.
 
-    python -m benchmarks.tricks [--rounds 15] [--processes 5] [--quick]
+    python -m benchmarks.tricks [--rounds 9] [--processes 3] [--quick]
 
 Gram matrices       half of each kept, in strips (`utils.norms`), or all of it
 sums over images    of each image's C (`--keep top`), or one product that never forms C
@@ -244,8 +244,8 @@ if __name__ == "__main__":
     parser = bench_parser(__doc__, device=False)
     parser.add_argument("--neurons", type=int, default=3072)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(L - 1)))
-    parser.add_argument("--images", type=int, default=256, help="photos of a loop, a multiple of 4")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processes", type=int, default=5, help="pairs of loops, and imports")
+    parser.add_argument("--images", type=int, default=160, help="photos of a loop, a multiple of 4")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--processes", type=int, default=3, help="pairs of loops, and imports")
     quick = {"neurons": 64, "layers": [9, 10], "images": 32, "rounds": 1, "processes": 1}
     run(parser, set_up, measure, table, quick=quick)
