@@ -42,14 +42,14 @@ def steps(out, pairs):
     drawing = [(out / "world/segmentation_two.mat", ["-m", "demo.make_world", "--output_dir", out / "world"])]
     measuring = [(out / "results.json", ["-m", "demo.measure", "--output_dir", out])]
     return [
-        [Step("draw the world, 8,000 pictures of known truth", 10, lambda: drawing)],
+        [Step("draw the world, 8,000 pictures of known truth", 15, lambda: drawing)],
         [
-            Step("all stages on symbols, 32 classes", 50, partial(stages, out, "symbols")),
+            Step("all stages on symbols, 32 classes", 45, partial(stages, out, "symbols")),
             Step("all stages on pairs of a colour and a symbol, 320 classes", 50, partial(stages, out, "pairs")),
         ],
         [
             Step("segmentation, five methods on two sets", 50, partial(segmentations, out)),
-            Step(f"adversarial pictures of {pairs} pairs of classes", 35, partial(attacks, out, pairs)),
+            Step(f"adversarial pictures of {pairs} pairs of classes", 30, partial(attacks, out, pairs)),
         ],
         [Step("compare with the truth, draw figures", 25, lambda: measuring)],
     ]
