@@ -130,7 +130,8 @@ def describe(path, texts, atoms, targets, record, overwrite=False):
     texts, atoms: the pool, [texts, D]. targets: [N, D]. record: what the descriptions are made from, components included.
     overwrite: discard finished descriptions and earlier progress.
     """
-    made, components = is_made(path, complete(record), overwrite), record["components"]
+    components, matrix = record["components"], path.with_suffix(".npz")
+    made = is_made(path, complete(record), overwrite) and matrix.is_file()
     check_components(components, len(texts))
     barrier()  # every process has looked before one of them writes
     support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
