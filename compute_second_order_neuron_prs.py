@@ -74,15 +74,16 @@ def keep_top(args, vit, layers, loader, path, arrays, record):
             return
         directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
         for _, pixels in work.over(loader, slice(len(pieces)), "means"):
-            for phi in second_order(vit, pixels, directions, args.coefficient)[1]:
-                sums.add(phi)
+            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            for _ in layers:
+                sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
         means = sums.means(layers, len(loader.images))
         tops = [TopK(work, item, means[item.layer]) for item in directions]
         for rows, pixels in work.over(loader, slice(len(pieces), None), "effects"):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
-            for top, phi in zip(tops, effects, strict=True):
-                work[path("bias", layer=phi.directions.layer)][rows] = phi.kappa
-                work[path("image_norms", layer=phi.directions.layer)][rows] = top.add(phi, rows.start)
+            for top, layer in zip(tops, layers, strict=True):
+                kappa, norms = top.add(next(effects), rows.start)
+                work[path("bias", layer=layer)][rows], work[path("image_norms", layer=layer)][rows] = kappa, norms
         write_top(work, tops, path)
 
 

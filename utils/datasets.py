@@ -1,5 +1,6 @@
 """Images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
 
+import gc
 import hashlib
 import os
 from dataclasses import dataclass
@@ -80,12 +81,16 @@ class Loader:
         """Yield (images, labels [B] or masks [B, ...])."""
         on_gpu = torch.device(self.device).type == "cuda"
         rows = [range(piece.start, piece.stop) for piece in pieces]
-        options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate}
+        options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate, "worker_init_fn": _start_worker}
         options["generator"] = torch.Generator()  # else it would draw from the process's random numbers
         for batch in DataLoader(self.images, batch_sampler=rows, **options):
             if isinstance(batch, UserError):
                 raise batch
             yield batch[0].to(self.device, non_blocking=on_gpu), batch[1]
+
+
+def _start_worker(_):
+    gc.freeze()  # a collection would write to the pages that a loader process shares with its parent, and so copy them
 
 
 def _collate(items):

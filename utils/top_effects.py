@@ -29,8 +29,8 @@ def start_of(vit, layers, k, images):
         raise UserError(f"there are {images} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
     state, scratch = {}, {}
     for layer in layers:
-        state[f"C{layer}"], state[f"kappa{layer}"] = np.zeros((vit.K(layer), vit.N), np.int64), np.zeros(vit.D, np.int64)
-        state[f"keys{layer}"] = np.zeros((vit.N, k), np.uint64)
+        state[f"C{layer}"], state[f"kappa{layer}"] = ((vit.K(layer), vit.N), "int64"), ((vit.D,), "int64")
+        state[f"keys{layer}"] = ((vit.N, k), "uint64")
         scratch[f"top{layer}"] = ((vit.N, k, vit.K(layer)), "float32")
     return state, scratch
 
@@ -79,7 +79,10 @@ class TopK:
         return torch.einsum("nke,keo->no", heads, self.directions.outputs) + self.mean_kappa
 
     def add(self, phi, first):
-        """Let the effects of a batch take the places of smaller ones. first: number of its first image. Returns norms [B, N]."""
+        """Let the effects of a batch take the places of smaller ones. first: number of its first image.
+
+        Returns kappa [B, D] and norms [B, N].
+        """
         norms = self.norms(phi).cpu().numpy()
         n, places, images = enter(self.keys, key_of(norms.T, np.arange(first, first + len(norms))))
         kept = torch.from_numpy(self.scratch.array)  # the same memory; torch writes with several threads
@@ -88,7 +91,7 @@ class TopK:
             centred = phi.C[b, :, m] - self.mean_rows[m]  # [entering, K]
             kept[torch.from_numpy(n[part]), torch.from_numpy(places[part])] = centred.cpu()
             self.scratch.release()
-        return norms
+        return phi.kappa, norms
 
 
 def enter(keys, new):

@@ -82,9 +82,9 @@ class Pass:
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).
-    state: {name: array} that the loop changes in place (`work.state`), saved with the progress. Each process has its own, so as
-        many processes must resume the pass.
-    scratch: {name: (shape, dtype)}, the same for arrays too large for memory (`work.scratch`).
+    state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`), saved with the progress.
+        Each process has its own, so as many processes must resume the pass.
+    scratch: the same for arrays too large for memory (`work.scratch`).
     overwrite: discard finished results and earlier progress.
 
     Raises UserError when results made from something else are there, when an unfinished pass with other settings has written into
@@ -93,7 +93,7 @@ class Pass:
 
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
         self.arrays, self.pieces, self.overwrite = {Path(path): spec for path, spec in arrays.items()}, pieces, overwrite
-        self.state, self.scratch = {name: array.copy() for name, array in (state or {}).items()}, dict(scratch or {})
+        self.state, self.scratch = {name: np.zeros(*spec) for name, spec in (state or {}).items()}, dict(scratch or {})
         identity = {**complete(record), **(settings or {})}
         identity["arrays"] = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
         identity["division into pieces"] = _hash([[piece.start, piece.stop] for piece in pieces])
@@ -162,7 +162,7 @@ class Pass:
         try:
             for file in self.files.values():
                 file.create()
-            self._save(self.state)
+            self._save()
         except BaseException:
             self._clean()
             raise
@@ -186,7 +186,7 @@ class Pass:
             self._wait()
             saving = self._saving is not None and not self._saving.done()
             if not saving and time.monotonic() - self._saved > max(COMMIT_SECONDS, self._cost / COMMIT_SHARE):
-                self.commit(wait=False)
+                self.commit(wait=bool(self.state))  # the loop would change it meanwhile
             self._end_turn()
 
     def _end_turn(self):
@@ -194,8 +194,7 @@ class Pass:
 
     def commit(self, wait=True):
         """Save the progress: first the rows reach the disk, then the record of them, so that a machine may die in between."""
-        state = {name: array.copy() for name, array in self.state.items()}
-        self._saved, self._saving = time.monotonic(), self._submit(lambda: self._save(state))
+        self._saved, self._saving = time.monotonic(), self._submit(self._save)
         if wait:
             self._wait(self._saving)
 
@@ -241,14 +240,14 @@ class Pass:
         if self._error is not None:
             raise self._error
 
-    def _save(self, state):
+    def _save(self):
         began = time.monotonic()
         for file in [*self.files.values(), *(item for item in self.scratch.values() if isinstance(item, Scratch))]:
             file.sync()
-        content = {"identity": json.dumps(self.identity), "done": self._done, **state}
+        content = {"identity": json.dumps(self.identity), "done": self._done, **self.state}
         with writing(self.first):
             save_atomic(self.beside("progress"), lambda file: (np.savez(file, **content), file.flush(), _sync(file)))
-        self._cost = time.monotonic() - began if state else 0.0
+        self._cost = time.monotonic() - began if self.state else 0.0
 
     def __exit__(self, kind, error, trace):
         if self._turns is not None:
@@ -262,7 +261,7 @@ class Pass:
             # a turn that was interrupted may have changed the state, and one that was not written is in it
             if failed and not self.finished and not (self.state and (self._in_turn or self._error)):
                 with contextlib.suppress(OSError, UserError):  # a full disk says so a second time
-                    self._save(self.state)
+                    self._save()
             for file in self.files.values():
                 file.close()
             if failed and distributed.world_size() == 1 and not self._done.any():
