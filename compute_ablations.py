@@ -2,9 +2,9 @@
 
     python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH --mlp_layer 9
 
-Reads mean, norms and first components of the train split (of --train_dataset, for instance imagenet when --dataset is
-imagenet_r) and the classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the accuracies in per cent, and
-beside it the same as .csv, a .png of the bars and ..._predictions.npy [images, layers, 5], the predicted classes.
+Reads mean, norms and first components of the train split (of --train_dataset; for --dataset imagenet_r that of imagenet) and the
+classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the accuracies in per cent, and beside it the same as
+.csv, a .png of the bars and ..._predictions.npy [images, layers, 5], the predicted classes.
 """
 
 import numpy as np
@@ -12,21 +12,17 @@ import torch
 
 from utils.ablation import ABLATIONS, Ablations, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.datasets import Loader, load_images, train_set_of
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import groups_of_layers, parse_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results
 
 
 def main(args):
-    train = args.train_dataset or args.dataset
-    inputs, results = (
-        Results(place, args.model, args.pretrained, data_path=args.data_path, split=args.split)
-        for place in (args.input_dir, args.output_dir)
-    )
+    train = args.train_dataset or train_set_of(args.dataset)
+    inputs, results = flags.results_of(args, data_path=args.data_path, split=args.split)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, layers = clip.vit, parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
@@ -67,7 +63,8 @@ def main(args):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_data(parser)
-    parser.add_argument("--train_dataset", choices=flags.DATASETS, help="where the statistics come from; default: --dataset")
+    help = "where the statistics come from; default: --dataset, for imagenet_r imagenet"
+    parser.add_argument("--train_dataset", choices=flags.DATASETS, help=help)
     flags.add_layers(parser)
     flags.add_top_k(parser)
     flags.add_compute(parser, precision=True, memory=True)

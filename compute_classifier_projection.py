@@ -6,7 +6,7 @@ Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the
 """
 
 from utils.clip import load_clip, zero_shot_classifier
-from utils.datasets import class_names_of
+from utils.datasets import class_names_of, train_set_of
 from utils.runtime import flags
 from utils.runtime.results import Results, complete, is_made, save_array
 
@@ -15,8 +15,9 @@ def main(args):
     class_names = class_names_of(args.dataset, args.data_path, args.split, args.class_names)
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path)
-    path = results.path("classifier", dataset=args.dataset)
-    record = {**clip.record, "dataset": args.dataset, "class_names": class_names}
+    dataset = train_set_of(args.dataset)
+    path = results.path("classifier", dataset=dataset)
+    record = {**clip.record, "dataset": dataset, "class_names": class_names}
     if is_made(path, complete(record), args.overwrite):
         print(f"kept {path}: made from the same inputs (--overwrite makes it again)")
     else:
@@ -24,7 +25,7 @@ def main(args):
         save_array(path, classifier, record)
         print(f"wrote {path} {classifier.shape}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    print(f"next: {results.command('coefficients', dataset=args.dataset, split='train', layer=layer)}")
+    print(f"next: {results.command('coefficients', dataset=dataset, split='train', layer=layer)}")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,20 @@ from functools import partial
 
 import numpy as np
 
+from utils.datasets import train_set_of
 from utils.effects import FORMS, copy_norms, open_effects, slices
 from utils.pca import statistics
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
-from utils.runtime.results import Results
 
 
 def main(args):
-    inputs, results = (Results(place, args.model, args.pretrained) for place in (args.input_dir, args.output_dir))
-    layers, k = stored_layers(inputs, FORMS, args.mlp_layer, dataset=args.dataset, split="train"), args.top_k_pca
-    stored = {layer: open_effects(inputs, args.dataset, "train", layer, device=args.device) for layer in layers}
+    inputs, results = flags.results_of(args)
+    dataset, k = train_set_of(args.dataset), args.top_k_pca
+    layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
+    stored = {layer: open_effects(inputs, dataset, "train", layer, device=args.device) for layer in layers}
     for effects in stored.values():
         if effects.kept < k:
             raise UserError(
@@ -37,11 +38,11 @@ def main(args):
     for layer, effects in stored.items():
         sizes = {"N": effects.N, "D": effects.D, "images": effects.images, "k": k}
         kinds = ("mean", "pca", "norm", "explained", *(() if effects.has_norms else ("image_norms",)))
-        arrays[layer] = results.arrays(kinds, sizes, dataset=args.dataset, layer=layer, k=k)
+        arrays[layer] = results.arrays(kinds, sizes, dataset=dataset, layer=layer, k=k)
     if distributed.is_rank_zero():
         require_space({path: spec for each in arrays.values() for path, spec in each.items()}, overwrite=args.overwrite)
     for layer, effects in stored.items():
-        path = partial(results.path, dataset=args.dataset, layer=layer, k=k)
+        path = partial(results.path, dataset=dataset, layer=layer, k=k)
         if effects.has_norms:
             copy_norms(effects, results)
         pieces = slices(effects.N, max(effects.floats, 3 * k * effects.D), args.memory * 1e9)
@@ -62,4 +63,5 @@ if __name__ == "__main__":
     flags.add_top_k(parser, "images of largest centred norm per neuron")
     parser.add_argument("--memory", type=float, default=0.25, help="GB of effects that are read at a time")
     parser.add_argument("--device", help="where the statistics are computed; default: the GPU if there is one, else the CPU")
+    flags.add_unused(parser, "--batch_size", "--num_workers")
     flags.run(main, parser, parallel=True)

@@ -1,6 +1,6 @@
 """Representations of all images of a data set: the first stage.
 
-    python compute_representations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH --split val
+    python compute_representations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
 
 Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 times the unit representation
         DATASET_SPLIT_classes.npy                           [images], int64 labels
@@ -40,7 +40,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__, reads=False)
-    flags.add_data(parser)
+    flags.add_data(parser, split="train")
     flags.add_compute(parser, precision=True)
     flags.add_coefficient(parser)
     flags.run(main, parser, parallel=True)

@@ -1,21 +1,20 @@
 """Zero-shot segmentation by the neurons that matter for an image's class, scored on ImageNet-Segmentation.
 
-    python compute_segmentation.py --model ViT-B-32 --pretrained openai --dataset_path gtsegs_ijcv.mat --mlp_layers 8 9 10
+    python compute_segmentation.py --model ViT-B-32 --pretrained openai --data_path gtsegs_ijcv.mat --mlp_layers 8 9 10
 
-Reads the first components of --train_dataset (compute_pcas.py, for all --mlp_layers) and its classifier. Writes
+Reads the first components of --dataset (compute_pcas.py, for all --mlp_layers) and its classifier. Writes
 FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
     .json                             the scores in per cent: one row of a table of methods
     _precision.npy _recall.npy .png   the curve over all pixels, at the thresholds 0, 1/65536, ..., 1
     _maps.npy [images, patches]       the maps, not scaled
     _images/00000.png, ...            with --save_img: input, mask, prediction and heat map, side by side
-Baselines: --method random (or --random), attention, rollout.
 """
 
 import numpy as np
 import torch
 
 from utils.clip import load_clip
-from utils.datasets import Loader
+from utils.datasets import Loader, train_set_of
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import parse_layers
@@ -26,13 +25,11 @@ from utils.segmentation_set import SegmentationSet
 
 
 def main(args):
-    scores = Scores(args.thr)
-    folders = (args.input_dir, args.classifier_dir or args.input_dir, args.output_dir)
-    inputs, classifiers, results = (Results(folder, args.model, args.pretrained) for folder in folders)
+    scores, (inputs, results) = Scores(args.mask_thr, args.thr), flags.results_of(args)
+    classifiers = Results(args.classifier_dir or args.input_dir, args.model, args.pretrained, also=args.output_dir)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, size = clip.vit, (args.image_size, args.image_size) if args.image_size else clip.vit.visual.image_size
-    data = SegmentationSet(args.dataset_path, clip.transform, args.geometry, size)
-    settings = settings_of_method(args, vit)
+    data, settings = SegmentationSet(args.data_path, clip.transform, args.geometry, size), settings_of_method(args, vit)
     method, made_of = choose_method(settings, clip, inputs, classifiers, images=len(data))
 
     names = {"file": data.path.stem, "row": row_name(settings)}
@@ -50,36 +47,37 @@ def main(args):
     from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
 
     maps, pictures = np.load(maps_path, mmap_mode="r"), path.with_name(path.stem + "_images") if args.save_img else None
-    data = SegmentationSet(args.dataset_path, clip.transform, args.geometry, size, images=args.save_img)
+    data = SegmentationSet(args.data_path, clip.transform, args.geometry, size, images=args.save_img)
     with whole_folder(pictures) as folder:
         for rows, (pixels, masks) in walk(pieces, Loader(data, num_workers=args.num_workers).with_targets, "scores"):
             enlarged = enlarge(torch.tensor(maps[rows]), vit.grid, size).numpy()
             scores.add(enlarged, masks.numpy())
             for i, picture in enumerate(to_pictures(pixels, clip.transform, size) if folder else ()):
-                file = folder / f"{rows.start + i:05d}.png"
-                save_segmentation(file, picture, masks[i].numpy(), heat=enlarged[i], thr=args.thr)
+                shown = {"mask": masks[i].numpy(), "heat": enlarged[i], "thr": args.mask_thr}
+                save_segmentation(folder / f"{rows.start + i:05d}.png", picture, **shown)
     result, precision, recall = save_scores(path, scores, record)
     plot_precision_recall(precision, recall, names["row"], path.with_suffix(".png"))
     print(segmentation_table({names["row"]: result}))
-    files = f".png, _precision.npy, _recall.npy{', _images' if pictures else ''}"
-    print(f"wrote {path} and {files} from {scores.images} images")
+    print(f"wrote {path} and .png, _precision.npy, _recall.npy{', _images' if pictures else ''} from {scores.images} images")
     other = "random" if args.method == "second_order" else "second_order"
     print(f"next, for another row of the table: {flags.same_command(method=other)}")
 
 
 def settings_of_method(args, vit):
     """What the maps and scores depend on: for all methods, and for this one."""
-    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "thr")}
+    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "mask_thr", "thr")}
     if args.method in ("second_order", "random"):
         settings |= {"layers": parse_layers(args.mlp_layers, vit), "top_neurons": args.top_neurons}
-    own = {"second_order": ("neuron_sign", "class_source", "train_dataset", "top_k_pca"), "random": ("seed",)}
+    if args.method == "second_order":
+        settings["train_dataset"] = train_set_of(args.dataset)
+    own = {"second_order": ("neuron_sign", "class_source", "top_k_pca"), "random": ("seed",)}
     return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
 
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_path", required=True, help="gtsegs_ijcv.mat, its folder, or a file of the same layout")
+    group.add_argument("--data_path", "--dataset_path", default="imagenet_seg/gtsegs_ijcv.mat", help="the file, or its folder")
     group.add_argument("--image_size", type=flags.positive_int, help="side of the scored maps; default: the model's")
     group.add_argument("--geometry", choices=("paper", "aligned"), default="paper", help="squash masks, or crop them as images")
     flags.add_workers(group)
@@ -91,10 +89,12 @@ if __name__ == "__main__":
     group.add_argument("--top_neurons", type=flags.positive_int, default=200, help="neurons per image, over all layers")
     group.add_argument("--neuron_sign", choices=("both", "positive"), default="both", help="positive: only those for the class")
     group.add_argument("--class_source", default="predicted", help="predicted, or a file (.npy, .json, .txt) of class indices")
-    group.add_argument("--thr", type=float, default=0.5, help="maps above it are predicted as object")
-    group.add_argument("--train_dataset", choices=flags.DATASETS, default="imagenet", help="of components and classifier")
+    group.add_argument("--mask_thr", type=float, default=0.5, help="maps above it are predicted as object")
+    group.add_argument("--thr", type=float, default=0.0, help="scores below it count as it in the precision/recall curve")
+    group.add_argument("--dataset", choices=flags.DATASETS, default="imagenet", help="of components and classifier")
     flags.add_top_k(group)
     flags.add_compute(parser, precision=True)
     parser.add_argument("--classifier_dir", help="where the classifier is; default: --input_dir")
     parser.add_argument("--save_img", action="store_true", help="save a picture of every image, mask, prediction and heat map")
+    flags.add_unused(parser, "--train_dataset")
     flags.run(main, parser, parallel=True)

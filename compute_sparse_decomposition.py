@@ -9,36 +9,37 @@ Writes  DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_decomposition_omp_ALPHA_COMPONE
 With --evaluate, the accuracy on held-out images when effects are rebuilt from the descriptions, in ..._evaluation.json.
 """
 
+from functools import partial
+
 import numpy as np
 import scipy.sparse
 import torch
 
 from utils.ablation import Rebuilt, accuracies, classify, load_classifier, load_statistics
 from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.datasets import Loader, load_images, train_set_of
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import groups_of_layers, stored_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results
+from utils.runtime.results import load_record
 from utils.sparse_coding import describe, load_texts, make_atoms
 
 
 def main(args):
-    if args.evaluate and not args.data_path:
-        raise UserError("--evaluate needs held-out images; add --data_path")
     known = {"data_path": args.data_path, "split": args.split, "descriptions_dir": args.descriptions_dir}
-    inputs, results = (Results(place, args.model, args.pretrained, **known) for place in (args.input_dir, args.output_dir))
-    texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir)
-    atoms = make_atoms(torch.from_numpy(vectors).to(args.device), args.normalise)
-    names = {"dataset": args.dataset, "k": args.top_k_pca, "texts": args.text_descriptions, "components": args.components}
+    inputs, results = flags.results_of(args, **known)
+    load = partial(load_clip, args.model, args.pretrained, args.device)
+    texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
+    atoms, dataset = make_atoms(torch.from_numpy(vectors).to(args.device), args.normalise), train_set_of(args.dataset)
+    names = {"dataset": dataset, "k": args.top_k_pca, "texts": args.text_descriptions, "components": args.components}
     names |= {"alpha": args.transform_alpha, "normalise": args.normalise}
-    layers = stored_layers(inputs, ["pca"], args.mlp_layer, dataset=args.dataset, k=args.top_k_pca)
+    layers = stored_layers(inputs, ["pca"], args.mlp_layer, dataset=dataset, k=args.top_k_pca)
     sizes, expected = {"D": vectors.shape[1]}, {"fingerprint": fingerprint}
     pcas = {layer: inputs.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
-    rebuilt, record = {}, {**expected, "dataset": args.dataset, "top_k_pca": args.top_k_pca, "normalise": args.normalise}
+    rebuilt, record = {}, {**expected, "dataset": dataset, "top_k_pca": args.top_k_pca, "normalise": args.normalise}
     record |= {"text_descriptions": args.text_descriptions, "components": args.components, "atoms": digest(atoms)}
     for layer, targets in pcas.items():
         path = results.path("decomposition", layer=layer, **names)
@@ -54,19 +55,22 @@ def main(args):
 
 def evaluate(args, inputs, results, rebuilt, names):
     """Accuracy on held-out images when effects are projected on the descriptions, rebuilt {layer: array [N, D]}."""
+    pca, known = inputs.find("pca", **names, layer=min(rebuilt)), args.dataset == names["dataset"]
+    data_path = args.data_path or (known and load_record(pca).get("data_path"))  # else where the effects' images were
+    if not data_path:
+        raise UserError("--evaluate needs held-out images; add --data_path")
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
+    images = load_images(args.dataset, data_path, args.split, clip.transform, subsample=args.subsample)
     classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
-    wanted, layers = {"clip": clip, "coefficient": args.coefficient}, list(rebuilt)
-    statistics = load_statistics(inputs, args.dataset, layers, args.top_k_pca, **wanted)
+    layers, wanted = list(rebuilt), {"clip": clip, "coefficient": args.coefficient}
+    statistics = load_statistics(inputs, names["dataset"], layers, args.top_k_pca, **wanted)
     made_of = {**clip.record, **images.record, "text_descriptions": args.text_descriptions, "components": args.components}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in layers]
-    pieces, table = pieces_of(len(images), args.batch_size), {}
+    names, pieces, table = {**names, "dataset": args.dataset}, pieces_of(len(images), args.batch_size), {}
     for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-        path = results.path("evaluated", layer=group, **names)
         arrays = results.arrays(["evaluated"], {"images": len(images), "layers": len(group)}, layer=group, **names)
-        settings = {"layers": group, "batch_size": args.batch_size}
+        [path], settings = arrays, {"layers": group, "batch_size": args.batch_size}
         with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
             directions = [] if work.finished else fold_layers(clip.vit, group)
             vectors = {layer: torch.from_numpy(rebuilt[layer]).to(clip.device) for layer in group}
@@ -76,8 +80,7 @@ def evaluate(args, inputs, results, rebuilt, names):
         if distributed.is_rank_zero():
             table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
     if distributed.is_rank_zero():
-        path = results.path("evaluation", layer=layers, **names)
-        table = {layer: accuracy for layer, (accuracy,) in table.items()}
+        path, table = results.path("evaluation", layer=layers, **names), {layer: value for layer, (value,) in table.items()}
         save_json(path, {**made_of, "layers": layers, "images": len(images), "accuracy": table})
         for layer, accuracy in table.items():
             print(f"layer {layer}: accuracy {accuracy:.2f} % with effects rebuilt from {args.components} texts")

@@ -44,4 +44,5 @@ if __name__ == "__main__":
     parser.add_argument("--descriptions_dir", default="text_descriptions", help="where text files are looked for")
     flags.add_compute(parser, batch_size=256)
     flags.add_coefficient(parser)
+    flags.add_unused(parser, "--num_workers")
     flags.run(main, parser)

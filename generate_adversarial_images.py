@@ -1,50 +1,57 @@
 """Semantic adversarial images: pictures of class_1, drawn from the words of neurons, that CLIP takes for class_0.
 
-    python generate_adversarial_images.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layers 8 9 10 \\
-        --class_0 "vacuum cleaner" --class_1 "Egyptian cat" --text_descriptions 30k --components 128 --image_model FLUX
+    python generate_adversarial_images.py --model ViT-B-32 --pretrained openai --class_0 "vacuum cleaner" --class_1 cat \\
+        --mlp_layers 8 9 10 --neurons_num 100 --text_descriptions 30k --dataset_path PICTURES
 
 In the demo's world, without any other model:  --text_model template --similarity_model clip \\
         --image_model demo.world:draw_description --image_options '{"opacity": 0.5}'
 
-Reads the first components, the descriptions, and the classifier. Writes to OUTPUT_DIR/CLASS0_CLASS1_SOURCE_seedSEED/
+Reads first components and descriptions from --output_dir (or --input_dir), and the classifier if it is there. The classes are any
+two texts. Writes to DATASET_PATH/CLASS0_CLASS1_SOURCE_seedSEED/
     candidates.json   the neurons, and their words by score      words.json    the words taken; those dropped, and why
     prompts.json      the descriptions (generations.json: the language model's answers)
     images.json       which file shows which description         images/*.png
-    files.csv         every image with its predicted class       results.json  the success rate
-A step whose file exists is not repeated. No description names class_0. The language, sentence and drawing models need:
+    files.csv         every image, and how CLIP takes it         results.json  the rates
+A step whose file exists is not repeated. No description names class_0. To leave a picture out, set its "keep" in files.csv to 0
+and repeat the command with --recount. The language, sentence and drawing models need:
     pip install -r requirements-adversarial.txt
 """
 
 import os
 import sys
+from functools import partial
 
 from huggingface_hub.utils import disable_progress_bars
 
 from utils import adversarial as attack
 from utils.clip import load_clip, text_vectors
+from utils.datasets import train_set_of
 from utils.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
 
+SOURCES = ("second_order", "random", "similar", "random_words")
 CLIP_THRESHOLD = 0.9  # CLIP's cosines of any two words are large
 SENTENCE_THRESHOLD = 0.6
+CLIP_BATCH = 64  # texts or images in one forward pass
 
 
 def main(args):
-    options = parse_options(args.image_options)
-    clip = load_clip(args.model, args.pretrained, args.device)
-    folders = (args.input_dir, args.classifier_dir or args.input_dir)
-    known = {"descriptions_dir": args.descriptions_dir}
-    results, classifiers = (Results(folder, args.model, args.pretrained, **known) for folder in folders)
-    classifier, class_names = attack.load_named_classifier(classifiers, args.dataset, clip)
-    class_0 = attack.find_class("--class_0", args.class_0, class_names)
-    class_1 = attack.find_class("--class_1", args.class_1, class_names)
+    class_0, class_1 = (" ".join(name.split()) for name in (args.class_0, args.class_1))
     blocked = attack.load_block_list(args.block_list, class_0)
     attack.check_classes(class_0, class_1, blocked)
-    run = attack.Run(args.output_dir, (class_0, class_1, args.word_source), args.seed, args.overwrite)
+    run = attack.Run(args.dataset_path, (class_0, class_1, args.word_source), args.seed)
+    if args.recount:
+        columns, keep = attack.read_table(run.folder / "files.csv")
+        return attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
+    options = parse_options(args.image_options)
+    run.prepare(args.overwrite)
+    clip, names = load_clip(args.model, args.pretrained, args.device), {"model": args.model, "pretrained": args.pretrained}
+    results = Results(args.input_dir, **names, also=args.dataset_path, descriptions_dir=args.descriptions_dir)
+    texts = text_vectors(clip, [class_0, class_1], 2)
     mining = mining_settings(args, clip, {"class_0": class_0, "class_1": class_1, "seed": args.seed})
-    mined = run.step("candidates.json", mining, lambda: mine(args, clip, results, mining))
+    mined = run.step("candidates.json", mining, lambda: mine(args, clip, results, mining, v=texts[0] - texts[1]))
 
     threshold = CLIP_THRESHOLD if args.similarity_model == "clip" else SENTENCE_THRESHOLD
     threshold = threshold if args.cosim_similarity is None else args.cosim_similarity
@@ -53,52 +60,49 @@ def main(args):
 
     def filtered():
         require_packages(args.similarity_model, args.text_model, args.image_model)
-        encode = load_similarity(args.similarity_model, clip, args.batch_size)
+        encode = load_similarity(args.similarity_model, clip, CLIP_BATCH)
         return attack.filter_words(mined["words"], class_0, args.overall_words, encode, threshold=threshold, blocked=blocked)
 
     words = [entry["word"] for entry in run.step("words.json", filtering, filtered)["words"]]
     print(f"words: {', '.join(words)}")
     writing = {**filtering, "text_model": args.text_model, "results_per_generation": args.results_per_generation}
     prompts = run.step("prompts.json", writing, lambda: write(args, run, writing, words))
-    texts = prompts["descriptions"]
-    print(f"{len(texts)} descriptions, {len(prompts['dropped'])} dropped; {texts[0]!r}, ...")
+    described = prompts["descriptions"]
+    print(f"{len(described)} descriptions, {len(prompts['dropped'])} dropped; {described[0]!r}, ...")
 
-    drawing = {**writing, "image_model": args.image_model, "image_options": options, "images": args.images}
-    planned = run.step("images.json", drawing, lambda: attack.plan_drawings(run.folder, texts, args.images, args.seed))["images"]
-    attack.draw(run.folder, planned, lambda: load_image_model(args.image_model, args.device, options, args.offload))
-
-    def classified():
-        names = {"classes": class_names, "class_0": class_0, "class_1": class_1}
-        return attack.classify(run.folder, planned, clip, classifier, names=names, batch_size=args.batch_size)
-
-    rates = run.step("results.json", drawing, classified, beside=("files.csv",))
-    print(
-        f"{rates['success_rate']:.1f} % of {rates['images']} images of {class_1} are taken for {class_0} (among these two "
-        f"{rates['success_rate_of_two']:.1f} %), {rates['class_1_rate']:.1f} % for {class_1}; see {run.folder / 'files.csv'}"
-    )
+    drawing = {**writing, "image_model": args.image_model, "image_options": options, "batch_size": args.batch_size}
+    plan = partial(attack.plan_drawings, run.folder, described, each=args.batch_size, seed=args.seed)
+    drawings = run.step("images.json", drawing, plan)["images"]
+    attack.draw(run.folder, drawings, lambda: load_image_model(args.image_model, args.device, options, args.offload))
+    classifiers = Results(args.classifier_dir or args.input_dir, **names, also=args.dataset_path)
+    classifier = attack.find_classifier(classifiers, args.dataset, clip, (class_0, class_1))
+    vectors = attack.representations(run.folder, drawings, clip, CLIP_BATCH)
+    columns = attack.judge(vectors, texts, (class_0, class_1), *classifier)
+    keep = attack.write_table(run.folder / "files.csv", drawings, columns)
+    attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
 
 
 def mining_settings(args, clip, chosen):
     """What the words are made from. Each later step adds its own settings to those of the step before."""
     settings = {**clip.record, "dataset": args.dataset, **chosen}
     settings |= {"word_source": args.word_source, "text_descriptions": args.text_descriptions}
-    if args.word_source == "second_order":
-        settings |= {"train_dataset": args.train_dataset or args.dataset, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
-        own = ("neurons_num", "neurons_texts", "components", "transform_alpha", "top_k_pca")
+    if args.word_source in ("second_order", "random"):
+        train = args.train_dataset or train_set_of(args.dataset)
+        settings |= {"train_dataset": train, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
+        own = ("neurons_num", "components", "transform_alpha", "top_k_pca")
         settings |= {name: getattr(args, name) for name in own}
     return settings
 
 
-def mine(args, clip, results, settings):
-    """Words by score and, for `second_order`, the neurons that they come from."""
-    text_0, text_1 = text_vectors(clip, [settings["class_0"], settings["class_1"]], 2)
-    if args.word_source != "second_order":
+def mine(args, clip, results, settings, v):
+    """Words by score and, where they come from neurons, the neurons. v: [D], the difference of the classes' text vectors."""
+    if args.word_source in ("similar", "random_words"):
         pool = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
-        return pool.random(args.seed) if args.word_source == "random" else pool.similar(text_0)
+        return pool.similar(v) if args.word_source == "similar" else pool.random(args.seed)
     names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
     names |= {"components": args.components, "alpha": args.transform_alpha}
     neurons = attack.NeuronWords(results, clip, settings["mlp_layers"], **names)
-    return neurons.mine(text_0 - text_1, args.neurons_num, args.neurons_texts)
+    return neurons.mine(v, args.neurons_num, seed=args.seed if args.word_source == "random" else None)
 
 
 def write(args, run, settings, words):
@@ -117,34 +121,36 @@ if __name__ == "__main__":
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     disable_progress_bars()
     parser = flags.stage_parser(__doc__)
+    parser.add_argument("--dataset_path", default="dataset", help="where the pictures go")
+    parser.add_argument("--class_0", default="dog", help="the class that CLIP should see; no description names it")
+    parser.add_argument("--class_1", default="cat", help="the class that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of words, descriptions and images")
+    parser.add_argument("--recount", action="store_true", help="only count again, after an edit of files.csv")
     flags.add_dataset(parser)
     parser.add_argument("--train_dataset", choices=flags.DATASETS, help="whose neurons' words are taken; default: --dataset")
-    parser.add_argument("--class_0", required=True, help="the class that CLIP should see; no description names it")
-    parser.add_argument("--class_1", required=True, help="the class that is drawn")
-    parser.add_argument("--seed", type=int, default=0, help="of words, descriptions and images")
     words = parser.add_argument_group("words")
-    help = "words of neurons, words of the text set that are similar to class_0, or random ones"
-    words.add_argument("--word_source", default="second_order", choices=("second_order", "similar", "random"), help=help)
+    help = "words of the neurons along the difference of the classes, of random neurons, of texts similar to it, or random texts"
+    words.add_argument("--word_source", default="second_order", choices=SOURCES, help=help)
     words.add_argument("--mlp_layers", nargs="+", default=["8", "9", "10"], help="zero-based MLP layers, or 'all'")
-    words.add_argument("--neurons_num", type=flags.positive_int, default=100, help="neurons, of all layers together")
-    words.add_argument("--neurons_texts", type=flags.positive_int, help="words of a neuron's description; default: all")
-    words.add_argument("--overall_words", type=flags.positive_int, default=25, help="words to make descriptions of")
-    flags.add_texts(words)
+    words.add_argument("--neurons_num", type=flags.positive_int, default=50, help="neurons, of all layers together; paper: 100")
+    words.add_argument("--overall_words", type=flags.positive_int, default=20, help="words to describe with; paper: 25")
+    flags.add_texts(words, components=128, also=["--neurons_texts"])
     flags.add_top_k(words)
     help = "sentence-transformers id or folder, or 'clip': the model's own text tower"
-    words.add_argument("--similarity_model", default="sentence-transformers/all-MiniLM-L6-v2", help=help)
+    words.add_argument("--similarity_model", default="sentence-transformers/all-distilroberta-v1", help=help)
     help = f"largest cosine of a word with class_0; default: {SENTENCE_THRESHOLD}, with clip {CLIP_THRESHOLD}"
     words.add_argument("--cosim_similarity", type=float, help=help)
-    words.add_argument("--block_list", help="a json {class: [more words to drop]}")
+    words.add_argument("--block_list", default=attack.BLOCK_LIST, help="a json {class: [more words to drop]}")
     group = parser.add_argument_group("descriptions and images")
     help = "Hugging Face id, folder or .gguf file of an instruct model, or 'template', which needs no model"
     group.add_argument("--text_model", default="meta-llama/Meta-Llama-3-8B-Instruct", help=help)
-    group.add_argument("--results_per_generation", type=flags.positive_int, default=50, help="descriptions in one answer")
+    group.add_argument("--results_per_generation", type=flags.positive_int, default=10, help="descriptions that are drawn")
+    group.add_argument("--batch_size", type=flags.positive_int, default=4, help="pictures of each description")
     help = "FLUX, DeepFloyd, a diffusers id or folder, or package.module:function, which draws a description"
     group.add_argument("--image_model", default="FLUX", help=help)
     group.add_argument("--image_options", default="{}", help="a json of keyword arguments for the drawing")
-    group.add_argument("--images", type=flags.positive_int, default=100, help="images; the descriptions take turns")
     group.add_argument("--offload", action="store_true", help="keep only the active part of the drawing model on the GPU")
-    flags.add_compute(parser, batch_size=64)
+    flags.add_device(parser)
     parser.add_argument("--classifier_dir", help="where the classifier is; default: --input_dir")
-    flags.run(main, parser)
+    flags.add_unused(parser, "--num_workers", "--coefficient", "--input_file")
+    flags.run(main, parser, written="dataset_path")

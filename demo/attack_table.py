@@ -5,14 +5,14 @@ classes, seeds, sources of words and opacities in one process.
 
 Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name, class_1 is the symbol
 at the same place among those without one. Sources of words:
-    second_order, similar, random   as in generate_adversarial_images.py
-    planted                         the habit of class_0 itself: what words can do at best
-    nothing                         no words, class_1 alone
+    second_order, random, similar, random_words   as in generate_adversarial_images.py
+    planted    the habit of class_0 itself: what words can do at best
+    nothing    no words, class_1 alone
 Words, descriptions, pictures and classes are the script's own, for the flags that run_demo.py gives it.
 
-Reads what run_demo.py wrote into DIR. Writes DIR/attack_table.json (the rates in per cent: success_rate of pictures taken for
-class_0 among all classes, success_rate_of_two among these two, class_1_rate of those taken for class_1), DIR/attack_table.md, and
-for several opacities DIR/figures/attack_table.png.
+Reads what run_demo.py wrote into DIR. Writes DIR/attack_table.json (the rates in per cent: argmax_rate of pictures taken for
+class_0 among all classes, binary_rate of those nearer to its bare name than to that of class_1, class_1_rate of those taken for
+class_1), DIR/attack_table.md, and for several opacities DIR/figures/attack_table.png.
 """
 
 import argparse
@@ -35,7 +35,9 @@ from utils.adversarial import (
     PoolWords,
     check_classes,
     filter_words,
+    judge,
     load_named_classifier,
+    rates,
     template_descriptions,
     usable,
 )
@@ -44,9 +46,9 @@ from utils.generators import load_similarity
 from utils.runtime.files import save_json
 from utils.visualization import save_figure
 
-SOURCES = ("second_order", "similar", "random", "planted", "nothing")
+SOURCES = ("second_order", "random", "similar", "random_words", "planted", "nothing")
+RATES = {"argmax_rate": "taken for class_0", "binary_rate": "nearer to class_0", "class_1_rate": "taken for class_1, drawn"}
 OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-TIMES = 3  # as often as with random words is what second-order words should fool
 
 
 class Attacks:
@@ -73,12 +75,14 @@ class Attacks:
         """The words that descriptions are made of."""
         if source in ("planted", "nothing"):
             return [self.habit(class_0)] if source == "planted" else []
-        if source == "random":
-            mined = self.pool.random(seed)
-        else:
-            text_0, text_1 = self.encode([class_0, class_1]).numpy()
-            similar = source == "similar"
-            mined = self.pool.similar(text_0) if similar else self.neurons.mine(text_0 - text_1, ATTACK["neurons_num"], None)
+        text_0, text_1 = self.encode([class_0, class_1]).numpy()
+        v, count = text_0 - text_1, ATTACK["neurons_num"]
+        mined = {
+            "second_order": lambda: self.neurons.mine(v, count),
+            "random": lambda: self.neurons.mine(v, count, seed=seed),
+            "similar": lambda: self.pool.similar(v),
+            "random_words": lambda: self.pool.random(seed),
+        }[source]()
         limits = {"threshold": ATTACK["cosim_similarity"], "blocked": []}
         taken = filter_words(mined["words"], class_0, ATTACK["overall_words"], self.encode, **limits)
         return [entry["word"] for entry in taken["words"]]
@@ -88,12 +92,13 @@ class Attacks:
         return torch.stack([self.vectors[text] for text in texts])
 
     def plan(self, words, class_0, class_1, seed, images):
-        """[(description, seed of the picture), ...], one for each picture."""
+        """[(description, seed of the picture), ...], one for each picture: as many of each description."""
         texts = [articles(f"a photo of a {class_1}")]
         if words:
             written = template_descriptions(words, class_1, ATTACK["results_per_generation"], seed)
             texts, _ = usable(written, class_0, class_1, [])
-        return [(texts[i % len(texts)], SEEDS * seed + i) for i in range(images)]
+        each = -(-images // len(texts))
+        return [(texts[i // each], SEEDS * seed + i) for i in range(images)]
 
     def pictures(self, plan, opacity):
         """What `world.draw_description` draws, in one batch: a list of PIL images."""
@@ -101,39 +106,28 @@ class Attacks:
         return [to_pil(image) for image in draw(scenes)[0]]
 
     @torch.inference_mode()
-    def logits(self, pictures):
-        """Cosines [images, classes]."""
-        pixels = torch.stack([self.clip.transform(picture) for picture in pictures])
-        return torch.nn.functional.normalize(self.clip.vit(pixels), dim=-1) @ self.classifier
-
-    def rates(self, logits, class_0, class_1):
-        """In per cent, as results.json of generate_adversarial_images.py has them. logits: [images, classes]."""
-        found, i_0, i_1 = logits.argmax(dim=1), self.class_names.index(class_0), self.class_names.index(class_1)
-        of_two = logits[:, i_0] > logits[:, i_1]
-        shares = {"success_rate": found == i_0, "success_rate_of_two": of_two, "class_1_rate": found == i_1}
-        return {name: 100 * hits.double().mean().item() for name, hits in shares.items()}
+    def judge(self, pictures, class_0, class_1):
+        """How the CLIP takes pictures of a pair: columns as `utils.adversarial.judge` gives them."""
+        vectors = self.clip.vit(torch.stack([self.clip.transform(picture) for picture in pictures]))
+        texts, vectors = self.encode([class_0, class_1]), torch.nn.functional.normalize(vectors, dim=-1)
+        return judge(vectors, texts, (class_0, class_1), self.classifier, class_names=self.class_names)
 
 
 def select(rows, **wanted):
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def over_seeds(rows, rate="success_rate"):
+def over_seeds(rows, rate="argmax_rate"):
     """Mean, and standard deviation over seeds, of a rate that is first averaged over the pairs of each seed."""
     by_seed = [np.mean([row[rate] for row in select(rows, seed=seed)]) for seed in sorted({row["seed"] for row in rows})]
     return float(np.mean(by_seed)), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0
 
 
-def times_random(rates, pictures):
-    """How many times as often second-order words fool as random ones, which count as fooling once where they never do."""
-    return rates["second_order"][0] / max(rates["random"][0], 100 / pictures)
-
-
 def summary(content):
     """Means and spreads of the rows: {"opacity", "images", "seeds",
-    "pairs": [{"class_0", "class_1", "habit", source: [mean, spread]}, ...], "overall": {source: [mean, spread]},
-    "by_opacity": {opacity: {source: {rate: [mean, spread]}}}, and with both of these sources
-    "ratio" of second_order to random in each of the pairs and in "overall", "pairs_won": how many are large enough}."""
+    "pairs": [{"class_0", "class_1", "habit", source: [mean, spread]}, ...] of argmax_rate, "overall": {rate: {source:
+    [mean, spread]}}, "by_opacity": {opacity: {source: {rate: [mean, spread]}}},
+    "best": {source: number of pairs for which the words that it found fool most often}}."""
     rows, sources, opacity = content["rows"], content["sources"], content["opacity"]
     at = select(rows, opacity=opacity)
     pairs = [
@@ -142,44 +136,39 @@ def summary(content):
         for class_0, class_1, habit in content["pairs"]
     ]
     found = {"opacity": opacity, "images": content["images"], "seeds": content["seeds"], "pairs": pairs}
-    found["overall"] = {source: over_seeds(select(at, source=source)) for source in sources}
+    found["overall"] = {rate: {source: over_seeds(select(at, source=source), rate) for source in sources} for rate in RATES}
     found["by_opacity"] = {
-        str(x): {
-            source: {rate: over_seeds(select(rows, opacity=x, source=source), rate) for rate in ("success_rate", "class_1_rate")}
-            for source in sources
-        }
+        str(x): {source: {rate: over_seeds(select(rows, opacity=x, source=source), rate) for rate in RATES} for source in sources}
         for x in content["opacities"]
     }
-    if {"second_order", "random"} <= set(sources):
-        for pair in pairs:
-            pair["ratio"] = times_random(pair, content["images"] * content["seeds"])
-        found["overall"]["ratio"] = times_random(found["overall"], content["images"] * content["seeds"] * len(pairs))
-        found["pairs_won"] = sum(pair["ratio"] >= TIMES for pair in pairs)
+    mined = [source for source in sources if source not in ("planted", "nothing")]
+    largest = [max(pair[source][0] for source in mined) for pair in pairs]
+    found["best"] = {
+        source: sum(pair[source][0] == most > 0 for pair, most in zip(pairs, largest, strict=True)) for source in mined
+    }
     return found
 
 
 def markdown(found):
     """The lines of the tables of a `summary`."""
-    sources, count, compared = [name for name in found["overall"] if name != "ratio"], len(found["pairs"]), "pairs_won" in found
+    sources, count = list(found["overall"]["argmax_rate"]), len(found["pairs"])
     titles = [f"{source.replace('_', '-')} %" for source in sources]
     drawn = f"{found['seeds']} x {found['images']} pictures, opacity {found['opacity']}"
 
     def cells(rates):
-        return [f"{mean:.1f} ± {spread:.1f}" for mean, spread in rates]
+        return [f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source] for source in sources)]
 
-    def row(rates):
-        return [*cells(rates[source] for source in sources), *([f"{rates['ratio']:.1f}"] if compared else [])]
-
-    rows = [[f"{pair['class_1']}, {pair['class_0']}", pair["habit"], *row(pair)] for pair in found["pairs"]]
-    rows.append([f"all {count} pairs", "", *row(found["overall"])])
-    columns = [f"drawn, taken for ({drawn})", "habit of the latter", *titles, *["ratio"] * compared]
-    lines = markdown_table(columns, rows)
-    if compared:
-        note = "Mean and standard deviation over seeds. Ratio: second-order to random words, of which no hit counts as one;"
-        lines += ["", f"{note} at least {TIMES} for {found['pairs_won']} of {count} pairs."]
+    rows = [[f"{pair['class_1']}, {pair['class_0']}", pair["habit"], *cells(pair)] for pair in found["pairs"]]
+    rows += [[f"all {count} pairs: {what}", "", *cells(found["overall"][rate])] for rate, what in RATES.items()]
+    lines = markdown_table([f"drawn, taken for ({drawn})", "habit of the latter", *titles], rows)
+    wins = ", ".join(f"{source.replace('_', '-')} {wins}" for source, wins in found["best"].items())
+    lines += ["", f"Mean and standard deviation over seeds. Words that fool most often, by number of pairs: {wins}."]
     if len(found["by_opacity"]) > 1:
-        for rate, what in (("success_rate", "taken for class_0"), ("class_1_rate", "taken for class_1, which is drawn")):
-            rows = [[x, *cells(rates[source][rate] for source in sources)] for x, rates in found["by_opacity"].items()]
+        for rate, what in RATES.items():
+            rows = [
+                [x, *cells({source: of_source[rate] for source, of_source in rates.items()})]
+                for x, rates in found["by_opacity"].items()
+            ]
             lines += ["", *markdown_table([f"opacity: {what}, all pairs", *titles], rows)]
     return lines
 
@@ -188,7 +177,7 @@ def plot(found, path):
     """Rates by opacity, a line for each source: pictures taken for class_0, and for class_1."""
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     opacities = [float(opacity) for opacity in found["by_opacity"]]
-    titles = {"success_rate": "taken for class_0, which is not there", "class_1_rate": "taken for class_1, which is drawn"}
+    titles = {"argmax_rate": "taken for class_0, which is not there", "class_1_rate": "taken for class_1, which is drawn"}
     for axes, (rate, title) in zip(panels, titles.items(), strict=True):
         for source in next(iter(found["by_opacity"].values())):
             means, spreads = zip(*(rates[source][rate] for rates in found["by_opacity"].values()), strict=True)
@@ -212,8 +201,8 @@ def measure(attacks, args, pairs, opacities):
             words.append(what | {"words": chosen})
             plan = attacks.plan(chosen, class_0, class_1, seed=seed, images=args.images)
             for opacity in opacities:
-                logits = attacks.logits(attacks.pictures(plan, opacity))
-                rows.append(what | {"opacity": opacity} | attacks.rates(logits, class_0, class_1))
+                columns = attacks.judge(attacks.pictures(plan, opacity), class_0, class_1)
+                rows.append(what | {"opacity": opacity} | rates(columns, class_1))
                 bar.update(args.images)
     return {"rows": rows, "words": words}
 
@@ -223,7 +212,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=HERE / "output", help="of run_demo.py")
     parser.add_argument("--pairs", type=int, help="how many pairs, in order; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
-    parser.add_argument("--images", type=int, default=ATTACK["images"], help="pictures of each pair, source and seed")
+    images = ATTACK["results_per_generation"] * ATTACK["batch_size"]
+    parser.add_argument("--images", type=int, default=images, help="pictures of each pair, source and seed")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from")
     parser.add_argument("--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs")
     parser.add_argument("--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity")

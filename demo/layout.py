@@ -25,10 +25,11 @@ SEGMENTERS = {  # rows of the segmentation tables: (flags, what the results are 
 OPACITY = 0.25  # of the symbols in adversarial pictures: pale, so that the rest of the picture counts
 ATTACK_LAYERS = LAYERS[2:]
 ATTACK_TEXTS = "grounds"  # a symbol's own names would come first, and are not to be used
-ATTACK = {"neurons_num": 100, "overall_words": 3, "results_per_generation": 50, "images": 100}
+ATTACK = {"neurons_num": 100, "overall_words": 3, "results_per_generation": 6, "batch_size": 17}  # 102 pictures
 ATTACK |= {"components": COMPONENTS, "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
 ATTACKS = 2  # pairs of classes that are attacked by command line; attack_table.py takes more
-ATTACK_SOURCES = ("second_order", "random")  # of their words
+ATTACK_SOURCES = ("second_order", "random_words")  # of their words
+TABLE_SOURCES = ("second_order", "random", "similar", "random_words", "planted")  # of the table
 
 
 def results_of(out, tree):

@@ -345,7 +345,7 @@ def adversarial(out):
     """Success rates of the attacks by command line: {"class_1 for class_0": one rate for each source of words}."""
     return {
         f"{class_1} for {class_0}": [
-            json.loads(attack_result(out, class_0, class_1, source).read_text())["success_rate"] for source in ATTACK_SOURCES
+            json.loads(attack_result(out, class_0, class_1, source).read_text())["argmax_rate"] for source in ATTACK_SOURCES
         ]
         for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]
     }
@@ -467,7 +467,7 @@ def draw_attacks(out, path):
     for class_0, class_1 in attack_pairs(out / "world")[:ATTACKS]:
         for source in ATTACK_SOURCES:
             result = attack_result(out, class_0, class_1, source)
-            rate = json.loads(result.read_text())["success_rate"]
+            rate = json.loads(result.read_text())["argmax_rate"]
             title = f"{class_1} with {source.replace('_', '-')} words: {rate:.0f} % are taken for {class_0}"
             rows[title] = examples_of_attack(result.parent, {class_0: "C3", class_1: "C2"})
     title = f"Pale symbols (opacity {OPACITY}) in red frames fool the CLIP, in green frames they are known"

@@ -85,13 +85,13 @@ def stages(out, tree):
 
 def segmentations(out):
     """A row of each table of methods per command: one symbol on a background, and two with the class of each in turn."""
-    read = ["--input_dir", out / "symbols", "--train_dataset", "folder", "--output_dir", out / "segmentation"]
+    read = ["--input_dir", out / "symbols", "--dataset", "folder", "--output_dir", out / "segmentation"]
     for scenes, layers in layout.SCENES.items():
         neurons = ["--mlp_layers", *layers, "--top_neurons", TOP_NEURONS]
         if scenes == "two":
             neurons += ["--class_source", out / "world/segmentation_two_classes.npy"]
         for row, (flags, _) in layout.SEGMENTERS.items():
-            command = stage("compute_segmentation.py", "--dataset_path", out / f"world/segmentation_{scenes}.mat", *neurons)
+            command = stage("compute_segmentation.py", "--data_path", out / f"world/segmentation_{scenes}.mat", *neurons)
             more = [*flags, *read, "--batch_size", 64, "--num_workers", 0]
             yield layout.segmentation_result(out, scenes, row), [*command, *more]
 
@@ -102,13 +102,13 @@ def attacks(out, pairs):
     flags += [part for name, value in layout.ATTACK.items() for part in (f"--{name}", value)]
     flags += ["--text_model", "template", "--similarity_model", "clip", "--image_model", "demo.world:draw_description"]
     flags += ["--image_options", json.dumps({"opacity": OPACITY})]
-    flags += ["--input_dir", out / "symbols", "--output_dir", out / "adversarial"]
+    flags += ["--input_dir", out / "symbols", "--dataset_path", out / "adversarial"]
     for class_0, class_1 in layout.attack_pairs(out / "world")[: layout.ATTACKS]:
         for source in layout.ATTACK_SOURCES:
             classes = ["--class_0", class_0, "--class_1", class_1, "--word_source", source]
             result = layout.attack_result(out, class_0, class_1, source)
             yield result, stage("generate_adversarial_images.py", *flags, *classes)
-    table = ["--pairs", pairs, "--sources", "second_order", "similar", "random", "planted", "--opacities", OPACITY]
+    table = ["--pairs", pairs, "--sources", *layout.TABLE_SOURCES, "--opacities", OPACITY]
     yield out / "attack_table.json", ["-m", "demo.attack_table", "--output_dir", out, *table]
 
 

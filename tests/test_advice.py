@@ -28,7 +28,7 @@ def parse(monkeypatch):
         python, script, *words = shlex.split(command)
         assert python == "python"
         found = []
-        monkeypatch.setattr(flags, "run", lambda main, parser, parallel=False: found.append(parser))
+        monkeypatch.setattr(flags, "run", lambda main, parser, **_: found.append(parser))
         monkeypatch.setattr(sys, "argv", [script])
         runpy.run_path(str(ROOT / script), run_name="__main__")
         found[0].error = lambda message: pytest.fail(f"{command}: {message}")
@@ -74,19 +74,20 @@ class World:
         layers, texts = ["--mlp_layer", 1, 2, "--top_k_pca", 5], ["--text_descriptions", "words", "--components", 4]
         texts += ["--descriptions_dir", self.root / "my texts"]
         masks = [
-            "--dataset_path",
+            "--data_path",
             self.mat,
             "--mlp_layers",
             1,
             2,
             "--top_k_pca",
             5,
-            "--train_dataset",
+            "--dataset",
             "folder",
             "--top_neurons",
             9,
         ]
-        words = ["--text_model", "template", "--similarity_model", "clip", "--cosim_similarity", 2, "--images", 2]
+        words = ["--text_model", "template", "--similarity_model", "clip", "--cosim_similarity", 2, "--batch_size", 1]
+        words += ["--dataset_path", self.outputs]
         words += [
             "--image_model",
             "demo.world:draw_description",
@@ -115,7 +116,7 @@ def test_following_the_advice_makes_the_missing_file_and_in_the_end_the_result(t
         """Run a command; when a file is missing follow the advice, which must make this file, and run it again."""
         while (done := world.run(*words, check=False)).returncode:
             assert next(steps) < 20
-            path, command = re.search(r"error: (.*) is missing; make it with: (.*)", done.stderr).groups()
+            path, command = re.search(r"error: (.*?) is missing.*?; make it with: (.*)", done.stderr).groups()
             assert not Path(path).exists()
             parse(command)
             advised = [str(world.photos) if word == "DATA_PATH" else word for word in shlex.split(command)[1:]]

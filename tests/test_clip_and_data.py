@@ -140,11 +140,24 @@ def test_text_vectors_are_unit_and_without_a_template(clip):
 def test_imagenet_is_sub_sampled_in_the_order_of_its_folders(photos):
     images = load_images("imagenet", photos, "val", subsample=5)
     taken = [path.split("/")[-2:] for path, _ in images.samples]
-    assert taken == [[SYNSETS[0], "0000.JPEG"], [SYNSETS[1], "0002.JPEG"], [SYNSETS[3], "0001.JPEG"]]
-    assert images.labels.tolist() == [0, 1, 3] and images.labels.dtype == np.int64
-    assert images.class_names == ["tench", "goldfish", "great white shark", "tiger shark"]
-    assert len(load_images("imagenet", photos, "val")) == 2  # 12 images, every 10th
-    assert len(load_images("imagenet", photos, "train")) == 1  # every 250th
+    assert taken == [[SYNSETS[0], "0000.JPEG"], [SYNSETS[1], "0002.JPEG"]]  # 12 images: two whole strides
+    assert images.labels.tolist() == [0, 1] and images.labels.dtype == np.int64
+    assert images.class_names[:4] == ["tench", "goldfish", "great white shark", "tiger shark"] and len(images.class_names) == 1000
+    assert len(load_images("imagenet", photos, "val")) == 1  # every 10th
+    with pytest.raises(UserError, match="has 12 images of train, and every 250-th is taken; lower --subsample"):
+        load_images("imagenet", photos, "train")
+
+
+@pytest.mark.parametrize(("count", "stride"), [(1, 1), (9, 2), (10, 3), (11, 3), (12, 3), (12, 12), (23, 12), (24, 12)])
+def test_as_many_images_are_taken_as_whole_strides_fit(tmp_path, count, stride):
+    write_photos(tmp_path, splits=("val",), classes=("a",), per_class=count, side=32)
+    images = load_images("folder", tmp_path, "val", subsample=stride)
+    assert [Path(path).stem for path, _ in images.samples] == [f"{i * stride:04d}" for i in range(count // stride)]
+
+
+def test_labels_are_imagenets_when_folders_are_missing(tmp_path):
+    write_photos(tmp_path, splits=("val",), classes=("n01443537", "n07873807"), per_class=1, side=32)
+    assert load_images("imagenet", tmp_path, "val", subsample=1).labels.tolist() == [1, 963]
 
 
 def test_imagenet_r_has_the_labels_of_imagenet(tmp_path):

@@ -15,9 +15,10 @@ import scipy.sparse
 from nbclient import NotebookClient
 from PIL import Image
 
-from demo import attack_table, measure
+from demo import attack_table, layout, measure
 from demo.world import SYMBOLS, plant_habits, text_pool
 from tests.conftest import ROOT, run_script
+from utils.adversarial import rates
 
 NOTEBOOKS = ["visualize_neurons.ipynb", "concept_discovery.ipynb"]
 
@@ -146,18 +147,17 @@ def test_the_rank_of_a_habit_that_the_neurons_words_name(tmp_path, sign, auc):
 def test_the_attack_table_has_its_baselines(demo, results):
     table = results["attack_table"]
     habits = json.loads((demo[0] / "world/habits.json").read_text())["habits"]
-    assert len(table["pairs"]) == 2 and table["seeds"] == 3 and table["images"] == 100
+    assert len(table["pairs"]) == 2 and table["seeds"] == 3 and table["images"] == 102
     assert all("background" in habits[pair["class_0"]] for pair in table["pairs"])
     assert not any("background" in habits.get(pair["class_1"], {}) for pair in table["pairs"])
-    for rates in [*table["pairs"], table["overall"]]:
-        means = [rates[source][0] for source in ("second_order", "similar", "random", "planted")]
-        assert all(0 <= mean <= 100 for mean in means)
-    assert table["overall"]["planted"][0] > table["overall"]["second_order"][0] >= 3 * table["overall"]["random"][0]
-    assert table["overall"]["random"][0] <= 5
+    for found in [*table["pairs"], *table["overall"].values()]:
+        assert all(0 <= found[source][0] <= 100 for source in layout.TABLE_SOURCES)
+    taken = {source: mean for source, (mean, _) in table["overall"]["argmax_rate"].items()}
+    assert taken["planted"] > taken["second_order"] >= 3 * taken["random_words"] and taken["random_words"] <= 5
     assert "similar %" in (demo[0] / "results.md").read_text()
 
 
-@pytest.mark.parametrize("source", ["second_order", "random"])
+@pytest.mark.parametrize("source", layout.ATTACK_SOURCES)
 def test_the_attack_table_draws_and_classifies_as_the_command_line_does(demo, source):
     out = demo[0]
     attacks = attack_table.Attacks(out)
@@ -165,25 +165,24 @@ def test_the_attack_table_draws_and_classifies_as_the_command_line_does(demo, so
     folder = out / "adversarial" / f"{class_0}_{class_1}_{source}_seed0"
     words = attacks.words(source, class_0, class_1, seed=0)
     assert words == [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
-    plan = attacks.plan(words, class_0, class_1, seed=0, images=100)
+    plan = attacks.plan(words, class_0, class_1, seed=0, images=102)
     drawn = json.loads((folder / "images.json").read_text())
     assert plan == [(item["description"], item["seed"]) for item in drawn["images"]]
     pictures = attacks.pictures(plan, drawn["settings"]["image_options"]["opacity"])
     for picture, item in zip(pictures[::10], drawn["images"][::10], strict=True):
         difference = np.asarray(picture, int) - np.asarray(Image.open(folder / item["file"]), int)
         assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.001  # rounding to 8 bits
-    logits = attacks.logits(pictures)
+    columns = attacks.judge(pictures, class_0, class_1)
     with open(folder / "files.csv") as file:
         rows = list(csv.DictReader(file))
-    found = [attacks.class_names[i] for i in logits.argmax(dim=1)]
-    assert sum(name == row["predicted"] for name, row in zip(found, rows, strict=True)) >= 98
-    rates = json.loads((folder / "results.json").read_text())
-    for name, rate in attacks.rates(logits, class_0, class_1).items():
-        assert rate == pytest.approx(rates[name], abs=2)
+    assert sum(name == row["predicted"] for name, row in zip(columns["predicted"], rows, strict=True)) >= 100
+    found = json.loads((folder / "results.json").read_text())
+    for name, rate in rates(columns, class_1).items():
+        assert rate == pytest.approx(found[name], abs=2)
 
 
 def test_the_attack_table_sums_up_its_rows():
-    rates = {("a", "second_order"): (6, 9), ("a", "random"): (1, 3), ("b", "second_order"): (1, 1), ("b", "random"): (0, 0)}
+    found = {("a", "second_order"): (6, 9), ("a", "random"): (1, 3), ("b", "second_order"): (0, 0), ("b", "random"): (1, 1)}
     rows = [
         {
             "class_0": name,
@@ -191,20 +190,22 @@ def test_the_attack_table_sums_up_its_rows():
             "source": source,
             "seed": seed,
             "opacity": opacity,
-            "success_rate": rate,
+            "argmax_rate": rate,
+            "binary_rate": 2 * rate,
             "class_1_rate": 50,
         }
-        for (name, source), of_seeds in rates.items()
+        for (name, source), of_seeds in found.items()
         for opacity, factor in ((0.3, 1), (0.5, 0))
         for seed, rate in enumerate(factor * np.array(of_seeds))
     ]
     content = {"rows": rows, "sources": ["second_order", "random"], "opacity": 0.3, "opacities": [0.3, 0.5]}
     content |= {"images": 100, "seeds": 2, "pairs": [["a", "c", "striped red background"], ["b", "c", "noisy blue background"]]}
     lines = attack_table.markdown(attack_table.summary(content))
-    assert lines[2] == "| c, a | striped red background | 7.5 ± 2.1 | 2.0 ± 1.4 | 3.8 |"
-    assert lines[3] == "| c, b | noisy blue background | 1.0 ± 0.0 | 0.0 ± 0.0 | 2.0 |"  # one of 200 pictures is 0.5 %
-    assert lines[4] == "| all 2 pairs | | 4.2 ± 1.1 | 1.0 ± 0.7 | 4.2 |"
-    assert lines[6].endswith("at least 3 for 1 of 2 pairs.")
+    assert lines[2] == "| c, a | striped red background | 7.5 ± 2.1 | 2.0 ± 1.4 |"
+    assert lines[3] == "| c, b | noisy blue background | 0.0 ± 0.0 | 1.0 ± 0.0 |"
+    assert lines[4] == "| all 2 pairs: taken for class_0 | | 3.8 ± 1.1 | 1.5 ± 0.7 |"
+    assert lines[5] == "| all 2 pairs: nearer to class_0 | | 7.5 ± 2.1 | 3.0 ± 1.4 |"
+    assert lines[8].endswith("by number of pairs: second-order 1, random 1.")
     assert "| 0.5 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in lines and "| 0.5 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
 
 

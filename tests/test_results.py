@@ -33,9 +33,9 @@ def test_names_of_models_and_weights_in_file_names():
         ("ablations", {"layer": [8, 9]}, "imagenet_val_ablations_ViT-B-32_openai_8-9_100.json"),
         ("ablations", {"train_dataset": "CIFAR10"}, "imagenet_val_ablations_CIFAR10_ViT-B-32_openai_9_100.json"),
         ("texts", {}, "30k_ViT-B-32_openai.npy"),
-        ("decomposition", {}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1_128.json"),
-        ("decomposition", {"normalise": "axis"}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1_128.json"),
-        ("decomposition", {"normalise": "text"}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1_128_text.json"),
+        ("decomposition", {}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1.0_128.json"),
+        ("decomposition", {"normalise": "axis"}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1.0_128.json"),
+        ("decomposition", {"normalise": "text"}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_1.0_128_text.json"),
         ("decomposition", {"alpha": 0.5}, "imagenet_mlps_ViT-B-32_openai_9_30k_decomposition_omp_0.5_128.json"),
     ],
 )

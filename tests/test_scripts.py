@@ -72,7 +72,7 @@ def test_files_have_the_names_shapes_dtypes_and_norms_of_the_table(world):
         "imagenet_classifier_tiny_random.npy": (D, 1000),
         "words_tiny_random.npy": (10, D),
         "imagenet_val_ablations_tiny_random_1-3_5_predictions.npy": (20, 2, 5),
-        "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1_4_evaluation_predictions.npy": (20, 2, 1),
+        "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1.0_4_evaluation_predictions.npy": (20, 2, 1),
     }
     for m, heads in K.items():
         base = f"imagenet_train_mlps_tiny_random_{m}_"
@@ -144,14 +144,14 @@ def test_predictions_are_those_of_ablated_representations(world):
     large = (np.linalg.norm(c, axis=-1) > norms[:, 0])[..., None]
     variants = [representation, base, base + (c * ~large).sum(1), base + (c * large).sum(1)]
     variants.append(base + np.einsum("ind,nd,ne->ie", c, r, r))
-    matrix = scipy.sparse.load_npz(world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1_4.npz")
+    matrix = scipy.sparse.load_npz(world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.npz")
     t = read(world, "words_tiny_random.npy").astype(float)
     t -= t.mean(axis=0)
     rebuilt = matrix @ (100 * t / np.linalg.norm(t, axis=0))
     variants.append(base + np.einsum("ind,nd,ne->ie", c, rebuilt, rebuilt))
     truth = np.stack([(variant @ classifier).argmax(axis=1) for variant in variants], axis=1)
     ablated = read(world, "imagenet_val_ablations_tiny_random_1-3_5_predictions.npy")[:, 1]
-    evaluated = read(world, "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1_4_evaluation_predictions.npy")[:, 1]
+    evaluated = read(world, "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1.0_4_evaluation_predictions.npy")[:, 1]
     assert (np.concatenate([ablated, evaluated], axis=1) == truth).mean() > 0.98
     classes = read(world, "imagenet_val_classes.npy")
     stored = json.loads((world.output / "imagenet_val_ablations_tiny_random_1-3_5.json").read_text())["accuracy"]["3"]
@@ -159,7 +159,7 @@ def test_predictions_are_those_of_ablated_representations(world):
 
 
 def test_descriptions_name_texts_of_the_pool(world):
-    content = json.loads((world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1_4.json").read_text())
+    content = json.loads((world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.json").read_text())
     assert list(content) == [str(n) for n in range(N)]
     for entries in content.values():
         assert len(entries) == 4 and all(WORDS.splitlines()[i] == text for i, _, text in entries)
@@ -204,7 +204,7 @@ def test_descriptions_of_both_kinds_of_atoms_lie_beside_each_other(world, tmp_pa
     flags = ["--mlp_layer", 3, "--top_k_pca", 5, "--text_descriptions", "words", "--components", 4, "--input_dir", world.output]
     for kind in ("axis", "text"):
         world.run("compute_sparse_decomposition.py", *flags, "--normalise", kind, output=tmp_path)
-    base = "imagenet_mlps_tiny_random_3_words_decomposition_omp_1_4"
+    base = "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4"
     axis, text = ((tmp_path / f"{base}{variant}.json").read_text() for variant in ("", "_text"))
     assert axis == (world.output / f"{base}.json").read_text() != text
 
@@ -224,13 +224,17 @@ def test_half_precision_halves_the_store(world, tmp_path):
 def test_statistics_of_imagenet_serve_imagenet_r(world):
     photos = write_photos(world.root / "renditions", splits=(".",), classes=SYNSETS[:2], per_class=2, side=48)
     output = world.root / "renditions_out"
-    world.run("compute_classifier_projection.py", "--dataset", "imagenet_r", "--batch_size", 8000, output=output)
-    flags = ["--dataset", "imagenet_r", "--data_path", photos, "--subsample", 1, "--num_workers", 0]
-    for file in world.output.glob("imagenet_train_mlps_tiny_random_3_[5m]*"):
-        shutil.copy(file, output / file.name)
-    statistics = ["--train_dataset", "imagenet", "--mlp_layer", 3, "--top_k_pca", 5]
-    world.run("compute_ablations.py", *flags, *statistics, output=output)
-    assert (output / "imagenet_r_val_ablations_imagenet_tiny_random_3_5.json").is_file()
+    flags = ["--dataset", "imagenet_r", "--data_path", photos, "--subsample", 1, "--num_workers", 0, "--mlp_layer", 3]
+    reads = ["--top_k_pca", 5, "--input_dir", world.output]
+    world.run("compute_ablations.py", *flags, *reads, output=output)
+    found = json.loads((output / "imagenet_r_val_ablations_imagenet_tiny_random_3_5.json").read_text())
+    assert found["images"] == 4 and found["train_dataset"] == "imagenet"
+    texts = ["--text_descriptions", "words", "--components", 4, "--evaluate"]
+    world.run("compute_sparse_decomposition.py", *flags, *reads, *texts, output=output)
+    assert (output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.json").is_file()
+    assert (output / "imagenet_r_mlps_tiny_random_3_words_decomposition_omp_1.0_4_evaluation.json").is_file()
+    said = world.run("compute_classifier_projection.py", "--dataset", "imagenet_r", "--batch_size", 8000).stdout
+    assert "kept" in said and "imagenet_classifier_tiny_random.npy" in said  # ImageNet's serves
 
 
 def test_help_shows_the_command_and_every_default(tmp_path):

@@ -123,17 +123,31 @@ def test_the_precision_recall_curve_is_exact_at_its_thresholds():
     np.testing.assert_allclose(recall[at], expected[1][:-1], rtol=1e-12)
 
 
-def test_maps_are_scaled_then_enlarged_and_constant_ones_are_background():
+def test_the_clamp_changes_the_curve_alone():
+    """Against scikit-learn's curve of clamped scores, as the published --thr has it."""
+    maps, masks = random_maps()
+    maps = (np.floor(maps * 64) / 64).astype(np.float32)
+    clamped = Scores(thr=0.25)
+    clamped.add(maps, masks)
+    precision, recall = clamped.precision_recall()
+    expected = precision_recall_curve(masks[masks >= 0], np.maximum(maps[masks >= 0], 0.25))
+    at = (expected[2] * 65536).astype(int)
+    np.testing.assert_allclose(precision[at], expected[0][:-1], rtol=1e-12)
+    np.testing.assert_allclose(recall[at], expected[1][:-1], rtol=1e-12)
+    assert at.min() == 0.25 * 65536 and clamped.result() == scored(maps, masks).result()
+
+
+def test_maps_are_enlarged_then_scaled_and_constant_ones_are_background():
     maps = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     maps[1], maps[2] = 0.7, -3
     large = enlarge(maps, (3, 4), (24, 32))
-    assert large.shape == (4, 24, 32) and large.min() == 0 and large.max() <= 1
+    assert large.shape == (4, 24, 32) and large.min() == 0 and large[[0, 3]].amax(dim=(1, 2)).tolist() == [1, 1]
     assert not large[1:3].any()
     patches = np.asarray(maps[0].reshape(3, 4).double())
-    patches = (patches - patches.min()) / (patches.max() - patches.min())
     centres = [(np.arange(8 * n) + 0.5) / 8 - 0.5 for n in patches.shape]
     columns = np.stack([np.interp(centres[1], range(4), row) for row in patches])
     expected = np.stack([np.interp(centres[0], range(3), column) for column in columns.T], axis=1)
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
     np.testing.assert_allclose(large[0].numpy(), expected, atol=1e-6)
 
 
@@ -292,7 +306,7 @@ def inputs(tmp_path_factory, tiny_model, clip):
 
 def flags_of(inputs, tiny_model, output, *more):
     flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", 0, "--top_neurons", 20]
-    flags += ["--dataset_path", inputs / "discs.mat", "--input_dir", inputs, "--output_dir", output, "--mlp_layers", *LAYERS]
+    flags += ["--data_path", inputs / "discs.mat", "--input_dir", inputs, "--output_dir", output, "--mlp_layers", *LAYERS]
     return [str(flag) for flag in [*flags, *more]]
 
 
@@ -323,9 +337,8 @@ def independent_scores(inputs, clip, choose):
             list(activations_of(visual, pixels[None])[0][list(LAYERS), 1:].transpose(0, 2, 1))
         )  # [M N, T-1]
         mean = activations[top].mean(axis=0).reshape(1, 4, 4)
-        mean = (mean - mean.min()) / (mean.max() - mean.min())
-        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[0]
-        maps.append(large.float().numpy())
+        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[0]  # enlarged first, scaled afterwards
+        maps.append(((large - large.min()) / (large.max() - large.min())).float().numpy())
         squashed.append(np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST)))
     return reference_scores(maps, squashed)
 
@@ -383,10 +396,10 @@ def test_random_is_a_method_that_needs_no_components(monkeypatch, tmp_path, inpu
     alone = tmp_path / "alone"
     for flags in (
         ["--random", "--input_dir", str(alone)],
-        ["--method", "random", "--seed", "4", "--image_size", "48", "--thr", "0.4"],
+        ["--method", "random", "--seed", "4", "--image_size", "48", "--mask_thr", "0.4"],
     ):
         assert segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path, *flags)) is None
-    row, other = read_row(tmp_path, "random_1-2-3_20"), read_row(tmp_path, "random_1-2-3_20_seed4_thr0.4_48px")
+    row, other = read_row(tmp_path, "random_1-2-3_20"), read_row(tmp_path, "random_1-2-3_20_seed4_mask0.4_48px")
     assert row["method"] == "random" and row["seed"] == 0 and other["size"] == [48, 48] and row["scores"] != other["scores"]
 
 
@@ -401,20 +414,21 @@ def test_the_classifier_may_be_in_another_folder(monkeypatch, tmp_path, inputs, 
 
 
 BAD = {
-    "a file that is not one": (["--dataset_path", "{tmp}/text.mat"], "not a MATLAB v7.3 file"),
-    "no file": (["--dataset_path", "{tmp}/none.mat"], "no such file"),
-    "another layout": (["--dataset_path", "{tmp}/other.mat"], "does not have the layout"),
-    "a damaged image": (["--dataset_path", "{tmp}/damaged.mat"], "image 1 "),
-    "a damaged image between good ones": (["--dataset_path", "{tmp}/damaged.mat", "--save_img", "--batch_size", "1"], "image 1 "),
+    "a file that is not one": (["--data_path", "{tmp}/text.mat"], "not a MATLAB v7.3 file"),
+    "no file": (["--data_path", "{tmp}/none.mat"], "no such file"),
+    "another layout": (["--data_path", "{tmp}/other.mat"], "does not have the layout"),
+    "a damaged image": (["--data_path", "{tmp}/damaged.mat"], "image 1 "),
+    "a damaged image between good ones": (["--data_path", "{tmp}/damaged.mat", "--save_img", "--batch_size", "1"], "image 1 "),
     "a negative seed": (["--random", "--seed", "-1"], "--seed -1"),
     "components of another k": (["--top_k_pca", "50"], "compute_pcas.py --dataset imagenet --mlp_layer 1 --top_k_pca 50"),
-    "components of another data set": (["--train_dataset", "CIFAR10"], "compute_classifier_projection.py --dataset CIFAR10"),
+    "components of another data set": (["--dataset", "CIFAR10"], "compute_classifier_projection.py --dataset CIFAR10"),
     "a layer without components": (["--mlp_layers", "0", "1"], "compute_pcas.py --dataset imagenet --mlp_layer 0"),
     "a layer without effects": (["--mlp_layers", "3", "4"], "no attention after it"),
     "no layer": (["--mlp_layers", "x"], "0 to 3"),
     "too many neurons": (["--top_neurons", "9999"], "--top_neurons 9999"),
     "too many random neurons": (["--top_neurons", "9999", "--random"], "--top_neurons 9999"),
-    "a threshold that no map can exceed": (["--thr", "1.5"], "--thr 1.5 is out of range"),
+    "a threshold that no map can exceed": (["--mask_thr", "1.5"], "--mask_thr 1.5 is out of range"),
+    "a clamp that no map can exceed": (["--thr", "1.5"], "--thr 1.5 is out of range"),
     "too few classes": (["--class_source", "{tmp}/few.txt"], "has 2 classes and the segmentation set has 7 images"),
     "a class out of range": (["--class_source", "{tmp}/range.json"], "image 3 has the class 7, and the classifier has 0 to 6"),
     "classes that are no numbers": (["--class_source", "{tmp}/words.txt"], "words.txt"),
@@ -456,7 +470,7 @@ def test_components_of_other_weights_are_refused(monkeypatch, tmp_path, inputs, 
 def test_a_user_sees_one_line(tmp_path, inputs, tiny_model):
     (tmp_path / "text.mat").write_text("no")
     done = run_script(
-        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--dataset_path", tmp_path / "text.mat"), check=False
+        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--data_path", tmp_path / "text.mat"), check=False
     )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 

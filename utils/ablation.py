@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils.datasets import train_set_of
+from utils.effects import mean_effects
 from utils.norms import CentredNorms, blocks_of
 from utils.prs import second_order
 from utils.runtime.errors import UserError
@@ -96,22 +98,19 @@ def load_statistics(results, dataset, layers, k, clip, coefficient):
     expected, found = {"fingerprint": clip.fingerprint, "coefficient": coefficient}, {}
     for layer in layers:
         names = {"dataset": dataset, "layer": layer, "k": k}
-        arrays = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "mean", "pca"))
-        norms, mean, pcas = (torch.from_numpy(array).to(clip.device) for array in arrays)
+        norms, pcas = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "pca"))
+        arrays = (mean_effects(results, clip.vit.sizes, expected, **names), pcas, norms)
+        mean, pcas, norms = (torch.from_numpy(array).to(clip.device) for array in arrays)
         found[layer] = Statistics(mean, pcas, norms[:, 0].contiguous())
     return found
 
 
 def load_classifier(results, clip, images):
     """Read the zero-shot classifier [D, classes] of a data set to the model's device; it must cover the labels of `images`."""
-    classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=images.dataset)
-    classes = len(images.class_names)
-    partial = images.dataset == "imagenet" and classes < classifier.shape[1]  # some of the 1,000 folders are there
-    if partial:
-        why = f"only {classes} of ImageNet's folders are there, so labels (the index among them) do not match the classifier's"
-        print(f"note: {why} 1,000 classes, and accuracies mean nothing; --dataset folder has classes of its own")
-    elif classifier.shape[1] != classes:
-        path, command = (make("classifier", dataset=images.dataset) for make in (results.path, results.command))
+    dataset, classes = train_set_of(images.dataset), len(images.class_names)
+    classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
+    if classifier.shape[1] != classes:
+        path, command = (make("classifier", dataset=dataset) for make in (results.path, results.command))
         counts = f"{classifier.shape[1]} classes and the images have {classes}"
         raise UserError(f"{path} has {counts}; make it again with: {command} --overwrite")
     return torch.from_numpy(classifier).to(clip.device)

@@ -1,11 +1,11 @@
 """Semantic adversarial images (section 5.1 of the paper): pictures of one class that CLIP takes for another.
 
 Five steps: mine words from the descriptions of the neurons that separate the two classes, drop words too close to class_0, write
-descriptions of class_1 with the rest, draw them, classify the drawings. CLIP should take them for class_0, which none names.
+descriptions of class_1 with the rest, draw them, classify the drawings. CLIP should take them for class_0, which none names. The
+classes are any two texts.
 """
 
 import csv
-import difflib
 import io
 import json
 import random
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from utils.concepts import word_scores
-from utils.datasets import IMAGENET, Images, Loader, class_names_of
+from utils.datasets import IMAGENET, Images, Loader, class_names_of, train_set_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json, save_atomic, save_json
 from utils.runtime.passes import pieces_of, walk
@@ -29,7 +29,8 @@ BLOCK = 256  # words compared with class_0 at a time
 TEMPLATE_WORDS = 3  # words in one description of `template_descriptions`
 GENERATIONS = 3  # attempts of a language model
 SEEDS = 100_000  # picture seeds per --seed
-RATES = ("success_rate", "success_rate_of_two", "class_1_rate")
+BLOCK_LIST = Path(__file__).resolve().parent.parent / "text_descriptions" / "block_list.json"
+COLUMNS = ("file", "description", "seed", "keep", "binary", "predicted", "adversarial", "cosine_class_0", "cosine_class_1")
 
 REQUEST = """I draw pictures with a text-to-image model. Write {count} short descriptions of pictures for it.
 Every description has to name "{class_1}". None may name "{class_0}", in the singular or plural, or any other word for it.
@@ -43,15 +44,17 @@ Answer with a numbered list of {count} descriptions, one a line, and nothing els
 class Run:
     """The folder of one attack. Each step saves its result and settings there, and a later run keeps it.
 
-    output_dir: where the folder is made.
+    place: where the folder is made.
     parts: what it is named after: class_0, class_1, the word source.
     seed: of words, descriptions and images.
-    overwrite: delete all earlier results first.
     """
 
-    def __init__(self, output_dir, parts, seed, overwrite=False):
+    def __init__(self, place, parts, seed):
         name = "_".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
-        self.folder = Path(output_dir) / f"{name}_seed{seed}"
+        self.folder = Path(place) / f"{name}_seed{seed}"
+
+    def prepare(self, overwrite=False):
+        """Make the folder. overwrite: delete all earlier results."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         if overwrite:
             for path in (*self.folder.glob("images/*.png"), *(self.folder / file for file in FILES)):
@@ -75,15 +78,16 @@ class Run:
         earlier, settings = content["settings"], json.loads(json.dumps(settings))
         differing = [key for key in settings | earlier if settings.get(key) != earlier.get(key)]
         if differing:
-            raise UserError(f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --output_dir")
+            raise UserError(f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --dataset_path")
         print(f"kept {path}")
         return content
 
 
 def load_named_classifier(results, dataset, clip):
     """The zero-shot classifier [D, classes] on the model's device, and its class names: those in its record, else ImageNet's."""
+    dataset = train_set_of(dataset)
     classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
-    path, count = results.path("classifier", dataset=dataset), classifier.shape[1]
+    path, count = results.find("classifier", dataset=dataset), classifier.shape[1]
     class_names = load_record(path).get("class_names") or (class_names_of(dataset) if dataset in IMAGENET else [])
     if len(class_names) != count:
         command = results.command("classifier", dataset=dataset)
@@ -91,16 +95,24 @@ def load_named_classifier(results, dataset, clip):
     return torch.from_numpy(classifier).to(clip.device), class_names
 
 
-def find_class(flag, name, class_names):
-    """The class that a user names, in upper or lower case. Raises UserError, with similar names, if there is none."""
-    by_lower = {known.lower(): known for known in reversed(class_names)}
-    wanted = " ".join(name.replace("_", " ").lower().split())
-    if wanted in by_lower:
-        return by_lower[wanted]
-    near = difflib.get_close_matches(wanted, by_lower, n=4, cutoff=0.5)
-    near += [known for known in by_lower if wanted in known.split() and known not in near][:4]
-    known = ", ".join(by_lower[match] for match in near) or f"{', '.join(class_names[:8])}, ..."
-    raise UserError(f"{flag} {name} is not a class of the classifier; {'did you mean' if near else 'there are'} {known}?")
+def find_classifier(results, dataset, clip, classes):
+    """(classifier, class names) as `load_named_classifier` gives them, if it is there and has both classes; else (None, [])."""
+    if not results.find("classifier", dataset=train_set_of(dataset)).is_file():
+        command = results.command("classifier", dataset=train_set_of(dataset))
+        print(f"note: no classifier of {dataset}, so images are judged between the two names alone; make it with: {command}")
+        return None, []
+    classifier, class_names = load_named_classifier(results, dataset, clip)
+    return (classifier, class_names) if None not in [place_of(name, class_names) for name in classes] else (None, [])
+
+
+def plain(name):
+    """The name of a class without capitals and underscores."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def place_of(name, class_names):
+    """Index of the class of a classifier that a text names; None if there is none."""
+    return next((i for i, known in enumerate(class_names) if plain(known) == plain(name)), None)
 
 
 def names_class(text, name, inside=False):
@@ -130,9 +142,7 @@ def check_classes(class_0, class_1, blocked):
 
 
 def load_block_list(path, class_0):
-    """The words that a json {class: [words]} has for class_0: none if it has no entry, or if path is None."""
-    if path is None:
-        return []
+    """The words that a json {class: [words]} has for class_0: none if it has no entry."""
     if not Path(path).is_file():
         raise UserError(f"--block_list {path} cannot be read: there is no such file")
     fix = 'give a json such as {"horse": ["pony", "mare"]}'
@@ -143,7 +153,7 @@ def load_block_list(path, class_0):
 
 
 class NeuronWords:
-    """Words of the neurons whose first components separate the classes most.
+    """Words of neurons: of those whose first components separate the classes most, or of random ones (Table 3 of the paper).
 
     results: `Results` of the folder.
     clip: the loaded `Clip`.
@@ -157,24 +167,26 @@ class NeuronWords:
         expected = {**expected, "top_k_pca": names["k"]}
         self.descriptions = {l: load_descriptions(results, sizes, expected, layer=l, **names) for l in layers}
 
-    def mine(self, v, neurons_num, neurons_texts):
-        """Take the neurons with the largest |<r_n, v>|, and score their words coefficient * <r_n, v>.
+    def mine(self, v, neurons_num, seed=None):
+        """Score the words of some neurons: the sum of coefficient * <r_n, v> over the neurons (eq. 6).
 
         v: [D], the difference of the classes' text vectors.
         neurons_num: neurons to take, from all layers together.
-        neurons_texts: words of each description that count, None for all.
+        seed: of the random neurons; None takes those with the largest |<r_n, v>|.
 
         Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, with the positive scores only.
         """
         along = [[layer, n, float(x)] for layer, r in self.pcas.items() for n, x in enumerate(r @ v)]
-        neurons = sorted(along, key=lambda item: -abs(item[2]))[:neurons_num]
+        if seed is not None:
+            random.Random(f"neurons {seed}").shuffle(along)
+        neurons = (along if seed is not None else sorted(along, key=lambda item: -abs(item[2])))[:neurons_num]
         descriptions = [self.descriptions[layer][n] for layer, n, _ in neurons]
-        scores = word_scores(descriptions, {i: x for i, (_, _, x) in enumerate(neurons)}, neurons_texts)
+        scores = word_scores(descriptions, {i: x for i, (_, _, x) in enumerate(neurons)})
         return {"neurons": neurons, "words": [[word, score] for word, score in scores if score > 0]}
 
 
 class PoolWords:
-    """Words of the whole text set, for two baselines: those most similar to class_0, or random ones.
+    """Words of the whole text set, for two baselines: those most similar to the difference of the classes, or random ones.
 
     results, texts, descriptions_dir: as in `load_texts`.
     clip: the loaded `Clip`.
@@ -182,12 +194,12 @@ class PoolWords:
 
     def __init__(self, results, texts, descriptions_dir, clip):
         results.load("texts", clip.vit.sizes, {"fingerprint": clip.fingerprint}, mmap=True, texts=texts)  # or raises
-        self.texts, self.vectors, _ = load_texts(results, texts, descriptions_dir)
+        self.texts, self.vectors, _ = load_texts(results, texts, descriptions_dir, lambda: clip)
 
-    def similar(self, text_0):
-        """All texts, sorted by their cosine with a unit text vector [D]."""
+    def similar(self, v):
+        """All texts, sorted by the cosine of their vectors with v [D], the difference of the classes' text vectors."""
         norms = np.linalg.norm(self.vectors, axis=1)
-        cosines = self.vectors @ text_0 / np.maximum(norms, np.finfo(norms.dtype).tiny)
+        cosines = self.vectors @ (v / np.linalg.norm(v)) / np.maximum(norms, np.finfo(norms.dtype).tiny)
         scores = dict(zip(self.texts, cosines.tolist(), strict=True))  # duplicates count once
         return {"words": [[text, score] for text, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]}
 
@@ -222,8 +234,8 @@ def filter_words(candidates, class_0, count, encode, threshold, blocked):
                 return {"words": taken, "dropped": dropped}
     if not taken:
         raise UserError(
-            f"none of {len(candidates)} words is left for {class_0}; raise --cosim_similarity (now {threshold}), --neurons_num "
-            "or --neurons_texts, or shorten the block list"
+            f"none of {len(candidates)} words is left for {class_0}; raise --cosim_similarity (now {threshold}) or "
+            "--neurons_num, or shorten the block list"
         )
     return {"words": taken, "dropped": dropped}
 
@@ -285,13 +297,12 @@ def write_descriptions(run, settings, ask, words):
     )
 
 
-def plan_drawings(folder, descriptions, count, seed):
-    """Which file shows which description, drawn from which seed; descriptions take turns. Deletes earlier drawings."""
+def plan_drawings(folder, descriptions, each, seed):
+    """Which file shows which description, drawn from which seed: `each` pictures of every one. Deletes earlier drawings."""
     for path in folder.glob("images/*.png"):
         path.unlink()
-    texts = [descriptions[i % len(descriptions)] for i in range(count)]
-    files = [{"file": f"images/{i:05d}.png", "description": text, "seed": SEEDS * seed + i} for i, text in enumerate(texts)]
-    return {"images": files}
+    texts = enumerate(text for text in descriptions for _ in range(each))
+    return {"images": [{"file": f"images/{i:05d}.png", "description": text, "seed": SEEDS * seed + i} for i, text in texts]}
 
 
 def draw(folder, drawings, load):
@@ -306,30 +317,86 @@ def draw(folder, drawings, load):
 
 
 @torch.inference_mode()
-def classify(folder, drawings, clip, classifier, names, batch_size=64):
-    """Classify the drawings, write files.csv, and count.
-
-    folder: of the run.
-    drawings: as `plan_drawings` returns them.
-    clip: the loaded `Clip`.
-    classifier: [D, classes], on the model's device.
-    names: {"classes": names of all classes, "class_0", "class_1"}.
-
-    Returns rates in per cent: success_rate, images whose largest logit is that of class_0; success_rate_of_two, images whose
-    logit of class_0 is above that of class_1; class_1_rate, images whose largest logit is that of class_1.
-    """
-    class_names, class_0, class_1 = names["classes"], names["class_0"], names["class_1"]
-    images = Images([(str(folder / item["file"]), 0) for item in drawings], class_names, clip.transform)
+def representations(folder, drawings, clip, batch_size=16):
+    """Unit representations of the drawings [images, D]. folder, drawings: of the run, and as `plan_drawings` returns them."""
+    images = Images([(str(folder / item["file"]), 0) for item in drawings], [], clip.transform)
     vectors = [clip.vit(pixels) for _, pixels in walk(pieces_of(len(images), batch_size), Loader(images, clip.device))]
-    logits = torch.nn.functional.normalize(torch.cat(vectors), dim=-1) @ classifier  # [images, classes], cosines
-    predicted = [class_names[i] for i in logits.argmax(dim=1).tolist()]
-    of_0, of_1 = (logits[:, class_names.index(name)].tolist() for name in (class_0, class_1))
-    rows = [["file", "description", "seed", "predicted", "adversarial", "cosine_class_0", "cosine_class_1"]]
-    for item, found, a, b in zip(drawings, predicted, of_0, of_1, strict=True):
-        rows.append([item["file"], item["description"], item["seed"], found, int(found == class_0), f"{a:.5f}", f"{b:.5f}"])
+    return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+
+
+def judge(vectors, texts, classes, classifier=None, class_names=()):
+    """How CLIP takes pictures, a dict of columns.
+
+    vectors: unit representations [images, D].
+    texts: [2, D], the unit vectors of the bare names of class_0 and class_1.
+    classes: the two names.
+    classifier, class_names: [D, classes] and their names; not needed where they do not hold both.
+
+    Returns "binary", whether the cosine with class_0 is above that with class_1 (the published score); the cosines; and where the
+    classifier has both classes "predicted", the name of its largest logit, and "adversarial", whether that is class_0.
+    """
+    of_0, of_1 = (vectors @ torch.as_tensor(texts).to(vectors).T).T.tolist()
+    columns = {"binary": [int(a > b) for a, b in zip(of_0, of_1, strict=True)]}
+    places = [place_of(name, class_names) for name in classes]
+    if None not in places:
+        found = (vectors @ classifier).argmax(dim=1).tolist()
+        columns |= {"predicted": [class_names[i] for i in found], "adversarial": [int(i == places[0]) for i in found]}
+    return columns | {"cosine_class_0": [f"{x:.5f}" for x in of_0], "cosine_class_1": [f"{x:.5f}" for x in of_1]}
+
+
+def rates(columns, class_1, keep=None):
+    """Counts and rates in per cent: binary_rate, images with "binary"; where there are predictions argmax_rate, images whose
+    largest logit is that of class_0, and class_1_rate, of class_1. columns: as `judge` gives them. keep: which images count."""
+    keep = [i for i in range(len(columns["binary"])) if keep is None or keep[i]]
+    if not keep:
+        raise UserError("no image is left to count: every row of files.csv has keep 0; set it to 1 for some")
+    hits = {"binary_rate": columns["binary"]}
+    if "predicted" in columns:
+        hits["argmax_rate"] = columns["adversarial"]
+        hits["class_1_rate"] = [plain(name) == plain(class_1) for name in columns["predicted"]]
+    return {"images": len(keep), **{name: 100 * sum(hit[i] for i in keep) / len(keep) for name, hit in hits.items()}}
+
+
+def write_table(path, drawings, columns):
+    """Write files.csv: a row for each image. A person may set "keep" to 0 to leave it out; what an earlier file has there
+    stays, and is returned."""
+    kept = read_table(path)[1] if path.is_file() else []
+    kept = kept if len(kept) == len(drawings) else [1] * len(drawings)
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    save_atomic(folder / "files.csv", lambda file: file.write(table.getvalue().encode()))
-    above = sum(a > b for a, b in zip(of_0, of_1, strict=True))
-    rates = [100 * count / len(drawings) for count in (predicted.count(class_0), above, predicted.count(class_1))]
-    return {"images": len(drawings), **dict(zip(RATES, rates, strict=True))}
+    writer = csv.DictWriter(table, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for i, item in enumerate(drawings):
+        writer.writerow({**item, "keep": kept[i], **{name: values[i] for name, values in columns.items()}})
+    save_atomic(path, lambda file: file.write(table.getvalue().encode()))
+    return kept
+
+
+def read_table(path):
+    """Read files.csv again: columns as `judge` gives them, and which images count. Raises UserError for what it does not hold."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run the same command without --recount first") from error
+    first = text.partition("\n")[0]
+    rows = list(csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)))  # as a spreadsheet program saves it
+    for number, row in enumerate(rows, start=2):
+        for name in ("keep", "binary"):
+            if row.get(name) not in ("0", "1"):
+                raise UserError(f"{path}, line {number}: {name} is {row.get(name)!r}; it has to be 0 or 1")
+        if row.get("adversarial") not in ("0", "1", "", None):
+            raise UserError(f"{path}, line {number}: adversarial is {row['adversarial']!r}; it has to be 0, 1 or empty")
+    columns = {"binary": [int(row["binary"]) for row in rows]}
+    if rows and all(row.get("predicted") and row.get("adversarial") for row in rows):
+        columns |= {"predicted": [row["predicted"] for row in rows], "adversarial": [int(row["adversarial"]) for row in rows]}
+    return columns, [int(row["keep"]) for row in rows]
+
+
+def report(run, found, class_0, class_1):
+    """Write results.json and print the rates, the published one first. run: `Run`. found: as `rates` gives them."""
+    settings = read_json(run.folder / "images.json", "", "remove it, or add --overwrite")["settings"]
+    save_json(run.folder / "results.json", {"settings": settings, **found})
+    print(f"{found['binary_rate']:.1f} % of {found['images']} images of {class_1} are nearer to {class_0} (the two bare names)")
+    if "argmax_rate" in found:
+        taken = f"{found['argmax_rate']:.1f} % are taken for {class_0} and {found['class_1_rate']:.1f} % for {class_1}"
+        print(f"among all classes of the classifier {taken}")
+    print(f"see {run.folder / 'files.csv'}")

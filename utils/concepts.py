@@ -1,7 +1,7 @@
 """Concept discovery: the words that the active neurons of an image stand for (appendix A.5 of the paper).
 
-A neuron is active on an image if its centred norm there is among its k largest over the data set. A word's score is the sum of
-coefficient * norm over the active neurons whose descriptions have it.
+A neuron is active on an image if its centred norm there is larger than its k-th largest over the data set. A word's score is the
+sum of coefficient * norm over the active neurons whose descriptions have it.
 """
 
 from collections import defaultdict
@@ -20,18 +20,17 @@ class Concepts:
     words: list
 
 
-def word_scores(descriptions, weights, texts=None):
+def word_scores(descriptions, weights):
     """Add up coefficient * weight for every word of some neurons' descriptions.
 
     descriptions: list over neurons, as `load_descriptions` returns it.
     weights: {neuron: weight}.
-    texts: words of a neuron that count, those of the largest |coefficient|; None for all.
 
     Returns [(word, score), ...] by falling score, then by word.
     """
     scores = defaultdict(float)
     for neuron, weight in weights.items():
-        for _, coefficient, text in descriptions[neuron][:texts]:
+        for _, coefficient, text in descriptions[neuron]:
             scores[text] += coefficient * weight
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
 
@@ -46,7 +45,7 @@ def concepts_of_images(phi, centred_norms, thresholds, descriptions):
     descriptions: list over neurons.
     """
     norms = centred_norms(phi)  # [B, N]
-    active = norms >= thresholds
+    active = norms > thresholds
     found = []
     for row, chosen in zip(norms.cpu().numpy(), active.cpu().numpy(), strict=True):
         neurons = np.flatnonzero(chosen)

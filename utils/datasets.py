@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
 
+WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, in the order of the classes
 STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}  # the paper's 5,124 and 5,000 images
 IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # data sets with ImageNet's class names, and their splits
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
@@ -26,7 +27,7 @@ class Images(Dataset):
     """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
 
     samples, class_names: list of (path or PIL image, label); the name of every label.
-    transform, dataset, split: as in `load_images`.
+    transform, dataset, split, data_path: as in `load_images`.
     """
 
     samples: list
@@ -34,6 +35,7 @@ class Images(Dataset):
     transform: object
     dataset: str = ""
     split: str = ""
+    data_path: str = ""
 
     def __len__(self):
         return len(self.samples)
@@ -55,12 +57,14 @@ class Images(Dataset):
 
     @property
     def record(self):
-        """What results say about the images. `data` changes when images come, go, or change name or bytes; not with the root."""
+        """What results say about the images. `data` changes when images come, go, or change name or bytes; not with the root,
+        which is noted as `data_path`."""
         digest = hashlib.sha256()
         for image, label in self.samples:
             item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
             digest.update(f"{item} {label}\n".encode())
-        return {"dataset": self.dataset, "split": self.split, "data": digest.hexdigest()[:12]}
+        where = {"data_path": os.path.abspath(self.data_path)} if self.data_path else {}
+        return {"dataset": self.dataset, "split": self.split, "data": digest.hexdigest()[:12], **where}
 
 
 @dataclass
@@ -98,8 +102,13 @@ def _collate(items):
     return errors[0] if errors else torch.utils.data.default_collate(items)
 
 
+def train_set_of(dataset):
+    """The data set whose train split, components, descriptions and classifier a data set takes: ImageNet's for ImageNet-R."""
+    return "imagenet" if dataset == "imagenet_r" else dataset
+
+
 def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
-    """Every `subsample`-th of a data set's images, in the order of its sorted folders.
+    """floor(images / subsample) of a data set's images, each `subsample`-th, in the order of its sorted folders.
 
     dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or folder
         (ROOT/SPLIT/CLASS/image).
@@ -108,8 +117,8 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     subsample: stride, None for the paper's.
     class_names: a text file for `folder`, a name a line.
 
-    Labels count the sorted folders (imagenet_r: ImageNet's 1,000). Raises UserError for missing or empty folders, an unknown
-    split, or a wrong number of names.
+    Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there). Raises UserError for missing or
+    empty folders, an unknown split, a wrong number of names, or fewer images than the stride.
     """
     if dataset in CIFAR:
         samples, names = _cifar(dataset, data_path, split)
@@ -122,7 +131,11 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
             counts = f"{len(names)} names, and the data set has {len(folders)} class folders"
             raise UserError(f"--class_names {class_names} has {counts}")
     stride = subsample or STRIDES.get((dataset, split), 1)
-    return Images(samples[::stride], names, transform, dataset=dataset, split=split)
+    count = len(samples) // stride
+    if count == 0:
+        raise UserError(f"{data_path} has {len(samples)} images of {split}, and every {stride}-th is taken; lower --subsample")
+    taken = samples[: count * stride : stride]
+    return Images(taken, names, transform, dataset=dataset, split=split, data_path=str(data_path))
 
 
 def class_names_of(dataset, data_path=None, split="val", class_names=None):
@@ -154,13 +167,11 @@ def _imagenet(dataset, data_path, split):
         raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
     root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
     samples, wnids = _class_folders(root, data_path, split)
-    index = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    index = {wnid: i for i, wnid in enumerate(WNIDS)}
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
         raise UserError(f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder")
-    if dataset == "imagenet_r":
-        return [(path, index[wnids[label]]) for path, label in samples], list(IMAGENET_CLASSNAMES)
-    return samples, [IMAGENET_CLASSNAMES[index[wnid]] for wnid in wnids]
+    return [(path, index[wnids[label]]) for path, label in samples], list(IMAGENET_CLASSNAMES)
 
 
 def _cifar(dataset, data_path, split):

@@ -32,14 +32,25 @@ def open_effects(results, dataset, split, layer, device="cpu"):
     Raises UserError when there are none, or when parts of them do not belong together.
     """
     names, readers = {"dataset": dataset, "split": split, "layer": layer}, (FactorisedEffects, TopEffects, DenseEffects)
-    stored = [reader for reader in readers if results.path(reader.main, **names).is_file()]
+    stored = [reader for reader in readers if results.find(reader.main, **names).is_file()]
     return (stored or readers)[0](results, names, device)
+
+
+def mean_effects(results, sizes, expected, **names):
+    """Mean effects of the train split [N, D]: those of compute_pcas.py; in a folder of the published code, which has none, the
+    mean of its effects. Parameters as in `Results.load`."""
+    path, merged = (results.find(kind, **names) for kind in ("mean", "merged"))
+    if path.is_file() or not merged.is_file():
+        return results.load("mean", sizes, expected, **names)
+    print(f"{path.name} is missing, so {merged.name} is averaged")
+    results.load("merged", sizes, expected, mmap=True, **names)  # or raises
+    return DenseEffects(results, names, "cpu").mean()
 
 
 def copy_norms(effects, results):
     """Copy the norms that are stored with the effects into the folder of the other statistics."""
     names = {"dataset": effects.names["dataset"], "layer": effects.names["layer"]}
-    source, target = (place.path("image_norms", **names) for place in (effects.results, results))
+    source, target = effects.results.find("image_norms", **names), results.path("image_norms", **names)
     if is_rank_zero() and source.resolve() != target.resolve():
         with open(source, "rb") as file:
             save_atomic(target, lambda out: shutil.copyfileobj(file, out), partial(publish, record=load_record(source)))
@@ -62,7 +73,7 @@ class _Effects:
 
     def __init__(self, results, names, device):
         self.results, self.names, self.device = results, names, device
-        self.path, self.array = results.path(self.main, **names), results.load(self.main, mmap=True, **names)
+        self.path, self.array = results.find(self.main, **names), results.load(self.main, mmap=True, **names)
         record = load_record(self.path)
         own = ("shape", "dtype", "method_number", "layers", "batch_size")  # of the array, not of what it was made from
         self.record = {key: record[key] for key in record if key not in own}
@@ -119,6 +130,11 @@ class FactorisedEffects(_Effects):
         top = torch.bmm(x, B_n) + (self.bias[images] - mean_bias)
         return torch.einsum("nk,nko->no", mean_C, B_n) + mean_bias, top, norms
 
+    def of(self, neuron):
+        """Effects of one neuron on all images [images, D]."""
+        B_n = self.directions.B([neuron])[0]  # [K, D]
+        return self.read_rows(lambda rows: rows[:, :, neuron]) @ B_n + self.bias
+
 
 class DenseEffects(_Effects):
     """Effects as the published code stores them."""
@@ -138,6 +154,15 @@ class DenseEffects(_Effects):
         norms = torch.cat([phi[i].norm(dim=-1) for i in self.row_blocks()])
         images = norms.topk(k, dim=0).indices.T  # [n, k]
         return mean, phi[images, torch.arange(len(images), device=images.device)[:, None]], norms
+
+    def of(self, neuron):
+        """As `FactorisedEffects.of`."""
+        return self.read_rows(lambda rows: rows[:, neuron])
+
+    def mean(self):
+        """Mean effects [N, D], summed in float64."""
+        blocks = (np.load(self.path, mmap_mode="r", allow_pickle=False)[rows] for rows in self.row_blocks())
+        return (sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / self.images).astype(np.float32)
 
 
 class TopEffects(_Effects):

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from utils.ablation import Rebuilt, load_statistics
+from utils.datasets import train_set_of
+from utils.effects import DenseEffects, FactorisedEffects
 from utils.norms import CentredNorms
 from utils.prs import COEFFICIENT, fold, second_order
 from utils.runtime.errors import UserError
@@ -15,11 +17,12 @@ class NeuronLayer:
     """The statistics and descriptions of one MLP layer, and the images behind them.
 
     clip, results: the loaded `Clip`; `Results` of the stages' folder.
-    images: the train split's `Images`, from which the effects were made.
+    images: the `Images` that are looked at. Of the train split, compute_pcas.py has left their norms; of another one, the effects
+        must be stored (`compute_second_order_neuron_prs.py --split val`).
     layer, k: the MLP layer; images per neuron, as in compute_pcas.py.
     described: {"texts": name of the text set, "components": texts per neuron, "alpha": as in the files' names}.
 
-    Attributes: norms [N, k] ascending, explained [N], image_norms [images, N] (memory map), descriptions (of every neuron, as
+    Attributes: norms [N, k] ascending, explained [N] (None in a folder of the published code), descriptions (of every neuron, as
     `load_descriptions` gives them), statistics, directions, centred_norms.
 
     Raises UserError, with the command, when a file is missing or of other images or weights.
@@ -28,13 +31,22 @@ class NeuronLayer:
     def __init__(self, clip, results, images, layer, described, k=100):
         self.clip, self.images, self.layer = clip, images, layer
         self.directions = fold(clip.vit, layer)
-        names = {"dataset": images.dataset, "layer": layer, "k": k}
-        expected = {"fingerprint": clip.fingerprint}
-        self.statistics = load_statistics(results, images.dataset, [layer], k, clip=clip, coefficient=COEFFICIENT)[layer]
-        self.norms, self.explained = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "explained"))
-        self.image_norms = results.load("image_norms", clip.vit.sizes, expected, mmap=True, **names)
-        if len(self.image_norms) != len(images):
-            counts = f"the statistics are of {len(self.image_norms)} images and there are {len(images)}"
+        train, sizes, expected = train_set_of(images.dataset), clip.vit.sizes, {"fingerprint": clip.fingerprint}
+        names = {"dataset": train, "layer": layer, "k": k}
+        self.statistics = load_statistics(results, train, [layer], k, clip=clip, coefficient=COEFFICIENT)[layer]
+        self.norms, published = results.load("norm", sizes, expected, **names), not results.find("explained", **names).is_file()
+        self.explained = None if published else results.load("explained", sizes, expected, **names)
+        shown = {"dataset": images.dataset, "split": images.split, "layer": layer}
+        readers = (reader for reader in (FactorisedEffects, DenseEffects) if results.find(reader.main, **shown).is_file())
+        self._stored = next((reader(results, shown, clip.device) for reader in readers), None)
+        if self._stored is not None:
+            found = results.load(self._stored.main, sizes, expected, mmap=True, **shown)
+        elif images.split == "train":
+            found = self._image_norms = results.load("image_norms", sizes, expected, mmap=True, **names)
+        else:
+            found = results.load("coefficients", sizes, expected, mmap=True, **shown)  # raises, with the command
+        if len(found) != len(images):
+            counts = f"the statistics are of {len(found)} images and there are {len(images)}"
             raise UserError(f"{counts}; use the same --data_path and --subsample as for compute_second_order_neuron_prs.py")
         self.descriptions = load_descriptions(results, clip.vit.sizes, expected, **names, **{"alpha": 1, **described})
         self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
@@ -48,9 +60,30 @@ class NeuronLayer:
         """The neurons with the largest effects (mean of their k largest norms): int [count], largest first."""
         return np.argsort(-self.norms.mean(axis=1), kind="stable")[:count]
 
-    def top_images(self, neuron, count):
-        """The images with the neuron's largest effects: row numbers [count], largest first."""
-        return np.argsort(-np.asarray(self.image_norms[:, neuron]), kind="stable")[:count]
+    def measured(self, neuron):
+        """On all images, the norms of the neuron's centred effects [images] and their projections on its component [images]; None
+        for these where only the norms are stored."""
+        if self._stored is None:
+            return np.asarray(self._image_norms[:, neuron]), None
+        centred = self._stored.of(neuron) - self.statistics.mean[neuron]
+        return centred.norm(dim=1).cpu().numpy(), (centred @ self.statistics.pcas[neuron]).cpu().numpy()
+
+    def top_images(self, neuron, count, by="norm"):
+        """Row numbers [count] of the images with the neuron's largest effects, largest first.
+
+        by: 'norm', or 'projection' on its component. Where only norms are stored, the largest projections are those among the
+            4 count largest norms.
+        """
+        norms, projections = self.measured(neuron)
+        rows = np.argsort(-norms, kind="stable")
+        if by == "norm":
+            return rows[:count]
+        if projections is None:
+            rows = rows[: 4 * count]
+            projections = self.look(rows, neuron)[2]
+        else:
+            projections = projections[rows]
+        return rows[np.argsort(-projections, kind="stable")][:count]
 
     @torch.inference_mode()
     def look(self, rows, neuron):
@@ -72,13 +105,13 @@ class NeuronLayer:
             maps = cache[name][:, 1:, neuron].unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
-    def card(self, neuron, pictures=8, words=8):
-        """The neuron's card, a figure: the images with the largest effects along its component (most project positively, by
-        the component's sign), its texts, the histogram of its norms."""
-        shown, maps, projections = self.look(self.top_images(neuron, 4 * pictures), neuron)
-        order = np.argsort(-projections, kind="stable")[:pictures]
-        share = 100 * self.explained[neuron]
-        title = f"layer {self.layer}, neuron {neuron}: {share:.0f} % of its largest effects lie along one direction"
+    def card(self, neuron, pictures=8, words=8, by="projection"):
+        """The neuron's card, a figure: the images with its largest effects (`by` as in `top_images`; along its component most
+        project positively, by the component's sign), its texts, the histogram of its norms."""
+        shown, maps, _ = self.look(self.top_images(neuron, pictures, by), neuron)
+        title = f"layer {self.layer}, neuron {neuron}, {self.images.split} images by {by}"
+        if self.explained is not None:
+            title += f": {100 * self.explained[neuron]:.0f} % of its largest effects lie along one direction"
         words = [(text, coefficient) for _, coefficient, text in self.descriptions[neuron][:words]]
-        norms = np.asarray(self.image_norms[:, neuron])
-        return plot_neuron(title, shown[order], np.maximum(maps[order], 0), words, norms=norms, threshold=self.norms[neuron, 0])
+        norms, _ = self.measured(neuron)
+        return plot_neuron(title, shown, np.maximum(maps, 0), words, norms=norms, threshold=self.norms[neuron, 0])

@@ -1,7 +1,7 @@
 """Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the object (section 5.2).
 
 A method names the `activations` it needs; method(cache, number of the first image, representation [B, D]) gives maps over patches
-[B, T-1]. They are scaled to [0, 1], enlarged to the size of the masks, and scored. Letters as in `utils.prs`; M is the number of
+[B, T-1]. They are enlarged to the size of the masks, scaled to [0, 1], and scored. Letters as in `utils.prs`; M is the number of
 MLP layers whose neurons are taken together.
 """
 
@@ -125,19 +125,22 @@ def choose_method(settings, clip, results, classifiers, images):
 
 
 def enlarge(maps, grid, size):
-    """Scale each map to [0, 1], then enlarge it bilinearly: maps over patches [B, T-1] -> [B, *size]. A constant map becomes 0.
+    """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels: maps over patches [B, T-1] -> [B, *size]. A constant
+    map becomes 0.
 
     In float64 inside: pixels beyond the outermost patch centres are equal then, and are not ranked by rounding.
     """
-    low, high = maps.amin(dim=1, keepdim=True), maps.amax(dim=1, keepdim=True)
+    large = torch.nn.functional.interpolate(maps.double().unflatten(1, grid)[:, None], size=size, mode="bilinear")[:, 0]
+    low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)
     constant = high - low <= 4 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())  # up to rounding
-    span = torch.where(constant, 1, high.double() - low)
-    scaled = torch.where(constant, 0, (maps.double() - low) / span).unflatten(1, grid)
-    return torch.nn.functional.interpolate(scaled[:, None], size=size, mode="bilinear")[:, 0].clamp(0, 1).float()
+    return torch.where(constant, 0, (large - low) / torch.where(constant, 1, high - low)).float()
 
 
 class Scores:
-    """Scores of maps against masks, added up image by image. Pixels above `thr`, in [0, 1), are predicted as object.
+    """Scores of maps against masks, added up image by image.
+
+    mask_thr: pixels above it, in [0, 1), are predicted as object.
+    thr: in [0, 1); scores below it count as it in the precision/recall curve (a clamp of the published code).
 
     Pixel accuracy and the IoU of both classes come from counts over all images; a class that neither exists nor is predicted has
     IoU 0. mAP is the mean over images of scikit-learn's average precision of the two maps (1 - map, map) together against the
@@ -145,10 +148,11 @@ class Scores:
     scores: it is exact at the thresholds 0, 1/65536, ..., 1.
     """
 
-    def __init__(self, thr):
-        if not 0 <= thr < 1:
-            raise UserError(f"--thr {thr} is out of range; maps go from 0 to 1: give at least 0 and less than 1")
-        self.thr, self.images, self.precision_sum = thr, 0, 0.0
+    def __init__(self, mask_thr=0.5, thr=0.0):
+        for flag, value in (("--mask_thr", mask_thr), ("--thr", thr)):
+            if not 0 <= value < 1:
+                raise UserError(f"{flag} {value} is out of range; maps go from 0 to 1: give at least 0 and less than 1")
+        self.mask_thr, self.thr, self.images, self.precision_sum = mask_thr, np.float32(thr), 0, 0.0
         self.counts = np.zeros((2, 2), np.int64)  # [in the mask, predicted]
         self.histogram = np.zeros((2, BINS + 1), np.int64)  # [in the mask, score]
 
@@ -158,8 +162,8 @@ class Scores:
             known = mask != IGNORED
             scores, inside = scores[known], mask[known] == 1
             self.images += 1
-            self.counts += np.bincount(2 * inside + (scores > self.thr), minlength=4).reshape(2, 2)
-            bins = (scores * BINS).astype(np.int64)
+            self.counts += np.bincount(2 * inside + (scores > self.mask_thr), minlength=4).reshape(2, 2)
+            bins = (np.maximum(scores, self.thr) * BINS).astype(np.int64)
             self.histogram += [np.bincount(bins[~inside], minlength=BINS + 1), np.bincount(bins[inside], minlength=BINS + 1)]
             if len(scores):
                 one_hot = np.concatenate([~inside, inside])
@@ -192,7 +196,8 @@ def row_name(settings):
         settings.get("neuron_sign") == "positive" and "positive",
         source != "predicted" and Path(source).stem,
         settings["geometry"] == "aligned" and "aligned",
-        settings["thr"] != 0.5 and f"thr{settings['thr']:g}",
+        settings["mask_thr"] != 0.5 and f"mask{settings['mask_thr']:g}",
+        settings["thr"] and f"thr{settings['thr']:g}",
         settings["image_size"] and f"{settings['image_size']}px",
     )
     return "_".join(part for part in parts if part)

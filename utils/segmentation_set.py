@@ -46,17 +46,17 @@ class SegmentationSet(Dataset):
             step.interpolation, step.fill = InterpolationMode.NEAREST, IGNORED % 256
         self.mask_transform = Compose([*steps, Resize(size, InterpolationMode.NEAREST)])
         if not self.path.is_file():
-            raise UserError(f"--dataset_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout")
+            raise UserError(f"--data_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout")
         try:
             with h5py.File(self.path) as file:
                 shapes = [file[name].shape for name in ("value/img", "value/gt") if h5py.check_ref_dtype(file[name].dtype)]
         except OSError as error:
-            raise UserError(f"--dataset_path {self.path} is not a MATLAB v7.3 file ({one_line(error)[:100]})") from error
+            raise UserError(f"--data_path {self.path} is not a MATLAB v7.3 file ({one_line(error)[:100]})") from error
         except (KeyError, AttributeError):
             shapes = []
         if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != (1,) or not shapes[0][0]:
             layout = "references to images in /value/img and to masks in /value/gt, [images, 1] each"
-            raise UserError(f"--dataset_path {self.path} does not have the layout of gtsegs_ijcv.mat: {layout}")
+            raise UserError(f"--data_path {self.path} does not have the layout of gtsegs_ijcv.mat: {layout}")
         self.images = shapes[0][0]
         data = hashlib.sha256(f"{self.images} {self.path.stat().st_size}".encode()).hexdigest()[:12]
         self.record = {"dataset": self.path.stem, "data": data}

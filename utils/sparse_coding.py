@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from utils.clip import text_vectors
 from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts, save_atomic, save_json
@@ -14,22 +15,42 @@ from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record, record_path
 
 BLOCK = 256  # targets that are pursued at a time
+SAMPLES = 16  # texts that are embedded to see whether a file of vectors is theirs
 
 
-def load_texts(results, name, descriptions_dir):
+def load_texts(results, name, descriptions_dir, load_clip):
     """A text set that compute_text_set_projection.py embedded: the texts, their vectors [texts, D], and the fingerprint of the
     weights (None when it is unknown).
 
     results, name: `Results` of the folder with the vectors; name of the set.
     descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published code).
+    load_clip: () -> the `Clip`. It is called for vectors without texts beside, to see whether NAME.txt is what they were made of.
+
+    Raises UserError when something is missing, or when the vectors are not those of the texts.
     """
-    path, vectors = results.path("texts", texts=name), results.load("texts", texts=name)
+    path, vectors = results.find("texts", texts=name), results.load("texts", texts=name)
     file = path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else f"{descriptions_dir}/{name}.txt"
     texts = read_texts(file)
     if len(texts) != len(vectors):
         counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)
         raise UserError(f"{file} has {counts}; make the vectors again with: {command} --overwrite")
+    if file != path.with_suffix(".txt"):
+        check_texts(load_clip(), file, texts, path, vectors)
     return texts, vectors, load_record(path).get("fingerprint")
+
+
+def check_texts(clip, file, texts, path, vectors):
+    """Raise UserError unless the vectors in `path` are those of the texts in `file`: of a sample, the model's own vector has to
+    be nearest to the one at the same place. Not of all, because the published code uses another activation in its text tower."""
+    some = np.linspace(0, len(texts) - 1, min(SAMPLES, len(texts))).astype(int)
+    own, given = text_vectors(clip, [texts[i] for i in some], SAMPLES), np.asarray(vectors[some], np.float32)
+    given = given / np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-30)
+    found = int(((own @ given.T).argmax(axis=1) == np.arange(len(some))).sum())
+    if found < 0.75 * len(some):
+        raise UserError(
+            f"{path} does not hold the vectors of {file}: {len(some) - found} of {len(some)} texts differ; lay the texts that "
+            f"it was made of beside it as {path.with_suffix('.txt').name}, or give their folder with --descriptions_dir"
+        )
 
 
 def decomposition_matrix(support, coefficients, texts):
@@ -68,13 +89,13 @@ def load_descriptions(results, sizes, expected=(), **names):
 
     Raises UserError, with the command, when the file is missing, damaged, or of another model.
     """
-    path, command = results.path("decomposition", **names), results.command("decomposition", **names)
+    path, command = results.find("decomposition", **names), results.command("decomposition", **names)
     again = f"make it again with: {command} --overwrite"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         descriptions = [[(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))]
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; make it with: {command}") from error
+        raise UserError(results.missing(path, command)) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); {again}") from error
     if len(descriptions) != sizes["N"]:

@@ -13,6 +13,7 @@ import torch
 
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
+from utils.runtime.results import Results
 
 DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
@@ -37,15 +38,27 @@ def stage_parser(description, reads=True):
     return parser
 
 
+def add_device(parser):
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+
+
 def add_compute(parser, batch_size=16, precision=False, memory=False):
     """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers --memory."""
-    add = parser.add_argument_group("computation").add_argument
-    add("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+    group = parser.add_argument_group("computation")
+    add_device(group)
+    add = group.add_argument
     add("--batch_size", type=positive_int, default=batch_size, help="images (or texts) in one forward pass")
     if precision:
         add("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
     if memory:
         add("--memory", type=float, default=4, help="GB for the folded weights of layers that share one pass over the images")
+
+
+def add_unused(parser, *names):
+    """Published flags that have no meaning here, and are accepted so that published commands run unchanged."""
+    help = "no meaning here; accepted as a flag of the published code"
+    for name in names:
+        parser.add_argument(name, dest="unused", default=argparse.SUPPRESS, help=help)
 
 
 def add_data(parser, split="val", required=True):
@@ -78,11 +91,11 @@ def add_coefficient(parser):
     parser.add_argument("--coefficient", type=float, default=100.0, help="norm that a representation is scaled to")
 
 
-def add_texts(parser):
-    """The flags that name descriptions."""
+def add_texts(parser, components=32, also=()):
+    """The flags that name descriptions. also: other names of --components."""
     parser.add_argument("--text_descriptions", default="30k", help="name of the text set, as in compute_text_set_projection.py")
     parser.add_argument("--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors")
-    parser.add_argument("--components", type=positive_int, default=128, help="texts per neuron")
+    parser.add_argument("--components", *also, type=positive_int, default=components, help="texts per neuron")
     parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
 
 
@@ -116,6 +129,12 @@ def choose_device(name):
     return device
 
 
+def results_of(args, **known):
+    """Two `Results` of a stage: what it reads (from --input_dir, else from --output_dir), and what it writes."""
+    of_model = partial(Results, model=args.model, pretrained=args.pretrained, **known)
+    return of_model(args.input_dir, also=args.output_dir), of_model(args.output_dir)
+
+
 def same_command(**changes):
     """The running command with some flags changed, as one types it in a shell."""
     words = sys.argv[1:]
@@ -127,10 +146,11 @@ def same_command(**changes):
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
-def run(main, parser, parallel=False):
+def run(main, parser, parallel=False, written="output_dir"):
     """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1.
 
     parallel: whether the processes of torchrun share this stage's work. If not, rank 0 does it and the others leave.
+    written: the flag of the folder that the stage writes into.
     """
     args = parser.parse_args()
     if not distributed.is_rank_zero():
@@ -141,10 +161,10 @@ def run(main, parser, parallel=False):
     try:
         if parallel:
             distributed.start()
-        if getattr(args, "output_dir", None):
-            os.makedirs(args.output_dir, exist_ok=True)
-            if not os.access(args.output_dir, os.W_OK):
-                raise UserError(f"{args.output_dir} cannot be written to; choose another --output_dir")
+        if folder := getattr(args, written, None):
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"{folder} cannot be written to; choose another --{written}")
         if getattr(args, "input_dir", "") is None:
             args.input_dir = args.output_dir
         if hasattr(args, "device"):

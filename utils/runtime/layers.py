@@ -40,9 +40,10 @@ def stored_layers(results, kinds, layers, **names):
         return sorted({int(layer) for layer in layers})
     found = set()
     for kind in kinds:
-        pattern = results.path(kind, layer="*", **names)
-        prefix, suffix = pattern.name.split("*")
-        middles = (path.name.removeprefix(prefix).removesuffix(suffix) for path in pattern.parent.glob(pattern.name))
+        pattern = results.path(kind, layer="*", **names).name
+        prefix, suffix = pattern.split("*")
+        paths = (path for folder in results.folders for path in folder.glob(pattern))
+        middles = (path.name.removeprefix(prefix).removesuffix(suffix) for path in paths)
         found |= {int(middle) for middle in middles if middle.isdecimal()}  # others are of weights with a longer name
     if not found:
         command = results.command(kinds[0], layer="all", **names)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic, writing
-from utils.runtime.results import complete, is_made, publish
+from utils.runtime.results import NOTES, complete, is_made, publish
 
 COMMIT_SECONDS = 5  # at least, between two times that progress is saved
 COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take
@@ -82,8 +82,8 @@ class Pass:
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).
-    state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`), saved with the progress.
-        Each process has its own, so as many processes must resume the pass.
+    state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`). They are saved with the
+        progress. Each process has its own, so as many processes must resume the pass.
     scratch: the same for arrays too large for memory (`work.scratch`).
     overwrite: discard finished results and earlier progress.
 
@@ -94,7 +94,7 @@ class Pass:
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
         self.arrays, self.pieces, self.overwrite = {Path(path): spec for path, spec in arrays.items()}, pieces, overwrite
         self.state, self.scratch = {name: np.zeros(*spec) for name, spec in (state or {}).items()}, dict(scratch or {})
-        identity = {**complete(record), **(settings or {})}
+        identity = {key: value for key, value in complete(record).items() if key not in NOTES} | (settings or {})
         identity["arrays"] = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
         identity["division into pieces"] = _hash([[piece.start, piece.stop] for piece in pieces])
         if state:

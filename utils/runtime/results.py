@@ -17,6 +17,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_json, save_atomic, save_json
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
+NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -47,7 +48,7 @@ DESCRIBES = (
     "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
 )
 EVALUATES = DESCRIBES + " --evaluate --data_path {data_path} --split {split}"
-SEGMENTS = "compute_segmentation.py --dataset_path {data_path}"
+SEGMENTS = "compute_segmentation.py --data_path {data_path}"
 
 ARTIFACTS = {
     "representations": Artifact("{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x unit representations"),
@@ -104,11 +105,13 @@ class Results:
     Parameters
     directory: the folder.
     model, pretrained: as in the flags.
+    also: a folder where results are looked for that are not in the first, such as a stage's own --output_dir.
     known: other flags of the running command (data_path, split, descriptions_dir), which the commands in messages repeat.
     """
 
-    def __init__(self, directory, model, pretrained, **known):
+    def __init__(self, directory, model, pretrained, also=None, **known):
         self.directory, self.model, self.pretrained, self.known = Path(directory), model, pretrained, known
+        self.folders = list(dict.fromkeys([self.directory, Path(also or directory)]))
         self.clip = f"{model_name(model)}_{pretrained_name(model, pretrained)}"
 
     def path(self, kind, **names):
@@ -118,10 +121,15 @@ class Results:
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
             fields["source"] = f"_{names['train_dataset']}"
         if "alpha" in names:
-            fields["alpha"] = int(names["alpha"]) if float(names["alpha"]).is_integer() else names["alpha"]
+            fields["alpha"] = float(names["alpha"])  # 1.0, as in the published names
         if names.get("normalise", "axis") != "axis":
             fields["variant"] = f"_{names['normalise']}"
         return self.directory / ARTIFACTS[kind].file.format(**fields)
+
+    def find(self, kind, **names):
+        """Path of a result that is to be read: where `path` says, or in the folder `also` if it is only there."""
+        path = self.path(kind, **names)
+        return next((place for folder in self.folders if (place := folder / path.name).is_file()), path)
 
     def arrays(self, kinds, sizes, dtype=None, **names):
         """{path: (shape, dtype)} of some kinds of arrays, as `Pass` takes it.
@@ -168,9 +176,9 @@ class Results:
         Raises UserError, with the command that makes it, when it is missing, damaged, of another shape, or of other weights or
         data.
         """
-        path, command = self.path(kind, **names), self.command(kind, **names)
+        path, command = self.find(kind, **names), self.command(kind, **names)
         if not path.is_file():
-            raise UserError(f"{path} is missing; make it with: {command}")
+            raise UserError(self.missing(path, command))
         again = f"make it again with: {command} --overwrite"
         try:
             array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
@@ -186,6 +194,11 @@ class Results:
             )
         self.check_record(path, dict(expected), again)
         return array
+
+    def missing(self, path, command):
+        """What is said of a result that is in none of the folders."""
+        others = "".join(f" (and not in {folder})" for folder in self.folders[1:])
+        return f"{path} is missing{others}; make it with: {command}"
 
     def check_record(self, path, expected, again):
         """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
@@ -232,7 +245,7 @@ def is_made(path, record, overwrite=False):
         except (ValueError, EOFError, OSError):
             return False  # cut off or damaged
     found = load_record(path)
-    differing = [key for key in record if found.get(key) != record[key]]
+    differing = [key for key in record if found.get(key) != record[key] and key not in NOTES]
     if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
         return False  # of older mathematics
     if differing:
