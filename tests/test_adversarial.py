@@ -83,7 +83,8 @@ class Attack:
             "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--dataset_path": output, "--class_0": "horse",
             "--class_1": "automobile", "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K,
             "--neurons_num": 30, "--overall_words": 6, "--text_model": "template", "--similarity_model": "clip",
-            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--batch_size": 3, "--results_per_generation": 4, "--device": "cpu",
+            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--batch_size": 3, "--results_per_generation": 4,
+            "--device": "cpu",
         }  # fmt: skip
         given = [word for item in settings.items() for word in item] + ["--mlp_layers", *LAYERS, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

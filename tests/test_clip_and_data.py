@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import open_clip
