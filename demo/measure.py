@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class Tree:
     def __init__(self, out, name, text_set="words"):
         self.name, self.text_set, self.world = name, text_set, out / "world"
         self.results = results_of(out, name)
-        self.texts, vectors, _ = load_texts(self.results, text_set, self.world)
+        self.texts, vectors, _ = load_texts(self.results, text_set, self.world, partial(load_clip, MODEL, WEIGHTS, "cpu"))
         self.text_vectors = vectors / 100
         self.class_names = (self.world / name / "class_names.txt").read_text().splitlines()
 

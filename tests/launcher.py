@@ -71,10 +71,10 @@ def finish(process, code=0):
     return printed
 
 
-def run_stage_of_user(script, *flags, folder, check=True):
-    """Run a stage to its end; returns `returncode`, `stdout` and `stderr`, as subprocess.run does."""
+def run_stage_of_user(script, *flags, folder, check=True, **options):
+    """Run a stage to its end; returns `returncode`, `stdout` and `stderr`, as subprocess.run does. options: as in `start`."""
     stem = Path(folder) / str(next(_RUNS))
-    process = start(script, *flags, log=f"{stem}.out", errors=f"{stem}.err")
+    process = start(script, *flags, log=f"{stem}.out", errors=f"{stem}.err", **options)
     process.join(HANGS)
     out, err = (Path(f"{stem}.{part}").read_text() for part in ("out", "err"))
     if check and process.exitcode:
@@ -286,11 +286,12 @@ def _run_forked(command, logs, environment, constants):
 def run_stage(command, constants):
     """Run a stage in this process.
 
-    constants: {"module.NAME": value}, set beforehand. Besides, {"hold": [n, marker]} stops after n pieces (see `hold`), and
-    {"die": i} is kill -9 just before the i-th time that a file gets its name or is removed; 0 prints how many times there are.
+    constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs, {"hold": [n, marker]} stops
+    after n pieces (see `hold`), and {"die": i} is kill -9 just before the i-th time that a file gets its name or is removed; 0
+    prints how many times there are.
     """
-    os.chdir(ROOT)
     constants = dict(constants)
+    os.chdir(constants.pop("folder", ROOT))
     held, death = constants.pop("hold", None), constants.pop("die", None)
     if held:
         _hold(*held)
@@ -302,7 +303,7 @@ def run_stage(command, constants):
         module, _, constant = name.rpartition(".")
         setattr(importlib.import_module(module), constant, value)
     sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
     if death == 0:
         print(f"{next(times) - 1} names and removals")
 

@@ -328,7 +328,6 @@ FAULTS = [
         ["--data_path"],
     ),
     ("a file where the output should be", REPRESENTATIONS, [*DATA, "--output_dir", "{root}/words.txt"], ["words.txt"]),
-    ("a GPU that is not there", REPRESENTATIONS, [*DATA, "--device", "cuda:0"], ["0 CUDA GPUs", "--device cpu"]),
     ("a device that is none", REPRESENTATIONS, [*DATA, "--device", "tpu9"], ["--device tpu9"]),
 ]
 

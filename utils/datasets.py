@@ -41,14 +41,21 @@ class Images(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        image, label = self.samples[index]
-        if isinstance(image, str):
-            try:
-                image = Image.open(image).convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                what = f"the image {self.samples[index][0]} cannot be read ({one_line(error)[:100]})"
-                return UserError(f"{what}; fix or remove it, and run the same command again")
-        return self.transform(image), label
+        try:
+            return self.transform(self.picture(index)), self.samples[index][1]
+        except UserError as error:
+            return error
+
+    def picture(self, index):
+        """An image as it is, in RGB. Raises UserError for one that cannot be read."""
+        image, _ = self.samples[index]
+        if not isinstance(image, str):
+            return image
+        try:
+            return Image.open(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            what = f"the image {image} cannot be read ({one_line(error)[:100]})"
+            raise UserError(f"{what}; fix or remove it, and run the same command again") from error
 
     @property
     def labels(self):

@@ -111,7 +111,13 @@ positive_int.__name__ = "positive int"  # in argparse's messages
 
 
 def choose_device(name):
-    """The device of `--device`; for None the best one there is. Raises UserError when it cannot be used."""
+    """The device of `--device`; for None, and for a CUDA GPU on a machine without one, the best there is.
+
+    Raises UserError when it cannot be used.
+    """
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        print(f"note: --device {name}: there is no CUDA GPU, so another device is used")
+        name = None
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
