@@ -56,6 +56,7 @@ def parser_of(monkeypatch):
 
 # Defaults that are other than the published ones, as the README's table of differences says; X stands for a path.
 OTHER = {"device", "batch_size", "num_workers", "image_size", "evaluate", "save_img", "method"}
+OTHER |= {"cosim_similarity"}  # None: 0.6 for sentence models, as published, and another one for CLIP's own cosines
 
 
 @pytest.mark.parametrize("line", lines_of("published_flags.txt"), ids=lambda line: line.split()[0])
@@ -106,6 +107,10 @@ def painter(model, device, options, offload):
     return draw
 
 
+def photo(name):
+    return f"a photo of a {name}."
+
+
 def nothing(*models, **more):
     pass
 
@@ -118,18 +123,30 @@ STAND_INS = {
 }
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A Hugging Face cache that holds seeded random weights under the name of OpenAI's."""
-    snapshot = tmp_path_factory.mktemp("hf") / "hub" / HUB_FOLDER / "snapshots" / "0123"
+SMALL = {  # as deep as ViT-B-32, with its image size and patches
+    "embed_dim": 160,
+    "vision_cfg": {"image_size": 224, "patch_size": 32, "layers": 12, "width": 64, "head_width": 16, "mlp_ratio": 4.0},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def cache_of(folder, config):
+    """A Hugging Face cache that holds seeded random weights, of the shape of a config, under the name of OpenAI's ViT-B-32."""
+    snapshot = folder / "hub" / HUB_FOLDER / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0123")
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32", force_quick_gelu=True)
+    model = open_clip.CLIP(**config, quick_gelu=True)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, snapshot / "open_clip_model.safetensors")
-    return snapshot.parent.parent.parent.parent
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A cache with weights of the real shape."""
+    return cache_of(tmp_path_factory.mktemp("hf"), open_clip.get_model_config("ViT-B-32"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +161,23 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def test_the_published_commands_run_as_they_stand(tmp_path, hub, imagenet):
+@pytest.mark.parametrize("line", [0, 2])
+def test_published_commands_run_on_a_model_of_the_real_shape(tmp_path, hub, imagenet, line):
+    """Representations and effects. Prompts for all classes would take minutes; the next test has every command."""
+    words = shlex.split(lines_of("published_commands.txt")[line])
+    places = {"$datapath": imagenet, "$outputdir": tmp_path / "out"}
+    cache = {"huggingface_hub.constants.HF_HUB_CACHE": str(hub / "hub")}
+    run_stage_of_user(*(places.get(word, word) for word in words[1:]), folder=tmp_path, constants=cache)
+    shapes = {path.name: np.load(path, mmap_mode="r").shape for path in (tmp_path / "out").glob("*.npy")}
+    expected = (
+        {"imagenet_train_representations_ViT-B-32_openai.npy": (100, 512)},
+        {"imagenet_train_mlps_ViT-B-32_openai_9_coefficients.npy": (100, 24, 3072)},
+    )
+    assert expected[line // 2].items() <= shapes.items()
+
+
+def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
+    """All of them, on a smaller model under the name of ViT-B-32."""
     out, logs = tmp_path / "out put", tmp_path / "logs"
     logs.mkdir()
     renditions = write_photos(tmp_path / "imagenet-r", splits=(".",), classes=SYNSETS[:2], per_class=10, side=64)
@@ -154,8 +187,9 @@ def test_the_published_commands_run_as_they_stand(tmp_path, hub, imagenet):
     (tmp_path / "text_descriptions" / "30k.txt").write_text("\n".join(words))
     (tmp_path / "imagenet_seg").mkdir()
     write_mat(tmp_path / "imagenet_seg" / "gtsegs_ijcv.mat", *discs(3))
-    constants = {"folder": str(tmp_path), "huggingface_hub.constants.HF_HUB_CACHE": str(hub / "hub"), **STAND_INS}
-    constants["open_clip.OPENAI_IMAGENET_TEMPLATES"] = (open_clip.OPENAI_IMAGENET_TEMPLATES[0],)
+    cache = {"huggingface_hub.constants.HF_HUB_CACHE": str(cache_of(tmp_path / "hf", SMALL) / "hub")}
+    model = {"open_clip.factory._MODEL_CONFIGS": {"ViT-B-32": SMALL}, "open_clip.OPENAI_IMAGENET_TEMPLATES": (photo,)}
+    constants = {"folder": str(tmp_path), **cache, **model, **STAND_INS}
     for line in lines_of("published_commands.txt"):
         python, script, *words = (str(places.get(word, word)) for word in shlex.split(line))
         assert python == "python"
@@ -169,7 +203,7 @@ def test_the_published_commands_run_as_they_stand(tmp_path, hub, imagenet):
         described = f"imagenet_mlps_ViT-B-32_openai_{layer}_30k_decomposition_omp_1.0_128"
         expected |= {f"{described}.json", f"{described}.npz"}
     assert expected <= names and not [name for name in names if "partial" in name or "progress" in name]
-    assert np.load(out / "imagenet_train_representations_ViT-B-32_openai.npy").shape == (100, 512)
+    assert np.load(out / "imagenet_train_representations_ViT-B-32_openai.npy").shape == (100, 160)
     assert np.load(out / "imagenet_train_classes.npy").tolist() == sorted(np.load(out / "imagenet_train_classes.npy"))
     assert json.loads((out / "imagenet_val_ablations_ViT-B-32_openai_9_100.json").read_text())["images"] == 3
     assert json.loads((out / "imagenet_r_val_ablations_imagenet_ViT-B-32_openai_9_100.json").read_text())["images"] == 2
