@@ -26,7 +26,7 @@ def main(args):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, layers = clip.vit, parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
+    (classifier, labels), loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
     wanted = {"clip": clip, "coefficient": args.coefficient}
     statistics = load_statistics(inputs, train, layers, args.top_k_pca, **wanted)
 
@@ -46,7 +46,7 @@ def main(args):
                 work[path][rows] = classify(vit, pixels, ablations, classifier, coefficient=args.coefficient)
         del directions, ablations  # room for the next group
         if distributed.is_rank_zero():
-            table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
+            table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
     if not distributed.is_rank_zero():
         return
     from utils.visualization import accuracy_table, plot_ablations  # here, because matplotlib takes 20 MB

@@ -6,22 +6,22 @@ Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the
 """
 
 from utils.clip import load_clip, zero_shot_classifier
-from utils.datasets import class_names_of, train_set_of
+from utils.datasets import classes_of, train_set_of
 from utils.runtime import flags
 from utils.runtime.results import Results, complete, is_made, save_array
 
 
 def main(args):
-    class_names = class_names_of(args.dataset, args.data_path, args.split, args.class_names)
+    classes = classes_of(args.dataset, args.data_path, args.split, args.class_names)
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path)
     dataset = train_set_of(args.dataset)
     path = results.path("classifier", dataset=dataset)
-    record = {**clip.record, "dataset": dataset, "class_names": class_names}
+    record = {**clip.record, "dataset": dataset, **classes}
     if is_made(path, complete(record), args.overwrite):
         print(f"kept {path}: made from the same inputs (--overwrite makes it again)")
     else:
-        classifier = zero_shot_classifier(clip, class_names, args.batch_size)
+        classifier = zero_shot_classifier(clip, classes["class_names"], args.batch_size)
         save_array(path, classifier, record)
         print(f"wrote {path} {classifier.shape}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32

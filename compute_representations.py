@@ -22,7 +22,8 @@ def main(args):
     loader, data = Loader(images, args.device, args.num_workers), images.record
     path = results.path("representations", dataset=args.dataset, split=args.split)
     classes = results.path("classes", dataset=args.dataset, split=args.split)
-    labels_made = is_made(classes, complete(data), args.overwrite)
+    of_labels = {**data, **images.classes}
+    labels_made = is_made(classes, complete(of_labels), args.overwrite)
 
     record = {**clip.record, **data, "coefficient": args.coefficient}
     arrays = {path: ((len(images), clip.vit.D), "float32")}
@@ -33,7 +34,7 @@ def main(args):
 
     if distributed.is_rank_zero():
         if not labels_made:
-            save_array(classes, images.labels, data)
+            save_array(classes, images.labels, of_labels)
         print(f"wrote {path} {arrays[path][0]} and {classes}")
         print(f"next: {results.command('classifier', dataset=args.dataset)}")
 

@@ -61,7 +61,7 @@ def evaluate(args, inputs, results, rebuilt, names):
         raise UserError("--evaluate needs held-out images; add --data_path")
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     images = load_images(args.dataset, data_path, args.split, clip.transform, subsample=args.subsample)
-    classifier, loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
+    (classifier, labels), loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
     layers, wanted = list(rebuilt), {"clip": clip, "coefficient": args.coefficient}
     statistics = load_statistics(inputs, names["dataset"], layers, args.top_k_pca, **wanted)
     made_of = {**clip.record, **images.record, "text_descriptions": args.text_descriptions, "components": args.components}
@@ -78,7 +78,7 @@ def evaluate(args, inputs, results, rebuilt, names):
             for rows, pixels in work.over(loader):
                 work[path][rows] = classify(clip.vit, pixels, ablations, classifier, coefficient=args.coefficient)
         if distributed.is_rank_zero():
-            table |= dict(zip(map(str, group), accuracies(np.load(path), images.labels), strict=True))
+            table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
     if distributed.is_rank_zero():
         path, table = results.path("evaluation", layer=layers, **names), {layer: value for layer, (value,) in table.items()}
         save_json(path, {**made_of, "layers": layers, "images": len(images), "accuracy": table})

@@ -13,14 +13,17 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
 
 from tests.conftest import TINY
 from tests.photos import SYNSETS, write_photos
 from utils import datasets
+from utils.ablation import load_classifier
 from utils.clip import load_clip, text_vectors, weights_fingerprint, zero_shot_classifier
-from utils.datasets import Loader, class_names_of, load_images
+from utils.datasets import Loader, classes_of, load_images
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_texts
+from utils.runtime.results import Results, save_array
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +172,92 @@ def test_imagenet_r_has_the_labels_of_imagenet(tmp_path):
         load_images("imagenet_r", tmp_path, "train")
 
 
-def test_class_names_of_folders_and_files(tmp_path):
+def test_classes_of_folders_and_files(tmp_path):
     write_photos(tmp_path, splits=("val",), classes=("golden_retriever", "sea"), per_class=1, side=32)
-    assert class_names_of("folder", tmp_path, "val") == ["golden retriever", "sea"]
+    folders = ["golden_retriever", "sea"]
+    assert classes_of("folder", tmp_path, "val") == {"folders": folders, "class_names": ["golden retriever", "sea"]}
     (tmp_path / "names.txt").write_text("dog\nocean\n")
-    assert class_names_of("folder", tmp_path, "val", tmp_path / "names.txt") == ["dog", "ocean"]
-    assert class_names_of("imagenet")[:2] == ["tench", "goldfish"]
+    assert classes_of("folder", tmp_path, "val", tmp_path / "names.txt") == {"folders": folders, "class_names": ["dog", "ocean"]}
+    assert classes_of("imagenet")["class_names"][:2] == ["tench", "goldfish"]
+    assert classes_of("imagenet")["folders"][:2] == ["n01440764", "n01443537"]
     (tmp_path / "names.txt").write_text("dog\n")
     with pytest.raises(UserError, match="1 names, and the data set has 2"):
         load_images("folder", tmp_path, "val", class_names=tmp_path / "names.txt")
     with pytest.raises(UserError, match="1 names, and the data set has 2"):
-        class_names_of("folder", tmp_path, "val", tmp_path / "names.txt")
+        classes_of("folder", tmp_path, "val", tmp_path / "names.txt")
     with pytest.raises(UserError, match="--data_path"):
-        class_names_of("CIFAR10")
+        classes_of("CIFAR10")
     with pytest.raises(UserError, match="goes with --dataset folder"):
-        class_names_of("imagenet", class_names=tmp_path / "names.txt")
+        classes_of("imagenet", class_names=tmp_path / "names.txt")
+
+
+def test_folders_that_are_numbers_are_sorted_by_value_and_hidden_ones_do_not_exist(tmp_path):
+    write_photos(tmp_path / "plain", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32)
+    write_photos(tmp_path / "more", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32)
+    more = tmp_path / "more" / "val"
+    for hidden in (".ipynb_checkpoints", "__MACOSX/3"):
+        (more / hidden).mkdir(parents=True)
+        (more / hidden / "0000.JPEG").write_bytes(b"no picture")
+    (more / ".empty").mkdir()
+    (more / "3" / "._0000.JPEG").write_bytes(b"no picture")
+    (more / "4" / ".thumbs").mkdir()
+    (more / "4" / ".thumbs" / "0000.JPEG").write_bytes(b"no picture")
+    plain, same = (load_images("folder", tmp_path / name, "val") for name in ("plain", "more"))
+    assert plain.folders == [str(i) for i in range(12)] and plain.labels.tolist() == list(range(12))
+    assert [path.split("/")[-2] for path, _ in plain.samples] == plain.folders
+    assert same.record["data"] == plain.record["data"] and same.classes == plain.classes
+    write_photos(tmp_path / "mixed", splits=("val",), classes=("10", "9", "x"), per_class=1, side=32)
+    assert load_images("folder", tmp_path / "mixed", "val").folders == ["10", "9", "x"]
+
+
+def test_labels_are_matched_by_folder_and_not_by_position(tmp_path, clip, tiny_model):
+    """The classifier of other folders: in another order, with more of them, with others, and without a record."""
+    write_photos(tmp_path, splits=("val",), classes=("b", "c", "d"), per_class=2, side=32)
+    images, results = load_images("folder", tmp_path, "val", clip.transform), Results(tmp_path / "out", tiny_model, "random")
+    results.directory.mkdir()
+    path, columns = results.path("classifier", dataset="folder"), np.eye(24, 4, dtype=np.float32)
+    for folders, expected in ((["d", "a", "b", "c"], [2, 2, 3, 3, 0, 0]), (["a", "b", "c", "d"], [1, 1, 2, 2, 3, 3])):
+        save_array(path, columns, {"folders": folders, "class_names": folders})
+        found, labels = load_classifier(results, clip, images)
+        assert labels.tolist() == expected and found.shape == (24, 4)
+    save_array(path, columns, {"folders": ["a", "b", "x", "y"]})
+    with pytest.raises(UserError, match=r"no class for 2 folders of the images \(c, d\); make it again with: .*--dataset folder"):
+        load_classifier(results, clip, images)
+    save_array(path, columns[:, :3], {})
+    assert load_classifier(results, clip, images)[1].tolist() == [0, 0, 1, 1, 2, 2]
+    save_array(path, columns, {})
+    with pytest.raises(UserError, match="has 4 classes and the images have 3"):
+        load_classifier(results, clip, images)
+
+
+def test_the_line_about_images_says_what_was_read(tmp_path, clip, capsys):
+    write_photos(tmp_path, splits=("val",), classes=("a_cat", "sea"), per_class=2, side=32)
+    Image.new("L", (40, 40), 200).save(tmp_path / "val" / "sea" / "grey.png")
+    load_images("folder", tmp_path, "val", clip.transform)
+    line = "images of folder val: 5 of 2 classes (a_cat = a cat, ..., sea = sea); 1 of mode L are converted; "
+    assert capsys.readouterr().out == line + "mean 0.481 0.458 0.408, std 0.269 0.261 0.276\n"
+
+
+def test_pictures_of_other_modes_look_like_their_8_bit_version(tmp_path, clip):
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    grey = np.asarray(load_sample_images().images[0])[:200, :200].mean(axis=2).astype(np.uint8)
+    plain = Image.fromarray(grey)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "1.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "2.tif")
+    plain.convert("LA").save(folder / "3.png")
+    plain.convert("P").save(folder / "4.png")
+    plain.convert("RGB").convert("CMYK").save(folder / "5.tif")
+    plain.save(folder / "6.webp", lossless=True, save_all=True, append_images=[plain])
+    plain.save(folder / "0.png")
+    images = load_images("folder", tmp_path, "val", clip.transform)
+    with torch.inference_mode():
+        vectors = torch.nn.functional.normalize(clip.vit(torch.stack([pixels for pixels, _ in images])), dim=-1)
+    assert (vectors @ vectors[0] > 0.999).all(), vectors @ vectors[0]
+    assert len(images) == 7
+    Image.fromarray(grey.astype(np.float32) / 255).save(folder / "7.tif")
+    [*_, wrong] = load_images("folder", tmp_path, "val", clip.transform)
+    assert "7.tif cannot be read (mode F, whose range of values is not known: convert it to 8 bits)" in str(wrong)
 
 
 @pytest.mark.parametrize(

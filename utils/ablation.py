@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from utils.datasets import train_set_of
@@ -10,6 +11,7 @@ from utils.norms import CentredNorms, blocks_of
 from utils.prs import second_order
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
+from utils.runtime.results import load_record
 
 ABLATIONS = (
     "baseline",
@@ -106,14 +108,28 @@ def load_statistics(results, dataset, layers, k, clip, coefficient):
 
 
 def load_classifier(results, clip, images):
-    """Read the zero-shot classifier [D, classes] of a data set to the model's device; it must cover the labels of `images`."""
-    dataset, classes = train_set_of(images.dataset), len(images.class_names)
+    """The zero-shot classifier [D, classes] of a data set, on the model's device, and the images' labels [images], its columns.
+
+    A label is a class, not a position: the images' class folders are looked up among those that the classifier was made of. A
+    classifier of the published code does not know them, and must have as many classes.
+
+    Raises UserError, with the classes, where that cannot be done.
+    """
+    dataset = train_set_of(images.dataset)
     classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
-    if classifier.shape[1] != classes:
-        path, command = (make("classifier", dataset=dataset) for make in (results.path, results.command))
-        counts = f"{classifier.shape[1]} classes and the images have {classes}"
-        raise UserError(f"{path} has {counts}; make it again with: {command} --overwrite")
-    return torch.from_numpy(classifier).to(clip.device)
+    path, command = results.find("classifier", dataset=dataset), results.command("classifier", dataset=dataset)
+    folders, labels = load_record(path).get("folders"), images.labels
+    again = f"make it again with: {command} --overwrite"
+    if folders is None and classifier.shape[1] != len(images.folders):
+        raise UserError(f"{path} has {classifier.shape[1]} classes and the images have {len(images.folders)}; {again}")
+    if folders is not None:
+        column = {folder: i for i, folder in enumerate(folders)}
+        unknown = [images.folders[label] for label in np.unique(labels) if images.folders[label] not in column]
+        if unknown:
+            names = f"{', '.join(unknown[:8])}{', ...' if len(unknown) > 8 else ''}"
+            raise UserError(f"{path} has no class for {len(unknown)} folders of the images ({names}); {again}")
+        labels = np.array([column.get(folder, -1) for folder in images.folders])[labels]
+    return torch.from_numpy(classifier).to(clip.device), labels
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from utils.concepts import word_scores
-from utils.datasets import IMAGENET, Images, Loader, class_names_of, train_set_of
+from utils.datasets import IMAGENET, Images, Loader, classes_of, train_set_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json, save_atomic, save_json
 from utils.runtime.passes import pieces_of, walk
@@ -88,7 +88,7 @@ def load_named_classifier(results, dataset, clip):
     dataset = train_set_of(dataset)
     classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
     path, count = results.find("classifier", dataset=dataset), classifier.shape[1]
-    class_names = load_record(path).get("class_names") or (class_names_of(dataset) if dataset in IMAGENET else [])
+    class_names = load_record(path).get("class_names") or (classes_of(dataset)["class_names"] if dataset in IMAGENET else [])
     if len(class_names) != count:
         command = results.command("classifier", dataset=dataset)
         raise UserError(f"{path} does not name its {count} classes; make it again with: {command} --overwrite")
@@ -319,7 +319,7 @@ def draw(folder, drawings, load):
 @torch.inference_mode()
 def representations(folder, drawings, clip, batch_size=16):
     """Unit representations of the drawings [images, D]. folder, drawings: of the run, and as `plan_drawings` returns them."""
-    images = Images([(str(folder / item["file"]), 0) for item in drawings], [], clip.transform)
+    images = Images([(str(folder / item["file"]), 0) for item in drawings], [], [], clip.transform)
     vectors = [clip.vit(pixels) for _, pixels in walk(pieces_of(len(images), batch_size), Loader(images, clip.device))]
     return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
 

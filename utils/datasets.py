@@ -3,15 +3,18 @@
 import gc
 import hashlib
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
@@ -26,11 +29,12 @@ CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 class Images(Dataset):
     """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
 
-    samples, class_names: list of (path or PIL image, label); the name of every label.
+    samples, folders, class_names: list of (path or PIL image, label); the folder and the name of every label.
     transform, dataset, split, data_path: as in `load_images`.
     """
 
     samples: list
+    folders: list
     class_names: list
     transform: object
     dataset: str = ""
@@ -52,7 +56,7 @@ class Images(Dataset):
         if not isinstance(image, str):
             return image
         try:
-            return Image.open(image).convert("RGB")
+            return to_rgb(Image.open(image))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             what = f"the image {image} cannot be read ({one_line(error)[:100]})"
             raise UserError(f"{what}; fix or remove it, and run the same command again") from error
@@ -72,6 +76,45 @@ class Images(Dataset):
             digest.update(f"{item} {label}\n".encode())
         where = {"data_path": os.path.abspath(self.data_path)} if self.data_path else {}
         return {"dataset": self.dataset, "split": self.split, "data": digest.hexdigest()[:12], **where}
+
+    @property
+    def classes(self):
+        """What results say about labels: the folder and the name of every label. Labels of other results are matched by these."""
+        return {"folders": self.folders, "class_names": self.class_names}
+
+    def summary(self):
+        """One line to see at a glance whether these are the images that were meant."""
+        first, last = (f"{self.folders[i]} = {self.class_names[i]}" for i in (0, -1))
+        modes = Counter(mode_of(image) for image, _ in self.samples)
+        other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB")
+        normal = next((step for step in getattr(self.transform, "transforms", ()) if hasattr(step, "mean")), None)
+        scale = f"; mean {_short(normal.mean)}, std {_short(normal.std)}" if normal else ""
+        counts = f"{len(self)} of {len(self.folders)} classes ({first}, ..., {last})"
+        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{scale}"
+
+
+def _short(values):
+    return " ".join(f"{float(value):.3f}" for value in values)
+
+
+def mode_of(image):
+    """Mode of a picture, from its header; RGB for one that cannot be opened, which is reported when it is read."""
+    if not isinstance(image, str):
+        return image.mode
+    try:
+        with Image.open(image) as opened:
+            return opened.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return "RGB"
+
+
+def to_rgb(image):
+    """A PIL image in 8-bit RGB. Raises ValueError where the range of its values is not known (32-bit integers, floats)."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # a PNG has 16 bits at most
+        image = Image.fromarray(np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose range of values is not known: convert it to 8 bits")
+    return image.convert("RGB")
 
 
 @dataclass
@@ -128,9 +171,10 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     empty folders, an unknown split, a wrong number of names, or fewer images than the stride.
     """
     if dataset in CIFAR:
-        samples, names = _cifar(dataset, data_path, split)
+        samples, folders = _cifar(dataset, data_path, split)
+        names = folders
     elif dataset in IMAGENET:
-        samples, names = _imagenet(dataset, data_path, split)
+        samples, folders, names = _imagenet(dataset, data_path, split), WNIDS, list(IMAGENET_CLASSNAMES)
     else:
         samples, folders = _class_folders(Path(data_path) / split, data_path, split)
         names = [folder.replace("_", " ") for folder in folders] if class_names is None else read_texts(class_names)
@@ -141,19 +185,45 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     count = len(samples) // stride
     if count == 0:
         raise UserError(f"{data_path} has {len(samples)} images of {split}, and every {stride}-th is taken; lower --subsample")
-    taken = samples[: count * stride : stride]
-    return Images(taken, names, transform, dataset=dataset, split=split, data_path=str(data_path))
+    taken, where = samples[: count * stride : stride], {"dataset": dataset, "split": split, "data_path": str(data_path)}
+    images = Images(taken, list(folders), names, transform, **where)
+    if transform is not None:
+        print(images.summary())
+    return images
 
 
-def class_names_of(dataset, data_path=None, split="val", class_names=None):
-    """The class names of a data set, in the order of its labels. Parameters as in `load_images`."""
+def classes_of(dataset, data_path=None, split="val", class_names=None):
+    """The folders and the names of a data set's classes, in the order of its labels. Parameters as in `load_images`."""
     if class_names and dataset != "folder":
         raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
     if dataset in IMAGENET:
-        return list(IMAGENET_CLASSNAMES)
+        return {"folders": WNIDS, "class_names": list(IMAGENET_CLASSNAMES)}
     if data_path is None:
         raise UserError(f"the class names of {dataset} are in its data; add --data_path")
-    return load_images(dataset, data_path, split, class_names=class_names).class_names
+    return load_images(dataset, data_path, split, class_names=class_names).classes
+
+
+class _ClassFolders(ImageFolder):
+    """Class folders by name, or by value where all names are whole numbers. Hidden files and folders do not exist."""
+
+    def __init__(self, root):
+        super().__init__(root, is_valid_file=lambda path: _is_image(Path(path).relative_to(root)))
+        self.samples.sort(key=lambda sample: sample[1])  # torchvision lists folders by name
+
+    def find_classes(self, directory):
+        names = [entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_hidden(entry.name)]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        names.sort(key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in names) else None)
+        return names, {name: i for i, name in enumerate(names)}
+
+
+def _is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(path):
+    return path.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, path.parts))
 
 
 def _class_folders(root, data_path, split):
@@ -163,10 +233,13 @@ def _class_folders(root, data_path, split):
         there = ", ".join(sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())[:8]) or "no folders"
         raise UserError(f"--data_path {data_path} has no folder for --split {split}; it has {there}")
     try:
-        folder = ImageFolder(str(root))
+        found = _ClassFolders(str(root))
     except FileNotFoundError as error:  # torchvision's word for no class folders, and for class folders without images
         raise UserError(f"{root} must hold a folder of images for every class: {one_line(error)[:140]}") from error
-    return folder.samples, folder.classes
+    for name in found.classes:
+        if name != name.encode("utf-8", "replace").decode():
+            raise UserError(f"{root} has a class folder whose name is not valid text, {ascii(name)[:100]}; rename it")
+    return found.samples, found.classes
 
 
 def _imagenet(dataset, data_path, split):
@@ -178,7 +251,7 @@ def _imagenet(dataset, data_path, split):
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
         raise UserError(f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder")
-    return [(path, index[wnids[label]]) for path, label in samples], list(IMAGENET_CLASSNAMES)
+    return [(path, index[wnids[label]]) for path, label in samples]
 
 
 def _cifar(dataset, data_path, split):
