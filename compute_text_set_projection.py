@@ -6,35 +6,34 @@ Reads a text file, one text a line (--text_descriptions NAME is text_description
 NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and beside it a .txt, the texts in that order.
 """
 
-from pathlib import Path
-
 import numpy as np
 
-from utils.clip import load_clip, text_vectors
+from utils.clip import load_clip, text_vectors, too_long
 from utils.runtime import flags
-from utils.runtime.files import digest, read_texts, save_atomic
+from utils.runtime.files import digest, find_texts, read_texts, save_atomic
 from utils.runtime.results import Results, complete, is_made, save_array
 
 
 def main(args):
-    given = Path(args.data_path or args.text_descriptions)
-    file = given if given.is_file() else Path(args.descriptions_dir) / f"{given.name}.txt"
-    texts = read_texts(file)
+    given = args.data_path or args.text_descriptions
+    texts = read_texts(find_texts(given, args.descriptions_dir))
     content = ("\n".join(texts) + "\n").encode()
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained)
-    path = results.path("texts", texts=file.stem)
+    path = results.path("texts", texts=given)
     record = {**clip.record, "texts": len(texts), "content": digest(np.frombuffer(content, np.uint8))}
     record["coefficient"] = args.coefficient
     if is_made(path, complete(record), args.overwrite) and path.with_suffix(".txt").is_file():
         print(f"kept {path}: made from the same texts (--overwrite makes it again)")
     else:
+        if cut := too_long(clip, texts):
+            print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")
         vectors = text_vectors(clip, texts, args.batch_size) * args.coefficient
         save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
         save_array(path, vectors, record)
         print(f"wrote {path} {vectors.shape}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    print(f"next: {results.command('decomposition', texts=file.stem, layer=layer, components=min(128, len(texts)))}")
+    print(f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
 
-SOURCES = ("second_order", "random", "similar", "random_words")
+SOURCES = ("second_order", "weighted", "random", "similar", "random_words")
 CLIP_THRESHOLD = 0.9  # CLIP's cosines of any two words are large
 SENTENCE_THRESHOLD = 0.6
 CLIP_BATCH = 64  # texts or images in one forward pass
@@ -86,7 +86,7 @@ def mining_settings(args, clip, chosen):
     """What the words are made from. Each later step adds its own settings to those of the step before."""
     settings = {**clip.record, "dataset": args.dataset, **chosen}
     settings |= {"word_source": args.word_source, "text_descriptions": args.text_descriptions}
-    if args.word_source in ("second_order", "random"):
+    if args.word_source in ("second_order", "weighted", "random"):
         train = args.train_dataset or train_set_of(args.dataset)
         settings |= {"train_dataset": train, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
         own = ("neurons_num", "components", "transform_alpha", "top_k_pca")
@@ -96,13 +96,15 @@ def mining_settings(args, clip, chosen):
 
 def mine(args, clip, results, settings, v):
     """Words by score and, where they come from neurons, the neurons. v: [D], the difference of the classes' text vectors."""
-    if args.word_source in ("similar", "random_words"):
+    if args.word_source in ("weighted", "similar", "random_words"):
         pool = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
-        return pool.similar(v) if args.word_source == "similar" else pool.random(args.seed)
+        if args.word_source != "weighted":
+            return pool.similar(v) if args.word_source == "similar" else pool.random(args.seed)
     names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
     names |= {"components": args.components, "alpha": args.transform_alpha}
-    neurons = attack.NeuronWords(results, clip, settings["mlp_layers"], **names)
-    return neurons.mine(v, args.neurons_num, seed=args.seed if args.word_source == "random" else None)
+    neurons = attack.NeuronWords.load(results, clip, settings["mlp_layers"], **names)
+    shares = pool.shares(v) if args.word_source == "weighted" else None
+    return neurons.mine(v, args.neurons_num, seed=args.seed if args.word_source == "random" else None, shares=shares)
 
 
 def write(args, run, settings, words):
@@ -129,7 +131,8 @@ if __name__ == "__main__":
     flags.add_dataset(parser)
     parser.add_argument("--train_dataset", choices=flags.DATASETS, help="whose neurons' words are taken; default: --dataset")
     words = parser.add_argument_group("words")
-    help = "words of the neurons along the difference of the classes, of random neurons, of texts similar to it, or random texts"
+    help = "words of the neurons along v, the difference of the classes; the same, weighted by each word's share of v; words of "
+    help += "random neurons; texts similar to v; or random texts"
     words.add_argument("--word_source", default="second_order", choices=SOURCES, help=help)
     words.add_argument("--mlp_layers", nargs="+", default=["8", "9", "10"], help="zero-based MLP layers, or 'all'")
     words.add_argument("--neurons_num", type=flags.positive_int, default=50, help="neurons, of all layers together; paper: 100")

@@ -5,7 +5,7 @@ classes, seeds, sources of words and opacities in one process.
 
 Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name, class_1 is the symbol
 at the same place among those without one. Sources of words:
-    second_order, random, similar, random_words   as in generate_adversarial_images.py
+    second_order, weighted, random, similar, random_words   as in generate_adversarial_images.py
     planted    the habit of class_0 itself: what words can do at best
     nothing    no words, class_1 alone
 Words, descriptions, pictures and classes are the script's own, for the flags that run_demo.py gives it.
@@ -46,7 +46,7 @@ from utils.generators import load_similarity
 from utils.runtime.files import save_json
 from utils.visualization import save_figure
 
-SOURCES = ("second_order", "random", "similar", "random_words", "planted", "nothing")
+SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "planted", "nothing")
 RATES = {"argmax_rate": "taken for class_0", "binary_rate": "nearer to class_0", "class_1_rate": "taken for class_1, drawn"}
 OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -62,7 +62,7 @@ class Attacks:
         self.habits = json.loads((out / "world/habits.json").read_text())["habits"]
         results = results_of(out, "symbols")
         self.classifier, self.class_names = load_named_classifier(results, "folder", self.clip)
-        self.neurons = NeuronWords(results, self.clip, ATTACK_LAYERS, texts=ATTACK_TEXTS, **NAMES)
+        self.neurons = NeuronWords.load(results, self.clip, ATTACK_LAYERS, texts=ATTACK_TEXTS, **NAMES)
         self.pool = PoolWords(results, ATTACK_TEXTS, out / "world", self.clip)
         texts = [*self.class_names, *self.pool.texts]
         self.vectors = dict(zip(texts, load_similarity("clip", self.clip, 64)(texts), strict=True))
@@ -79,6 +79,7 @@ class Attacks:
         v, count = text_0 - text_1, ATTACK["neurons_num"]
         mined = {
             "second_order": lambda: self.neurons.mine(v, count),
+            "weighted": lambda: self.neurons.mine(v, count, shares=self.pool.shares(v)),
             "random": lambda: self.neurons.mine(v, count, seed=seed),
             "similar": lambda: self.pool.similar(v),
             "random_words": lambda: self.pool.random(seed),

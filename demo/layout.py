@@ -29,7 +29,7 @@ ATTACK = {"neurons_num": 100, "overall_words": 3, "results_per_generation": 6, "
 ATTACK |= {"components": COMPONENTS, "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
 ATTACKS = 2  # pairs of classes that are attacked by command line; attack_table.py takes more
 ATTACK_SOURCES = ("second_order", "random_words")  # of their words
-TABLE_SOURCES = ("second_order", "random", "similar", "random_words", "planted")  # of the table
+TABLE_SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "planted")  # of the table
 
 
 def results_of(out, tree):

@@ -469,19 +469,20 @@ def draw_attacks(out, path):
         for source in ATTACK_SOURCES:
             result = attack_result(out, class_0, class_1, source)
             rate = json.loads(result.read_text())["argmax_rate"]
-            title = f"{class_1} with {source.replace('_', '-')} words: {rate:.0f} % are taken for {class_0}"
+            words = {"second_order": "words of neurons", "random_words": "random words"}[source]
+            title = f"{class_1} with {words}: {rate:.0f} % are taken for {class_0}"
             rows[title] = examples_of_attack(result.parent, {class_0: "C3", class_1: "C2"})
     title = f"Pale symbols (opacity {OPACITY}) in red frames fool the CLIP, in green frames they are known"
     save_figure(plot_grid(title, rows), path)
 
 
 def examples_of_attack(folder, colours, count=6):
-    """The first pictures that fool and the first that do not: [(picture, caption, colour of the frame), ...]."""
+    """Pictures that fool and others, of different descriptions: [(picture, caption, colour of the frame), ...]."""
     with open(folder / "files.csv") as file:
         items = list(csv.DictReader(file))
     fooled, others = ([item for item in items if item["adversarial"] == flag] for flag in "10")
-    shown = fooled[: count // 2]
-    shown += others[: count - len(shown)]
+    taken = min(len(fooled), count // 2)
+    shown = [items[len(items) * i // part] for items, part in ((fooled, taken), (others, count - taken)) for i in range(part)]
     examples = []
     for item in shown:
         words = textwrap.fill(item["description"].removeprefix("a photo of "), 24)

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from zipfile import BadZipFile
 
 import numpy as np
+import open_clip
 import torch
 from tqdm import tqdm
 
@@ -286,13 +287,15 @@ def _run_forked(command, logs, environment, constants):
 def run_stage(command, constants):
     """Run a stage in this process.
 
-    constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs, {"hold": [n, marker]} stops
-    after n pieces (see `hold`), and {"die": i} is kill -9 just before the i-th time that a file gets its name or is removed; 0
-    prints how many times there are.
+    constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs; {"templates": n} is how many of
+    the 80 a classifier takes; {"hold": [n, marker]} stops after n pieces (see `hold`); and {"die": i} is kill -9 just before the
+    i-th time that a file gets its name or is removed; 0 prints how many times there are.
     """
     constants = dict(constants)
     os.chdir(constants.pop("folder", ROOT))
     held, death = constants.pop("hold", None), constants.pop("die", None)
+    if templates := constants.pop("templates", None):
+        constants["open_clip.OPENAI_IMAGENET_TEMPLATES"] = open_clip.OPENAI_IMAGENET_TEMPLATES[:templates]
     if held:
         _hold(*held)
     if death is not None:

@@ -111,7 +111,7 @@ def attack(tmp_path_factory, tiny_model):
 def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
     """Of the neurons farthest along v, and of random ones (eq. 6)."""
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    found = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, seed)
+    found = NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, seed)
     chosen = {(layer, n) for layer, n, _ in found["neurons"]}
     assert len(chosen) == 20
     every = sorted(((abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)), reverse=True)
@@ -128,9 +128,24 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
         assert_allclose(score, positive[word], rtol=1e-4)
 
 
+def test_weighted_scores_are_those_of_the_words_times_their_share_of_v(attack):
+    v = np.random.default_rng(0).normal(size=D).astype(np.float32)
+    words, pool = (
+        NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES),
+        PoolWords(attack.results, "pool", "text_descriptions", attack.clip),
+    )
+    vectors = 100 * text_vectors(attack.clip, POOL, 4).astype(float)
+    share = dict(zip(POOL, (vectors - vectors.mean(axis=0)) @ v, strict=True))
+    plain, found = dict(words.mine(v, 20)["words"]), words.mine(v, 20, shares=pool.shares(v))["words"]
+    expected = {word: score * share[word] for word, score in plain.items() if share[word] > 0}
+    assert dict(found).keys() == expected.keys() and found == sorted(found, key=lambda item: -item[1])
+    for word, score in found:
+        assert_allclose(score, expected[word], rtol=1e-3)
+
+
 def test_random_neurons_depend_on_the_seed(attack):
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    words = NeuronWords(attack.results, attack.clip, LAYERS, **NAMES)
+    words = NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES)
     drawn = [words.mine(v, 20, seed)["neurons"] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and {layer for layer, _, _ in drawn[0]} == set(LAYERS)
 
@@ -150,7 +165,7 @@ def test_similar_words_are_sorted_by_cosine_with_the_difference_and_random_words
 def test_components_and_texts_of_other_weights_are_refused(attack, tiny_model):
     other = load_clip(tiny_model, "random", "cpu", seed=1)
     with pytest.raises(UserError, match="_pca.npy was made with fingerprint.*compute_pcas.py"):
-        NeuronWords(attack.results, other, LAYERS, **NAMES)
+        NeuronWords.load(attack.results, other, LAYERS, **NAMES)
     with pytest.raises(UserError, match="pool_.*npy was made with fingerprint.*compute_text_set_projection.py"):
         PoolWords(attack.results, "pool", "text_descriptions", other)
 

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.photos import SYNSETS, write_photos
 from utils import datasets
 from utils.ablation import load_classifier
-from utils.clip import load_clip, text_vectors, weights_fingerprint, zero_shot_classifier
+from utils.clip import load_clip, text_vectors, too_long, weights_fingerprint, zero_shot_classifier
 from utils.datasets import Loader, classes_of, load_images
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_texts
+from utils.runtime.files import find_texts, read_texts, text_set
 from utils.runtime.results import Results, save_array
 
 
@@ -362,10 +362,37 @@ def test_cifar_is_read_by_torchvision(tmp_path, monkeypatch, clip):
         load_images("CIFAR10", "", "val")
 
 
+def test_a_text_set_is_found_by_name_file_and_path_from_any_folder(tmp_path, monkeypatch):
+    sets, sub = tmp_path / "sets", tmp_path / "sets" / "sub"
+    sub.mkdir(parents=True)
+    for path in (sets / "a.txt", sub / "b.txt"):
+        path.write_text("x\n")
+    monkeypatch.chdir(tmp_path)
+    for given, path in (
+        ("a", "sets/a.txt"),
+        ("a.txt", "sets/a.txt"),
+        ("sub/b", "sets/sub/b.txt"),
+        (sub / "b.txt", sub / "b.txt"),
+    ):
+        assert find_texts(given, "sets") == Path(path) and text_set(given) == Path(path).stem
+    assert find_texts("30k", "text_descriptions").resolve() == ROOT / "text_descriptions" / "30k.txt"  # beside the scripts
+    results = Results("out", "M", "P")
+    assert {results.path("texts", texts=name).name for name in ("b", "b.txt", "sub/b", sub / "b.txt")} == {"b_M_P.npy"}
+    with pytest.raises(UserError, match="sets/none.txt cannot be read: No such file"):
+        read_texts(find_texts("none", "sets"))
+
+
+def test_texts_that_the_context_cuts_off_are_found(clip):
+    long = "word " * 80
+    assert too_long(clip, ["a", "word " * 75, long, "word " * 76]) == [long, "word " * 76]
+
+
 def test_text_files_are_checked(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("één\n\n  two words \n".encode())
     assert read_texts(path) == ["één", "two words"]
+    path.write_bytes(b"\xef\xbb\xbfcat\r\nold\x0bsea\x1cside\r\rone\xe2\x80\xa8line\xc2\x85\n")
+    assert read_texts(path) == ["cat", "old\x0bsea\x1cside", "one\u2028line"]
     path.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(UserError, match="not UTF-8"):
         read_texts(path)

@@ -11,7 +11,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests.conftest import ROOT
-from tests.launcher import STAGES, shared_world, the_line
+from tests.launcher import STAGES, contents, shared_world, the_line
 from utils.clip import load_clip
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
@@ -68,8 +68,10 @@ def test_tf32_without_a_cuda_gpu_is_refused(world, tiny_model):
 
 @pytest.mark.skipif(GPU is not None, reason="there is a GPU, which is the default")
 def test_the_default_device_without_a_gpu_is_the_cpu(world):
-    line = the_line(world.run("representations", world.root / "no_gpu", "--device", "cuda", code=1))
-    assert "--device cuda: this machine has 0 CUDA GPUs; use --device cpu" in line
+    said = world.run("representations", world.root / "no_gpu", "--device", "cuda:0")  # as published commands have it
+    assert "note: --device cuda:0: there is no CUDA GPU, so another device is used" in said
+    found, expected = (contents(folder) for folder in (world.root / "no_gpu", world.whole / "representations"))
+    assert found == expected
 
 
 @needs_gpu

@@ -107,10 +107,6 @@ def painter(model, device, options, offload):
     return draw
 
 
-def photo(name):
-    return f"a photo of a {name}."
-
-
 def nothing(*models, **more):
     pass
 
@@ -188,7 +184,7 @@ def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
     (tmp_path / "imagenet_seg").mkdir()
     write_mat(tmp_path / "imagenet_seg" / "gtsegs_ijcv.mat", *discs(3))
     cache = {"huggingface_hub.constants.HF_HUB_CACHE": str(cache_of(tmp_path / "hf", SMALL) / "hub")}
-    model = {"open_clip.factory._MODEL_CONFIGS": {"ViT-B-32": SMALL}, "open_clip.OPENAI_IMAGENET_TEMPLATES": (photo,)}
+    model = {"open_clip.factory._MODEL_CONFIGS": {"ViT-B-32": SMALL}, "templates": 1}
     constants = {"folder": str(tmp_path), **cache, **model, **STAND_INS}
     for line in lines_of("published_commands.txt"):
         python, script, *words = (str(places.get(word, word)) for word in shlex.split(line))
@@ -341,6 +337,13 @@ def test_descriptions_from_published_components_and_texts(published, tmp_path):
     found = scipy.sparse.load_npz(path.with_suffix(".npz")).toarray()
     assert_allclose(found, published.coefficients, atol=1e-4)
     assert path.with_name(f"{path.stem}_evaluation.json").is_file()
+
+
+def test_an_evaluation_needs_images_where_no_record_says_where_they_were(published, tmp_path):
+    texts = ["--text_descriptions", "pool", "--descriptions_dir", published.root / "my texts", "--components", 4]
+    stage = ["compute_sparse_decomposition.py", "--mlp_layer", LAYER, "--top_k_pca", K, "--evaluate"]
+    done = published.run(*stage, *texts, output=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("error: --evaluate needs held-out images; add --data_path\n")
 
 
 def test_texts_that_are_not_those_of_the_vectors_are_refused(published, tmp_path):

@@ -32,15 +32,15 @@ class World:
         self.data = ["--dataset", "imagenet", "--data_path", self.photos, "--subsample", 1]
 
     def run(self, script, *flags, output=None, **options):
-        where = ["--output_dir", output or self.output]
-        return run_stage_of_user(script, *self.model, *where, *flags, folder=self.logs, **options)
+        where, few = ["--output_dir", output or self.output], {"templates": 2}  # test_clip_and_data.py takes all 80
+        return run_stage_of_user(script, *self.model, *where, *flags, folder=self.logs, constants=few, **options)
 
     def stages(self, output=None):
         """The commands of the README's order."""
         passing = [*self.data, "--batch_size", 4, "--num_workers", 0]
         layers = ["--mlp_layer", "1", "3"]
         self.run("compute_representations.py", *passing, "--split", "train", output=output)
-        self.run("compute_representations.py", *passing, output=output)
+        self.run("compute_representations.py", *passing, "--split", "val", output=output)
         self.run("compute_classifier_projection.py", "--dataset", "imagenet", "--batch_size", 8000, output=output)
         self.run("compute_second_order_neuron_prs.py", *passing, "--split", "train", *layers, "--merged", output=output)
         pca = [*layers, "--top_k_pca", 5]
@@ -259,9 +259,19 @@ FAULTS = [
     ("no such checkpoint", REPRESENTATIONS, [*DATA, "--pretrained", "none.pt"], ["--pretrained none.pt", "no such file"]),
     ("a ResNet", EFFECTS, [*DATA, "--model", "RN50", "--pretrained", "random"], ["ModifiedResNet", "ViT-B-32"]),
     ("missing data", REPRESENTATIONS, ["--data_path", "{root}/none"], ["--data_path", "no such folder"]),
-    ("empty data", REPRESENTATIONS, ["--dataset", "folder", "--data_path", "{empty}"], ["folder of images for every class"]),
+    (
+        "empty data",
+        REPRESENTATIONS,
+        ["--dataset", "folder", "--data_path", "{empty}", "--split", "val"],
+        ["folder of images for every class"],
+    ),
     ("wrong split", REPRESENTATIONS, [*DATA, "--split", "test"], ["--split test", "train and val"]),
-    ("broken image", REPRESENTATIONS, ["--dataset", "folder", "--data_path", "{broken}"], ["0001.JPEG cannot be read"]),
+    (
+        "broken image",
+        REPRESENTATIONS,
+        ["--dataset", "folder", "--data_path", "{broken}", "--split", "val"],
+        ["0001.JPEG cannot be read"],
+    ),
     (
         "broken image, workers",
         EFFECTS,
@@ -279,7 +289,7 @@ FAULTS = [
     (
         "classifier missing",
         ABLATIONS,
-        [*DATA, "--mlp_layer", "3", "--input_dir", "{empty}"],
+        [*DATA, "--mlp_layer", "3", "--input_dir", "{empty}", "--output_dir", "{empty}"],
         ["compute_classifier_projection.py"],
     ),
     (
@@ -320,12 +330,6 @@ FAULTS = [
         DECOMPOSITION,
         ["--mlp_layer", "3", "--top_k_pca", "5", "--text_descriptions", "words", "--components", "11"],
         ["--components 11", "10 texts"],
-    ),
-    (
-        "evaluation without images",
-        DECOMPOSITION,
-        ["--mlp_layer", "3", "--text_descriptions", "words", "--evaluate"],
-        ["--data_path"],
     ),
     ("a file where the output should be", REPRESENTATIONS, [*DATA, "--output_dir", "{root}/words.txt"], ["words.txt"]),
     ("a device that is none", REPRESENTATIONS, [*DATA, "--device", "tpu9"], ["--device tpu9"]),

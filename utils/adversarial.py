@@ -155,24 +155,27 @@ def load_block_list(path, class_0):
 class NeuronWords:
     """Words of neurons: of those whose first components separate the classes most, or of random ones (Table 3 of the paper).
 
-    results: `Results` of the folder.
-    clip: the loaded `Clip`.
-    layers: MLP layers.
-    names: dataset, texts, components, alpha, k: the fields of the files' names.
+    pcas, descriptions: {layer: first components [N, D]}; {layer: as `load_descriptions` gives them}.
     """
 
-    def __init__(self, results, clip, layers, **names):
-        sizes, expected = clip.vit.sizes, {"fingerprint": clip.fingerprint}
-        self.pcas = {layer: results.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
-        expected = {**expected, "top_k_pca": names["k"]}
-        self.descriptions = {l: load_descriptions(results, sizes, expected, layer=l, **names) for l in layers}
+    def __init__(self, pcas, descriptions):
+        self.pcas, self.descriptions = pcas, descriptions
 
-    def mine(self, v, neurons_num, seed=None):
+    @classmethod
+    def load(cls, results, clip, layers, **names):
+        """Read those of some layers. results: `Results`. names: dataset, texts, components, alpha, k: in the files' names."""
+        sizes, expected = clip.vit.sizes, {"fingerprint": clip.fingerprint}
+        pcas = {layer: results.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
+        expected = {**expected, "top_k_pca": names["k"]}
+        return cls(pcas, {layer: load_descriptions(results, sizes, expected, layer=layer, **names) for layer in layers})
+
+    def mine(self, v, neurons_num, seed=None, shares=None):
         """Score the words of some neurons: the sum of coefficient * <r_n, v> over the neurons (eq. 6).
 
         v: [D], the difference of the classes' text vectors.
         neurons_num: neurons to take, from all layers together.
         seed: of the random neurons; None takes those with the largest |<r_n, v>|.
+        shares: {word: weight} that the scores are multiplied by, such as `PoolWords.shares` (not in the paper).
 
         Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, with the positive scores only.
         """
@@ -182,6 +185,9 @@ class NeuronWords:
         neurons = (along if seed is not None else sorted(along, key=lambda item: -abs(item[2])))[:neurons_num]
         descriptions = [self.descriptions[layer][n] for layer, n, _ in neurons]
         scores = word_scores(descriptions, {i: x for i, (_, _, x) in enumerate(neurons)})
+        if shares is not None:
+            scores = [[word, score * max(shares[word], 0)] for word, score in scores if score > 0]
+            scores.sort(key=lambda item: (-item[1], item[0]))
         return {"neurons": neurons, "words": [[word, score] for word, score in scores if score > 0]}
 
 
@@ -202,6 +208,10 @@ class PoolWords:
         cosines = self.vectors @ (v / np.linalg.norm(v)) / np.maximum(norms, np.finfo(norms.dtype).tiny)
         scores = dict(zip(self.texts, cosines.tolist(), strict=True))  # duplicates count once
         return {"words": [[text, score] for text, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]}
+
+    def shares(self, v):
+        """{word: what its vector, from the mean over all texts, has along v [D]}."""
+        return dict(zip(self.texts, ((self.vectors - self.vectors.mean(axis=0)) @ v).tolist(), strict=True))
 
     def random(self, seed):
         """All texts in a random order, without scores."""

@@ -135,6 +135,14 @@ def weights_fingerprint(model):
     return digest.hexdigest()[:12]
 
 
+def too_long(clip, texts):
+    """Those of some texts that are longer than the model's context; it reads their beginnings only."""
+    limit, hugging_face = clip.tokenizer.context_length, getattr(clip.tokenizer, "tokenizer", None)
+    if hugging_face:  # it counts the tokens at both ends itself
+        return [text for text in texts if len(hugging_face(text)["input_ids"]) > limit]
+    return [text for text in texts if len(clip.tokenizer.encode(text)) + 2 > limit]
+
+
 @torch.inference_mode()
 def text_vectors(clip, texts, batch_size):
     """Unit text vectors, without a template: list of texts -> float32 array [texts, D]."""

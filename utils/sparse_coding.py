@@ -10,7 +10,7 @@ import torch
 from utils.clip import text_vectors
 from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_texts, save_atomic, save_json
+from utils.runtime.files import find_texts, one_line, read_texts, save_atomic, save_json
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record, record_path
 
@@ -22,14 +22,14 @@ def load_texts(results, name, descriptions_dir, load_clip):
     """A text set that compute_text_set_projection.py embedded: the texts, their vectors [texts, D], and the fingerprint of the
     weights (None when it is unknown).
 
-    results, name: `Results` of the folder with the vectors; name of the set.
+    results, name: `Results` of the folder with the vectors; the set, as a user names it.
     descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published code).
     load_clip: () -> the `Clip`. It is called for vectors without texts beside, to see whether NAME.txt is what they were made of.
 
     Raises UserError when something is missing, or when the vectors are not those of the texts.
     """
     path, vectors = results.find("texts", texts=name), results.load("texts", texts=name)
-    file = path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else f"{descriptions_dir}/{name}.txt"
+    file = path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else find_texts(name, descriptions_dir)
     texts = read_texts(file)
     if len(texts) != len(vectors):
         counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)

@@ -11,6 +11,8 @@ import numpy as np
 
 from utils.runtime.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent.parent  # where the scripts and text_descriptions are
+
 
 @contextlib.contextmanager
 def writing(path):
@@ -77,10 +79,22 @@ def read_json(path, what, fix):
         raise UserError(f"{what} {path} is damaged ({one_line(error)[:100]}); {fix}".strip()) from error
 
 
+def text_set(given):
+    """The name of a text set that a user names: NAME, NAME.txt, sub/NAME or a path."""
+    return Path(given).name.removesuffix(".txt")
+
+
+def find_texts(given, directory):
+    """The file of a text set: as it is given, or in a directory, with or without .txt; both also beside the scripts."""
+    places = (folder / place / f"{given}{end}" for folder in (Path(), ROOT) for place in ("", directory) for end in ("", ".txt"))
+    return next((path for path in places if path.is_file()), Path(directory) / f"{text_set(given)}.txt")
+
+
 def read_texts(path):
-    """Texts of a file, one a line, without empty lines. Raises UserError when it is missing, empty or not UTF-8."""
+    """Texts of a file, one a line, without empty lines; only line ends divide them. Raises UserError when it is missing, empty or
+    not UTF-8."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_json, save_atomic, save_json
+from utils.runtime.files import one_line, read_json, save_atomic, save_json, text_set
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
@@ -120,6 +120,8 @@ class Results:
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
             fields["source"] = f"_{names['train_dataset']}"
+        if "texts" in names:
+            fields["texts"] = text_set(names["texts"])
         if "alpha" in names:
             fields["alpha"] = float(names["alpha"])  # 1.0, as in the published names
         if names.get("normalise", "axis") != "axis":
