@@ -20,7 +20,7 @@ from utils.runtime import flags
 from utils.runtime.layers import groups_of_layers, parse_layers
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
-from utils.top_effects import FULL, TOP, Sums, TopK, start_of, write_top, write_weights
+from utils.top_effects import FULL, TOP, Sums, TopK, of_batch, start_of, write_top, write_weights
 
 
 def main(args):
@@ -74,7 +74,7 @@ def keep_top(args, vit, layers, loader, path, arrays, record):
             return
         directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
         for _, pixels in work.over(loader, slice(len(pieces)), "means"):
-            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            _, effects = second_order(vit, pixels, directions, args.coefficient, form=of_batch)
             for _ in layers:
                 sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
         means = sums.means(layers, len(loader.images))

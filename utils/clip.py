@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from tqdm import tqdm
 
+from utils import checkpoints
 from utils.hooked_vit import HookedViT
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
@@ -45,8 +47,8 @@ class Clip:
 def load_clip(model, pretrained, device, seed=0, precision="float32", image_only=False):
     """Load a CLIP in float32, for evaluation, with the activation that its weights were trained with (the tag's or config's).
 
-    model: an open_clip name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the path of a model-config json.
-    pretrained: an open_clip tag, a checkpoint's path (.safetensors, .pt), or 'random'; ignored for hf-hub and local-dir names.
+    model: an open_clip name, `hf-hub:ORG/NAME`, `local-dir:PATH`, `hf:ORG/NAME`, or the path of a model-config json.
+    pretrained: an open_clip tag, a checkpoint's path, or 'random'; ignored where the model names its weights.
     device, seed: where the weights go, and what random ones are drawn from.
     precision: of the image tower's forward pass; the weights stay in float32.
     image_only: drop the text tower, so that it takes no memory.
@@ -57,19 +59,15 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     device = torch.device(device)
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bfloat16")
-    name = _register_config(model) if model.endswith(".json") else model
-    if name.startswith(("hf-hub:", "local-dir:")):
-        weights, options = None, {"require_pretrained": True}
-    else:
-        weights = _checked_weights(name, pretrained)
-        options = {"force_quick_gelu": open_clip.get_pretrained_cfg(name, weights or "").get("quick_gelu", False)}
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            clip = open_clip.create_model(name, pretrained=weights, device=device, **options).eval().requires_grad_(False)
-        tokenizer = open_clip.get_tokenizer(name)
+            clip, tokenizer = _create(model, pretrained)
+            clip = clip.to(device).eval().requires_grad_(False)
+    except UserError:
+        raise
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
-        raise UserError(_why_not_loaded(model, pretrained, weights, error)) from error
+        raise UserError(f"--model {model} --pretrained {pretrained} could not be loaded: {one_line(error)[:200]}") from error
     if not all(parameter.isfinite().all() for parameter in clip.parameters()):
         raise UserError(f"the weights of --model {model} --pretrained {pretrained} hold NaN or infinity; use another checkpoint")
     vit = HookedViT(clip.visual, precision)
@@ -78,6 +76,48 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     record |= {} if precision == "float32" else {"precision": precision}
     record["fingerprint"] = weights_fingerprint(clip)
     return Clip(vit, None if image_only else clip, transform, tokenizer, record=record, device=device)
+
+
+def _create(model, pretrained):
+    """The open_clip model on the CPU, and its tokenizer."""
+    name = _register_config(model) if model.endswith(".json") else model
+    folder = _hugging_face_folder(name)
+    if folder is not None:
+        clip, tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder))
+        checkpoints.load_weights(clip, folder / "model.safetensors")
+        return clip, tokenizer
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return open_clip.create_model(name, require_pretrained=True), open_clip.get_tokenizer(name)
+    _check_names(name, pretrained)
+    if pretrained == "random" or is_checkpoint_path(pretrained):
+        clip = open_clip.create_model(name)
+        if pretrained != "random":
+            checkpoints.load_weights(clip, pretrained)
+    else:
+        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        clip = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
+    return clip, open_clip.get_tokenizer(name)
+
+
+def _hugging_face_folder(name):
+    """The folder of a `CLIPModel` of the transformers library: `local-dir:PATH` of one, or `hf:ORG/NAME`; else None."""
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        return folder if checkpoints.read_config(folder) else None
+    if not name.startswith("hf:"):
+        return None
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    try:
+        folder = Path(snapshot_download(name.removeprefix("hf:"), allow_patterns=files))
+    except Exception as error:  # the hub has many
+        raise UserError(
+            f"--model {name} is neither in the local cache nor could it be fetched: {one_line(error)[:160]}"
+        ) from error
+    if not checkpoints.read_config(folder) or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"--model {name} is no CLIPModel with a model.safetensors; for open_clip's own models use hf-hub:ORG/NAME"
+        )
+    return folder
 
 
 def _register_config(path):
@@ -90,40 +130,35 @@ def _register_config(path):
     except (ValueError, TypeError) as error:
         raise UserError(f"--model {path} is not a model config ({one_line(error)})") from error
     if missing:
-        raise UserError(f"--model {path} is not an open_clip model config: it has no {', '.join(missing)}")
+        folder = Path(path).parent
+        instead = f"; it is one of the transformers library: use --model local-dir:{folder}" if "vision_config" in config else ""
+        raise UserError(f"--model {path} is not an open_clip model config: it has no {', '.join(missing)}{instead}")
     open_clip.add_model_config(path)
     return Path(path).stem
 
 
-def _checked_weights(name, pretrained):
-    """The `pretrained` that open_clip is given; None for random weights."""
+def _check_names(name, pretrained):
+    """Raise UserError, with what to type, for a model or tag that open_clip does not know."""
     if name not in open_clip.list_models():
-        raise UserError(f"--model {name} is not known to open_clip{_near(name, open_clip.list_models())}")
-    if pretrained == "random":
-        return None
-    if is_checkpoint_path(pretrained):
-        if not Path(pretrained).is_file():
-            raise UserError(f"--pretrained {pretrained}: there is no such file")
-    elif not open_clip.get_pretrained_cfg(name, pretrained):
+        if name.replace("/", "-") in open_clip.list_models():
+            raise UserError(f"--model {name} is not known to open_clip; use --model {name.replace('/', '-')}")
+        if Path(name).is_dir():
+            raise UserError(f"--model {name} is a folder; use --model local-dir:{name}")
+        hub = f"; a model of the Hugging Face hub is --model hf:{name} (or hf-hub:{name}, open_clip's own)" if "/" in name else ""
+        raise UserError(f"--model {name} is not known to open_clip{hub or _near(name, open_clip.list_models())}")
+    if pretrained == "random" or is_checkpoint_path(pretrained):
+        return
+    if not open_clip.get_pretrained_cfg(name, pretrained):
+        if Path(pretrained).exists():
+            raise UserError(f"--pretrained {pretrained} is no tag; the path of a file needs a folder before it: ./{pretrained}")
         tags = open_clip.list_pretrained_tags_by_model(name)
         hint = _near(pretrained, tags) if tags else "; it has no tags, give the path of a checkpoint"
         raise UserError(f"--pretrained {pretrained} is no tag of {name}{hint}")
-    return pretrained
 
 
 def _near(word, choices):
     near = difflib.get_close_matches(word, choices, n=4, cutoff=0.4)
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(choices)[:12])}, ..."
-
-
-def _why_not_loaded(model, pretrained, weights, error):
-    reason = one_line(error)
-    if "Error(s) in loading state_dict" in reason or "size mismatch" in reason or "Missing key" in reason:
-        return f"the checkpoint {weights} does not fit --model {model}: {reason.split('CLIP:')[-1].strip()[:160]}"
-    if weights and is_checkpoint_path(weights):
-        why = f"{weights} cannot be read as a checkpoint of --model {model} ({reason[:160]})"
-        return f"{why}; it has to be a state dict, .safetensors or .pt (TorchScript archives and pickled objects are not opened)"
-    return f"--model {model} --pretrained {pretrained} could not be loaded: {reason[:200]}"
 
 
 def weights_fingerprint(model):

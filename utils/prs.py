@@ -44,8 +44,7 @@ class SecondOrder(NamedTuple):
     def dense(self):
         """The effects themselves, phi [B, N, D] (eq. 11)."""
         # contiguous: BLAS needs a unit stride, and the fallback is a hundred times slower
-        phi = torch.bmm(self.C.permute(2, 0, 1).contiguous(), self.directions.B())
-        return phi.transpose(0, 1) + self.kappa[:, None]
+        return torch.bmm(self.C.permute(2, 0, 1).contiguous(), self.directions.B()).transpose(0, 1) + self.kappa[:, None]
 
     def sum(self):
         """sum_n phi_n [B, D], without forming phi."""
@@ -53,19 +52,21 @@ class SecondOrder(NamedTuple):
         return einsum("bke,keo->bo", heads, self.directions.outputs) + self.C.shape[-1] * self.kappa
 
 
+def of_images(a, p, kappa, directions):
+    """C = a p of every image: eq. 5, the attention sums over tokens; eq. 11, with the LayerNorms' factors in a."""
+    return SecondOrder(torch.bmm(a, p), kappa, directions)
+
+
 @torch.inference_mode()
-def second_order(vit, images, directions, coefficient=COEFFICIENT):
+def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_images):
     """One forward pass: the representations, and the second-order effects of one or several layers.
 
-    Parameters
-    vit: HookedViT.
-    images: [B, 3, side, side], transformed.
-    directions: list of `Directions`, one for each layer.
+    vit, images, directions: HookedViT; [B, 3, side, side], transformed; list of `Directions`, one for each layer.
     coefficient: norm of a representation, in whose units the effects are.
+    form: what makes a `SecondOrder` of the factors of C.
 
-    Returns
-    representation [B, D], not normalised; and an iterator over the `SecondOrder` of each of the `directions`. It computes a
-    layer's effects when they are asked for, and drops its activations, so one layer's are in memory at a time.
+    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each of the `directions`. It computes
+    a layer's effects when they are asked for, and drops its activations, so one layer's are in memory at a time.
     """
     first = min(item.layer for item in directions)
     later = [f"blocks.{l}.{name}" for l in range(first + 1, vit.L) for name in ("attn.row", "ln1.mean", "ln1.std")]
@@ -73,11 +74,11 @@ def second_order(vit, images, directions, coefficient=COEFFICIENT):
     with vit.record("ln_post.*", *later, *activations) as cache, vit.class_token_last():
         representation = vit(images)
     scale = coefficient / representation.norm(dim=-1)  # [B]
-    return representation, (SecondOrder(*effect(vit, cache, item, scale), item) for item in directions)
+    return representation, (form(*effect(vit, cache, item, scale), item) for item in directions)
 
 
 def effect(vit, cache, directions, scale):
-    """C [B, K, N] and kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale: coefficient / |rep| [B]."""
+    """a [B, K, T], p [B, T, N], kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale: coefficient / |rep| [B]."""
     later = range(directions.layer + 1, vit.L)
     rows = [cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later]  # a / sigma, each [B, H, T]
     means = [cache[f"blocks.{l}.ln1.mean"] for l in later]  # each [B, T]
@@ -85,7 +86,7 @@ def effect(vit, cache, directions, scale):
     kappa = scale[:, None] * constant(rows, means, rstd_post, mu_post, constants=directions.constants)
     p = cache.pop(f"blocks.{directions.layer}.mlp.post")  # [B, T, N]
     a = cat(rows, dim=1) * (scale * rstd_post)[:, None, None]  # [B, K, T]
-    return torch.bmm(a, p), kappa  # eq. 5: the attention sums over tokens; eq. 11: so do the LayerNorms' factors in a
+    return a, p, kappa
 
 
 def constant(rows, means, rstd_post, mu_post, constants):
@@ -119,8 +120,8 @@ def fold(vit, layer):
         rest[0] += (b_O * gamma_post) @ P / c  # b_O / (c H) for each of the H heads
         rest[1] -= gamma_post @ P * vit.H / c_post
         rest[2] += beta_post @ P * vit.H / c_post
-    home, folded = vit.visual.proj.device, (cat(values), cat(outputs), cat([*with_s, *with_t, rest]))
-    return Directions(layer, *(x.to(home, torch.float32) for x in folded))
+    folded = (cat(values), cat(outputs), cat([*with_s, *with_t, rest]))
+    return Directions(layer, *(x.to(vit.visual.proj.device, torch.float32) for x in folded))
 
 
 def fold_layers(vit, layers):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.norms import CentredNorms
+from utils.prs import SecondOrder
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 
@@ -35,6 +36,11 @@ def start_of(vit, layers, k, images):
     return state, scratch
 
 
+def of_batch(a, p, kappa, directions):
+    """The effects summed over a batch, as those of one image: one product for all images, and no C of each."""
+    return SecondOrder((a.transpose(0, 1).flatten(1) @ p.flatten(0, 1))[None], kappa.sum(dim=0, keepdim=True), directions)
+
+
 class Sums:
     """Sums of C and kappa over images, in the state of a `Pass`. coefficient: as in `second_order`."""
 
@@ -42,7 +48,7 @@ class Sums:
         self.work, self.scale = work, FIXED / coefficient
 
     def add(self, phi):
-        """Add the effects of a batch, a `SecondOrder`."""
+        """Add the effects of a batch, a `SecondOrder`, of each image or by `of_batch`."""
         for name, values in (("C", phi.C), ("kappa", phi.kappa)):
             total = values.sum(dim=0).cpu().double().mul_(self.scale).round_().to(torch.int64)
             self.work.state[f"{name}{phi.directions.layer}"] += total.numpy()

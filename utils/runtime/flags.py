@@ -1,8 +1,6 @@
 """The flags that the scripts share, and the frame in which every script runs."""
 
 import argparse
-import contextlib
-import ctypes
 import logging
 import os
 import shlex
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.runtime import distributed
+from utils.runtime import distributed, memory
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 
@@ -154,13 +152,6 @@ def same_command(**changes):
     return shlex.join(["python", Path(sys.argv[0]).name, *words])
 
 
-def return_memory():
-    """Make glibc give blocks of 4 MB and more back to the system when they are freed. Otherwise those of the batches stay between
-    the weights and Gram matrices, and `--keep top` of all layers of ViT-B-32 takes 0.2 GB more."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-        ctypes.CDLL(None).mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
-
-
 def run(main, parser, parallel=False, written="output_dir"):
     """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1.
 
@@ -173,7 +164,7 @@ def run(main, parser, parallel=False, written="output_dir"):
             return
         sys.stdout = open(os.devnull, "w")
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip's notes; what matters is raised
-    return_memory()
+    memory.manage()
     try:
         if parallel:
             distributed.start()

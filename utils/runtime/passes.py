@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.runtime import distributed
+from utils.runtime import distributed, memory
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic, writing
 from utils.runtime.results import NOTES, complete, is_made, publish
@@ -49,7 +49,7 @@ def walk(pieces, load=None, description="images", unit="image"):
     """
     items = load(pieces) if load else [None] * len(pieces)
     count = sum(piece.stop - piece.start for piece in pieces)
-    with tqdm(total=count, desc=description, unit=unit, disable=not distributed.is_rank_zero()) as bar:
+    with memory.steady(), tqdm(total=count, desc=description, unit=unit, disable=not distributed.is_rank_zero()) as bar:
         for piece, item in zip(pieces, items, strict=True):
             yield piece, item
             bar.update(piece.stop - piece.start)

@@ -18,7 +18,7 @@ from utils.runtime.files import one_line, read_json, save_atomic, save_json, tex
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt")
 
 
 class Artifact(NamedTuple):
@@ -80,8 +80,8 @@ ARTIFACTS = {
 
 def model_name(model):
     """`--model` as it stands in file names: a path's stem, a hub id with dashes, else the name itself."""
-    if model.startswith("hf-hub:"):
-        return model.removeprefix("hf-hub:").replace("/", "-")
+    if model.startswith(("hf-hub:", "hf:")):
+        return model.split(":", 1)[1].replace("/", "-")
     if model.startswith("local-dir:"):
         return Path(model.removeprefix("local-dir:")).resolve().name
     return Path(model).stem if model.endswith(".json") else model.replace("/", "-")
@@ -89,7 +89,7 @@ def model_name(model):
 
 def pretrained_name(model, pretrained):
     """`--pretrained` as it stands in file names: a path's stem, else the tag; the scheme where the model names its weights."""
-    if model.startswith(("hf-hub:", "local-dir:")):
+    if model.startswith(("hf-hub:", "hf:", "local-dir:")):
         return model.split(":")[0]
     return Path(pretrained).stem if is_checkpoint_path(pretrained) else pretrained
 
