@@ -10,18 +10,20 @@ FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
     _images/00000.png, ...            with --save_img: input, mask, prediction and heat map, side by side
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from utils.clip import load_clip
-from utils.datasets import Loader, train_set_of
+from utils.datasets import Loader
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of, walk
 from utils.runtime.results import Results
-from utils.segmentation import METHODS, Scores, choose_method, enlarge, row_name, save_scores
-from utils.segmentation_set import SegmentationSet
+from utils.segmentation import METHODS, Scores, choose_method, enlarge, row_name, save_scores, settings_of
+from utils.segmentation_set import IGNORED_VALUES, SegmentationSet
 
 
 def main(args):
@@ -29,7 +31,9 @@ def main(args):
     classifiers = Results(args.classifier_dir or args.input_dir, args.model, args.pretrained, also=args.output_dir)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, size = clip.vit, (args.image_size, args.image_size) if args.image_size else clip.vit.visual.image_size
-    data, settings = SegmentationSet(args.data_path, clip.transform, args.geometry, size), settings_of_method(args, vit)
+    open_set = partial(SegmentationSet, args.data_path, clip.transform, args.geometry, size=size, ignored=args.ignore_index)
+    layers = parse_layers(args.mlp_layers, vit) if args.method in ("second_order", "random") else []
+    data, settings = open_set(), settings_of(args, layers)
     method, made_of = choose_method(settings, clip, inputs, classifiers, images=len(data))
 
     names = {"file": data.path.stem, "row": row_name(settings)}
@@ -47,7 +51,7 @@ def main(args):
     from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
 
     maps, pictures = np.load(maps_path, mmap_mode="r"), path.with_name(path.stem + "_images") if args.save_img else None
-    data = SegmentationSet(args.data_path, clip.transform, args.geometry, size, images=args.save_img)
+    data = open_set(images=args.save_img)
     with whole_folder(pictures) as folder:
         for rows, (pixels, masks) in walk(pieces, Loader(data, num_workers=args.num_workers).with_targets, "scores"):
             enlarged = enlarge(torch.tensor(maps[rows]), vit.grid, size).numpy()
@@ -63,23 +67,14 @@ def main(args):
     print(f"next, for another row of the table: {flags.same_command(method=other)}")
 
 
-def settings_of_method(args, vit):
-    """What the maps and scores depend on: for all methods, and for this one."""
-    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "mask_thr", "thr")}
-    if args.method in ("second_order", "random"):
-        settings |= {"layers": parse_layers(args.mlp_layers, vit), "top_neurons": args.top_neurons}
-    if args.method == "second_order":
-        settings["train_dataset"] = train_set_of(args.dataset)
-    own = {"second_order": ("neuron_sign", "class_source", "top_k_pca"), "random": ("seed",)}
-    return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
-
-
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", "--dataset_path", default="imagenet_seg/gtsegs_ijcv.mat", help="the file, or its folder")
     group.add_argument("--image_size", type=flags.positive_int, help="side of the scored maps; default: the model's")
     group.add_argument("--geometry", choices=("paper", "aligned"), default="paper", help="squash masks, or crop them as images")
+    help = "values of mask pixels that do not count"
+    group.add_argument("--ignore_index", nargs="+", type=int, default=list(IGNORED_VALUES), help=help)
     flags.add_workers(group)
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=METHODS, default="second_order", help="neurons of the class, or a baseline")

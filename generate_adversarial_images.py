@@ -77,7 +77,7 @@ def main(args):
     classifiers = Results(args.classifier_dir or args.input_dir, **names, also=args.dataset_path)
     classifier = attack.find_classifier(classifiers, args.dataset, clip, (class_0, class_1))
     vectors = attack.representations(run.folder, drawings, clip, CLIP_BATCH)
-    columns = attack.judge(vectors, texts, (class_0, class_1), *classifier)
+    columns = {"black": attack.blacked_out(run.folder, drawings), **attack.judge(vectors, texts, (class_0, class_1), *classifier)}
     keep = attack.write_table(run.folder / "files.csv", drawings, columns)
     attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
 

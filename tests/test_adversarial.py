@@ -5,8 +5,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.launcher import run_stage_of_user
 from utils import adversarial, generators
 from utils.adversarial import BLOCK_LIST, NeuronWords, PoolWords, Run, load_block_list, names_class, parse_list, place_of, usable
 from utils.clip import load_clip, text_vectors
@@ -48,6 +46,9 @@ def draw(text, seed=0, side=40):
 
 def number(text, seed=0):
     return 7
+
+def filtered(text, seed=0):
+    return Image.new("RGB", (40, 40)) if seed % 3 == 0 else draw(text, seed)
 """
 
 
@@ -57,6 +58,7 @@ class Attack:
     def __init__(self, root, model):
         self.root, self.input, self.model = root, root / "in", model
         self.input.mkdir()
+        (root / "logs").mkdir()
         (root / "drawing.py").write_text(DRAWING)
         self.clip = load_clip(model, "random", "cpu")
         self.results = Results(self.input, model, "random")
@@ -87,12 +89,8 @@ class Attack:
             "--device": "cpu",
         }  # fmt: skip
         given = [word for item in settings.items() for word in item] + ["--mlp_layers", *LAYERS, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(ROOT / "generate_adversarial_images.py"), *map(str, given)]
-        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=600)
-        if check and done.returncode:
-            raise AssertionError(done.stderr[-2000:])
-        return done
+        stage, folder = "generate_adversarial_images.py", {"folder": str(self.root)}
+        return run_stage_of_user(stage, *given, folder=self.root / "logs", check=check, constants=folder)
 
 
 def assert_one_line(done, *parts):
@@ -353,7 +351,7 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     leave_out = [i for i, found in enumerate(nearer) if found][:1] + [i for i, found in enumerate(nearer) if not found][:2]
     text = (folder / "files.csv").read_text().splitlines()
     for i in leave_out:
-        text[i + 1] = text[i + 1].replace(f",{rows[i]['seed']},1,", f",{rows[i]['seed']},0,")
+        text[i + 1] = text[i + 1].replace(f",{rows[i]['seed']},1,0,", f",{rows[i]['seed']},0,0,")
     (folder / "files.csv").write_text("\n".join(text) + "\n")
     said = attack.run("--recount", output="out_interrupted").stdout
     kept = np.setdiff1d(range(12), leave_out)
@@ -363,7 +361,7 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     assert f"% of {12 - len(leave_out)} images" in said
     attack.run(output="out_interrupted")  # what a person has left out stays out
     assert json.loads((folder / "results.json").read_text()) == again
-    (folder / "files.csv").write_text("\n".join(text).replace(",0,", ",no,"))
+    (folder / "files.csv").write_text("\n".join(text).replace(",0,0,", ",no,0,"))
     assert_one_line(attack.run("--recount", output="out_interrupted", check=False), "files.csv, line", "has to be 0 or 1")
     assert_one_line(
         attack.run("--recount", output="out_none", check=False), "files.csv", "run the same command without --recount"
@@ -393,6 +391,15 @@ def test_classes_may_be_any_two_texts(attack, source):
     results = json.loads((folder / "results.json").read_text())
     assert_allclose(results["binary_rate"], 100 * nearer.mean())
     assert "argmax_rate" not in results and {row["predicted"] for row in rows} == {""} and "among all classes" not in said
+
+
+def test_pictures_that_a_safety_filter_blacked_out_do_not_count(attack):
+    said = attack.run("--image_model", "drawing:filtered", output="out_black").stdout
+    folder = attack.root / "out_black" / "horse_automobile_second_order_seed0"
+    rows, results = read_rows(folder), json.loads((folder / "results.json").read_text())
+    assert [row["black"] for row in rows] == ["1", "0", "0"] * 4 and results["black"] == 4 and results["images"] == 8
+    assert_allclose(results["binary_rate"], 100 * np.mean([int(row["binary"]) for row in rows if row["black"] == "0"]))
+    assert "4 pictures are black" in said
 
 
 def test_without_a_classifier_images_are_judged_between_the_names(attack):

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -327,6 +328,18 @@ def test_a_damaged_image_is_named(tmp_path, clip, workers):
     images = load_images("folder", tmp_path, "val", clip.transform)
     with pytest.raises(UserError, match="b/0001.JPEG cannot be read"):
         list(Loader(images, num_workers=workers)([slice(0, 2), slice(2, 4)]))
+
+
+def test_a_loader_process_that_is_killed_is_one_line(tmp_path, clip):
+    write_photos(tmp_path, splits=("val",), classes=("a", "b"), per_class=20, side=32)
+    images = load_images("folder", tmp_path, "val", clip.transform)
+    others = set(multiprocessing.active_children())
+    batches = Loader(images, num_workers=1)([slice(i, i + 1) for i in range(40)])
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(UserError, match="a process that loads images has ended.*--num_workers.*resume"):
+        list(batches)
 
 
 def test_images_are_converted_to_rgb(tmp_path, clip):

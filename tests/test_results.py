@@ -101,6 +101,18 @@ def test_inputs_are_checked(tmp_path):
         results.load("mean", **names)
 
 
+def test_numbers_that_are_none_are_named(tmp_path):
+    results, names = Results(tmp_path, "M", "P"), {"dataset": "imagenet", "layer": 9, "k": 5}
+    for wrong in (np.nan, np.inf, -np.inf):
+        array = np.zeros((4, 5), np.float32)
+        array[2, 3] = array[3, 0] = wrong
+        save_array(results.path("mean", **names), array, {})
+        with pytest.raises(
+            UserError, match=r"mean.npy holds NaN or infinity, first at \[2, 3\]; make it again with: .*compute_pcas"
+        ):
+            results.load("mean", **names)
+
+
 def test_an_array_and_its_record_are_saved_together_or_not_at_all(tmp_path):
     class Unwritable:
         shape, dtype = (2,), np.dtype("float32")

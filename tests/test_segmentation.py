@@ -278,6 +278,17 @@ def test_masks_are_squashed_or_follow_the_image(tmp_path, clip, geometry):
             np.testing.assert_array_equal(found, squashed)
 
 
+def test_pixels_of_the_ignored_values_do_not_count(tmp_path, clip):
+    images, masks = discs(3)
+    unknown = [np.where(mask == -1, 255, mask).astype(np.uint8) for mask in masks]
+    first, second = write_mat(tmp_path / "minus.mat", images, masks), write_mat(tmp_path / "void.mat", images, unknown)
+    for i in range(3):
+        found, same = (SegmentationSet(path, clip.transform, "paper", (SIDE, SIDE))[i][1] for path in (first, second))
+        assert torch.equal(found, same) and (found == -1).any()
+        counted = SegmentationSet(second, clip.transform, "paper", (SIDE, SIDE), ignored=[-1])[i][1]
+        assert torch.equal(counted, torch.where(found == -1, 1, found))
+
+
 def test_masks_are_aligned_at_other_sizes_and_with_padding(tmp_path, clip):
     images, masks = discs(5)
     painted = [np.full_like(image, 255) for image in images]  # the padding is black

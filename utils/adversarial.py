@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from utils.concepts import word_scores
@@ -30,7 +31,18 @@ TEMPLATE_WORDS = 3  # words in one description of `template_descriptions`
 GENERATIONS = 3  # attempts of a language model
 SEEDS = 100_000  # picture seeds per --seed
 BLOCK_LIST = Path(__file__).resolve().parent.parent / "text_descriptions" / "block_list.json"
-COLUMNS = ("file", "description", "seed", "keep", "binary", "predicted", "adversarial", "cosine_class_0", "cosine_class_1")
+COLUMNS = (
+    "file",
+    "description",
+    "seed",
+    "keep",
+    "black",
+    "binary",
+    "predicted",
+    "adversarial",
+    "cosine_class_0",
+    "cosine_class_1",
+)
 
 REQUEST = """I draw pictures with a text-to-image model. Write {count} short descriptions of pictures for it.
 Every description has to name "{class_1}". None may name "{class_0}", in the singular or plural, or any other word for it.
@@ -354,17 +366,36 @@ def judge(vectors, texts, classes, classifier=None, class_names=()):
     return columns | {"cosine_class_0": [f"{x:.5f}" for x in of_0], "cosine_class_1": [f"{x:.5f}" for x in of_1]}
 
 
+def blacked_out(folder, drawings):
+    """1 for every drawing that is black all over, as safety filters of drawing models return it; else 0."""
+    black = []
+    for item in drawings:
+        with Image.open(folder / item["file"]) as picture:
+            black.append(int(picture.convert("L").getextrema()[1] == 0))
+    return black
+
+
 def rates(columns, class_1, keep=None):
     """Counts and rates in per cent: binary_rate, images with "binary"; where there are predictions argmax_rate, images whose
-    largest logit is that of class_0, and class_1_rate, of class_1. columns: as `judge` gives them. keep: which images count."""
-    keep = [i for i in range(len(columns["binary"])) if keep is None or keep[i]]
+    largest logit is that of class_0, and class_1_rate, of class_1.
+
+    columns: as `judge` gives them, and which are "black"; these do not count. keep: which images count; None for all.
+    """
+    every, black = range(len(columns["binary"])), columns.get("black") or [0] * len(columns["binary"])
+    keep = [i for i in every if not black[i] and (keep is None or keep[i])]
     if not keep:
-        raise UserError("no image is left to count: every row of files.csv has keep 0; set it to 1 for some")
+        raise UserError(
+            "no image is left to count: each has keep 0 in files.csv, or is black; set keep to 1 for some, or draw others"
+        )
     hits = {"binary_rate": columns["binary"]}
     if "predicted" in columns:
         hits["argmax_rate"] = columns["adversarial"]
         hits["class_1_rate"] = [plain(name) == plain(class_1) for name in columns["predicted"]]
-    return {"images": len(keep), **{name: 100 * sum(hit[i] for i in keep) / len(keep) for name, hit in hits.items()}}
+    return {
+        "images": len(keep),
+        "black": sum(black),
+        **{name: 100 * sum(hit[i] for i in keep) / len(keep) for name, hit in hits.items()},
+    }
 
 
 def write_table(path, drawings, columns):
@@ -390,12 +421,12 @@ def read_table(path):
     first = text.partition("\n")[0]
     rows = list(csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)))  # as a spreadsheet program saves it
     for number, row in enumerate(rows, start=2):
-        for name in ("keep", "binary"):
+        for name in ("keep", "black", "binary"):
             if row.get(name) not in ("0", "1"):
                 raise UserError(f"{path}, line {number}: {name} is {row.get(name)!r}; it has to be 0 or 1")
         if row.get("adversarial") not in ("0", "1", "", None):
             raise UserError(f"{path}, line {number}: adversarial is {row['adversarial']!r}; it has to be 0, 1 or empty")
-    columns = {"binary": [int(row["binary"]) for row in rows]}
+    columns = {name: [int(row[name]) for row in rows] for name in ("black", "binary")}
     if rows and all(row.get("predicted") and row.get("adversarial") for row in rows):
         columns |= {"predicted": [row["predicted"] for row in rows], "adversarial": [int(row["adversarial"]) for row in rows]}
     return columns, [int(row["keep"]) for row in rows]
@@ -406,6 +437,8 @@ def report(run, found, class_0, class_1):
     settings = read_json(run.folder / "images.json", "", "remove it, or add --overwrite")["settings"]
     save_json(run.folder / "results.json", {"settings": settings, **found})
     print(f"{found['binary_rate']:.1f} % of {found['images']} images of {class_1} are nearer to {class_0} (the two bare names)")
+    if found["black"]:
+        print(f"{found['black']} pictures are black, as safety filters make them, and do not count")
     if "argmax_rate" in found:
         taken = f"{found['argmax_rate']:.1f} % are taken for {class_0} and {found['class_1_rate']:.1f} % for {class_1}"
         print(f"among all classes of the classifier {taken}")

@@ -137,10 +137,22 @@ class Loader:
         rows = [range(piece.start, piece.stop) for piece in pieces]
         options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate, "worker_init_fn": _start_worker}
         options["generator"] = torch.Generator()  # else it would draw from the process's random numbers
-        for batch in DataLoader(self.images, batch_sampler=rows, **options):
+        batches = iter(DataLoader(self.images, batch_sampler=rows, **options))
+        while (batch := _next(batches)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield batch[0].to(self.device, non_blocking=on_gpu), batch[1]
+
+
+def _next(batches):
+    """The next batch, None after the last. Raises UserError when a process that loads images has ended."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, OSError) as error:
+        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+            raise
+        why = "a process that loads images has ended, for want of memory or of shared memory (/dev/shm)"
+        raise UserError(f"{why}; use a smaller --num_workers and run the same command again to resume") from error
 
 
 def _start_worker(_):

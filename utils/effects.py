@@ -16,6 +16,7 @@ import torch
 from utils.norms import CentredNorms
 from utils.prs import Directions, SecondOrder
 from utils.runtime.distributed import is_rank_zero
+from utils.runtime.errors import UserError
 from utils.runtime.files import sampled_digest, save_atomic
 from utils.runtime.results import load_record, publish
 
@@ -96,6 +97,9 @@ class _Effects:
         copied = np.empty((self.images, *take(self.array[:1]).shape[1:]), np.float32)
         for rows in self.row_blocks():
             copied[rows] = take(np.load(self.path, mmap_mode="r", allow_pickle=False)[rows])
+            if not np.isfinite(copied[rows]).all():
+                image = rows.start + np.argwhere(~np.isfinite(copied[rows]))[0][0]
+                raise UserError(f"{self.path} holds NaN or infinity, first for image {image}; make it again with --overwrite")
         return torch.from_numpy(copied).to(self.device)
 
     def row_blocks(self):

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
+from utils.datasets import train_set_of
 from utils.hooked_vit import attention_pattern
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.results import complete, save_array
-from utils.segmentation_set import IGNORED, read_classes
+from utils.segmentation_set import IGNORED, IGNORED_VALUES, read_classes
 
 METHODS = ("second_order", "random", "attention", "rollout")
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
@@ -91,6 +92,17 @@ class RolloutMaps:
             A = attention_pattern(block.attn, cache[name]).mean(dim=1)  # [B, T, T]
             reached = (reached + torch.einsum("bi,bij->bj", reached, A)) / 2
         return reached[:, 1:]
+
+
+def settings_of(args, layers):
+    """What maps and scores depend on, for all methods and for this one. args: of compute_segmentation.py. layers: MLP layers."""
+    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "mask_thr", "thr", "ignore_index")}
+    if args.method in ("second_order", "random"):
+        settings |= {"layers": layers, "top_neurons": args.top_neurons}
+    if args.method == "second_order":
+        settings["train_dataset"] = train_set_of(args.dataset)
+    own = {"second_order": ("neuron_sign", "class_source", "top_k_pca"), "random": ("seed",)}
+    return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
 
 
 def choose_method(settings, clip, results, classifiers, images):
@@ -199,6 +211,7 @@ def row_name(settings):
         settings["mask_thr"] != 0.5 and f"mask{settings['mask_thr']:g}",
         settings["thr"] and f"thr{settings['thr']:g}",
         settings["image_size"] and f"{settings['image_size']}px",
+        tuple(settings["ignore_index"]) != IGNORED_VALUES and f"ignore{'_'.join(map(str, settings['ignore_index']))}",
     )
     return "_".join(part for part in parts if part)
 

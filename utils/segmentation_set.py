@@ -17,6 +17,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 
 IGNORED = -1  # mask pixels that do not count
+IGNORED_VALUES = (-1, 255)  # what says so in a file
 
 
 class SegmentationSet(Dataset):
@@ -24,22 +25,23 @@ class SegmentationSet(Dataset):
 
     Item i is read when it is asked for: (transformed image [3, side, side], int8 mask [size] of 0, 1 and IGNORED), or the
     UserError that says what is wrong. In the file, `/value/img` [images, 1] refers to uint8 arrays [3, W, H], and `/value/gt`
-    [images, 1] to cells that refer to masks [W, H]: 0 on the background, -1 where it is unknown, else on the object.
+    [images, 1] to cells that refer to masks [W, H]: 0 on the background, -1 or 255 where it is unknown, else on the object.
 
     path: the file, or the folder with gtsegs_ijcv.mat.
     transform: open_clip's validation transform of the images.
     geometry: of masks: 'paper' squashes the whole mask to `size`, whatever is cropped from the image (the published behaviour);
         'aligned' resizes and crops the mask as the image, and ignores what the image is padded with.
     size: (rows, columns) of the masks.
+    ignored: values of mask pixels that do not count.
     images: False leaves the images' place empty, when only masks are needed.
 
     Attribute: record, what results say about the set: its name, and a fingerprint of the number of images and the file's size.
     """
 
-    def __init__(self, path, transform, geometry="paper", size=(224, 224), images=True):
+    def __init__(self, path, transform, geometry="paper", size=(224, 224), ignored=IGNORED_VALUES, images=True):
         path = Path(path)
         self.path = path / "gtsegs_ijcv.mat" if path.is_dir() else path
-        self.transform = transform if images else None
+        self.transform, self.ignored = transform if images else None, tuple(ignored)
         geometric = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
         steps = [deepcopy(step) for step in transform.transforms if geometry == "aligned" and isinstance(step, geometric)]
         for step in steps:
@@ -73,7 +75,7 @@ class SegmentationSet(Dataset):
                 raise ValueError(f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed")
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             return UserError(f"{self.path}: image {index} (of 0 to {len(self) - 1}) cannot be read ({one_line(error)[:120]})")
-        mask = np.where(mask == IGNORED, IGNORED, mask != 0).astype(np.int8).view(np.uint8)
+        mask = np.where(np.isin(mask, self.ignored), IGNORED, mask != 0).astype(np.int8).view(np.uint8)
         image, mask = (Image.fromarray(np.ascontiguousarray(array.T)) for array in (image, mask))
         pixels = self.transform(image) if self.transform else torch.empty(0)
         return pixels, torch.from_numpy(np.array(self.mask_transform(mask)).view(np.int8))

@@ -195,6 +195,9 @@ class Results:
                 f"layer or data set; {again}"
             )
         self.check_record(path, dict(expected), again)
+        if not mmap and array.dtype.kind == "f" and not np.isfinite(array).all():
+            where = ", ".join(map(str, np.argwhere(~np.isfinite(array))[0]))
+            raise UserError(f"{path} holds NaN or infinity, first at [{where}]; {again}")
         return array
 
     def missing(self, path, command):
