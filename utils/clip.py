@@ -1,8 +1,10 @@
 """Load a CLIP by open_clip name and tag, local checkpoint or model-config json; embed texts and classes."""
 
+import contextlib
 import difflib
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +92,27 @@ def _create(model, pretrained):
         return open_clip.create_model(name, require_pretrained=True), open_clip.get_tokenizer(name)
     _check_names(name, pretrained)
     if pretrained == "random" or is_checkpoint_path(pretrained):
-        clip = open_clip.create_model(name)
+        with _without_notes():
+            clip = open_clip.create_model(name)
         if pretrained != "random":
             checkpoints.load_weights(clip, pretrained)
     else:
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         clip = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
     return clip, open_clip.get_tokenizer(name)
+
+
+@contextlib.contextmanager
+def _without_notes():
+    """open_clip warns that a model without its tag is random; here that is meant, or its weights are loaded afterwards."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    handlers = list(root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers  # the first warning of a process adds one
 
 
 def _hugging_face_folder(name):
