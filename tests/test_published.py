@@ -392,6 +392,24 @@ def test_a_notebook_looks_at_neurons_of_published_files(published):
         NeuronLayer(published.clip, published.results, val, LAYER, described=described, k=K)
 
 
+def test_a_notebook_looks_at_validation_images_once_their_effects_are_stored(published, tmp_path):
+    for path in published.folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = ["--data_path", published.photos, "--subsample", 1, "--num_workers", 0, "--split", "val", "--mlp_layer", LAYER]
+    published.run("compute_second_order_neuron_prs.py", *data, output=tmp_path)
+    images = load_images("imagenet", published.photos, "val", published.clip.transform, subsample=1)
+    results = Results(tmp_path, published.model, "random")
+    neurons = NeuronLayer(published.clip, results, images, LAYER, described={"texts": "pool", "components": 4}, k=K)
+    visual = load_clip(published.model, "random", "cpu").text.visual.double()
+    phi = torch.stack([definition.effects(visual, images[i][0].double(), LAYER) for i in range(len(images))]).numpy()
+    centred = phi - published.mean  # about the mean of the training images
+    for n in (0, 7):
+        norms, projections = neurons.measured(n)
+        assert_allclose(norms, np.linalg.norm(centred[:, n], axis=-1), rtol=1e-4)
+        assert_allclose(projections, centred[:, n] @ published.pcas[n], atol=1e-4)
+    assert neurons.card(7, pictures=4, by="norm").axes
+
+
 def test_inputs_are_looked_for_in_both_folders(published, tmp_path):
     """The README's $inputdir is the folder of the stage before; what this stage's own folder has is found as well."""
     first, second = tmp_path / "first", tmp_path / "second"
