@@ -396,7 +396,8 @@ def test_a_notebook_looks_at_validation_images_once_their_effects_are_stored(pub
     for path in published.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = ["--data_path", published.photos, "--subsample", 1, "--num_workers", 0, "--split", "val", "--mlp_layer", LAYER]
-    published.run("compute_second_order_neuron_prs.py", *data, output=tmp_path)
+    model = ["--model", published.model, "--pretrained", "random", "--output_dir", tmp_path]
+    run_stage_of_user("compute_second_order_neuron_prs.py", *model, *data, folder=tmp_path)
     images = load_images("imagenet", published.photos, "val", published.clip.transform, subsample=1)
     results = Results(tmp_path, published.model, "random")
     neurons = NeuronLayer(published.clip, results, images, LAYER, described={"texts": "pool", "components": 4}, k=K)
