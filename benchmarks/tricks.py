@@ -4,19 +4,16 @@
 
 Gram matrices       half of each kept, in strips (`utils.norms`), or all of it
 sums over images    of each image's C (`--keep top`), or one product that never forms C
-memory of a loop    left alone, or tuned: garbage collection frozen, glibc told to keep what is freed
+memory of a loop    left alone, or tuned: glibc told to keep what is freed (`utils.runtime.memory`)
 matplotlib          what a process pays that imports it
 
 Sizes are those of ViT-B-32 and batches of 16 images. Numbers are random; the loop reads photos with two worker processes, and
 every loop and every import is a process of its own.
 """
 
-import ctypes
-import gc
 import importlib
 import os
 import time
-from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -25,6 +22,7 @@ from utils.clip import load_clip
 from utils.datasets import Loader, load_images
 from utils.norms import CentredNorms, blocks_of, quadratic
 from utils.prs import Directions, SecondOrder, fold_layers, second_order
+from utils.runtime import memory
 from utils.runtime.passes import pieces_of
 
 L, H, E, D, T = 12, 12, 64, 512, 50  # ViT-B-32: layers, heads, head width, output width, tokens
@@ -127,44 +125,20 @@ def loop(photos, layers, tuned):
     """The effects of some layers on photos, in this process: median seconds of a batch, and memory half way."""
     clip = load_clip("ViT-B-32", "random", "cpu", image_only=True)
     images = load_images("imagenet", photos, "train", clip.transform, subsample=1)
-    pieces, seconds, memory = pieces_of(len(images), BATCH), [], 0
+    pieces, seconds, half_way = pieces_of(len(images), BATCH), [], 0
     if tuned:
-        own_pages()
+        memory.manage()
     directions = fold_layers(clip.vit, layers)
-    with steady() if tuned else nullcontext():
+    with memory.steady():  # does nothing where memory is left alone
         start = time.perf_counter()
         for pixels in Loader(images, num_workers=WORKERS)(pieces):
             for _ in second_order(clip.vit, pixels, directions)[1]:
                 pass
             seconds.append(time.perf_counter() - start)
             if len(seconds) == len(pieces) // 2:
-                memory = memory_of(os.getpid())
+                half_way = memory_of(os.getpid())
             start = time.perf_counter()
-    return {"seconds": median(seconds[1:]), "memory": memory}  # the workers start within the first
-
-
-def own_pages():
-    """Make malloc return large arrays to the system at once."""
-    mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
-
-
-@contextmanager
-def steady():
-    """Inside the `with`, malloc keeps freed memory for the next batch, and garbage collection leaves shared pages alone."""
-    ctypes.CDLL(None).malloc_trim(0)
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        own_pages()
-
-
-def mallopt(parameter, value):
-    ctypes.CDLL(None).mallopt(parameter, value)
+    return {"seconds": median(seconds[1:]), "memory": half_way}  # the workers start within the first
 
 
 def loop_rows(runs):

@@ -72,14 +72,13 @@ class Run:
             for path in (*self.folder.glob("images/*.png"), *(self.folder / file for file in FILES)):
                 path.unlink(missing_ok=True)
 
-    def step(self, file, settings, make, beside=()):
+    def step(self, file, settings, make):
         """The content of a result file: what an earlier run saved, else what make() returns, a dict, which is saved.
 
-        beside: other files that make() writes; the step is repeated if one is missing.
         Raises UserError for a file that is damaged or was made with other settings.
         """
         path, scratch = self.folder / file, "add --overwrite to start from scratch"
-        if not all((self.folder / name).is_file() for name in (file, *beside)):
+        if not path.is_file():
             content = {"settings": settings, **make()}
             save_json(path, content)
             print(f"wrote {path}")
