@@ -5,10 +5,12 @@
 Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the class names are in its .meta.json
 """
 
-from utils.clip import load_clip, zero_shot_classifier
+from utils.clip import load_clip
 from utils.datasets import classes_of, train_set_of
 from utils.runtime import flags
-from utils.runtime.results import Results, complete, is_made, save_array
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results
+from utils.texts import CLASSES, zero_shot_classifier
 
 
 def main(args):
@@ -16,14 +18,13 @@ def main(args):
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path)
     dataset = train_set_of(args.dataset)
-    path = results.path("classifier", dataset=dataset)
-    record = {**clip.record, "dataset": dataset, **classes}
-    if is_made(path, complete(record), args.overwrite):
-        print(f"kept {path}: made from the same inputs (--overwrite makes it again)")
-    else:
-        classifier = zero_shot_classifier(clip, classes["class_names"], args.batch_size)
-        save_array(path, classifier, record)
-        print(f"wrote {path} {classifier.shape}")
+    names = classes["class_names"]
+    arrays = results.arrays(["classifier"], {"D": clip.vit.D, "classes": len(names)}, dataset=dataset)
+    [path], record = arrays, {**clip.record, "dataset": dataset, **classes}
+    with Pass(arrays, record, pieces_of(len(names), CLASSES), overwrite=args.overwrite) as work:
+        for columns, _ in work.over(description="classes", unit="class"):
+            work[path][:, columns] = zero_shot_classifier(clip, names[columns], args.batch_size)
+    print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
     print(f"next: {results.command('coefficients', dataset=dataset, split='train', layer=layer)}")
 
@@ -35,4 +36,4 @@ if __name__ == "__main__":
     parser.add_argument("--split", default="val", help="the folder in the root whose sub-folders are the classes")
     parser.add_argument("--class_names", help="a text file with one class name a line, in the order of the sorted folders")
     flags.add_compute(parser, batch_size=800)
-    flags.run(main, parser)
+    flags.run(main, parser, parallel=True)

@@ -47,8 +47,8 @@ def main(args):
         describe(path, texts, atoms, torch.from_numpy(targets).to(args.device), record=made_of, overwrite=args.overwrite)
         print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} neurons")
         rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
-        loss = (np.linalg.norm(rebuilt[layer] - targets, axis=1) / np.linalg.norm(targets, axis=1)).mean()
-        print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
+        loss = np.linalg.norm(rebuilt[layer] - targets, axis=1) / np.maximum(np.linalg.norm(targets, axis=1), 1e-30)
+        print(f"layer {layer}: |component - description| is {loss.mean():.3f} of |component| on average")
     if args.evaluate:
         evaluate(args, inputs, results, rebuilt, names=names)
 

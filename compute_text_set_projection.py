@@ -8,10 +8,12 @@ NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and besi
 
 import numpy as np
 
-from utils.clip import load_clip, text_vectors, too_long
-from utils.runtime import flags
+from utils.clip import load_clip
+from utils.runtime import distributed, flags
 from utils.runtime.files import digest, find_texts, read_texts, save_atomic
-from utils.runtime.results import Results, complete, is_made, save_array
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import Results
+from utils.texts import TEXTS, text_vectors, too_long
 
 
 def main(args):
@@ -20,18 +22,17 @@ def main(args):
     content = ("\n".join(texts) + "\n").encode()
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained)
-    path = results.path("texts", texts=given)
-    record = {**clip.record, "texts": len(texts), "content": digest(np.frombuffer(content, np.uint8))}
+    arrays = results.arrays(["texts"], {"texts": len(texts), "D": clip.vit.D}, texts=given)
+    [path], record = arrays, {**clip.record, "texts": len(texts), "content": digest(np.frombuffer(content, np.uint8))}
     record["coefficient"] = args.coefficient
-    if is_made(path, complete(record), args.overwrite) and path.with_suffix(".txt").is_file():
-        print(f"kept {path}: made from the same texts (--overwrite makes it again)")
-    else:
-        if cut := too_long(clip, texts):
-            print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")
-        vectors = text_vectors(clip, texts, args.batch_size) * args.coefficient
-        save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
-        save_array(path, vectors, record)
-        print(f"wrote {path} {vectors.shape}")
+    if cut := too_long(clip, texts):
+        print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")
+    with Pass(arrays, record, pieces_of(len(texts), TEXTS), overwrite=args.overwrite) as work:
+        if distributed.is_rank_zero():
+            save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
+        for rows, _ in work.over(description="texts", unit="text"):
+            work[path][rows] = args.coefficient * text_vectors(clip, texts[rows], args.batch_size)
+    print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
     print(f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}")
 
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     parser.add_argument("--text_descriptions", default="30k", help="name of a text file in --descriptions_dir, or a path")
     parser.add_argument("--data_path", help="the path of a text file; instead of --text_descriptions")
     parser.add_argument("--descriptions_dir", default="text_descriptions", help="where text files are looked for")
-    flags.add_compute(parser, batch_size=256)
+    flags.add_compute(parser, batch_size=512)
     flags.add_coefficient(parser)
     flags.add_unused(parser, "--num_workers")
-    flags.run(main, parser)
+    flags.run(main, parser, parallel=True)

@@ -15,11 +15,12 @@ from PIL import Image
 from tests.launcher import run_stage_of_user
 from utils import adversarial, generators
 from utils.adversarial import BLOCK_LIST, NeuronWords, PoolWords, Run, load_block_list, names_class, parse_list, place_of, usable
-from utils.clip import load_clip, text_vectors
+from utils.clip import load_clip
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic
 from utils.runtime.results import Results, save_array
 from utils.sparse_coding import save_descriptions
+from utils.texts import text_vectors
 
 CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
 POOL = [

@@ -13,6 +13,7 @@ from tests.conftest import TINY
 from utils.checkpoints import read_checkpoint
 from utils.clip import load_clip
 from utils.runtime.errors import UserError
+from utils.texts import text_vectors, too_long
 
 HF_SHAPES = {  # of a CLIPModel: wide and narrow projections, both activations
     "wide": {"projection_dim": 40, "hidden_act": "quick_gelu", "width": 32, "heads": 4, "text_width": 24, "side": 32, "patch": 8},
@@ -234,3 +235,55 @@ def test_random_weights_are_open_clips_own(tiny_model):
     plain = open_clip.create_model("tiny")
     for name, value in plain.state_dict().items():
         assert torch.equal(value, ours.text.state_dict()[name])
+
+
+# Text towers of the transformers library
+
+
+@pytest.fixture(scope="module")
+def with_text_tower(tmp_path_factory):
+    """The path of a model config whose text tower is a small RoBERTa, and the folder of that tower's config and tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    folder = tmp_path_factory.mktemp("roberta")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "a", "red", "dog", "house", "the", "sea"]
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    sizes = {"vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 90, "pad_token_id": 1}
+    transformers.RobertaConfig(**sizes).save_pretrained(folder)
+    text = {
+        "hf_model_name": str(folder),
+        "hf_tokenizer_name": str(folder),
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": "mlp",
+    }
+    path = folder / "tower.json"
+    path.write_text(json.dumps({**TINY, "text_cfg": text}))
+    return str(path)
+
+
+def test_a_text_tower_of_transformers_needs_no_weights_of_its_own(with_text_tower, tmp_path):
+    """Its config and tokenizer are there, its weights are not: they are random, or come with the CLIP's checkpoint."""
+    clip = load_clip(with_text_tower, "random", "cpu")
+    texts = ["a red dog", "the sea", "house"]
+    tower = clip.text.text
+    with torch.no_grad():
+        for text, found in zip(texts, text_vectors(clip, texts, 2), strict=True):
+            tokens = clip.tokenizer.tokenizer(text, return_tensors="pt")["input_ids"]
+            hidden = tower.transformer(input_ids=tokens).last_hidden_state
+            expected = torch.nn.functional.normalize(tower.proj(hidden.mean(dim=1)), dim=-1)[0]
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    assert too_long(clip, ["a " * 75, "a " * 76]) == ["a " * 76]  # two more mark the ends, of 77
+    save_file({name: value.contiguous() for name, value in clip.text.state_dict().items()}, tmp_path / "weights.safetensors")
+    again = load_clip(with_text_tower, str(tmp_path / "weights.safetensors"), "cpu", seed=9)
+    assert again.fingerprint == clip.fingerprint != load_clip(with_text_tower, "random", "cpu", seed=9).fingerprint
+
+
+def test_without_transformers_the_message_says_what_to_install(with_text_tower, monkeypatch):
+    monkeypatch.setattr("open_clip.hf_model.transformers", None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        load_clip(with_text_tower, "random", "cpu")

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import multiprocessing
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ from tests.conftest import ROOT, TINY
 from tests.photos import SYNSETS, write_photos
 from utils import datasets
 from utils.ablation import load_classifier
-from utils.clip import load_clip, text_vectors, too_long, weights_fingerprint, zero_shot_classifier
+from utils.clip import load_clip, weights_fingerprint
 from utils.datasets import Loader, classes_of, load_images
 from utils.runtime.errors import UserError
 from utils.runtime.files import find_texts, read_texts, text_set
 from utils.runtime.results import Results, save_array
+from utils.texts import causal_tower, text_vectors, too_long, zero_shot_classifier
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,33 @@ def test_text_vectors_are_unit_and_without_a_template(clip):
     ours = text_vectors(clip, texts, 2)
     truth = clip.text.encode_text(clip.tokenizer(texts)).double()
     assert_allclose(ours, (truth / truth.norm(dim=1, keepdim=True)).numpy(), atol=1e-6)
+
+
+TOWERS = {  # what is changed in the config, and whether nothing after the end token matters
+    "plain": ({}, True),
+    "custom text": ({"custom_text": True}, True),
+    "read at a given end token": ({"custom_text": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}}, True),
+    "linear projection": ({"custom_text": True, "text_cfg": {"proj_bias": True}}, True),
+    "not causal": ({"custom_text": True, "text_cfg": {"no_causal_mask": True}}, False),
+    "read at the last place": ({"custom_text": True, "text_cfg": {"pool_type": "last"}}, False),
+    "a class token behind the text": ({"custom_text": True, "text_cfg": {"embed_cls": True, "pool_type": "last"}}, False),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_texts_of_all_lengths_have_the_vectors_of_encode_text(tmp_path, kind):
+    """Sorted and cut where that is exact, else as they are; in the order in which they were given."""
+    changes, exact = TOWERS[kind]
+    config = {**TINY, **changes, "text_cfg": {**TINY["text_cfg"], **changes.get("text_cfg", {})}}
+    (tmp_path / "tower.json").write_text(json.dumps(config))
+    clip = load_clip(str(tmp_path / "tower.json"), "random", "cpu")
+    assert (causal_tower(clip.text) is not None) == exact
+    texts = ["a photo of a dog", "x", "sea " * 90, "the old house by the sea", "", "dog", "a " * 74, "x"]
+    with torch.inference_mode():
+        truth = torch.nn.functional.normalize(clip.text.encode_text(clip.tokenizer(texts)), dim=-1)
+    for batch_size in (1, 3, 100):
+        assert_allclose(text_vectors(clip, texts, batch_size), truth, atol=1e-6)
+    assert np.unique(truth.numpy().round(4), axis=0).shape[0] == 7  # "x" comes twice
 
 
 def test_imagenet_is_sub_sampled_in_the_order_of_its_folders(photos):
@@ -318,6 +347,22 @@ def test_a_model_and_its_batches_leave_the_state_of_the_process_alone(tiny_model
         text_vectors(clip, ["a dog"], 1)
     after = process_state()
     assert [name for name in before if before[name] != after[name]] == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_warnings_of_image_libraries_are_counted_and_told_once(tmp_path, clip, workers, capsys):
+    write_photos(tmp_path, splits=("val",), classes=("a",), per_class=3, side=32)
+    for i in range(3):
+        picture = Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32), "P")
+        picture.putpalette(bytes(range(256)) * 3)
+        picture.save(tmp_path / "val" / "a" / f"palette{i}.png", transparency=bytes(range(256)))
+    images = load_images("folder", tmp_path, "val", clip.transform)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none comes through
+        assert sum(len(pixels) for pixels in Loader(images, num_workers=workers)([slice(0, 4), slice(4, 6)])) == 6
+    said = capsys.readouterr()
+    assert said.out.count("note: 3 warnings while images were read, such as: Palette images with Transparency") == 1
+    assert "Palette" not in said.err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -106,7 +106,9 @@ def test_numbers_that_are_none_are_named(tmp_path):
     for wrong in (np.nan, np.inf, -np.inf):
         array = np.zeros((4, 5), np.float32)
         array[2, 3] = array[3, 0] = wrong
-        save_array(results.path("mean", **names), array, {})
+        np.save(results.path("mean", **names), array)
+        with pytest.raises(UserError, match="mean.npy would hold NaN or infinity"):
+            save_array(results.path("mean", **names), array, {})
         with pytest.raises(
             UserError, match=r"mean.npy holds NaN or infinity, first at \[2, 3\]; make it again with: .*compute_pcas"
         ):

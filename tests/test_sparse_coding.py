@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from sklearn.decomposition import SparseCoder
 
 from utils.runtime.errors import UserError
-from utils.sparse_coding import make_atoms, orthogonal_matching_pursuit, save_descriptions
+from utils.sparse_coding import load_support, make_atoms, orthogonal_matching_pursuit, rebuilt_from, save_descriptions
 
 
 def vectors(texts, D, seed=0):
@@ -146,3 +146,24 @@ def test_descriptions_are_sorted_and_the_two_files_agree(tmp_path):
     for n, entries in content.items():
         for i, c, _ in entries:
             assert stored[int(n), i] == pytest.approx(c)
+
+
+def test_one_pursuit_holds_all_shorter_ones(tmp_path):
+    """The order of choice is kept beside the descriptions, and its first texts fit as a pursuit of so many texts does."""
+    rng = np.random.default_rng(4)
+    atoms = torch.from_numpy(rng.standard_normal((300, 24)).astype(np.float32))
+    targets = torch.from_numpy(rng.standard_normal((50, 24)).astype(np.float32))
+    support, coefficients = orthogonal_matching_pursuit(atoms, targets, 16)
+    texts = [f"text {i}" for i in range(300)]
+    save_descriptions(tmp_path / "d.json", support.numpy(), coefficients.numpy(), texts, {})
+    kept = load_support(tmp_path / "d.npz")
+    assert (kept == support.numpy()).all()
+    matrix = scipy.sparse.load_npz(tmp_path / "d.npz")
+    np.testing.assert_allclose(matrix @ atoms.numpy(), rebuilt_from(kept, atoms, targets), atol=1e-4)
+    for m in (1, 4, 9):
+        coder = SparseCoder(atoms.double().numpy(), transform_algorithm="omp", transform_n_nonzero_coefs=m)
+        alone = coder.transform(targets.double().numpy()) @ atoms.double().numpy()
+        np.testing.assert_allclose(rebuilt_from(kept[:, :m], atoms, targets), alone, atol=1e-4)
+    scipy.sparse.save_npz(tmp_path / "published.npz", matrix)
+    with pytest.raises(UserError, match="does not have the order"):
+        load_support(tmp_path / "published.npz")

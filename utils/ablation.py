@@ -123,6 +123,8 @@ def load_classifier(results, clip, images):
     if folders is None and classifier.shape[1] != len(images.folders):
         raise UserError(f"{path} has {classifier.shape[1]} classes and the images have {len(images.folders)}; {again}")
     if folders is not None:
+        if len(folders) != classifier.shape[1]:
+            raise UserError(f"{path} has {classifier.shape[1]} columns and its record {len(folders)} classes; {again}")
         column = {folder: i for i, folder in enumerate(folders)}
         unknown = [images.folders[label] for label in np.unique(labels) if images.folders[label] not in column]
         if unknown:
@@ -139,11 +141,16 @@ def classify(vit, images, ablations, classifier, coefficient):
     vit, images, coefficient: as in `second_order`.
     ablations: list of `Ablations` or `Rebuilt`, one for each layer, ascending.
     classifier: [D, classes].
+
+    Raises UserError where the class scores are not finite.
     """
     representation, effects = second_order(vit, images, [ablate.directions for ablate in ablations], coefficient)
     representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
     ablated = [ablate(representation, next(effects)) for ablate in ablations]  # one layer's effects are in memory at a time
-    return (torch.stack(ablated, dim=1) @ classifier).argmax(dim=-1)
+    scores = torch.stack(ablated, dim=1) @ classifier
+    if not scores.isfinite().all():  # argmax would name a class all the same
+        raise UserError("class scores are NaN or infinite; with --precision float16 repeat the command without it")
+    return scores.argmax(dim=-1)
 
 
 def accuracies(predictions, labels):

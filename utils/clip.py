@@ -1,4 +1,4 @@
-"""Load a CLIP by open_clip name and tag, local checkpoint or model-config json; embed texts and classes."""
+"""Load a CLIP by open_clip name and tag, local checkpoint or model-config json."""
 
 import contextlib
 import difflib
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 from huggingface_hub import snapshot_download
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from tqdm import tqdm
 
 from utils import checkpoints
 from utils.hooked_vit import HookedViT
@@ -93,7 +91,7 @@ def _create(model, pretrained):
     _check_names(name, pretrained)
     if pretrained == "random" or is_checkpoint_path(pretrained):
         with _without_notes():
-            clip = open_clip.create_model(name)
+            clip = open_clip.create_model(name, pretrained_text=False)  # else the hub is asked for a text tower's weights
         if pretrained != "random":
             checkpoints.load_weights(clip, pretrained)
     else:
@@ -184,28 +182,3 @@ def weights_fingerprint(model):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def too_long(clip, texts):
-    """Those of some texts that are longer than the model's context; it reads their beginnings only."""
-    limit, hugging_face = clip.tokenizer.context_length, getattr(clip.tokenizer, "tokenizer", None)
-    if hugging_face:  # it counts the tokens at both ends itself
-        return [text for text in texts if len(hugging_face(text)["input_ids"]) > limit]
-    return [text for text in texts if len(clip.tokenizer.encode(text)) + 2 > limit]
-
-
-@torch.inference_mode()
-def text_vectors(clip, texts, batch_size):
-    """Unit text vectors, without a template: list of texts -> float32 array [texts, D]."""
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    tokens = (clip.tokenizer(batch).to(clip.device) for batch in tqdm(batches, desc="texts", unit="batch"))
-    return np.concatenate([clip.text.encode_text(each, normalize=True).float().cpu().numpy() for each in tokens])
-
-
-@torch.inference_mode()
-def zero_shot_classifier(clip, class_names, batch_size):
-    """The zero-shot classifier over OpenAI's 80 templates: unit columns, float32 array [D, classes]."""
-    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-    options = {"num_classes_per_batch": max(1, batch_size // len(templates)), "device": clip.device, "use_tqdm": True}
-    weights = open_clip.build_zero_shot_classifier(clip.text, clip.tokenizer, class_names, templates, **options)
-    return weights.float().cpu().numpy()

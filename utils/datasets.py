@@ -3,6 +3,8 @@
 import gc
 import hashlib
 import os
+import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
@@ -102,8 +105,10 @@ def mode_of(image):
     if not isinstance(image, str):
         return image.mode
     try:
-        with Image.open(image) as opened:
-            return opened.mode
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are counted when the picture is read
+            with Image.open(image) as opened:
+                return opened.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "RGB"
 
@@ -121,7 +126,8 @@ def to_rgb(image):
 class Loader:
     """Reads pieces (slices) of a data set: loader(pieces) yields images [B, 3, side, side] on `device`.
 
-    Raises UserError for an image that cannot be read.
+    Warnings of the libraries that read images are counted, and told once at the end. Raises UserError for an image that cannot be
+    read.
     """
 
     images: Dataset
@@ -135,21 +141,31 @@ class Loader:
         """Yield (images, labels [B] or masks [B, ...])."""
         on_gpu = torch.device(self.device).type == "cuda"
         rows = [range(piece.start, piece.stop) for piece in pieces]
-        options = {"num_workers": self.num_workers, "pin_memory": on_gpu, "collate_fn": _collate, "worker_init_fn": _start_worker}
+        options = {
+            "num_workers": self.num_workers,
+            "pin_memory": on_gpu,
+            "collate_fn": _as_it_is,
+            "worker_init_fn": _start_worker,
+        }
         options["generator"] = torch.Generator()  # else it would draw from the process's random numbers
-        batches = iter(DataLoader(self.images, batch_sampler=rows, **options))
-        while (batch := _next(batches)) is not None:
+        batches, warned = iter(DataLoader(_Batches(self.images), batch_sampler=rows, **options)), Counter()
+        while (found := _next(batches)) is not None:
+            batch, told = found
+            warned.update(told)
             if isinstance(batch, UserError):
                 raise batch
             yield batch[0].to(self.device, non_blocking=on_gpu), batch[1]
+        if warned:
+            [(text, _)] = warned.most_common(1)
+            tqdm.write(f"note: {warned.total()} warnings while images were read, such as: {text}")
 
 
 def _next(batches):
     """The next batch, None after the last. Raises UserError when a process that loads images has ended."""
     try:
         return next(batches, None)
-    except (RuntimeError, OSError) as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the last two, when it dies while it hands a batch over
+        if isinstance(error, RuntimeError) and not re.search("DataLoader worker|shared memory", str(error)):
             raise
         why = "a process that loads images has ended, for want of memory or of shared memory (/dev/shm)"
         raise UserError(f"{why}; use a smaller --num_workers and run the same command again to resume") from error
@@ -159,9 +175,22 @@ def _start_worker(_):
     gc.freeze()  # a collection would write to the pages that a loader process shares with its parent, and so copy them
 
 
-def _collate(items):
-    errors = [item for item in items if isinstance(item, UserError)]
-    return errors[0] if errors else torch.utils.data.default_collate(items)
+@dataclass
+class _Batches(Dataset):
+    """Whole batches of a data set, each with the warnings that came up while it was read."""
+
+    images: Dataset
+
+    def __getitems__(self, rows):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            items = [self.images[row] for row in rows]
+        errors = [item for item in items if isinstance(item, UserError)]
+        return errors[0] if errors else torch.utils.data.default_collate(items), [one_line(each.message) for each in caught]
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def train_set_of(dataset):

@@ -83,14 +83,21 @@ class _Effects:
         elif self.array.dtype != np.float32:
             self.record["store_dtype"] = str(self.array.dtype)
 
-    def load(self, kind, **sizes):
-        """Another part of the effects, of the same weights and images and of these sizes, as a memory map."""
+    def load(self, kind, mmap=False, **sizes):
+        """Another part of the effects, of the same weights and images and of these sizes."""
         expected = {key: self.record.get(key) for key in ("fingerprint", "data")}
-        return self.results.load(kind, sizes, expected, mmap=True, **self.names)
+        return self.results.load(kind, sizes, expected, mmap=mmap, **self.names)
 
     def tensor(self, array):
-        """A copy on the device, in float32."""
-        return torch.from_numpy(np.array(array)).to(self.device, torch.float32)
+        """A copy on the device, in float32. Raises UserError when it is not finite."""
+        found = torch.from_numpy(np.array(array, np.float32)).to(self.device)
+        if not found.isfinite().all():
+            raise UserError(f"the effects of {self.path} hold NaN or infinity; make them again with: {self.again()}")
+        return found
+
+    def again(self):
+        """The command that makes the effects again."""
+        return f"{self.results.command(self.main, k=self.kept, **self.names)} --overwrite"
 
     def read_rows(self, take):
         """take(rows of the main array) for all blocks of rows, copied, in float32."""
@@ -99,7 +106,7 @@ class _Effects:
             copied[rows] = take(np.load(self.path, mmap_mode="r", allow_pickle=False)[rows])
             if not np.isfinite(copied[rows]).all():
                 image = rows.start + np.argwhere(~np.isfinite(copied[rows]))[0][0]
-                raise UserError(f"{self.path} holds NaN or infinity, first for image {image}; make it again with --overwrite")
+                raise UserError(f"{self.path} holds NaN or infinity, first for image {image}; make it again with: {self.again()}")
         return torch.from_numpy(copied).to(self.device)
 
     def row_blocks(self):
@@ -114,10 +121,11 @@ class FactorisedEffects(_Effects):
     def __init__(self, results, names, device):
         super().__init__(results, names, device)
         self.images, K, self.N = self.array.shape
-        values = self.load("values", K=K, N=self.N)
+        self.kept = self.images
+        values = self.load("values", mmap=True, K=K, N=self.N)
         outputs = self.load("outputs", K=K, e=values.shape[2])
         self.directions = Directions(names["layer"], self.tensor(values), self.tensor(outputs), None)
-        self.kept, self.D = self.images, outputs.shape[2]
+        self.D = outputs.shape[2]
         self.bias = self.tensor(self.load("bias", images=self.images, D=self.D))
         self.floats = max(self.images * K, 3 * K * self.D)
 
@@ -179,11 +187,13 @@ class TopEffects(_Effects):
         self.N, self.kept, self.K = self.array.shape
         outputs = self.load("outputs", K=self.K)
         self.outputs, self.D = self.tensor(outputs), outputs.shape[2]
-        self.values = self.load("values", K=self.K, N=self.N, e=outputs.shape[1])
+        self.values = self.load("values", mmap=True, K=self.K, N=self.N, e=outputs.shape[1])
         self.mean = self.load("top_mean", N=self.N, D=self.D)
         self.top_images, self.bias = self.load("top_images", N=self.N, k=self.kept), self.load("bias", D=self.D)
         self.images, self.floats = len(self.bias), max(self.kept * self.K, 3 * self.K * self.D)
-        self.load("image_norms", images=self.images, N=self.N)
+        self.load("image_norms", mmap=True, images=self.images, N=self.N)
+        if self.top_images.min() < 0 or self.top_images.max() >= self.images:
+            raise UserError(f"{self.path} is of other images than the bias beside it; make them again with: {self.again()}")
 
     def top(self, neurons, k):
         """As `FactorisedEffects.top`."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line
+from utils.runtime.files import one_line, read_array
 
 IGNORED = -1  # mask pixels that do not count
 IGNORED_VALUES = (-1, 255)  # what says so in a file
@@ -86,7 +86,7 @@ def read_classes(path, images, classes):
     path = Path(path)
     try:
         if path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+            found = read_array(path)
         else:
             text = path.read_text(encoding="utf-8")
             found = np.array(json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()])

@@ -1,18 +1,20 @@
 """Sparse text descriptions: atoms from text vectors, and batched orthogonal matching pursuit (section 4.3 of the paper)."""
 
 import hashlib
+import io
 import json
+import zipfile
 
 import numpy as np
 import scipy.sparse
 import torch
 
-from utils.clip import text_vectors
 from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import find_texts, one_line, read_texts, save_atomic, save_json
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record, record_path
+from utils.texts import text_vectors
 
 BLOCK = 256  # targets that are pursued at a time
 SAMPLES = 16  # texts that are embedded to see whether a file of vectors is theirs
@@ -61,11 +63,13 @@ def decomposition_matrix(support, coefficients, texts):
 
 
 def save_descriptions(path, support, coefficients, texts, record):
-    """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it.
+    """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it: the same
+    as a matrix, and the texts in the order of choice.
 
     path, texts, record: of the json; of the pool; what the descriptions are made from.
-    support, coefficients: [N, S], numpy arrays.
+    support, coefficients: [N, S], numpy arrays, in the order of choice.
     """
+    chosen_first = support
     order = np.argsort(-np.abs(coefficients), axis=1, kind="stable")
     support, coefficients = np.take_along_axis(support, order, 1), np.take_along_axis(coefficients, order, 1)
     chosen = support >= 0
@@ -75,9 +79,48 @@ def save_descriptions(path, support, coefficients, texts, record):
         lines.append(f'"{n}": ' + json.dumps([[i, c, texts[i]] for i, c in entries], ensure_ascii=False))
     matrix = decomposition_matrix(support, coefficients, len(texts))
     path.unlink(missing_ok=True)  # the json comes last: where it is, all of it is there
-    save_atomic(path.with_suffix(".npz"), lambda file: scipy.sparse.save_npz(file, matrix))
+    save_atomic(path.with_suffix(".npz"), lambda file: file.write(matrix_and_order(matrix, chosen_first)))
     save_json(record_path(path), {**complete(record), "shape": list(matrix.shape)})
     save_atomic(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
+
+
+def matrix_and_order(matrix, support):
+    """The bytes of an .npz that scipy reads as a matrix, and which has `support` besides."""
+    content = io.BytesIO()
+    scipy.sparse.save_npz(content, matrix)
+    with zipfile.ZipFile(content, "a") as archive, archive.open("support.npy", "w") as entry:
+        np.lib.format.write_array(entry, support.astype(np.int32), allow_pickle=False)
+    return content.getvalue()
+
+
+def load_support(path):
+    """The texts of every neuron in the order of choice, int64 [N, S], -1 where fewer were taken. path: of the descriptions' .npz.
+
+    Raises UserError for descriptions of the published code, or of an earlier version, which do not have it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return content["support"].astype(np.int64)
+    except KeyError as error:
+        raise UserError(f"{path} does not have the order in which texts were chosen; make it again with --overwrite") from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)[:100]}); make it again with --overwrite") from error
+
+
+def rebuilt_from(support, atoms, targets, block=BLOCK):
+    """Every target as the best combination of its chosen atoms, [N, D], by least squares in float64.
+
+    The pursuit is nested: the first m columns of a support are what it chooses when it is asked for m.
+
+    support: int64 [N, m], -1 for none. atoms, targets: [texts, D], [N, D].
+    """
+    wide, found = torch.as_tensor(atoms).cpu().double(), []
+    for rows in torch.arange(len(support)).split(block):
+        chosen = torch.as_tensor(support)[rows]
+        A = (wide[chosen.clamp_min(0)] * (chosen >= 0)[..., None]).mT  # [n, D, m]
+        solution = torch.linalg.lstsq(A, torch.as_tensor(targets)[rows].cpu().double()[..., None], driver="gelsd").solution
+        found.append((A @ solution)[..., 0])
+    return torch.cat(found).float()
 
 
 def load_descriptions(results, sizes, expected=(), **names):
@@ -98,6 +141,8 @@ def load_descriptions(results, sizes, expected=(), **names):
         raise UserError(results.missing(path, command)) from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); {again}") from error
+    if not np.isfinite([c for entries in descriptions for _, c, _ in entries]).all():
+        raise UserError(f"{path} holds NaN or infinity; {again}")
     if len(descriptions) != sizes["N"]:
         raise UserError(f"{path} describes {len(descriptions)} neurons, and the layer has {sizes['N']}; {again}")
     results.check_record(path, dict(expected), again)

@@ -79,6 +79,14 @@ def read_json(path, what, fix):
         raise UserError(f"{what} {path} is damaged ({one_line(error)[:100]}); {fix}".strip()) from error
 
 
+def read_array(path, mmap=False):
+    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else, whatever numpy raises."""
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except Exception as error:  # a damaged header is parsed as Python, which has errors of its own
+        raise ValueError(one_line(error)[:200]) from error
+
+
 def text_set(given):
     """The name of a text set that a user names: NAME, NAME.txt, sub/NAME or a path."""
     return Path(given).name.removesuffix(".txt")

@@ -21,7 +21,6 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from utils.runtime.results import NOTES, complete, is_made, publish
 
 COMMIT_SECONDS = 5  # at least, between two times that progress is saved
 COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take
+TRIM = 32  # turns after which free memory is given back
 QUEUE = 2**27  # bytes that may wait for the writing thread
 
 
@@ -50,9 +50,11 @@ def walk(pieces, load=None, description="images", unit="image"):
     items = load(pieces) if load else [None] * len(pieces)
     count = sum(piece.stop - piece.start for piece in pieces)
     with memory.steady(), tqdm(total=count, desc=description, unit=unit, disable=not distributed.is_rank_zero()) as bar:
-        for piece, item in zip(pieces, items, strict=True):
+        for turn, (piece, item) in enumerate(zip(pieces, items, strict=True)):
             yield piece, item
             bar.update(piece.stop - piece.start)
+            if turn % TRIM == TRIM - 1:
+                memory.trim()
 
 
 def require_space(arrays, scratch=0, overwrite=False):
@@ -287,7 +289,7 @@ class Pass:
 
 
 class ArrayFile:
-    """An .npy of a `Pass`, written piece by piece. The room for all of it is taken at the start.
+    """An .npy of a `Pass`, written piece by piece. The room for all of it is taken at the start. It never holds NaN or infinity.
 
     path: of the result. record: of the finished array. work: the `Pass`.
     """
@@ -318,6 +320,11 @@ class ArrayFile:
         if isinstance(block, torch.Tensor):  # converted on its device: numpy is slow at half precision
             block = block.detach().to(getattr(torch, self.dtype.name)).cpu().numpy()
         block = np.ascontiguousarray(block, self.dtype)
+        if self.dtype.kind == "f" and not torch.from_numpy(block).sum(dtype=torch.float32).isfinite():  # quicker than each alone
+            raise UserError(
+                f"{self.path} would hold NaN or infinity; look at its inputs, or repeat the command without float16 "
+                "(--precision, --store_dtype)"
+            )
         if self._file is not None:
             self.work.write(lambda: self._write(index, block), block.nbytes)
 
@@ -381,7 +388,7 @@ class Scratch:
 
 def read_progress(path):
     """Arrays of a progress file; None when it is not there or damaged."""
-    with contextlib.suppress(ValueError, EOFError, OSError, KeyError, BadZipFile), np.load(path, allow_pickle=False) as file:
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # numpy raises many
         return {name: file[name] for name in file.files}
     return None
 

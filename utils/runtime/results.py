@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_json, save_atomic, save_json, text_set
+from utils.runtime.files import one_line, read_array, read_json, save_atomic, save_json, text_set
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
@@ -183,9 +183,12 @@ class Results:
             raise UserError(self.missing(path, command))
         again = f"make it again with: {command} --overwrite"
         try:
-            array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            array = read_array(path, mmap)
+        except ValueError as error:
             raise UserError(f"{path} cannot be read ({one_line(error)}); {again}") from error
+        dtype = np.dtype(ARTIFACTS[kind].dtype)
+        if array.dtype.kind not in {"f": "f", "i": "iu"}[dtype.kind]:
+            raise UserError(f"{path} holds {array.dtype} and not {dtype}; {again}")
         sizes = {**dict(sizes), "k": names.get("k")}
         wanted = [int(letter) if letter.isdecimal() else sizes.get(letter) for letter in ARTIFACTS[kind].shape.split()]
         if len(wanted) != array.ndim or any(want not in (None, have) for want, have in zip(wanted, array.shape, strict=True)):
@@ -198,7 +201,7 @@ class Results:
         if not mmap and array.dtype.kind == "f" and not np.isfinite(array).all():
             where = ", ".join(map(str, np.argwhere(~np.isfinite(array))[0]))
             raise UserError(f"{path} holds NaN or infinity, first at [{where}]; {again}")
-        return array
+        return array if mmap else array.astype(dtype, copy=False)
 
     def missing(self, path, command):
         """What is said of a result that is in none of the folders."""
@@ -224,10 +227,14 @@ def record_path(path):
 
 def load_record(path):
     """How a result was made; {} for one that came without a record. Raises UserError when the record is damaged."""
+    fix = f"remove it together with {path} and make both again"
     try:
-        return read_json(record_path(path), "", f"remove it together with {path} and make both again")
+        record = read_json(record_path(path), "", fix)
     except FileNotFoundError:
         return {}
+    if not isinstance(record, dict):
+        raise UserError(f"{record_path(path)} is damaged (it is no record); {fix}")
+    return record
 
 
 def complete(record, shape=None, dtype=None):
@@ -246,8 +253,8 @@ def is_made(path, record, overwrite=False):
         return False
     if path.suffix == ".npy":
         try:
-            np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError):
+            read_array(path, mmap=True)
+        except ValueError:
             return False  # cut off or damaged
     found = load_record(path)
     differing = [key for key in record if found.get(key) != record[key] and key not in NOTES]
@@ -267,6 +274,8 @@ def publish(partial, path, record):
 
 
 def save_array(path, array, record):
-    """Write an array and its record."""
+    """Write an array and its record. Raises UserError when it is not finite."""
+    if not np.isfinite(array).all():
+        raise UserError(f"{path} would hold NaN or infinity; it is not written: look at what it is made from")
     record = complete(record, array.shape, array.dtype)
     save_atomic(path, lambda file: np.save(file, array, allow_pickle=False), lambda new, path: publish(new, path, record))

@@ -1,0 +1,704 @@
+"""Damaged, foreign and odd inputs, by seed: every stage gives the right result, or exits with one line and leaves nothing new.
+
+    MUTATIONS=200 python -m pytest tests/test_fuzz.py      # so many for every stage; 25 without the variable
+
+The right result is that of the changed inputs, if they can be read at all. It is computed here from numpy, Pillow, open_clip,
+scikit-learn and the float64 definition, with readers of its own.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import open_clip
+import pytest
+import scipy.sparse
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.decomposition import SparseCoder
+
+from tests import definition
+from tests.conftest import ROOT, TINY
+from tests.photos import discs, write_mat, write_photos
+from tests.test_segmentation import activations_of, reference_scores
+
+MUTATIONS = int(os.environ.get("MUTATIONS", 25))
+CLASSES = ("anchor", "big_cat", "cup")
+LAYER, K, WORDS, COMPONENTS, TEMPLATES = 2, 3, 30, 4, 2
+IMAGES = (".jpg", ".jpeg", ".png")
+DRAWING = """
+from PIL import Image
+import numpy as np
+
+def draw(text, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+"""
+MODEL = ["--model", "tiny.json", "--pretrained", "./weights.safetensors", "--output_dir", "out", "--device", "cpu"]
+DATA = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--batch_size", 4]
+OF_LAYER = ["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", K]
+BASE = f"folder_train_mlps_tiny_weights_{LAYER}_"
+STAGES = {  # name: (script, flags, what it reads)
+    "representations": ("compute_representations.py", [*DATA, "--split", "val"], ["photos/val", "weights.safetensors"]),
+    "classifier": (
+        "compute_classifier_projection.py",
+        ["--dataset", "folder", "--data_path", "photos", "--class_names", "names.txt"],
+        ["photos/val", "names.txt", "weights.safetensors", "names.txt"],
+    ),
+    "effects": (
+        "compute_second_order_neuron_prs.py",
+        [*DATA, "--split", "val", "--mlp_layer", LAYER],
+        ["photos/val", "weights.safetensors"],
+    ),
+    "full": ("compute_pcas.py", OF_LAYER, ["coefficients", "bias", "values", "outputs"]),
+    "top": (
+        "compute_pcas.py",
+        OF_LAYER,
+        ["top_coefficients", "top_images", "top_mean", "bias", "values", "outputs", "image_norms"],
+    ),
+    "merged": ("compute_pcas.py", OF_LAYER, ["merged"]),
+    "ablations": (
+        "compute_ablations.py",
+        [*DATA, "--split", "val", "--mlp_layer", LAYER, "--top_k_pca", K],
+        [f"{K}_pca", f"{K}_norm", "mean", "folder_classifier_tiny_weights", "photos/val"],
+    ),
+    "texts": (
+        "compute_text_set_projection.py",
+        ["--text_descriptions", "words.txt"],
+        ["words.txt", "weights.safetensors", "words.txt"],
+    ),
+    "decomposition": (
+        "compute_sparse_decomposition.py",
+        [*OF_LAYER, "--text_descriptions", "words", "--components", COMPONENTS],
+        [f"{K}_pca", "words_tiny_weights"],
+    ),
+    "segmentation": (
+        "compute_segmentation.py",
+        ["--data_path", "discs.mat", "--mlp_layers", LAYER, "--top_neurons", 20, "--num_workers", 0]
+        + [*OF_LAYER[:2], *OF_LAYER[4:]],
+        ["discs.mat", f"{K}_pca", "folder_classifier_tiny_weights"],
+    ),
+    "adversarial": (
+        "generate_adversarial_images.py",
+        ["--mlp_layers", LAYER, "--top_k_pca", K, "--dataset", "folder", "--text_descriptions", "words"]
+        + ["--components", COMPONENTS, "--neurons_num", 20, "--overall_words", 6, "--text_model", "template"]
+        + ["--similarity_model", "clip", "--batch_size", 2, "--cosim_similarity", 2, "--image_model", "drawing:draw"]
+        + ["--results_per_generation", 2, "--dataset_path", "attack"]
+        + ["--class_0", "anchor", "--class_1", "cup"],
+        [f"{K}_pca", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights"],
+    ),
+}  # fmt: skip
+FORMS = ("out", "full", "top", "merged")  # folders of results: those of every stage, and the forms of the effects
+
+
+class Refused(Exception):
+    """The inputs hold nothing that could be read."""
+
+
+def run(folder, script, *flags):
+    """Run a stage in this process, in a folder: its exit code and what it said last."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        sys.modules.pop("drawing", None)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code, said = 0, ""
+        except SystemExit as leaving:
+            code, said = (leaving.code, err.getvalue()) if isinstance(leaving.code, int) else (1, str(leaving.code))
+    assert os.getcwd() == before
+    return code, said
+
+
+class World:
+    """The inputs of every stage, made by the stages themselves, and what they must give."""
+
+    def __init__(self, root):
+        self.root, self.clean, self.cache = root, root / "clean", {}
+        self.clean.mkdir()
+        write_photos(self.clean / "photos", classes=CLASSES, per_class=4, side=40)
+        (self.clean / "names.txt").write_text("an anchor\na big cat\na cup\n")
+        (self.clean / "words.txt").write_text("\n".join(f"{word} thing" for word in open_clip.IMAGENET_CLASSNAMES[:WORDS]))
+        (self.clean / "drawing.py").write_text(DRAWING)
+        write_mat(self.clean / "discs.mat", *discs(4))
+        (self.clean / "tiny.json").write_text(json.dumps(TINY))
+        torch.manual_seed(5)
+        save_file({name: tensor.contiguous() for name, tensor in open_clip.CLIP(**TINY).state_dict().items()}, self.weights)
+        self.transform = image_transform_v2(PreprocessCfg(size=TINY["vision_cfg"]["image_size"]), is_train=False)
+        self.make(self.clean)
+        self.other = root / "other"  # the same of other weights and other photos
+        shutil.copytree(self.clean, self.other, ignore=shutil.ignore_patterns(*FORMS))
+        shutil.rmtree(self.other / "photos")
+        write_photos(self.other / "photos", classes=CLASSES, per_class=4, side=40, seed=1)
+        torch.manual_seed(6)
+        other = {name: tensor.contiguous() for name, tensor in open_clip.CLIP(**TINY).state_dict().items()}
+        save_file(other, self.other / "weights.safetensors")
+        self.make(self.other)
+
+    @property
+    def weights(self):
+        return self.clean / "weights.safetensors"
+
+    def make(self, folder):
+        """Run the stages whose results others read; a folder for each form of the effects."""
+        passing = ["compute_second_order_neuron_prs.py", *MODEL[:4], *DATA, "--device", "cpu", "--mlp_layer", LAYER]
+        passing += ["--split", "train"]
+        commands = [(STAGES["classifier"][0], *MODEL, *STAGES["classifier"][1])]
+        commands += [(*passing, "--output_dir", "full"), (*passing, "--output_dir", "merged", "--merged")]
+        commands += [(*passing, "--output_dir", "top", "--keep", "top", "--top_k_pca", K)]
+        commands += [("compute_pcas.py", *MODEL, *OF_LAYER, "--input_dir", "full")]
+        commands += [(STAGES[name][0], *MODEL, *STAGES[name][1]) for name in ("texts", "decomposition")]
+        for command in commands:
+            assert run(folder, *command) == (0, ""), command
+        for path in (folder / "merged").iterdir():  # as the published code leaves it
+            if not path.name.endswith("merged.npy"):
+                path.unlink()
+
+    def case(self, name, source="clean"):
+        """A fresh folder with the inputs of a stage: results of earlier stages in `in`, the others beside."""
+        folder, origin = self.root / name, self.root / source
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(origin, folder, copy_function=os.link, ignore=shutil.ignore_patterns(*FORMS))
+        form = origin / (name if name in FORMS else "out")
+        shutil.copytree(form, folder / "in", copy_function=os.link)
+        (folder / "out").mkdir()
+        return folder
+
+    def command(self, name):
+        script, flags, _ = STAGES[name]
+        reads = [] if name in ("representations", "classifier", "effects", "texts") else ["--input_dir", "in"]
+        return [script, *MODEL, *flags, *reads]
+
+    def model(self, folder):
+        """The weights of a folder, by open_clip alone, in float64."""
+        key = ("model", sha(folder / "weights.safetensors"))
+        if key not in self.cache:
+            model = open_clip.CLIP(**TINY).eval().requires_grad_(False)
+            model.load_state_dict(readable(load_file, folder / "weights.safetensors"))
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise Refused("weights")
+            self.cache[key] = model.double()
+        return key, self.cache[key]
+
+    def phi(self, folder, path):
+        """Effects and representation of a picture, in float64, and its label's folder."""
+        key, model = self.model(folder)
+        key = (*key, sha(path))
+        if key not in self.cache:
+            pixels = self.transform(picture(path)).double()
+            self.cache[key] = definition.effects(model.visual, pixels, LAYER).numpy(), unit(model.visual(pixels[None])[0].numpy())
+        return self.cache[key]
+
+
+def sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def readable(reader, path, *args, **options):
+    """What a reader makes of a file; Refused where it cannot."""
+    try:
+        return reader(path, *args, **options)
+    except Exception as error:
+        raise Refused(path) from error
+
+
+def array(folder, name, ndim):
+    """The array of a folder whose name ends so, in float64."""
+    paths = [path for path in (folder / "in").glob("*.npy") if path.stem == name or path.stem == BASE + name]
+    if not paths:
+        raise Refused(name)
+    found = readable(np.load, paths[0], allow_pickle=False)
+    if found.ndim != ndim or found.dtype.kind not in "fiub" or not np.isfinite(found).all():
+        raise Refused(name)
+    return found.astype(np.float64)
+
+
+def picture(path):
+    """8-bit RGB of a picture; Refused where Pillow cannot read it."""
+    return readable(lambda path: Image.open(path).convert("RGB"), path)
+
+
+def pictures(folder, split="val"):
+    """(path, class folder) of all pictures, by sorted folders; and the folders."""
+    root = folder / "photos" / split
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = []
+    for name in folders:
+        paths = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        found += [(path, name) for path in paths if not path.name.startswith(".")]
+        if not paths:
+            raise Refused(name)
+    if not folders:
+        raise Refused("no class")
+    return found, folders
+
+
+def lines(path):
+    text = readable(lambda path: path.read_bytes().decode("utf-8-sig"), path)
+    found = [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
+    if not found:
+        raise Refused(path)
+    return found
+
+
+def embed(model, texts):
+    return unit(model.encode_text(open_clip.tokenize(texts)).numpy())
+
+
+def close(found, expected, relative=1e-3):
+    """Equal to a share of the largest entry."""
+    assert found.shape == expected.shape and np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= relative * max(np.abs(expected).max(), 1e-30)
+
+
+def of_effects(phi):
+    """Mean, first components, ascending norms and all norms of dense effects [images, N, D]."""
+    mean = phi.mean(axis=0)
+    norms, pcas, top = np.linalg.norm(phi - mean, axis=-1), [], []
+    for n in range(phi.shape[1]):
+        rows = (phi - mean)[np.argsort(norms[:, n], kind="stable")[-K:], n]
+        r = np.linalg.svd(rows, full_matrices=False)[2][0]
+        pcas.append(r if (rows @ r > 0).sum() > K / 2 else -r)
+        top.append(np.sort(np.linalg.norm(rows, axis=-1)))
+    return {"mean": mean, f"{K}_pca": np.array(pcas), f"{K}_norm": np.array(top), "image_norms": norms}
+
+
+def check_representations(world, folder):
+    found = np.load(folder / "out" / "folder_val_representations_tiny_weights.npy")
+    images, folders = pictures(folder)
+    close(found, 100 * np.stack([world.phi(folder, path)[1] for path, _ in images]))
+    assert np.load(folder / "out" / "folder_val_classes.npy").tolist() == [folders.index(name) for _, name in images]
+
+
+def check_classifier(world, folder):
+    _, model = world.model(folder)
+    names, (_, folders) = lines(folder / "names.txt"), pictures(folder)
+    if len(names) != len(folders):
+        raise Refused("names")
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:TEMPLATES]
+    columns = [unit(embed(model, [template(name) for template in templates]).mean(axis=0)) for name in names]
+    close(np.load(folder / "out" / "folder_classifier_tiny_weights.npy"), np.stack(columns, axis=1))
+    record = json.loads((folder / "out" / "folder_classifier_tiny_weights.meta.json").read_text())
+    assert (record["folders"], record["class_names"]) == (folders, names)
+
+
+def check_effects(world, folder):
+    read = {part: np.load(folder / "out" / f"folder_val_mlps_tiny_weights_{LAYER}_{part}.npy").astype(float) for part in FULL}
+    phi = np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"]) + read["bias"][:, None]
+    close(phi, np.stack([world.phi(folder, path)[0] for path, _ in pictures(folder)[0]]))
+
+
+FULL = ("coefficients", "bias", "values", "outputs")
+
+
+def check_statistics(world, folder):
+    """Of whichever form the effects have."""
+    if list((folder / "in").glob("*merged.npy")):
+        phi = array(folder, "merged", 3)
+        expected = of_effects(phi)
+    elif (folder / "in" / f"{BASE}coefficients.npy").is_file():
+        C, bias, values, outputs = (array(folder, part, ndim) for part, ndim in zip(FULL, (3, 2, 3, 3), strict=True))
+        if not (
+            len(C) == len(bias) and C.shape[1:] == values.shape[:2] and (values.shape[0], values.shape[2]) == outputs.shape[:2]
+        ):
+            raise Refused("shapes")
+        expected = of_effects(np.einsum("ikn,kne,keo->ino", C, values, outputs) + bias[:, None])
+    else:
+        C, images = array(folder, "top_coefficients", 3)[:, :K], array(folder, "top_images", 2)[:, :K].astype(int)
+        values, outputs, bias, mean = (
+            array(folder, part, ndim) for part, ndim in (("values", 3), ("outputs", 3), ("bias", 2), ("top_mean", 2))
+        )
+        array(folder, "image_norms", 2)
+        if images.min() < 0 or images.max() >= len(bias):
+            raise Refused("images")
+        rows = np.einsum("nik,kne,keo->nio", C, values, outputs) + (bias - bias.mean(axis=0))[images]
+        r = np.stack([np.linalg.svd(row, full_matrices=False)[2][0] for row in rows])
+        r *= np.where(((rows * r[:, None]).sum(axis=-1) > 0).sum(axis=1) > K / 2, 1, -1)[:, None]
+        expected = {"mean": mean, f"{K}_pca": r, f"{K}_norm": np.sort(np.linalg.norm(rows, axis=-1), axis=1)}
+    for kind, values in expected.items():
+        found = np.load(folder / "out" / f"{BASE}{kind}.npy").astype(float)
+        if kind == f"{K}_pca":  # one direction may be as good as another
+            gaps = [np.linalg.svd(row, compute_uv=False)[:2] for row in rows_of(expected, folder)]
+            clear = np.array([gap[0] > 1.05 * gap[1] for gap in gaps])
+            found, values = found[clear], values[clear]
+        close(found, values, 5e-3)
+
+
+def rows_of(expected, folder):
+    """Singular values matter only where the components are compared: the norms bound them."""
+    return [np.diag(norms[::-1]) for norms in expected[f"{K}_norm"]]
+
+
+def check_ablations(world, folder):
+    mean, r, norms = (array(folder, name, 2) for name in ("mean", f"{K}_pca", f"{K}_norm"))
+    classifier = array(folder, "folder_classifier_tiny_weights", 2)
+    images, folders = pictures(folder)
+    path = folder / "in" / "folder_classifier_tiny_weights.meta.json"
+    known = readable(lambda path: json.loads(path.read_text()), path).get("folders", folders) if path.is_file() else folders
+    if any(name not in known for name in folders) or len(known) != classifier.shape[1]:
+        raise Refused("classes")
+    if mean.shape != r.shape or norms.shape != (len(mean), K):
+        raise Refused("shapes")
+    phi, rep = (np.stack(each) for each in zip(*(world.phi(folder, path) for path, _ in images), strict=True))
+    if phi.shape[1:] != mean.shape:
+        raise Refused("shapes")
+    c, base = phi - mean, 100 * rep - phi.sum(axis=1) + mean.sum(axis=0)
+    large = (np.linalg.norm(c, axis=-1) > norms[:, 0])[..., None]
+    variants = [
+        100 * rep,
+        base,
+        base + (c * ~large).sum(1),
+        base + (c * large).sum(1),
+        base + np.einsum("ind,nd,ne->ie", c, r, r),
+    ]
+    scores = np.stack(variants, axis=1) @ classifier
+    found = np.load(folder / "out" / f"folder_val_ablations_tiny_weights_{LAYER}_{K}_predictions.npy")[:, 0]
+    chosen = np.take_along_axis(scores, found[..., None], axis=-1)[..., 0]
+    assert (chosen >= scores.max(axis=-1) - 1e-3 * np.abs(scores).max(axis=-1)).mean() > 0.97
+    labels = np.array([known.index(name) for _, name in images])
+    content = json.loads((folder / "out" / f"folder_val_ablations_tiny_weights_{LAYER}_{K}.json").read_text())
+    np.testing.assert_allclose(list(content["accuracy"][str(LAYER)].values()), 100 * (found == labels[:, None]).mean(axis=0))
+
+
+def check_texts(world, folder):
+    _, model = world.model(folder)
+    texts = lines(folder / "words.txt")
+    assert (folder / "out" / "words_tiny_weights.txt").read_text().splitlines() == texts
+    close(np.load(folder / "out" / "words_tiny_weights.npy"), 100 * embed(model, texts))
+
+
+def check_decomposition(world, folder):
+    r, vectors = array(folder, f"{K}_pca", 2), array(folder, "words_tiny_weights", 2)
+    beside = folder / "in" / "words_tiny_weights.txt"
+    texts = lines(beside if beside.is_file() else folder / "words.txt")  # the pool itself, where its copy is gone
+    if len(texts) != len(vectors) or r.shape[1] != vectors.shape[1]:
+        raise Refused("texts")
+    centred = vectors - vectors.mean(axis=0)
+    atoms = 100 * centred / np.maximum(np.linalg.norm(centred, axis=0), 1e-38)
+    coder = SparseCoder(atoms, transform_algorithm="omp", transform_n_nonzero_coefs=COMPONENTS)
+    path = folder / "out" / f"folder_mlps_tiny_weights_{LAYER}_words_decomposition_omp_1.0_{COMPONENTS}"
+    matrix = scipy.sparse.load_npz(f"{path}.npz")
+    ours, theirs = (np.linalg.norm(r - code @ atoms, axis=1) for code in (matrix, coder.transform(r)))
+    norms = np.maximum(np.linalg.norm(r, axis=1), 1e-30)
+    assert np.median(np.abs(ours - theirs) / norms) < 1e-3 and (ours <= theirs + 0.02 * norms).mean() > 0.95
+    described = json.loads(Path(f"{path}.json").read_text())
+    for n, entries in described.items():
+        for i, coefficient, text in entries:
+            assert texts[i] == text and abs(matrix[int(n), i] - coefficient) <= 1e-5 * abs(coefficient)
+
+
+def check_segmentation(world, folder):
+    r, classifier = array(folder, f"{K}_pca", 2), array(folder, "folder_classifier_tiny_weights", 2)
+    _, model = world.model(folder)
+    side, size = TINY["vision_cfg"]["image_size"], TINY["vision_cfg"]["image_size"] // TINY["vision_cfg"]["patch_size"]
+    maps, masks = [], []
+    for image, mask in readable(read_mat, folder / "discs.mat"):
+        pixels = world.transform(Image.fromarray(image)).double()
+        logits = model.visual(pixels[None])[0].numpy() @ classifier
+        top = np.argsort(-np.abs(r @ classifier[:, logits.argmax()]), kind="stable")[:20]
+        heat = activations_of(model.visual, pixels[None])[0][LAYER, 1:, top].mean(axis=0)
+        maps.append(heat)
+        masks.append(np.array(Image.fromarray(mask.view(np.uint8)).resize((side, side), Image.NEAREST)).view(np.int8))
+    base = folder / "out" / f"discs_segmentation_tiny_weights_second_order_{LAYER}_20"
+    close(np.load(f"{base}_maps.npy"), np.stack(maps))
+    enlarged = torch.nn.functional.interpolate(
+        torch.tensor(np.stack(maps)).view(-1, 1, size, size), (side, side), mode="bilinear"
+    )[:, 0]
+    low, high = enlarged.amin((1, 2), keepdim=True), enlarged.amax((1, 2), keepdim=True)
+    expected = reference_scores(((enlarged - low) / (high - low)).float().numpy(), np.stack(masks))
+    scores = json.loads(Path(f"{base}.json").read_text())["scores"]
+    assert all(abs(scores[name] - value) < 0.5 for name, value in expected.items()), (scores, expected)
+
+
+def read_mat(path):
+    """Images [rows, columns, 3] and masks [rows, columns] of 0, 1 and -1."""
+    with h5py.File(path) as file:
+        found = []
+        for i in range(len(file["value/img"])):
+            image, mask = file[file["value/img"][i, 0]][()], file[file[file["value/gt"][i, 0]][0, 0]][()]
+            if image.dtype != np.uint8 or image.shape[1:] != mask.shape or len(image) != 3:
+                raise ValueError(path)
+            found.append(
+                (np.ascontiguousarray(image.T), np.where(np.isin(mask, (-1, 255)), -1, mask != 0).astype(np.int8).T.copy())
+            )
+    return found
+
+
+def check_adversarial(world, folder):
+    r, (_, model) = array(folder, f"{K}_pca", 2), world.model(folder)
+    path = folder / "in" / f"folder_mlps_tiny_weights_{LAYER}_words_decomposition_omp_1.0_{COMPONENTS}.json"
+    described = readable(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
+    v = np.subtract(*embed(model, ["anchor", "cup"]))
+    along = r @ v
+    chosen, scores = np.argsort(-np.abs(along), kind="stable")[:20], {}
+    for n in chosen:
+        for _, coefficient, text in described[str(n)]:
+            scores[text] = scores.get(text, 0) + coefficient * along[n]
+    found = dict(json.loads((folder / "attack" / "anchor_cup_second_order_seed0" / "candidates.json").read_text())["words"])
+    limit = 1e-4 * max(abs(score) for score in scores.values())
+    assert (
+        all(abs(found.get(word, 0) - max(score, 0)) <= limit for word, score in scores.items()) and found.keys() <= scores.keys()
+    )
+    with open(folder / "attack" / "anchor_cup_second_order_seed0" / "files.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    for row in rows:
+        image = next((folder / "attack").rglob(Path(row["file"]).name))
+        rep = model.visual(world.transform(picture(image)).double()[None])[0].numpy()
+        assert int(row["binary"]) == int(unit(rep) @ v > 0)
+
+
+CHECKS = {
+    "representations": check_representations, "classifier": check_classifier, "effects": check_effects, "full": check_statistics,
+    "top": check_statistics, "merged": check_statistics, "ablations": check_ablations, "texts": check_texts,
+    "decomposition": check_decomposition, "segmentation": check_segmentation, "adversarial": check_adversarial,
+}  # fmt: skip
+
+
+# Mutations. Each changes a file, or what lies in a folder, and says what it did.
+
+
+def replace(path, content):
+    path.unlink()  # it is a link to the clean one
+    path.write_bytes(content)
+
+
+def flip(rng, path, _):
+    content = bytearray(path.read_bytes())
+    for at in rng.integers(0, max(len(content), 1), rng.choice([1, 2, 8])):
+        if content:
+            content[at] ^= 1 << int(rng.integers(8))
+    replace(path, bytes(content))
+
+
+def flip_early(rng, path, _):
+    content = bytearray(path.read_bytes())
+    content[int(rng.integers(0, min(len(content), 128)))] ^= 1 << int(rng.integers(8))
+    replace(path, bytes(content))
+
+
+def cut(rng, path, _):
+    content = path.read_bytes()
+    replace(path, content[: int(rng.integers(0, len(content)))])
+
+
+def empty(rng, path, _):
+    replace(path, b"")
+
+
+def garbage(rng, path, _):
+    replace(path, rng.bytes(int(rng.integers(1, 4000))))
+
+
+def remove(rng, path, _):
+    path.unlink()
+
+
+def foreign(rng, path, world):
+    """The same file of other weights and photos, without its record."""
+    twin = twin_of(path, world)
+    if twin:
+        replace(path, twin.read_bytes())
+
+
+def foreign_pair(rng, path, world):
+    """The same with its record: must be refused where another part says what it belongs to."""
+    foreign(rng, path, world)
+    record = path.with_suffix(".meta.json")
+    if record.is_file() and twin_of(record, world):
+        replace(record, twin_of(record, world).read_bytes())
+
+
+def twin_of(path, world):
+    places = [folder / path.name for folder in (world.other / name for name in ("out", "full", "top", "merged", "."))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def change_array(change):
+    def mutate(rng, path, _):
+        found = np.load(path)
+        out = io.BytesIO()
+        np.save(out, change(rng, found))
+        replace(path, out.getvalue())
+
+    mutate.__name__ = change.__name__
+    return mutate
+
+
+def poison(rng, values):
+    values = values.astype(float)
+    values[tuple(rng.integers(0, size) for size in values.shape)] = rng.choice([np.nan, np.inf, -np.inf])
+    return values.astype(np.float32)
+
+
+def transpose(rng, values):
+    return values.T
+
+
+def flatten(rng, values):
+    return values.ravel()
+
+
+def shorten(rng, values):
+    return np.delete(values, 0, axis=int(rng.integers(values.ndim)))
+
+
+def widen(rng, values):
+    return values[None] if rng.random() < 0.5 else np.concatenate([values, values[:1]])
+
+
+def retype(rng, values):
+    return values.astype(rng.choice(["f8", ">f4", "f2", "i4", "c8", "U8", "?"]))
+
+
+def fortran(rng, values):
+    return np.asfortranarray(values)
+
+
+def enlarge(rng, values):
+    return values * np.array(rng.choice([1e20, -1, 1e-20, 0]), values.dtype) if values.dtype.kind == "f" else values
+
+
+def shuffle(rng, values):
+    return rng.permutation(values, axis=int(rng.integers(values.ndim)))
+
+
+def pickled(rng, values):
+    return values.astype(object)
+
+
+def change_record(rng, path, _):
+    content = json.loads(path.read_text())
+    key = rng.choice(sorted(content))
+    if rng.random() < 0.3:
+        del content[key]
+    else:
+        content[key] = [content[key], "", None, 7, {"a": 1}, "é"][int(rng.integers(1, 6))]
+    replace(path, json.dumps(content if rng.random() < 0.9 else [content]).encode())
+
+
+def change_lines(rng, path, _):
+    found, kind = path.read_text().split("\n"), int(rng.integers(6))
+    if kind == 0:
+        found.pop(int(rng.integers(len(found))))
+    elif kind == 1:
+        found.insert(0, found[-1])
+    ends = ["\n", "\n", "\r\n", "\r", "\n\n", "\n"][kind]
+    mark = b"\xef\xbb\xbf" if kind == 5 else b""
+    replace(path, mark + ends.join(found).encode())
+
+
+def change_folder(rng, path, _):
+    """Something about the class folders."""
+    root, name = path.parent.parent, path.parent.name
+    kind = int(rng.integers(6))
+    if kind == 0:
+        (root / name).rename(root / rng.choice(["zebra", ".hidden", "7", "cup 2", "é"]))
+    elif kind == 1:
+        (root / "empty").mkdir()
+    elif kind == 2:
+        (root / ".ipynb_checkpoints").mkdir()
+        shutil.copy(path, root / ".ipynb_checkpoints")
+    elif kind == 3:
+        (root / name / "notes.txt").write_text("x")
+        shutil.copy(path, root / name / "._0000.JPEG")
+    elif kind == 4:
+        shutil.rmtree(root)
+    else:
+        shutil.copytree(root / name, root / "more" / "deep")
+
+
+OF_FILES = [flip, flip_early, cut, empty, garbage, remove, foreign, foreign_pair]
+OF_ARRAYS = [change_array(c) for c in (poison, transpose, flatten, shorten, widen, retype, fortran, enlarge, shuffle, pickled)]
+
+
+def mutations_of(path):
+    """What can be done to a file."""
+    if path.name.endswith(".meta.json"):
+        return [change_record, change_record, flip, cut, empty, garbage, remove, foreign]
+    more = {".npy": [*OF_ARRAYS, flip], ".txt": [change_lines] * 4, ".JPEG": [change_folder] * 4, ".safetensors": [flip] * 2}
+    return OF_FILES + more.get(path.suffix, [])
+
+
+def mutate(rng, name, folder, world):
+    """Change one input of a stage; returns what was done."""
+    chosen = rng.choice(STAGES[name][2])
+    if (folder / chosen).is_dir():
+        paths = sorted((folder / chosen).rglob("*.JPEG"))
+    else:
+        paths = [folder / chosen] if (folder / chosen).is_file() else sorted((folder / "in").glob(f"*{chosen}.*"))
+        paths = [path for path in paths if f"_{chosen}." in path.name or path.name.startswith(chosen) or path.parent == folder]
+    path = paths[int(rng.integers(len(paths)))]
+    options = mutations_of(path)
+    change = options[int(rng.integers(len(options)))]
+    change(rng, path, world)
+    return change.__name__, path.relative_to(folder)
+
+
+def is_foreign(name, change, path):
+    """Whether a foreign file comes with its record beside parts that have their own, so that it cannot pass."""
+    alone = name in ("merged", "texts", "representations", "effects", "classifier") or path.suffix not in (".npy", ".json")
+    return change == "foreign_pair" and not alone and "words_tiny" not in path.name
+
+
+def final_files(folder):
+    """{name: hash} of all results."""
+    places = [path for place in ("out", "attack") for path in (folder / place).rglob("*")]
+    return {str(path.relative_to(folder)): sha(path) for path in places if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        tokenizer = open_clip.get_tokenizer("ViT-B-32")  # to make one takes as long as the rest of a stage
+        patch.setattr(open_clip, "get_tokenizer", lambda *_, **__: tokenizer)
+        patch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:TEMPLATES])
+        yield World(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_mutated_input_gives_the_right_result_or_one_line(world, name):
+    folder = world.case(name)
+    assert run(folder, *world.command(name)) == (0, "")
+    CHECKS[name](world, folder)  # the checks hold for inputs that nobody touched
+
+    right, failures = 0, []
+    for seed in range(MUTATIONS):
+        rng, folder = np.random.default_rng((seed, len(name))), world.case(name)
+        change, path = mutate(rng, name, folder, world)
+        try:
+            code, said = run(folder, *world.command(name))
+            if code == 0:
+                assert not is_foreign(name, change, path), "taken, although it belongs to another model"
+                CHECKS[name](world, folder)
+                right += 1
+            else:
+                last = said.strip().splitlines()
+                assert code == 1 and len(last) == 1 and last[0].startswith("error: "), said
+                assert not [file for file in final_files(folder) if not allowed(name, file)], final_files(folder)
+        except (Exception, AssertionError) as error:
+            failures.append(f"seed {seed}: {change} {path}: {type(error).__name__} {str(error)[:300]}")
+    assert not failures, "\n".join([f"{len(failures)} of {MUTATIONS}", *failures])
+    assert MUTATIONS < 25 or right >= MUTATIONS // 20  # not all of them do harm
+
+
+def allowed(name, file):
+    """What an interrupted stage may leave: progress, or a finished step of the attack."""
+    return ".partial" in file or ".progress." in file or name == "adversarial"
