@@ -43,9 +43,7 @@ def main(args):
     pieces, loader = pieces_of(len(data), args.batch_size), Loader(data, args.device, args.num_workers)
     with torch.inference_mode(), Pass(arrays, record, pieces, {"batch_size": args.batch_size}, overwrite=args.overwrite) as work:
         for rows, pixels in work.over(loader):
-            with vit.record(*method.activations) as cache:
-                representation = vit(pixels)
-            work[maps_path][rows] = method(cache, rows.start, representation)
+            work[maps_path][rows] = method(pixels, rows.start)
     if not distributed.is_rank_zero():
         return
     from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
@@ -77,7 +75,7 @@ if __name__ == "__main__":
     group.add_argument("--ignore_index", nargs="+", type=int, default=list(IGNORED_VALUES), help=help)
     flags.add_workers(group)
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, default="second_order", help="neurons of the class, or a baseline")
+    group.add_argument("--method", choices=METHODS, default="second_order", help="neurons of the class, or another method")
     group.add_argument("--random", dest="method", action="store_const", const="random", help="the same as --method random")
     group.add_argument("--seed", type=int, default=0, help="of the random neurons")
     group.add_argument("--mlp_layers", nargs="+", default=["8", "9", "10"], help="zero-based MLP layers, or 'all'")

@@ -1,5 +1,6 @@
 """Maps show where the chosen neurons fire, and scores equal those of an independent computation."""
 
+import copy
 import json
 import runpy
 import sys
@@ -14,6 +15,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, jaccard_sco
 from torch.testing import assert_close
 from torchvision.transforms.functional import resize
 
+from tests import definition
 from tests.conftest import ROOT, run_script
 from tests.photos import discs, write_mat
 from utils import segmentation
@@ -22,11 +24,16 @@ from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 from utils.segmentation import (
     AttentionMaps,
+    CheferMaps,
+    FirstOrderMaps,
+    GradCAMMaps,
     NeuronMaps,
     RolloutMaps,
     Scores,
     enlarge,
+    given,
     neurons_of_classes,
+    predicted,
     random_neurons,
 )
 from utils.segmentation_set import SegmentationSet
@@ -177,12 +184,6 @@ def activations_of(visual, pixels):
     return images
 
 
-def maps_of(vit, method, pixels):
-    with vit.record(*method.activations) as cache:
-        representation = vit(pixels)
-    return method(cache, 0, representation)
-
-
 @pytest.mark.parametrize("sign", ["both", "positive"])
 def test_a_map_is_the_mean_over_the_neurons_of_the_images_own_class(clip, pixels, sign, monkeypatch):
     monkeypatch.setattr(segmentation, "BLOCK", 3)
@@ -190,7 +191,7 @@ def test_a_map_is_the_mean_over_the_neurons_of_the_images_own_class(clip, pixels
     pcas, classifier = random_inputs(vit)
     flat, columns = torch.from_numpy(np.concatenate(list(pcas.values()))), torch.from_numpy(classifier)
     neurons, weights = neurons_of_classes(flat, columns, 20, sign)
-    maps = maps_of(vit, NeuronMaps(LAYERS, neurons, weights, classifier=columns), pixels).double().numpy()
+    maps = NeuronMaps(vit, LAYERS, neurons, weights, predicted(columns))(pixels, 0).double().numpy()
     for image, activations, found in zip(pixels, activations_of(clip.vit.visual, pixels), maps, strict=True):
         column = classifier[:, np.argmax(vit(image[None])[0].numpy() @ classifier)]
         products = [(r @ column, l, n) for l, rows in pcas.items() for n, r in enumerate(rows)]
@@ -221,10 +222,7 @@ def test_a_batch_in_the_middle_takes_the_neurons_of_its_images(clip, pixels):
     vit = clip.vit
     neurons, weights = random_neurons(5, len(LAYERS) * vit.N, 10, seed=1)
     rows = torch.tensor([4, 0, 2, 2, 1])
-    method = NeuronMaps(LAYERS, neurons, weights, rows=rows)
-    with vit.record(*method.activations) as cache:
-        representation = vit(pixels[2:4])
-    found = method(cache, 2, representation).double().numpy()
+    found = NeuronMaps(vit, LAYERS, neurons, weights, given(rows))(pixels[2:4], 2).double().numpy()
     for i, activations in enumerate(activations_of(vit.visual, pixels[2:4])):
         chosen = [divmod(n, vit.N) for n in neurons[rows[2 + i]].tolist()]
         expected = np.mean([activations[LAYERS[l], 1:, n] for l, n in chosen], axis=0)
@@ -244,7 +242,70 @@ def test_attention_maps_are_those_of_the_running_model(clip, pixels):
         A = A + torch.eye(vit.T, dtype=torch.float64)
         rollout = (A / A.sum(dim=-1, keepdim=True)) @ rollout
     for method, expected in ((AttentionMaps(vit), patterns[-1]), (RolloutMaps(vit), rollout)):
-        assert_close(maps_of(vit, method, pixels).double(), expected[:, 0, 1:], rtol=1e-4, atol=1e-6)
+        assert_close(method(pixels, 0).double(), expected[:, 0, 1:], rtol=1e-4, atol=1e-6)
+
+
+def score_with(visual, image, column, extra):
+    """The cosine of an image with a class, in a tower run by hand in float64, where `extra` [L, H, T, T] is added to the
+    attention probabilities. Returns it and the probabilities."""
+    z, patterns = visual._embeds(image[None])[0], []
+    for block, more in zip(visual.transformer.resblocks, extra, strict=True):
+        W_Q, W_K, W_V, b_Q, b_K, b_V, W_O = definition.heads(block.attn)
+        x = block.ln_1(z)
+        q, k, v = (x @ W + b[:, None] for W, b in ((W_Q, b_Q), (W_K, b_K), (W_V, b_V)))  # [H, T, e]
+        patterns.append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) + more)
+        z = z + ((patterns[-1] @ v) @ W_O).sum(dim=0) + block.attn.out_proj.bias
+        z = z + block.mlp(block.ln_2(z))
+    representation = visual.ln_post(z[0]) @ visual.proj
+    return torch.nn.functional.cosine_similarity(representation, column, dim=0), torch.stack(patterns)
+
+
+def test_methods_with_gradients_equal_a_tower_run_by_hand(clip, pixels):
+    """GradCAM and Chefer against float64 autograd by hand, and that against finite differences."""
+    vit, rows = clip.vit, torch.tensor([3, 0, 6, 6, 1])
+    classifier = torch.from_numpy(random_inputs(vit)[1])
+    visual = copy.deepcopy(vit.visual).double()
+    with torch.inference_mode():  # as the stage runs them
+        cam, chefer = (method(vit, classifier, given(rows))(pixels, 0).double() for method in (GradCAMMaps, CheferMaps))
+    for i, image in enumerate(pixels.double()):
+        column = classifier[:, rows[i]].double()
+        extra = torch.zeros(vit.L, vit.H, vit.T, vit.T, dtype=torch.float64, requires_grad=True)
+        score, A = score_with(visual, image, column, extra)
+        [gradient] = torch.autograd.grad(score, extra)
+        A, h = A.detach(), 1e-5
+        for place in ((0, 1, 2, 3), (vit.L - 1, 0, 0, 5), (2, 3, 7, 0)):
+            step = torch.zeros_like(gradient)
+            step[place] = h
+            up, down = (score_with(visual, image, column, sign * step)[0] for sign in (1, -1))
+            assert_close((up - down) / (2 * h), gradient[place], rtol=1e-4, atol=1e-9)
+        last = (gradient[-1, :, 0, 1:].mean(dim=1, keepdim=True) * A[-1, :, 0, 1:]).mean(dim=0).clamp_min(0)
+        assert_close(cam[i], last, rtol=1e-3, atol=1e-3 * float(last.max()) + 1e-9)
+        R = torch.eye(vit.T, dtype=torch.float64)
+        for l in range(vit.L):
+            R = R + (gradient[l] * A[l]).clamp_min(0).mean(dim=0) @ R
+        assert_close(chefer[i], R[0, 1:], rtol=1e-3, atol=1e-3 * float(R[0, 1:].max()))
+
+
+def test_first_order_maps_are_the_class_scores_of_patches(clip, pixels):
+    """Of a head and a patch: the change of the frozen output when the patch's part is taken out, in float64."""
+    vit = clip.vit
+    classifier = torch.from_numpy(random_inputs(vit)[1])
+    maps = FirstOrderMaps(vit, classifier, predicted(classifier))(pixels, 0).double()
+    visual = copy.deepcopy(vit.visual).double()
+    for image, found in zip(pixels.double(), maps, strict=True):
+        run = definition.run(visual, image)
+        column = classifier[:, int((run.rep.float() @ classifier).argmax())].double()
+        sigma = torch.sqrt(run.z[-1][0].var(unbiased=False) + visual.ln_post.eps)
+        expected = torch.zeros(vit.T, dtype=torch.float64)
+        for l, block in enumerate(visual.transformer.resblocks):
+            _, _, W_V, _, _, b_V, W_O = definition.heads(block.attn)
+            x = block.ln_1(run.z[l])
+            for h in range(vit.H):
+                for t in range(vit.T):
+                    part = run.A[l][h][0, t] * ((x[t] @ W_V[h] + b_V[h]) @ W_O[h] + block.attn.out_proj.bias / vit.H)
+                    written = ((part - part.mean()) / sigma * visual.ln_post.weight) @ visual.proj
+                    expected[t] += 100 / run.rep.norm() * written @ column
+        assert_close(found, expected[1:], rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def random_inputs(vit, seed=3):
@@ -495,5 +556,5 @@ def test_an_unreadable_image_does_not_affect_the_others(tmp_path, clip):
 
 def test_maps_have_the_requested_size(clip, pixels):
     vit = clip.vit
-    maps = enlarge(maps_of(vit, AttentionMaps(vit), pixels), vit.grid, (20, 30))
+    maps = enlarge(AttentionMaps(vit)(pixels, 0), vit.grid, (20, 30))
     assert maps.shape == (5, 20, 30) and 0 <= maps.min() and maps.max() <= 1

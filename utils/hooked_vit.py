@@ -1,4 +1,4 @@
-"""HookedViT: watch an open_clip ViT while it runs, and leave no trace. Letters as in `utils.prs`."""
+"""HookedViT: watch or change an open_clip ViT while it runs, and leave no trace. Letters as in `utils.prs`."""
 
 import fnmatch
 from contextlib import contextmanager
@@ -14,11 +14,14 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # What can be recorded: activation: (module, function of the block or tower, the module's input z and its output x). A std is
 # sqrt(biased variance + eps), the number that the LayerNorm divides by.
 OF_BLOCK = {  # as blocks.{l}.NAME
+    "resid.pre": ("ln_1", lambda block, z, x: z.float()),  # [B, T, d], the residual stream before the block
     "ln1.mean": ("ln_1", lambda block, z, x: z.float().mean(dim=-1)),  # [B, T], of the LayerNorm before the attention
     "ln1.std": ("ln_1", lambda block, z, x: norm_std(z.float(), block.ln_1.eps)),  # [B, T]
     "ln1.out": ("ln_1", lambda block, z, x: x.float()),  # [B, T, d], from which `attention_pattern` gives all probabilities
     "attn.row": ("ln_1", lambda block, z, x: class_attention(block.attn, x.float())),  # [B, H, T], of the class token
+    "attn.out": ("ls_1", lambda block, z, x: x.float()),  # [B, T, d], what the attention adds to the residual stream
     "mlp.post": ("mlp.gelu", lambda block, z, x: x.float()),  # [B, T, N], post-GELU activations of the neurons
+    "mlp.out": ("ls_2", lambda block, z, x: x.float()),  # [B, T, d], what the MLP adds to the residual stream
 }
 OF_TOWER = {  # of the last LayerNorm at the class token
     "ln_post.mean": ("ln_post", lambda visual, z, x: _class_token(z.float()).mean(dim=-1)),  # [B]
@@ -26,8 +29,17 @@ OF_TOWER = {  # of the last LayerNorm at the class token
 }
 
 
+# What can be changed, as blocks.{l}.NAME: (module, function of the change, the module's inputs and its output -> new output)
+CHANGES = {
+    "attn.pattern": ("attn", lambda attn, change, x, output: (attention_output(attn, change, x), None)),  # [B, H, T, T]
+    "attn.out": ("ls_1", lambda _, change, x, output: change(output)),
+    "mlp.post": ("mlp.gelu", lambda _, change, x, output: change(output)),
+    "mlp.out": ("ls_2", lambda _, change, x, output: change(output)),
+}
+
+
 class HookedViT:
-    """An open_clip image tower whose activations can be recorded.
+    """An open_clip image tower whose activations can be recorded and changed.
 
     visual: the tower, used as it is: no weights are copied and its fused attention stays in place.
     precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
@@ -63,8 +75,7 @@ class HookedViT:
 
     def __call__(self, images):
         """Representations [B, D], not normalised, of images [B, 3, side, side]."""
-        dtype = AUTOCAST.get(self.precision)
-        with tf32(self.precision == "tf32"), torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        with self._precision(images.device.type):
             output = self.visual(images)
         output = output[0] if isinstance(output, tuple) else output  # towers with output_tokens return both
         return output.float()
@@ -77,12 +88,7 @@ class HookedViT:
 
         Raises KeyError for a pattern that fits no activation. Hooks are removed on leaving, also after an exception.
         """
-        wanted = set()
-        for pattern in patterns:
-            fitting = fnmatch.filter(self.names, pattern)
-            if not fitting:
-                raise KeyError(f"no activation is called {pattern!r}; there are {', '.join(self.names)}")
-            wanted.update(fitting)
+        wanted = {name for pattern in patterns for name in self._fitting(pattern, self.names)}
         cache, handles = {}, []
         try:
             for name in wanted:
@@ -93,6 +99,48 @@ class HookedViT:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def edit(self, changes):
+        """Change activations of the forward passes inside the `with`: causal interventions on the running model.
+
+        changes: {name: function}, as blocks.{l}.NAME of CHANGES or shell patterns of them. A function gets the activation and
+            returns what the model goes on with. What is recorded inside is what comes after the change.
+
+        Raises KeyError for a pattern that fits nothing. Hooks are removed on leaving, also after an exception.
+        """
+        names = {f"blocks.{l}.{name}": (block, *CHANGES[name]) for l, block in enumerate(self.blocks) for name in CHANGES}
+        handles = []
+        try:
+            for pattern, change in changes.items():
+                for name in self._fitting(pattern, names):
+                    block, module, compute = names[name]
+                    hook = partial(_change, compute, change)
+                    handles.append(block.get_submodule(module).register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def after(self, layer, z):
+        """Representations [B, D] from the residual stream after block `layer`, z [B, T, d]: only the later blocks are run."""
+        with self._precision(z.device.type):
+            for block in self.blocks[layer + 1 :]:
+                z = block(z)
+            return (self.visual.ln_post(z[:, 0]) @ self.visual.proj).float()
+
+    @staticmethod
+    def _fitting(pattern, names):
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            raise KeyError(f"no activation is called {pattern!r}; there are {', '.join(names)}")
+        return fitting
+
+    @contextmanager
+    def _precision(self, device):
+        dtype = AUTOCAST.get(self.precision)
+        with tf32(self.precision == "tf32"), torch.autocast(device, dtype, enabled=dtype is not None):
+            yield
 
     @contextmanager
     def class_token_last(self):
@@ -109,6 +157,11 @@ def _keep(cache, name, compute, module, inputs, output):
     """Forward hook that stores an activation, computed in float32."""
     with tf32(False), torch.autocast(output.device.type, enabled=False):
         cache[name] = compute(inputs[0].detach(), output.detach())
+
+
+def _change(compute, change, module, inputs, output):
+    """Forward hook that replaces a module's output."""
+    return compute(module, change, inputs[0], output)
 
 
 @contextmanager
@@ -158,6 +211,14 @@ def attention_pattern(attn, x):
     query_key = torch.nn.functional.linear(x, attn.in_proj_weight[: -attn.embed_dim], attn.in_proj_bias[: -attn.embed_dim])
     q, k = query_key.unflatten(-1, (2, attn.num_heads, e)).unbind(dim=2)  # [B, T, H, e] each
     return torch.softmax(torch.einsum("bihe,bjhe->bhij", q * e**-0.5, k).float(), dim=-1)
+
+
+def attention_output(attn, change, x):
+    """What a block's attention gives when its probabilities are changed: change(A [B, H, T, T]) -> A. attn, x: as above."""
+    W_V, b_V = attn.in_proj_weight[2 * attn.embed_dim :], attn.in_proj_bias[2 * attn.embed_dim :]
+    values = torch.nn.functional.linear(x, W_V, b_V).unflatten(-1, (attn.num_heads, -1))  # [B, T, H, e]
+    A = change(attention_pattern(attn, x))
+    return attn.out_proj(torch.einsum("bhij,bjhe->bihe", A.to(values.dtype), values).flatten(2))
 
 
 def check_supported(visual):

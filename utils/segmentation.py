@@ -1,8 +1,8 @@
 """Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the object (section 5.2).
 
-A method names the `activations` it needs; method(cache, number of the first image, representation [B, D]) gives maps over patches
-[B, T-1]. They are enlarged to the size of the masks, scaled to [0, 1], and scored. Letters as in `utils.prs`; M is the number of
-MLP layers whose neurons are taken together.
+A method is a function (images [B, 3, side, side], number of the first) -> maps over patches [B, T-1]. They are enlarged to the
+size of the masks, scaled to [0, 1], and scored. Letters as in `utils.prs`; M is the number of MLP layers whose neurons are taken
+together.
 """
 
 from pathlib import Path
@@ -12,13 +12,13 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from utils.datasets import train_set_of
+from utils.first_order import FirstOrder
 from utils.hooked_vit import attention_pattern
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.results import complete, save_array
 from utils.segmentation_set import IGNORED, IGNORED_VALUES, read_classes
 
-METHODS = ("second_order", "random", "attention", "rollout")
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
 BLOCK = 256  # classes whose neurons are ranked at a time
 BINS = 65536  # thresholds of the precision/recall curve: a power of two, so that each float32 score has its exact bin
@@ -47,45 +47,68 @@ def random_neurons(images, total, top, seed):
     return torch.from_numpy(np.stack(chosen)), torch.full((images, top), 1 / top)
 
 
-class NeuronMaps:
+def given(rows):
+    """The rows [images] of some table that belong to the images, as a function (representation [B, D], first image) -> [B]."""
+    return lambda representation, image: rows[image : image + len(representation)]
+
+
+def predicted(classifier):
+    """The same: the class that the model predicts. classifier: [D, classes]."""
+    return lambda representation, image: (representation @ classifier).argmax(dim=-1)
+
+
+class _Maps:
+    """A method that needs recorded activations alone."""
+
+    def __init__(self, vit, activations):
+        self.vit, self.activations = vit, activations
+
+    def __call__(self, pixels, image):
+        """Maps over patches [B, T-1] of images [B, 3, side, side]. image: number of the first of them."""
+        with self.vit.record(*self.activations) as cache:
+            representation = self.vit(pixels)
+        return self.maps(cache, representation, image)
+
+
+class NeuronMaps(_Maps):
     """Method: the mean post-GELU activation of some neurons at every patch.
 
-    layers: M MLP layers.
+    vit, layers: HookedViT; M MLP layers.
     neurons: [rows, top], as indices into M N.
     weights: [rows, top], of the neurons in the mean.
-    rows: [images], each image's row of the above; None for the class that `classifier` [D, classes] predicts.
+    row_of: each image's row of the above, as `given` or `predicted` says.
     """
 
-    def __init__(self, layers, neurons, weights, rows=None, classifier=None):
-        self.activations = [f"blocks.{layer}.mlp.post" for layer in layers]
-        self.neurons, self.weights, self.rows, self.classifier = neurons, weights, rows, classifier
+    def __init__(self, vit, layers, neurons, weights, row_of):
+        super().__init__(vit, [f"blocks.{layer}.mlp.post" for layer in layers])
+        self.neurons, self.weights, self.row_of = neurons, weights, row_of
 
-    def __call__(self, cache, image, representation):
-        B, N = len(representation), cache[self.activations[0]].shape[-1]
-        rows = (representation @ self.classifier).argmax(dim=-1) if self.rows is None else self.rows[image : image + B]
-        mean = representation.new_zeros(B, len(self.activations) * N).scatter_(1, self.neurons[rows], self.weights[rows])
-        layers = zip(self.activations, mean.split(N, dim=1), strict=True)  # weights [B, N] of each layer
+    def maps(self, cache, representation, image):
+        rows = self.row_of(representation, image)
+        mean = representation.new_zeros(len(rows), len(self.activations) * self.vit.N)
+        mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
+        layers = zip(self.activations, mean.split(self.vit.N, dim=1), strict=True)  # weights [B, N] of each layer
         return sum(torch.einsum("btn,bn->bt", cache[name][:, 1:], weights) for name, weights in layers)
 
 
-class AttentionMaps:
+class AttentionMaps(_Maps):
     """Method: the class token's attention to every patch in the last layer, averaged over heads."""
 
     def __init__(self, vit):
-        self.activations = [f"blocks.{vit.L - 1}.attn.row"]
+        super().__init__(vit, [f"blocks.{vit.L - 1}.attn.row"])
 
-    def __call__(self, cache, image, representation):
+    def maps(self, cache, representation, image):
         return cache[self.activations[0]][:, :, 1:].mean(dim=1)
 
 
-class RolloutMaps:
+class RolloutMaps(_Maps):
     """Method: attention rollout (Abnar and Zuidema, 2020), the class token's row of the product over all layers of (A + 1) / 2,
     with A averaged over heads. Only the row is carried, from the last layer down: one layer's A exists at a time."""
 
     def __init__(self, vit):
-        self.vit, self.activations = vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)]
+        super().__init__(vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)])
 
-    def __call__(self, cache, image, representation):
+    def maps(self, cache, representation, image):
         reached = torch.zeros_like(cache[self.activations[0]][:, :, 0])  # [B, T]
         reached[:, 0] = 1
         for block, name in zip(reversed(self.vit.blocks), reversed(self.activations), strict=True):
@@ -94,14 +117,88 @@ class RolloutMaps:
         return reached[:, 1:]
 
 
+class FirstOrderMaps(_Maps):
+    """Method: what all heads take from a patch along the class (TextSpan: Gandelsman, Efros and Steinhardt, 2024).
+
+    vit, classifier, row_of: HookedViT; [D, classes]; each image's class, as `given` or `predicted` says.
+    """
+
+    def __init__(self, vit, classifier, row_of):
+        self.first_order, self.classifier, self.row_of = FirstOrder(vit), classifier, row_of
+        super().__init__(vit, self.first_order.of_heads)
+
+    def maps(self, cache, representation, image):
+        direction = self.classifier.T[self.row_of(representation, image)]  # [B, D]
+        return self.first_order.tokens(cache, representation, direction).sum(dim=(1, 2))[:, 1:]
+
+
+class _GradientMaps:
+    """A method that needs the gradient of the class score (the cosine with the class) by the attention probabilities.
+
+    vit, classifier, row_of: as in `FirstOrderMaps`.
+    layers: whose attention.
+    """
+
+    def __init__(self, vit, classifier, row_of, layers):
+        self.vit, self.classifier, self.row_of, self.layers = vit, classifier, row_of, layers
+
+    def __call__(self, pixels, image):
+        """As `_Maps`."""
+        patterns = []  # A of each layer, [B, H, T, T]
+
+        def keep(A):
+            patterns.append(A if A.requires_grad else A.requires_grad_())
+            return patterns[-1]
+
+        with torch.inference_mode(False), torch.enable_grad():
+            with self.vit.edit({f"blocks.{l}.attn.pattern": keep for l in self.layers}):
+                representation = self.vit(pixels.clone())
+            direction = self.classifier.T[self.row_of(representation.detach(), image)]
+            score = torch.nn.functional.cosine_similarity(representation, direction).sum()
+            gradients = torch.autograd.grad(score, patterns)
+        return self.maps([A.detach() for A in patterns], gradients)
+
+
+class GradCAMMaps(_GradientMaps):
+    """Method: GradCAM of the last attention: the class token's attention to every patch, each head weighted by its mean gradient;
+    what speaks against the class becomes 0."""
+
+    def __init__(self, vit, classifier, row_of):
+        super().__init__(vit, classifier, row_of, [vit.L - 1])
+
+    def maps(self, patterns, gradients):
+        A, gradient = patterns[0][:, :, 0, 1:], gradients[0][:, :, 0, 1:]  # [B, H, T-1]
+        return (gradient.mean(dim=-1, keepdim=True) * A).mean(dim=1).clamp_min(0)
+
+
+class CheferMaps(_GradientMaps):
+    """Method: gradient-weighted attention (Chefer, Gur and Wolf, 2021), the class token's row of the product over all layers of
+    1 + A', with A' the mean over heads of the positive part of gradient * A."""
+
+    def __init__(self, vit, classifier, row_of):
+        super().__init__(vit, classifier, row_of, range(vit.L))
+
+    def maps(self, patterns, gradients):
+        reached = torch.zeros_like(patterns[0][:, 0, 0])  # [B, T]
+        reached[:, 0] = 1
+        for A, gradient in zip(reversed(patterns), reversed(gradients), strict=True):
+            reached = reached + torch.einsum("bi,bij->bj", reached, (gradient * A).clamp_min(0).mean(dim=1))
+        return reached[:, 1:]
+
+
+TOWARDS_CLASS = {"first_order": FirstOrderMaps, "gradcam": GradCAMMaps, "chefer": CheferMaps}
+METHODS = ("second_order", "random", "attention", "rollout", *TOWARDS_CLASS)
+
+
 def settings_of(args, layers):
     """What maps and scores depend on, for all methods and for this one. args: of compute_segmentation.py. layers: MLP layers."""
     settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "mask_thr", "thr", "ignore_index")}
     if args.method in ("second_order", "random"):
         settings |= {"layers": layers, "top_neurons": args.top_neurons}
-    if args.method == "second_order":
+    if args.method == "second_order" or args.method in TOWARDS_CLASS:
         settings["train_dataset"] = train_set_of(args.dataset)
     own = {"second_order": ("neuron_sign", "class_source", "top_k_pca"), "random": ("seed",)}
+    own |= dict.fromkeys(TOWARDS_CLASS, ("class_source",))
     return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
 
 
@@ -116,24 +213,26 @@ def choose_method(settings, clip, results, classifiers, images):
     vit, name = clip.vit, settings["method"]
     if name in ("attention", "rollout"):
         return {"attention": AttentionMaps, "rollout": RolloutMaps}[name](vit), {}
-    layers, top, total = settings["layers"], settings["top_neurons"], len(settings["layers"]) * vit.N
-    if top > total:
+    layers, top = settings.get("layers", ()), settings.get("top_neurons", 0)
+    if top > (total := len(layers) * vit.N):
         raise UserError(f"--top_neurons {top}: the --mlp_layers have {total} neurons; take fewer neurons, or more layers")
     if name == "random":
         if settings["seed"] < 0:
             raise UserError(f"--seed {settings['seed']} is negative; give 0 or more")
         neurons, weights = (table.to(clip.device) for table in random_neurons(images, total, top, settings["seed"]))
-        return NeuronMaps(layers, neurons, weights, rows=torch.arange(images)), {}
+        return NeuronMaps(vit, layers, neurons, weights, row_of=given(torch.arange(images))), {}
     read = {"sizes": vit.sizes, "expected": {"fingerprint": clip.fingerprint}, "dataset": settings["train_dataset"]}
-    classifier = classifiers.load("classifier", **read)
-    pcas = np.concatenate([results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers])
-    pcas, classifier = (torch.from_numpy(array).to(clip.device, torch.float32) for array in (pcas, classifier))
-    rows = None
+    classifier = torch.from_numpy(classifiers.load("classifier", **read)).to(clip.device, torch.float32)
+    row_of, used = predicted(classifier), [classifier]
     if settings["class_source"] != "predicted":
         rows = torch.from_numpy(read_classes(settings["class_source"], images, classifier.shape[1])).to(clip.device)
+        row_of, used = given(rows), [classifier, rows]
+    if name in TOWARDS_CLASS:
+        return TOWARDS_CLASS[name](vit, classifier, row_of), {"inputs": digest(*used)}
+    pcas = np.concatenate([results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers])
+    pcas = torch.from_numpy(pcas).to(clip.device, torch.float32)
     neurons, weights = neurons_of_classes(pcas, classifier, top, settings["neuron_sign"])
-    inputs = digest(neurons, weights, classifier, *([] if rows is None else [rows]))
-    return NeuronMaps(layers, neurons, weights, rows=rows, classifier=classifier), {"inputs": inputs}
+    return NeuronMaps(vit, layers, neurons, weights, row_of=row_of), {"inputs": digest(neurons, weights, *used)}
 
 
 def enlarge(maps, grid, size):
