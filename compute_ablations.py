@@ -41,7 +41,7 @@ def main(args):
         settings = {"layers": group, "batch_size": args.batch_size}
         with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
             directions = [] if work.finished else fold_layers(vit, group)
-            ablations = [Ablations(item, statistics[item.layer]) for item in directions]
+            ablations = [Ablations(item, statistics.pop(item.layer)) for item in directions]  # drops the means
             for rows, pixels in work.over(loader):
                 work[path][rows] = classify(vit, pixels, ablations, classifier, coefficient=args.coefficient)
         del directions, ablations  # room for the next group

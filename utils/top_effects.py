@@ -133,11 +133,12 @@ def write_top(work, tops, path):
     gathered = work.gather([f"keys{top.directions.layer}" for top in tops])
     for top in tops if is_rank_zero() else ():
         layer, k = top.directions.layer, top.keys.shape[1]
-        kept, keys = work.gather_scratch(f"top{layer}"), np.concatenate(gathered[f"keys{layer}"], axis=1)  # [N, processes k]
+        keys = np.concatenate(gathered[f"keys{layer}"], axis=1)  # [N, processes k]
         order = keys.argsort(axis=1)[:, ::-1][:, :k]
         work[path("top_images", layer=layer)][:] = image_of(np.take_along_axis(keys, order, axis=1))
         for start in range(0, len(order), MERGED):
             n = slice(start, start + MERGED)
+            kept = work.gather_scratch(f"top{layer}")  # mapped again each time: pages once read would count as ours
             every = np.concatenate([file[n] for file in kept], axis=1)  # [n, processes k, K]
             work[path("top_coefficients", layer=layer)][n] = np.take_along_axis(every, order[n, :, None], axis=1)
         work[path("top_mean", layer=layer)][:] = top.mean()

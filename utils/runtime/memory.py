@@ -24,13 +24,19 @@ def steady():
     if not _managed:
         yield
         return
-    _glibc("malloc_trim", 0)
+    trim()
     _glibc("mallopt", TRIM_THRESHOLD, 2**31 - 1)
     _glibc("mallopt", MMAP_THRESHOLD, 2**25)  # its largest value
     try:
         yield
     finally:
         manage()
+
+
+def trim():
+    """Give back what lies free; a long loop calls it now and then, because the holes between what is kept grow."""
+    if _managed:
+        _glibc("malloc_trim", 0)
 
 
 def _glibc(function, *arguments):
