@@ -1,9 +1,9 @@
-# make setup | demo | test | lint | bench      All of them make .venv first where it is not there.
+# make setup | demo | paper | test | lint | bench      All of them make .venv first where it is not there.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo paper test lint bench
 
 setup: $(VENV)/.done
 
@@ -15,6 +15,9 @@ $(VENV)/.done: requirements.txt
 
 demo: setup
 	$(RUN) -m demo.run_demo
+
+paper: setup
+	$(RUN) -m demo.run_paper
 
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile

@@ -24,14 +24,15 @@ from functools import partial
 from huggingface_hub.utils import disable_progress_bars
 
 from utils import adversarial as attack
-from utils.clip import load_clip, text_vectors
+from utils.clip import load_clip
 from utils.datasets import train_set_of
 from utils.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
+from utils.texts import text_vectors
 
-SOURCES = ("second_order", "weighted", "random", "similar", "random_words")
+SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "file")
 CLIP_THRESHOLD = 0.9  # CLIP's cosines of any two words are large
 SENTENCE_THRESHOLD = 0.6
 CLIP_BATCH = 64  # texts or images in one forward pass
@@ -86,16 +87,18 @@ def mining_settings(args, clip, chosen):
     """What the words are made from. Each later step adds its own settings to those of the step before."""
     settings = {**clip.record, "dataset": args.dataset, **chosen}
     settings |= {"word_source": args.word_source, "text_descriptions": args.text_descriptions}
+    settings |= {"words": attack.read_words(args.words)} if args.word_source == "file" else {}
     if args.word_source in ("second_order", "weighted", "random"):
         train = args.train_dataset or train_set_of(args.dataset)
         settings |= {"train_dataset": train, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
-        own = ("neurons_num", "components", "transform_alpha", "top_k_pca")
-        settings |= {name: getattr(args, name) for name in own}
+        settings |= {name: getattr(args, name) for name in ("neurons_num", "components", "transform_alpha", "top_k_pca")}
     return settings
 
 
 def mine(args, clip, results, settings, v):
     """Words by score and, where they come from neurons, the neurons. v: [D], the difference of the classes' text vectors."""
+    if args.word_source == "file":
+        return {"words": settings["words"]}
     if args.word_source in ("weighted", "similar", "random_words"):
         pool = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
         if args.word_source != "weighted":
@@ -131,9 +134,9 @@ if __name__ == "__main__":
     flags.add_dataset(parser)
     parser.add_argument("--train_dataset", choices=flags.DATASETS, help="whose neurons' words are taken; default: --dataset")
     words = parser.add_argument_group("words")
-    help = "words of the neurons along v, the difference of the classes; the same, weighted by each word's share of v; words of "
-    help += "random neurons; texts similar to v; or random texts"
+    help = "words of neurons along v, the classes' difference; weighted by their share of v; of random neurons; or other texts"
     words.add_argument("--word_source", default="second_order", choices=SOURCES, help=help)
+    words.add_argument("--words", help="for --word_source file: a json [[word, score], ...], best first")
     words.add_argument("--mlp_layers", nargs="+", default=["8", "9", "10"], help="zero-based MLP layers, or 'all'")
     words.add_argument("--neurons_num", type=flags.positive_int, default=50, help="neurons, of all layers together; paper: 100")
     words.add_argument("--overall_words", type=flags.positive_int, default=20, help="words to describe with; paper: 25")
@@ -141,8 +144,9 @@ if __name__ == "__main__":
     flags.add_top_k(words)
     help = "sentence-transformers id or folder, or 'clip': the model's own text tower"
     words.add_argument("--similarity_model", default="sentence-transformers/all-distilroberta-v1", help=help)
-    help = f"largest cosine of a word with class_0; default: {SENTENCE_THRESHOLD}, with clip {CLIP_THRESHOLD}"
-    words.add_argument("--cosim_similarity", type=float, help=help)
+    words.add_argument(
+        "--cosim_similarity", type=float, help="largest cosine of a word with class_0; default: 0.6, with clip 0.9"
+    )
     words.add_argument("--block_list", default=attack.BLOCK_LIST, help="a json {class: [more words to drop]}")
     group = parser.add_argument_group("descriptions and images")
     help = "Hugging Face id, folder or .gguf file of an instruct model, or 'template', which needs no model"

@@ -31,7 +31,18 @@ from tests.conftest import ROOT
 from tests.photos import discs, write_mat, write_photos
 
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTS = ("ablation", "adversarial", "clip", "concepts", "datasets", "effects", "pca", "segmentation", "sparse_coding")
+IMPORTS = (
+    "ablation",
+    "adversarial",
+    "clip",
+    "concepts",
+    "datasets",
+    "effects",
+    "paper.items",
+    "pca",
+    "segmentation",
+    "sparse_coding",
+)
 CONTEXT.set_forkserver_preload(["tests.launcher", *(f"utils.{name}" for name in (*IMPORTS, "top_effects", "visualization"))])
 COMMITS = {"utils.runtime.passes.COMMIT_SECONDS": 0, "utils.runtime.passes.COMMIT_SHARE": 1e9}  # every piece is saved at once
 WORDS = 60

@@ -163,6 +163,18 @@ def load_block_list(path, class_0):
     return [str(word) for name, words in content.items() if name.lower() == class_0.lower() for word in words]
 
 
+def read_words(path):
+    """[[word, score], ...] of a json. Raises UserError when it is something else."""
+    fix = 'give a json such as [["meadow", 0.7], ["fence", 0.4]]'
+    if path is None or not Path(path).is_file():
+        raise UserError(f"--words {path} cannot be read: there is no such file; {fix}")
+    content = read_json(path, "--words", fix)
+    try:
+        return [[str(word), float(score)] for word, score in content]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--words {path} does not hold words and scores; {fix}") from error
+
+
 class NeuronWords:
     """Words of neurons: of those whose first components separate the classes most, or of random ones (Table 3 of the paper).
 

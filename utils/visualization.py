@@ -1,5 +1,7 @@
 """Pictures and tables of results."""
 
+import textwrap
+
 import numpy as np
 import torch
 from matplotlib import pyplot
@@ -36,6 +38,57 @@ def save_figure(figure, path):
     """Write a figure as .png in one step, the same bytes for the same figure, and close it."""
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={"Software": None}))
     pyplot.close(figure)
+
+
+def plot_lines(curves, xlabel, ylabel, path):
+    """A line for each of some curves {name: {x: y}}."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), marker="o", markersize=4, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def stack_pictures(strips, path):
+    """What `save_segmentation` wrote for the same images by several methods, {method: [path, ...]}: the input and the mask once,
+    and the heat map of each method."""
+    count, columns = len(next(iter(strips.values()))), ["input", "mask", *strips]
+    figure, grid = pyplot.subplots(
+        count, len(columns), figsize=(1.6 * len(columns), 1.7 * count), squeeze=False, layout="constrained"
+    )
+    for row in range(count):
+        panels = {name: np.split(np.asarray(Image.open(paths[row])), 4, axis=1) for name, paths in strips.items()}
+        first = next(iter(panels.values()))
+        for axes, name, panel in zip(
+            grid[row], columns, [first[0], first[1], *(each[3] for each in panels.values())], strict=True
+        ):
+            axes.imshow(panel[2:-2, 2:-2])
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(name, fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_attacks(rows, path):
+    """Pictures, and under each a map of what speaks for the wrong class (red) and against it (blue).
+
+    rows: [(title, [(picture, map [rows, columns], caption), ...]), ...].
+    """
+    columns = max(len(pictures) for _, pictures in rows)
+    figure = pyplot.figure(figsize=(2 * columns, 4.6 * len(rows)), layout="constrained")
+    for part, (title, pictures) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows, strict=True):
+        part.suptitle(title, fontsize="small", fontweight="bold")
+        grid = part.subplots(2, columns, squeeze=False)
+        limit = max(float(np.abs(heat).max()) for _, heat, _ in pictures)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for i, (picture, heat, caption) in enumerate(pictures):
+            grid[0, i].imshow(picture)
+            grid[0, i].set_title(textwrap.fill(caption, 24), fontsize="xx-small")
+            grid[1, i].imshow(heat, cmap="seismic", vmin=-limit, vmax=limit)
+    save_figure(figure, path)
 
 
 def segmentation_table(rows):

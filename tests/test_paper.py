@@ -1,0 +1,248 @@
+"""The page of the paper's tables and figures: its numbers against plain models and numpy, what is left out, and resuming."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from tests import definition
+from tests.launcher import run_stage_of_user
+from tests.photos import discs, write_mat, write_photos
+from utils.clip import load_clip
+from utils.paper import measures, page
+from utils.paper.items import ITEMS
+from utils.runtime.results import Results
+
+LAYER, K, DRAWN, IMAGES = 2, 3, 5, 6
+CLASSES = ("anchor", "big_cat", "cup <b>")
+WORDS = ["a dog", "the sea", "red", "a temple in china", "flowers", "sky", "roof", "petals", "night", "house"]
+DRAWING = """
+from PIL import Image
+import numpy as np
+
+def draw(text, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+"""
+
+
+class World:
+    """A tiny model, photos, texts, masks, and the whole page of them."""
+
+    def __init__(self, root, model):
+        self.root, self.model = root, model
+        write_photos(root / "photos", classes=CLASSES, per_class=4, side=40)
+        (root / "pool.txt").write_text("\n".join(WORDS))
+        (root / "drawing.py").write_text(DRAWING)
+        write_mat(root / "discs.mat", *discs(4))
+        self.flags = ["--model", model, "--pretrained", "random", "--output_dir", "out", "--device", "cpu"]
+        self.flags += ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--batch_size", 4]
+        self.flags += [
+            "--mlp_layer",
+            LAYER,
+            "--mlp_layers",
+            2,
+            3,
+            "--top_k_pca",
+            K,
+            "--drawn_neurons",
+            DRAWN,
+            "--drawn_images",
+            IMAGES,
+        ]
+        self.flags += ["--text_descriptions", "pool.txt", "--components", 4, "--counts", 1, 2, 4]
+        self.flags += ["--segmentation", "discs.mat", "--top_neurons", 20, "--tasks", "anchor:cup <b>", "--seeds", 2]
+        self.flags += ["--neurons_num", 20, "--overall_words", 5, "--results_per_generation", 2, "--pictures", 2]
+        self.flags += ["--text_model", "template", "--image_model", "drawing:draw", "--similarity_model", "clip"]
+        self.flags += ["--cosim_similarity", 2]
+        self.first = self.run("all")
+        self.folder = root / "out" / "paper_tiny_random"
+        self.page = json.loads((self.folder / "paper.json").read_text())["items"]
+        self.clip = load_clip(model, "random", "cpu")
+        self.results = Results(root / "out", model, "random")
+
+    def run(self, *items, check=True):
+        return run_stage_of_user(
+            "reproduce_paper.py",
+            *items,
+            *self.flags,
+            folder=self.root,
+            check=check,
+            constants={"folder": str(self.root), "templates": 2},
+        )
+
+    def rows(self, name):
+        return {row["what"]: row for row in self.page[name]["rows"]}
+
+    def pixels(self, split):
+        from utils.datasets import load_images
+
+        images = load_images("folder", self.root / "photos", split, self.clip.transform)
+        return torch.stack([pixels for pixels, _ in images]), images.labels
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model):
+    return World(tmp_path_factory.mktemp("paper"), tiny_model)
+
+
+def accuracy(world, representations, labels):
+    classifier = np.load(world.root / "out" / "folder_classifier_tiny_random.npy")
+    return 100 * float(((representations.numpy() @ classifier).argmax(axis=1) == labels).mean())
+
+
+def test_every_item_is_made_or_left_out_with_a_reason(world):
+    left = {name: item["left_out"] for name, item in world.page.items() if item["left_out"]}
+    assert list(world.page) == list(ITEMS) and set(left) == {"fig9", "fig10", "table7"}
+    assert "ViT-L-14" in left["fig9"] and "--imagenet_r" in left["fig10"] and "--text_model" in left["table7"]
+    for name, item in world.page.items():
+        if not item["left_out"]:
+            assert item["rows"] and item["cost"]
+            assert all((world.folder / picture).stat().st_size > 2000 for picture in item["pictures"])
+            for row in item["rows"]:
+                assert row["ours"] is None or np.isfinite(row["ours"])
+                assert row["beside"] or row["note"] or "nothing ablated" in row["what"], (name, row)
+    commands = {command for item in world.page.values() for command in item["commands"]}
+    assert all(command.startswith("python compute_") or command.startswith("python generate_") for command in commands)
+    printed = [line for line in world.first.stdout.splitlines() if line.startswith("$ ")]
+    assert len(printed) == len(set(printed)) == len(commands)  # nothing runs twice
+
+
+def test_table_1_equals_a_plain_model_with_replaced_activations(world):
+    train, _ = world.pixels("train")
+    val, labels = world.pixels("val")
+    visual = world.clip.vit.visual
+    gelu, seen = visual.transformer.resblocks[LAYER].mlp.gelu, []
+    handle = gelu.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    visual(train)
+    handle.remove()
+    mean = seen[0].mean(dim=0)
+    handle = gelu.register_forward_hook(lambda module, inputs, output: mean.expand_as(output))
+    without = visual(val)
+    handle.remove()
+    rows = world.rows("table1")
+    assert rows["accuracy, nothing ablated"]["ours"] == accuracy(world, visual(val), labels)
+    assert rows[f"accuracy without the indirect effects of layer {LAYER}"]["ours"] == accuracy(world, without, labels)
+    ablated = json.loads((world.root / "out" / f"folder_val_ablations_tiny_random_{LAYER}_{K}.json").read_text())["accuracy"]
+    second = rows[f"accuracy without the second-order effects of layer {LAYER}"]["ours"]
+    assert second == ablated[str(LAYER)]["without all effects"]
+
+
+def test_first_order_parts_are_ablated_as_by_hand(world):
+    """The mean of a layer's parts in place of its own, alone and up to the layer, in float64."""
+    visual = copy.deepcopy(world.clip.vit.visual).double()
+    parts = {}
+    for split in ("train", "val"):
+        runs = [definition.run(visual, image.double()) for image in world.pixels(split)[0]]
+        found = {"attention": [], "mlp": [], "rep": [100 * run.rep / run.rep.norm() for run in runs]}
+        for run in runs:
+            sigma = torch.sqrt(run.z[-1][0].var(unbiased=False) + visual.ln_post.eps)
+            for kind, own in (
+                ("attention", [a[0] - z[0] for a, z in zip(run.middle, run.z, strict=False)]),
+                ("mlp", [m[0] for m in run.mlp]),
+            ):
+                rows = torch.stack(own)
+                rows = ((rows - rows.mean(dim=1, keepdim=True)) / sigma * visual.ln_post.weight) @ visual.proj
+                found[kind].append(100 / run.rep.norm() * rows)
+        parts[split] = {kind: torch.stack(rows) for kind, rows in found.items()}
+    _, labels = world.pixels("val")
+    rows = world.rows("fig11")
+    for kind in ("attention", "mlp"):
+        change = parts["train"][kind].mean(dim=0) - parts["val"][kind]
+        for l in range(world.clip.vit.L):
+            alone, all_up_to = parts["val"]["rep"] + change[:, l], parts["val"]["rep"] + change[:, : l + 1].sum(dim=1)
+            assert rows[f"layer {l}: without {kind} of the layer"]["ours"] == accuracy(world, alone.float(), labels)
+            assert rows[f"layer {l}: without {kind} of all layers up to it"]["ours"] == accuracy(world, all_up_to.float(), labels)
+
+
+def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world):
+    [path] = world.folder.glob(f"folder_train_{IMAGES}_{LAYER}_drawn.npy")
+    found, record = np.load(path), json.loads(path.with_suffix(".meta.json").read_text())
+    neurons = record["neurons"]
+    assert neurons == sorted(set(neurons)) and len(neurons) == DRAWN and found.shape == (IMAGES, 4, DRAWN, 24)
+    train, _ = world.pixels("train")
+    chosen = train[measures.drawn(len(train), IMAGES)]
+    visual, exact = world.clip.vit.visual, copy.deepcopy(world.clip.vit.visual).double()
+    representation = visual(chosen)
+    for i, image in enumerate(chosen):
+        second = definition.effects(exact, image.double(), LAYER)[neurons]
+        assert_allclose(found[i, 1], second, rtol=1e-3, atol=1e-4 * float(second.abs().max()))
+    for j, n in enumerate(neurons):
+
+        def silence(module, inputs, output, n=n):
+            output = output.clone()
+            output[..., n] = 0
+            return output
+
+        handle = visual.transformer.resblocks[LAYER].mlp.gelu.register_forward_hook(silence)
+        lost = 100 * (representation - visual(chosen)) / representation.norm(dim=1, keepdim=True)
+        handle.remove()
+        assert_allclose(found[:, 3, j], lost, rtol=1e-2, atol=1e-3)
+    truth, rows = found[:, 3].astype(float), world.rows("causal")
+    for kind, own in zip(("direct", "second order", "indirect"), found[:, :3].transpose(1, 0, 2, 3).astype(float), strict=True):
+        each = [
+            np.corrcoef((own[:, n] - own[:, n].mean(0)).ravel(), (truth[:, n] - truth[:, n].mean(0)).ravel())[0, 1]
+            for n in range(DRAWN)
+        ]
+        assert_allclose(rows[f"layer {LAYER}: correlation of {kind} effects with what is lost"]["ours"], np.mean(each), atol=1e-3)
+    centred = found[:, 2, 0] - found[:, 2, 0].mean(axis=0)
+    squares = np.linalg.svd(centred.astype(float), compute_uv=False) ** 2
+    assert_allclose(measures.explained(found[:, 2, 0].astype(float)), squares[0] / squares.sum(), rtol=1e-6)
+
+
+def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
+    rows = world.rows("fig4")
+    for m in (1, 2):
+        words = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--mlp_layer", LAYER, "--top_k_pca", K]
+        words += [
+            "--text_descriptions",
+            "pool.txt",
+            "--components",
+            m,
+            "--evaluate",
+            "--model",
+            world.model,
+            "--pretrained",
+            "random",
+        ]
+        words += ["--input_dir", "out", "--output_dir", "separate", "--device", "cpu"]
+        run_stage_of_user("compute_sparse_decomposition.py", *words, folder=world.root, constants={"folder": str(world.root)})
+        name = f"folder_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_{m}_evaluation.json"
+        separate = json.loads((world.root / "separate" / name).read_text())["accuracy"][str(LAYER)]
+        assert abs(rows[f"pool, {m} texts"]["ours"] - separate) <= 100 / 12 + 1e-9  # one of twelve images at most, by rounding
+
+
+def test_a_second_run_keeps_what_is_there(world):
+    arrays = {path: path.stat().st_mtime_ns for path in world.root.glob("out/**/*.np[yz]")}
+    assert len(arrays) > 40
+    world.run("table1", "fig4", "causal")
+    again = json.loads((world.folder / "paper.json").read_text())["items"]
+    assert {path: path.stat().st_mtime_ns for path in arrays} == arrays
+    for name, item in world.page.items():
+        assert again[name]["rows"] == item["rows"] and again[name]["seconds"] >= item["seconds"]
+
+
+def test_the_page_holds_what_was_found_and_no_foreign_markup(world):
+    html, text = ((world.folder / f"paper.{kind}").read_text() for kind in ("html", "md"))
+    assert "cup &lt;b&gt;" in html and "cup <b>" not in html and "<script" not in html and "default-src" in html
+    for item in world.page.values():
+        for picture in item["pictures"]:
+            assert f'src="{picture}"' in html and f"]({picture})" in text
+    assert page.cells({"what": "x", "ours": 50.0, "paper": 52.3, "unit": "%", "beside": "", "n": 5000, "note": ""}) == [
+        "x", "52.3 %", "50.0 %", "-2.3", "", "5,000", "",
+    ]  # fmt: skip
+
+
+def test_wrong_items_are_one_line(world):
+    for items, said in (
+        (["table9"], "table9 is no table or figure; there are table1"),
+        ([], "name a table or figure, or all; --list"),
+    ):
+        done = world.run(*items, check=False)
+        assert (
+            done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.stderr
+        )
+    listed = world.run("--list").stdout
+    assert all(name in listed for name in ITEMS)
