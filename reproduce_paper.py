@@ -9,12 +9,13 @@ Runs the stages that are needed, keeps what they leave in --output_dir, and writ
 What cannot be done is left out, with the reason. Interrupted, the same command resumes. Without ImageNet: make paper.
 """
 
+import shutil
 import time
 from pathlib import Path
 
 from utils.paper import page
-from utils.paper.items import ITEMS
-from utils.paper.paper import Paper
+from utils.paper.items import ALIASES, ITEMS
+from utils.paper.paper import Paper, here
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json
@@ -25,9 +26,11 @@ GPU = 40  # times two CPU cores: assumed where costs are projected, not measured
 def main(args):
     if args.list:
         for name, item in ITEMS.items():
-            print(f"{name:8} {item.title}{f' (needs {item.needs})' if item.needs else ''}")
+            others = "".join(f", {alias}" for alias, of in ALIASES.items() if of == name)
+            print(f"{name}{others}: {item.title}")
         return
-    wanted = list(ITEMS) if "all" in args.items else args.items
+    wanted = [ALIASES.get(name, name) for name in args.items]
+    wanted = list(ITEMS) if "all" in wanted else list(dict.fromkeys(wanted))
     if unknown := [name for name in wanted if name not in ITEMS]:
         raise UserError(f"{unknown[0]} is no table or figure; there are {', '.join(ITEMS)}, or all")
     if not wanted:
@@ -38,34 +41,29 @@ def main(args):
     path = paper.folder / "paper.json"
     found = read_json(path, "", "remove it").get("items", {}) if path.is_file() else {}
     announce(paper, wanted)
-    lines = about(paper)
     for name in wanted:
         found[name] = make(paper, name, found.get(name, {}))
-        title = f"Second-order effects of neurons, {paper.results.clip}"
-        page.write(paper.folder, title, lines, in_order(found), comparable=paper.results.clip == "ViT-B-32_openai")
+        page.write(paper.folder, paper.results.clip, about(args), {name: found[name] for name in ITEMS if name in found})
     print(f"\nwrote {paper.folder / 'paper.html'}, paper.md and paper.json")
 
 
-def in_order(found):
-    return {name: found[name] for name in ITEMS if name in found}
-
-
 def announce(paper, wanted):
-    """Say what the items need and cost, before any of them is made."""
-    print(f"{paper.results.directory} keeps the results; each item needs, besides the model and images:")
+    """Say what will be done, what it costs, and what is left out, before any of it is made."""
+    possible = [name for name in wanted if not ITEMS[name].lacks(paper)]
+    paper.wanted = [reach for name in possible if (reach := ITEMS[name].layers)]
     for name in wanted:
-        item = ITEMS[name]
-        try:
-            hours = f"about {item.passes(paper) * paper.seconds_of_an_image / 3600:.2g} hours of forward passes"
-        except UserError as error:
-            hours = f"left out: {error}"
-        print(f"  {name:8} {item.title}; {item.needs or 'nothing'}; {hours}", flush=True)
+        hours = ITEMS[name].passes(paper) * paper.seconds_of_an_image / 3600 if name in possible else 0
+        print(f"  {name:8} {ITEMS[name].title}: {ITEMS[name].lacks(paper) or f'{hours:.2g} hours of passes'}", flush=True)
+    free, needed = shutil.disk_usage(paper.folder).free / 1e9, paper.disk() / 1e9 if paper.wanted else 0
+    print(f"their components take about {needed:.1f} GB of the {free:.0f} GB that are free in {paper.results.directory}")
 
 
-def about(paper):
+def about(args):
     """What stands on top of the page."""
-    args = paper.args
-    model, layers = f"{args.model}, {args.pretrained}", f"layer {args.mlp_layer}, applications {' '.join(args.mlp_layers)}"
+    model, layers = (
+        f"{here(args.model)}, {here(args.pretrained)}",
+        f"layer {args.mlp_layer}, applications {' '.join(args.mlp_layers)}",
+    )
     lines = [f"{model}; data set {args.dataset}; {layers}."]
     lines += ["The paper's numbers are of ViT-B-32 with OpenAI's weights on ImageNet; differences are shown for these only."]
     return [*lines, *([args.note] if args.note else [])]
@@ -75,19 +73,21 @@ def make(paper, name, earlier):
     """One item, as `page.write` takes it."""
     item, began = ITEMS[name], time.monotonic()
     print(f"\n== {name}: {item.title}", flush=True)
-    paper.commands = []
-    made = {"title": item.title, "left_out": "", "rows": [], "pictures": [], "commands": [], "seconds": 0, "cost": ""}
+    paper.commands, left_out, rows, pictures = [], item.lacks(paper), [], []
     try:
-        rows, pictures = item.make(paper)
+        rows, pictures = ([], []) if left_out else item.make(paper)
     except UserError as error:
-        print(f"left out: {error}")
-        return {**made, "left_out": str(error)}
-    seconds = max(round(time.monotonic() - began, 1), earlier.get("seconds", 0))  # what is kept costs nothing the second time
+        left_out = str(error)
+    if left_out:
+        print(f"left out: {left_out}")
     for row in rows:
         print(f"  {row.what}: {page.number(row.ours, row.unit)}{f' ({row.beside})' if row.beside else ''}")
-    cost = f"{seconds:,.0f} s on this machine; on one GPU perhaps {seconds / GPU:,.1f} s (a factor of {GPU}, not measured)."
-    made |= {"rows": [row._asdict() for row in rows], "pictures": [path.name for path in pictures], "commands": paper.commands}
-    return {**made, "seconds": seconds, "cost": cost}
+    seconds = max(round(time.monotonic() - began, 1), earlier.get("seconds", 0))  # what is kept costs nothing the second time
+    made = {"title": item.title, "left_out": left_out, "seconds": seconds, "commands": paper.commands}
+    made["cost"] = (
+        f"{seconds:,.0f} s on this machine; on one GPU perhaps {seconds / GPU:,.1f} s (a factor of {GPU}, not measured)."
+    )
+    return {**made, "rows": [row._asdict() for row in rows], "pictures": [path.name for path in pictures]}
 
 
 if __name__ == "__main__":

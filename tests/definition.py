@@ -64,9 +64,26 @@ def run(visual, image):
         z = z + result.mlp[-1]
         result.A.append(torch.stack(A))
         result.z.append(z)
-    mu, sigma = mean_and_sigma(z[0], visual.ln_post)
-    result.rep = ((z[0] - mu) / sigma * visual.ln_post.weight + visual.ln_post.bias) @ visual.proj
+    result.rep = sum(w * straight(visual, z[q], mu, sigma) for q, w, mu, sigma in reads(visual, z))
     return result
+
+
+def reads(visual, z):
+    """Which tokens the output reads: [(token, its weight, mean and deviation of the last LayerNorm for it)], z [T, d].
+
+    Of an average that is normalised afterwards every token has the statistics of the average.
+    """
+    if visual.pool_type == "tok":
+        return [(0, 1.0, *mean_and_sigma(z[0], visual.ln_post))]
+    count = len(z) - 1
+    if visual.final_ln_after_pool:
+        return [(q, 1 / count, *mean_and_sigma(z[1:].mean(dim=0), visual.ln_post)) for q in range(1, len(z))]
+    return [(q, 1 / count, *mean_and_sigma(z[q], visual.ln_post)) for q in range(1, len(z))]
+
+
+def straight(visual, x, mu, sigma, share=1.0):
+    """x [..., d] through the last LayerNorm with given statistics, and the projection; with a share of its constants."""
+    return (visual.ln_post.weight * (x - mu * share) / sigma + visual.ln_post.bias * share) @ visual.proj
 
 
 def effects(visual, image, m, coefficient=100.0):
@@ -78,7 +95,6 @@ def effects(visual, image, m, coefficient=100.0):
     mlp = blocks[m].mlp
     w = (mlp.c_proj.weight * torch.as_tensor(scale_of(blocks[m].ls_2)).reshape(-1, 1)).T  # [N, d]
     b_out = mlp.c_proj.bias * scale_of(blocks[m].ls_2)
-    mu_post, sigma_post = mean_and_sigma(clean.z[L][0], visual.ln_post)
     phi = torch.zeros(N, visual.proj.shape[1], dtype=torch.float64)
     for l in range(m + 1, L):
         _, _, W_V, _, _, b_V, W_O = heads(blocks[l].attn)
@@ -87,14 +103,15 @@ def effects(visual, image, m, coefficient=100.0):
         c = (1 + 2 * l) * N
         c_post = (1 + 2 * l) * (1 + 2 * L) * H * N
         for h in range(H):
-            o = torch.zeros(N, w.shape[1], dtype=torch.float64)
+            written = []  # by head h, from each token
             for i in range(T):
                 x = clean.p[m][i][:, None] * w + b_out / N
                 x = gamma * (x - mu[i] / c) / sigma[i] + beta / c
-                o = o + clean.A[l][h][0, i] * ((x @ W_V[h] + b_V[h] / c) @ W_O[h])
-            o = scale_of(blocks[l].ls_1) * (o + blocks[l].attn.out_proj.bias / (c * H))
-            o = visual.ln_post.weight * (o - mu_post / c_post) / sigma_post + visual.ln_post.bias / c_post
-            phi = phi + o @ visual.proj
+                written.append((x @ W_V[h] + b_V[h] / c) @ W_O[h])
+            for q, weight, mu_post, sigma_post in reads(visual, clean.z[L]):
+                o = sum(clean.A[l][h][q, i] * written[i] for i in range(T))
+                o = scale_of(blocks[l].ls_1) * (o + blocks[l].attn.out_proj.bias / (c * H))
+                phi = phi + weight * straight(visual, o, mu_post, sigma_post, 1 / c_post)
     return coefficient / clean.rep.norm() * phi
 
 
@@ -105,17 +122,16 @@ def representation_with_changed_mlp(visual, image, m, change):
     """
     clean = run(visual, image)
     blocks = visual.transformer.resblocks
-    z = clean.z[-1][0].clone()  # class token; what the attentions add to it moves with the change
+    z = clean.z[-1].clone()  # what the attentions add to it moves with the change
     for l in range(m + 1, len(blocks)):
         _, _, W_V, _, _, b_V, W_O = heads(blocks[l].attn)
         mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
         added = []
         for stream in (clean.z[l], clean.z[l] + change):
             x = (stream - mu[:, None]) / sigma[:, None] * blocks[l].ln_1.weight + blocks[l].ln_1.bias
-            added.append(sum(clean.A[l][h][0] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(len(W_V))))
+            added.append(sum(clean.A[l][h] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(len(W_V))))
         z = z + scale_of(blocks[l].ls_1) * (added[1] - added[0])
-    mu, sigma = mean_and_sigma(clean.z[-1][0], visual.ln_post)
-    return ((z - mu) / sigma * visual.ln_post.weight + visual.ln_post.bias) @ visual.proj
+    return sum(weight * straight(visual, z[q], mu, sigma) for q, weight, mu, sigma in reads(visual, clean.z[-1]))
 
 
 def sum_of_effects(visual, image, m, coefficient=100.0):
@@ -123,16 +139,14 @@ def sum_of_effects(visual, image, m, coefficient=100.0):
     clean = run(visual, image)
     blocks = visual.transformer.resblocks
     L, H, d = len(blocks), blocks[0].attn.num_heads, clean.z[0].shape[1]
-    mu_post, sigma_post = mean_and_sigma(clean.z[L][0], visual.ln_post)
     total = torch.zeros(visual.proj.shape[1], dtype=torch.float64)
     for l in range(m + 1, L):
         attn, share = blocks[l].attn, 1 / (1 + 2 * l)  # all N neurons together are one of the 1 + 2l summands
         mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
         x = blocks[l].ln_1.weight * (clean.mlp[m] - mu[:, None] * share) / sigma[:, None] + blocks[l].ln_1.bias * share
         v = x @ attn.in_proj_weight[2 * d :].T + attn.in_proj_bias[2 * d :] * share  # [T, d], heads side by side
-        mixed = torch.cat([clean.A[l][h][0] @ v[:, h * (d // H) : (h + 1) * (d // H)] for h in range(H)])
-        o = scale_of(blocks[l].ls_1) * (attn.out_proj.weight @ mixed + attn.out_proj.bias * share)
-        share_post = share / (1 + 2 * L)
-        o = visual.ln_post.weight * (o - mu_post * share_post) / sigma_post + visual.ln_post.bias * share_post
-        total = total + o @ visual.proj
+        for q, weight, mu_post, sigma_post in reads(visual, clean.z[L]):
+            mixed = torch.cat([clean.A[l][h][q] @ v[:, h * (d // H) : (h + 1) * (d // H)] for h in range(H)])
+            o = scale_of(blocks[l].ls_1) * (attn.out_proj.weight @ mixed + attn.out_proj.bias * share)
+            total = total + weight * straight(visual, o, mu_post, sigma_post, share / (1 + 2 * L))
     return coefficient / clean.rep.norm() * total

@@ -16,7 +16,15 @@ from utils.prs import fold, second_order
 LAYER = 2
 
 
-@pytest.fixture(scope="module", params=[{}, {"ls_init_value": 0.4}], ids=["plain", "layer scale"])
+KINDS = {
+    "plain": {},
+    "layer scale": {"ls_init_value": 0.4},
+    "average": {"pool_type": "avg", "final_ln_after_pool": True},
+    "average of norms": {"pool_type": "avg"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def vit(request):
     return HookedViT(random_tower(**request.param))
 
@@ -36,17 +44,21 @@ def recorded(vit, images):
 
 
 def written(visual, run, part):
-    """J(part), in float64."""
-    sigma = torch.sqrt(run.z[-1][0].var(unbiased=False) + visual.ln_post.eps)
-    out = ((part - part.mean(dim=-1, keepdim=True)) / sigma * visual.ln_post.weight) @ visual.proj
+    """J(part), in float64. part: token -> what it has of the part, [..., d]."""
+    out = 0
+    for q, weight, _, sigma in definition.reads(visual, run.z[-1]):
+        own = part(q)
+        out = out + weight * ((own - own.mean(dim=-1, keepdim=True)) / sigma * visual.ln_post.weight) @ visual.proj
     return 100 / run.rep.norm() * out
 
 
 def head_part(visual, run, l, h, token):
+    """What head h of layer l takes from a token to each token that the output reads."""
     block = visual.transformer.resblocks[l]
     _, _, W_V, _, _, b_V, W_O = definition.heads(block.attn)
     x = block.ln_1(run.z[l])[token] @ W_V[h] + b_V[h]
-    return definition.scale_of(block.ls_1) * run.A[l][h][0, token] * (x @ W_O[h] + block.attn.out_proj.bias / len(W_O))
+    value = definition.scale_of(block.ls_1) * (x @ W_O[h] + block.attn.out_proj.bias / len(W_O))
+    return lambda q: run.A[l][h][q, token] * value
 
 
 def test_the_parts_sum_to_the_representation(vit, images):
@@ -59,12 +71,13 @@ def test_every_part_is_that_of_the_definition(vit, images, runs):
     order, cache, representation = recorded(vit, images)
     parts, (visual, by_hand) = order.parts(cache, representation), runs
     for i, run in enumerate(by_hand):
-        assert_close(parts.embedding[i].double(), written(visual, run, run.z[0][0]), rtol=1e-3, atol=1e-3)
+        assert_close(parts.embedding[i].double(), written(visual, run, lambda q, run=run: run.z[0][q]), rtol=1e-3, atol=1e-3)
         for l in range(vit.L):
-            assert_close(parts.mlps[i, l].double(), written(visual, run, run.mlp[l][0]), rtol=1e-3, atol=1e-3)
-            for h in range(vit.H):
-                whole = sum(head_part(visual, run, l, h, token) for token in range(vit.T))
-                assert_close(parts.heads[i, l, h].double(), written(visual, run, whole), rtol=1e-3, atol=1e-3)
+            of_mlp = written(visual, run, lambda q, run=run, l=l: run.mlp[l][q])
+            assert_close(parts.mlps[i, l].double(), of_mlp, rtol=1e-3, atol=1e-3)
+            for h in range(vit.H) if i < 2 else ():
+                whole = sum(written(visual, run, head_part(visual, run, l, h, token)) for token in range(vit.T))
+                assert_close(parts.heads[i, l, h].double(), whole, rtol=1e-3, atol=1e-3)
 
 
 def test_tokens_add_up_to_their_heads_and_are_those_of_the_definition(vit, images, runs):
@@ -81,9 +94,9 @@ def test_tokens_add_up_to_their_heads_and_are_those_of_the_definition(vit, image
 
 def test_direct_effects_are_those_of_the_definition_and_add_up_to_the_mlp(vit, images, runs):
     order, cache, representation = recorded(vit, images)
-    with vit.record(f"blocks.{LAYER}.mlp.post", "ln_post.std") as of_layer:
+    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.path(vit.L)) as of_layer:
         vit(images)
-    phi = direct_effects(of_layer, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
+    phi = direct_effects(vit, of_layer, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
     assert_close(phi.sum(), order.parts(cache, representation).mlps[:, LAYER], rtol=1e-3, atol=1e-3)
     assert_close(phi.dense().sum(dim=1), phi.sum(), rtol=1e-3, atol=1e-3)
     visual, by_hand = runs
@@ -91,7 +104,7 @@ def test_direct_effects_are_those_of_the_definition_and_add_up_to_the_mlp(vit, i
     w = (block.mlp.c_proj.weight * torch.as_tensor(definition.scale_of(block.ls_2)).reshape(-1, 1)).T
     share = block.mlp.c_proj.bias * definition.scale_of(block.ls_2) / vit.N
     for i, run in enumerate(by_hand):
-        expected = written(visual, run, run.p[LAYER][0][:, None] * w + share)
+        expected = written(visual, run, lambda q, run=run: run.p[LAYER][q][:, None] * w + share)
         assert_close(phi.dense()[i].double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -100,21 +113,19 @@ def test_direct_and_second_order_effects_are_what_a_frozen_model_loses(vit, imag
     the direct and the second-order effect, less their shares of constants."""
     visual, by_hand = runs
     representation, [phi] = second_order(vit, images, [fold(vit, LAYER)])
-    with vit.record(f"blocks.{LAYER}.mlp.post", "ln_post.std") as cache:
+    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.path(vit.L)) as cache:
         vit(images)
-    direct = direct_effects(cache, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
+    direct = direct_effects(vit, cache, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
     block = visual.transformer.resblocks[LAYER]
     w = (block.mlp.c_proj.weight * torch.as_tensor(definition.scale_of(block.ls_2)).reshape(-1, 1)).T
     for i, n in ((0, 3), (4, 77)):
         run = by_hand[i]
         change = -run.p[LAYER][:, n, None] * w[n]
         later = definition.representation_with_changed_mlp(visual, images[i].double(), LAYER, change) - run.rep
-        straight = written(visual, run, change[0])
-        # the frozen run keeps the last LayerNorm's mean; J takes the mean of each part
-        sigma = torch.sqrt(run.z[-1][0].var(unbiased=False) + visual.ln_post.eps)
+        straight = written(visual, run, lambda q, change=change: change[q])
         lost = -(100 / run.rep.norm() * later + straight)
         found = (phi.dense()[i, n] - phi.kappa[i] + direct.dense()[i, n] - direct.kappa[i]).double()
-        assert float(sigma) > 0 and lost.norm() > 0.01
+        assert lost.norm() > 0.01
         assert_close(found, lost, rtol=2e-3, atol=2e-3 * float(lost.abs().max()))
 
 
@@ -162,7 +173,8 @@ def test_attention_that_is_not_changed_changes_nothing_and_a_frozen_one_stays(vi
             out = sum(A[h] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(vit.H)) + block.attn.out_proj.bias
             z = z + definition.scale_of(block.ls_1) * out
             z = z + definition.scale_of(block.ls_2) * block.mlp(block.ln_2(z))
-        assert_close(found[i].double(), visual.ln_post(z[0]) @ visual.proj, rtol=1e-3, atol=1e-4)
+        expected = sum(w * definition.straight(visual, z[q], mu, sigma) for q, w, mu, sigma in definition.reads(visual, z))
+        assert_close(found[i].double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_record_inside_an_edit_sees_the_change(vit, images):

@@ -119,7 +119,7 @@ def test_an_unknown_activation_is_refused(vit, visual):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"pool_type": "avg"}, "class token"),
+        ({"pool_type": "none"}, "neither the class token nor an average"),
         ({"attentional_pool": True, "heads": 4, "attn_pooler_heads": 4}, "attentional"),
         ({"qk_norm": True}, "CustomResidualAttentionBlock"),
     ],

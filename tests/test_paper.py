@@ -10,10 +10,10 @@ from numpy.testing import assert_allclose
 
 from tests import definition
 from tests.launcher import run_stage_of_user
-from tests.photos import discs, write_mat, write_photos
+from tests.photos import SYNSETS, discs, write_mat, write_photos
 from utils.clip import load_clip
 from utils.paper import measures, page
-from utils.paper.items import ITEMS
+from utils.paper.items import ALIASES, ITEMS
 from utils.runtime.results import Results
 
 LAYER, K, DRAWN, IMAGES = 2, 3, 5, 6
@@ -63,15 +63,10 @@ class World:
         self.clip = load_clip(model, "random", "cpu")
         self.results = Results(root / "out", model, "random")
 
-    def run(self, *items, check=True):
-        return run_stage_of_user(
-            "reproduce_paper.py",
-            *items,
-            *self.flags,
-            folder=self.root,
-            check=check,
-            constants={"folder": str(self.root), "templates": 2},
-        )
+    def run(self, *items, check=True, more=(), **constants):
+        where = {"folder": str(self.root), "templates": 2, **constants}
+        flags = [*items, *self.flags, *more]
+        return run_stage_of_user("reproduce_paper.py", *flags, folder=self.root, check=check, constants=where)
 
     def rows(self, name):
         return {row["what"]: row for row in self.page[name]["rows"]}
@@ -125,7 +120,7 @@ def test_table_1_equals_a_plain_model_with_replaced_activations(world):
     rows = world.rows("table1")
     assert rows["accuracy, nothing ablated"]["ours"] == accuracy(world, visual(val), labels)
     assert rows[f"accuracy without the indirect effects of layer {LAYER}"]["ours"] == accuracy(world, without, labels)
-    ablated = json.loads((world.root / "out" / f"folder_val_ablations_tiny_random_{LAYER}_{K}.json").read_text())["accuracy"]
+    ablated = json.loads((world.root / "out" / f"folder_val_ablations_tiny_random_0-1-2-3_{K}.json").read_text())["accuracy"]
     second = rows[f"accuracy without the second-order effects of layer {LAYER}"]["ours"]
     assert second == ablated[str(LAYER)]["without all effects"]
 
@@ -214,6 +209,42 @@ def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
         assert abs(rows[f"pool, {m} texts"]["ours"] - separate) <= 100 / 12 + 1e-9  # one of twelve images at most, by rounding
 
 
+class Writer:
+    """A language model: two descriptions, of which one forgets the class."""
+
+    def __init__(self, model, device):
+        pass
+
+    def __call__(self, request, count, seed):
+        assert f"Write {count} of" in request
+        return f"1. {request.split(' of ')[1]} in the snow\n2. a red house\n", False
+
+
+def nothing(*models, **more):
+    pass
+
+
+def test_table_7_is_a_pool_of_what_a_language_model_writes(world):
+    (world.root / "request.txt").write_text("Write {count} of {class_name}")
+    stand_ins = {"utils.generators.LanguageModel": Writer, "utils.generators.require_packages": nothing}
+    more = ["--text_model", "any", "--request", "request.txt", "--output_dir", "seven"]
+    world.run("table7", more=more, **stand_ins)
+    texts = (world.root / "seven" / "paper_tiny_random" / "image_descriptions.txt").read_text().splitlines()
+    assert texts == ["anchor in the snow", "a red house", "big cat in the snow", "cup <b> in the snow"]
+    rows = json.loads((world.root / "seven" / "paper_tiny_random" / "paper.json").read_text())["items"]["table7"]["rows"]
+    assert [row["ours"] for row in rows] == [4, 50]
+
+
+def test_imagenet_r_takes_everything_else_from_imagenet(world):
+    photos = write_photos(world.root / "imagenet", per_class=2, side=40)
+    renditions = write_photos(world.root / "renditions", splits=(".",), classes=SYNSETS[:2], per_class=2, side=40)
+    more = ["--dataset", "imagenet", "--data_path", photos, "--imagenet_r", renditions, "--subsample", 1, "--output_dir", "r"]
+    world.run("fig10", more=more, templates=1)
+    item = json.loads((world.root / "r" / "paper_tiny_random" / "paper.json").read_text())["items"]["fig10"]
+    assert not item["left_out"] and {row["n"] for row in item["rows"]} == {4} and len(item["rows"]) == 4 * 5
+    assert "chance 0.1 %" in item["rows"][0]["beside"]
+
+
 def test_a_second_run_keeps_what_is_there(world):
     arrays = {path: path.stat().st_mtime_ns for path in world.root.glob("out/**/*.np[yz]")}
     assert len(arrays) > 40
@@ -245,4 +276,4 @@ def test_wrong_items_are_one_line(world):
             done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.stderr
         )
     listed = world.run("--list").stdout
-    assert all(name in listed for name in ITEMS)
+    assert all(name in listed for name in (*ITEMS, *ALIASES))

@@ -42,6 +42,8 @@ def test_the_shares_of_means_and_biases_are_part_of_the_effects(vit, visual, ima
     [
         {"ls_init_value": 0.7},  # LayerScale
         {"final_ln_after_pool": True},
+        {"pool_type": "avg", "final_ln_after_pool": True},
+        {"pool_type": "avg"},
         {"no_ln_pre": True, "output_tokens": True},
         {"norm_layer": lambda d: torch.nn.LayerNorm(d, eps=0.1)},
     ],
@@ -53,6 +55,25 @@ def test_effects_equal_the_definition_for_other_kinds_of_towers(images, options)
     _, [phi] = second_order(vit, images[:1], [directions])
     truth = definition.effects(double(visual), images[0].double(), 2)
     assert_close(phi.dense()[0].double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"pool_type": "avg", "final_ln_after_pool": True}, {"pool_type": "avg"}])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_effects_on_an_average_of_patches_close_and_are_what_a_frozen_model_gains(images, layer, options):
+    """The sum over neurons by another route; and the change when a neuron is silenced and only later attentions see it."""
+    visual = random_tower(3, **options)
+    vit, exact = HookedViT(visual), double(visual)
+    representation, [phi] = second_order(vit, images[:2], [fold(vit, layer)])
+    assert_close(representation, vit(images[:2]), rtol=0, atol=1e-6 * float(representation.abs().max()))
+    for image, total, effects, kappa in zip(images[:2].double(), phi.sum(), phi.dense(), phi.kappa, strict=True):
+        truth = definition.sum_of_effects(exact, image, layer)
+        assert_close(total.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+        run = definition.run(exact, image)
+        w = exact.transformer.resblocks[layer].mlp.c_proj.weight.T
+        for n in (5, 60):
+            moved = definition.representation_with_changed_mlp(exact, image, layer, -run.p[layer][:, n, None] * w[n])
+            lost = 100 * (run.rep - moved) / run.rep.norm()
+            assert_close((effects[n] - kappa).double(), lost, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("layer", [0, 3])

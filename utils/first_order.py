@@ -1,7 +1,8 @@
 """First-order effects: what heads, MLPs and neurons write straight into the representation (section 3.2 of the paper, eq. 3).
 
 The representation is what the last LayerNorm and the projection make of a sum: the class token's embedding, and what every
-attention and every MLP adds to the class token. With its standard deviation held fixed that LayerNorm is linear, so that
+attention and every MLP adds to the class token (or the average of the patches, where the output is read from these). With its
+standard deviation held fixed that LayerNorm is linear, so that
 
     rep  = J(embedding) + sum_l [ sum_h sum_i J(head_lh(i)) + J(mlp_l) ] + beta_post P
     J(c) = ((c - mean c) * gamma_post / sigma_post) P
@@ -58,12 +59,12 @@ class FirstOrder:
         self.vit, self.weights = vit, centred_output(vit)
         self.beta_P = (double(vit.visual.ln_post.bias) @ double(vit.visual.proj)).to(self.weights)
         self.heads = [[part.to(self.weights) for part in head_weights(vit, l)[2:]] for l in range(vit.L)]  # W_V, b_V, W_O, b_O
-        self.of_heads = [f"blocks.{l}.{name}" for l in range(vit.L) for name in ("ln1.out", "attn.row")]
-        self.of_heads += ["ln_post.std"]
+        self.of_heads = [*vit.path(0), *(f"blocks.{l}.ln1.out" for l in range(vit.L))]
         self.activations = [*self.of_heads, *(f"blocks.{l}.mlp.out" for l in range(vit.L)), "blocks.0.resid.pre"]
 
     def to_output(self, cache, representation, coefficient=COEFFICIENT):
         """`ToOutput` of a batch. cache: what was recorded. representation: [B, D], as the model gives it."""
+        self.vit.read_rows(cache)
         return ToOutput(self.weights, coefficient / (representation.norm(dim=-1) * cache["ln_post.std"]))
 
     def parts(self, cache, representation, coefficient=COEFFICIENT):
@@ -72,9 +73,11 @@ class FirstOrder:
         for l, (W_V, b_V, W_O, b_O) in enumerate(self.heads):
             x = einsum("bht,btd->bhd", cache[f"blocks.{l}.attn.row"], cache[f"blocks.{l}.ln1.out"])  # rows sum to 1
             heads.append(einsum("bhe,heo->bho", einsum("bhd,hed->bhe", x, W_V) + b_V, W_O) + b_O / len(W_O))
-        mlps = torch.stack([cache[f"blocks.{l}.mlp.out"][:, 0] for l in range(len(self.heads))], dim=1)  # [B, L, d]
+        mlps = torch.stack(
+            [self.vit.pool(cache[f"blocks.{l}.mlp.out"], cache) for l in range(len(self.heads))], dim=1
+        )  # [B, L, d]
         constant = coefficient / representation.norm(dim=-1, keepdim=True) * self.beta_P
-        return Parts(J(cache["blocks.0.resid.pre"][:, 0]), J(torch.stack(heads, dim=1)), J(mlps), constant)
+        return Parts(J(self.vit.pool(cache["blocks.0.resid.pre"], cache)), J(torch.stack(heads, dim=1)), J(mlps), constant)
 
     def tokens(self, cache, representation, direction, coefficient=COEFFICIENT):
         """What every head takes from every token along a direction: <J(head_lh(i)), direction>, [B, L, H, T].
@@ -106,11 +109,11 @@ def fold_direct(vit, layer):
     return Directions(layer, w.to(outputs)[None], outputs[None], share[None])
 
 
-def direct_effects(cache, directions, scale):
+def direct_effects(vit, cache, directions, scale):
     """Direct effects of one layer on a batch, a `SecondOrder` with K = 1, whose sum over neurons is J(mlp).
 
-    cache: with blocks.LAYER.mlp.post and ln_post.std. scale: coefficient / |rep| [B].
+    cache: with blocks.LAYER.mlp.post and `HookedViT.path` of the last layer. scale: coefficient / |rep| [B].
     """
     scale = (scale / cache["ln_post.std"])[:, None]  # [B, 1]
-    C = scale * cache[f"blocks.{directions.layer}.mlp.post"][:, 0]  # [B, N]
+    C = scale * vit.pool(cache[f"blocks.{directions.layer}.mlp.post"], cache)  # [B, N]
     return SecondOrder(C[:, None], scale * directions.constants, directions)

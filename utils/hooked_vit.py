@@ -18,14 +18,21 @@ OF_BLOCK = {  # as blocks.{l}.NAME
     "ln1.mean": ("ln_1", lambda block, z, x: z.float().mean(dim=-1)),  # [B, T], of the LayerNorm before the attention
     "ln1.std": ("ln_1", lambda block, z, x: norm_std(z.float(), block.ln_1.eps)),  # [B, T]
     "ln1.out": ("ln_1", lambda block, z, x: x.float()),  # [B, T, d], from which `attention_pattern` gives all probabilities
-    "attn.row": ("ln_1", lambda block, z, x: class_attention(block.attn, x.float())),  # [B, H, T], of the class token
     "attn.out": ("ls_1", lambda block, z, x: x.float()),  # [B, T, d], what the attention adds to the residual stream
     "mlp.post": ("mlp.gelu", lambda block, z, x: x.float()),  # [B, T, N], post-GELU activations of the neurons
     "mlp.out": ("ls_2", lambda block, z, x: x.float()),  # [B, T, d], what the MLP adds to the residual stream
 }
-OF_TOWER = {  # of the last LayerNorm at the class token
-    "ln_post.mean": ("ln_post", lambda visual, z, x: _class_token(z.float()).mean(dim=-1)),  # [B]
-    "ln_post.std": ("ln_post", lambda visual, z, x: norm_std(_class_token(z.float()), visual.ln_post.eps)),  # [B]
+OF_TOWER = {  # of the last LayerNorm, where the output is read
+    "ln_post.mean": ("ln_post", lambda visual, z, x: last_statistics(visual, z.float())[0]),  # [B]
+    "ln_post.std": ("ln_post", lambda visual, z, x: last_statistics(visual, z.float())[1]),  # [B]
+    "pool.weights": (
+        "ln_post",
+        lambda visual, z, x: last_statistics(visual, z.float())[2],
+    ),  # [B, T], of the tokens in the output
+}
+ROWS = {  # the attention that the output reads, blocks.{l}.attn.row [B, H, T], by how the tower is pooled
+    "class token": lambda block, z, x: class_attention(block.attn, x.float()),
+    "average": lambda block, z, x: attention_pattern(block.attn, x.float())[:, :, 1:].mean(dim=2),
 }
 
 
@@ -45,7 +52,8 @@ class HookedViT:
     precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
 
     Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `grid` (rows and
-    columns of patches), `blocks`. `record` knows the activations of OF_BLOCK and OF_TOWER.
+    columns of patches), `blocks`, `pooling` ("class token", "average" of the patches, or "average of norms", where the last
+    LayerNorm comes before it). `record` knows the activations of OF_BLOCK, OF_TOWER and, but for an average of norms, ROWS.
 
     Raises UserError for a tower that the method does not cover.
     """
@@ -61,7 +69,11 @@ class HookedViT:
         self.sizes = {"N": self.N, "D": self.D, "e": self.d // self.H}
         self.grid = visual.grid_size
         self.T = self.grid[0] * self.grid[1] + 1
-        parts = [(f"blocks.{l}.", block, OF_BLOCK) for l, block in enumerate(self.blocks)] + [("", visual, OF_TOWER)]
+        self.pooling = (
+            "class token" if visual.pool_type == "tok" else "average" if visual.final_ln_after_pool else "average of norms"
+        )
+        of_block = OF_BLOCK | ({"attn.row": ("ln_1", ROWS[self.pooling])} if self.pooling in ROWS else {})
+        parts = [(f"blocks.{l}.", block, of_block) for l, block in enumerate(self.blocks)] + [("", visual, OF_TOWER)]
         self._activations = {prefix + name: (part, *table[name]) for prefix, part, table in parts for name in table}
 
     def K(self, layer):
@@ -72,6 +84,31 @@ class HookedViT:
     def names(self):
         """Every activation that can be recorded."""
         return list(self._activations)
+
+    def path(self, first):
+        """What is to be recorded of the way from layer `first` to the output: statistics, and what `pool` and `read_rows` need."""
+        row = "attn.row" if self.pooling in ROWS else "ln1.out"
+        of_layers = [f"blocks.{l}.{name}" for l in range(first, self.L) for name in (row, "ln1.mean", "ln1.std")]
+        return [*of_layers, *(name for name in OF_TOWER if name != "pool.weights" or self.pooling not in ROWS)]
+
+    def read_rows(self, cache):
+        """Add blocks.{l}.attn.row to a cache of `path` where it could not be recorded: the last LayerNorm weighs the tokens."""
+        for l, block in enumerate(self.blocks if self.pooling not in ROWS else ()):
+            x, row = cache.get(f"blocks.{l}.ln1.out"), f"blocks.{l}.attn.row"
+            if x is not None and row not in cache:
+                cache[row] = torch.einsum("bq,bhqt->bht", cache["pool.weights"], attention_pattern(block.attn, x))
+
+    def pool(self, x, cache=None):
+        """What the output reads of the tokens, [B, d] of x [B, T, d]; cache: with pool.weights, for an average of norms."""
+        if self.pooling == "average of norms":
+            return torch.einsum("bt,btd->bd", cache["pool.weights"], x)
+        return x[:, 0] if self.pooling == "class token" else x[:, 1:].mean(dim=1)
+
+    def token_weights(self, x):
+        """How the output weighs the tokens, [T], where no image is looked at: x [B, T, ...]."""
+        weights = torch.zeros_like(x[0, :, 0])
+        weights[0 if self.pooling == "class token" else slice(1, None)] = 1
+        return weights / weights.sum()
 
     def __call__(self, images):
         """Representations [B, D], not normalised, of images [B, 3, side, side]."""
@@ -127,7 +164,9 @@ class HookedViT:
         with self._precision(z.device.type):
             for block in self.blocks[layer + 1 :]:
                 z = block(z)
-            return (self.visual.ln_post(z[:, 0]) @ self.visual.proj).float()
+            normed = self.visual.ln_post(self.pool(z) if self.pooling in ROWS else z)
+            pooled = normed if self.pooling in ROWS else normed[:, 1:].mean(dim=1)
+            return (pooled @ self.visual.proj).float()
 
     @staticmethod
     def _fitting(pattern, names):
@@ -145,7 +184,10 @@ class HookedViT:
     @contextmanager
     def class_token_last(self):
         """Inside the `with`, the last MLP works on the class token alone and its post-GELU activations are [B, 1, N]: nothing of
-        the other tokens reaches the representation."""
+        the other tokens reaches the representation. Towers that average the patches are left alone."""
+        if self.pooling != "class token":
+            yield
+            return
         hook = self.blocks[-1].ln_2.register_forward_pre_hook(lambda norm, inputs: (inputs[0][:, :1],))
         try:
             yield
@@ -178,9 +220,20 @@ def tf32(allowed):
             backend.allow_tf32 = mode
 
 
-def _class_token(z):
-    """z [B, T, d] -> [B, d]; z itself when the LayerNorm comes after pooling."""
-    return z[:, 0] if z.ndim == 3 else z
+def last_statistics(visual, z):
+    """Mean and deviation [B] of the last LayerNorm as the output has them, z [B, T, d] or, pooled before, [B, d]; and the weights
+    of the tokens [B, T], None where they are the same for all images.
+
+    Where each patch is normalised before the average, the mean over patches of x_q / sigma_q is sum_q w_q x_q / sigma, with
+    1 / sigma the mean of all 1 / sigma_q and w_q proportional to them.
+    """
+    if z.ndim == 2 or visual.pool_type == "tok":
+        z = z[:, 0] if z.ndim == 3 else z
+        return z.mean(dim=-1), norm_std(z, visual.ln_post.eps), None
+    rstd = 1 / norm_std(z[:, 1:], visual.ln_post.eps)  # [B, T-1]
+    weights = rstd / rstd.sum(dim=1, keepdim=True)
+    mean = (weights * z[:, 1:].mean(dim=-1)).sum(dim=1)
+    return mean, 1 / rstd.mean(dim=1), torch.nn.functional.pad(weights, (1, 0))
 
 
 def norm_std(z, eps):
@@ -229,8 +282,8 @@ def check_supported(visual):
         raise UserError(f"this model's image tower is a {kind} and not open_clip's own VisionTransformer; {plain} or ViT-L-14")
     if visual.attn_pool is not None:
         raise UserError(f"this model pools its tokens by attention (attentional_pool), not by the class token; {plain}")
-    if visual.pool_type != "tok":
-        raise UserError(f"this model's output is pooled by '{visual.pool_type}' and not taken from the class token; {plain}")
+    if visual.pool_type not in ("tok", "avg"):
+        raise UserError(f"this model's output is pooled by '{visual.pool_type}': neither the class token nor an average; {plain}")
     kind = type(visual.transformer.resblocks[0])
     if kind is not ResidualAttentionBlock or visual.proj is None:
         raise UserError(f"this model has {kind.__name__} blocks, which are not plain pre-norm, or no output projection; {plain}")

@@ -69,10 +69,10 @@ def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_image
     a layer's effects when they are asked for, and drops its activations, so one layer's are in memory at a time.
     """
     first = min(item.layer for item in directions)
-    later = [f"blocks.{l}.{name}" for l in range(first + 1, vit.L) for name in ("attn.row", "ln1.mean", "ln1.std")]
     activations = [f"blocks.{item.layer}.mlp.post" for item in directions]
-    with vit.record("ln_post.*", *later, *activations) as cache, vit.class_token_last():
+    with vit.record(*vit.path(first + 1), *activations) as cache, vit.class_token_last():
         representation = vit(images)
+    vit.read_rows(cache)
     scale = coefficient / representation.norm(dim=-1)  # [B]
     return representation, (form(*effect(vit, cache, item, scale), item) for item in directions)
 

@@ -95,10 +95,11 @@ class AttentionMaps(_Maps):
     """Method: the class token's attention to every patch in the last layer, averaged over heads."""
 
     def __init__(self, vit):
-        super().__init__(vit, [f"blocks.{vit.L - 1}.attn.row"])
+        super().__init__(vit, vit.path(vit.L - 1))
 
     def maps(self, cache, representation, image):
-        return cache[self.activations[0]][:, :, 1:].mean(dim=1)
+        self.vit.read_rows(cache)
+        return cache[f"blocks.{self.vit.L - 1}.attn.row"][:, :, 1:].mean(dim=1)
 
 
 class RolloutMaps(_Maps):
@@ -109,8 +110,8 @@ class RolloutMaps(_Maps):
         super().__init__(vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)])
 
     def maps(self, cache, representation, image):
-        reached = torch.zeros_like(cache[self.activations[0]][:, :, 0])  # [B, T]
-        reached[:, 0] = 1
+        x = cache[self.activations[0]]
+        reached = self.vit.token_weights(x).expand(len(x), -1)  # [B, T]
         for block, name in zip(reversed(self.vit.blocks), reversed(self.activations), strict=True):
             A = attention_pattern(block.attn, cache[name]).mean(dim=1)  # [B, T, T]
             reached = (reached + torch.einsum("bi,bij->bj", reached, A)) / 2
@@ -167,7 +168,8 @@ class GradCAMMaps(_GradientMaps):
         super().__init__(vit, classifier, row_of, [vit.L - 1])
 
     def maps(self, patterns, gradients):
-        A, gradient = patterns[0][:, :, 0, 1:], gradients[0][:, :, 0, 1:]  # [B, H, T-1]
+        weights = self.vit.token_weights(patterns[0][:, 0])
+        A, gradient = (torch.einsum("bhij,i->bhj", each[0], weights)[:, :, 1:] for each in (patterns, gradients))  # [B, H, T-1]
         return (gradient.mean(dim=-1, keepdim=True) * A).mean(dim=1).clamp_min(0)
 
 
@@ -179,8 +181,7 @@ class CheferMaps(_GradientMaps):
         super().__init__(vit, classifier, row_of, range(vit.L))
 
     def maps(self, patterns, gradients):
-        reached = torch.zeros_like(patterns[0][:, 0, 0])  # [B, T]
-        reached[:, 0] = 1
+        reached = self.vit.token_weights(patterns[0][:, 0]).expand(len(patterns[0]), -1)  # [B, T]
         for A, gradient in zip(reversed(patterns), reversed(gradients), strict=True):
             reached = reached + torch.einsum("bi,bij->bj", reached, (gradient * A).clamp_min(0).mean(dim=1))
         return reached[:, 1:]

@@ -24,35 +24,57 @@ from utils.first_order import FirstOrder
 from utils.neurons import NeuronLayer
 from utils.norms import CentredNorms
 from utils.paper import measures
-from utils.paper.paper import Missing, Row
+from utils.paper.paper import Row, here
 from utils.pca import principal_directions
 from utils.prs import fold, second_order
+from utils.runtime.errors import UserError
 from utils.runtime.files import digest, read_json, save_atomic, save_json
 from utils.segmentation import METHODS
 from utils.sparse_coding import load_descriptions, load_support, load_texts, make_atoms, orthogonal_matching_pursuit, rebuilt_from
 from utils.texts import text_vectors
 
 ITEMS = {}
+ALIASES = {
+    "table5": "table2",
+    "fig6": "table3",
+    "fig15": "table3",
+    "fig7": "table4",
+    "fig12": "fig11",
+    "fig13": "fig5",
+    "fig14": "fig5",
+}
 
 
 class Item(NamedTuple):
-    """A table or figure. title; needs: in words, besides a model and images; passes: `Paper` -> images that go through the tower;
-    make: `Paper` -> (rows, pictures)."""
+    """A table or figure.
+
+    title: what it is.
+    layers: whose components it needs: "", "one", "late" or "all".
+    passes: `Paper` -> how many images go through the tower.
+    lacks: `Paper` -> what it cannot do without, in words; "" if all is there.
+    make: `Paper` -> (rows, pictures).
+    """
 
     title: str
-    needs: str
+    layers: str
     passes: Callable
+    lacks: Callable
     make: Callable
 
 
-def item(name, title, needs="", passes=lambda paper: 0):
+def item(name, title, layers="", passes=lambda paper: 0, lacks=lambda paper: ""):
     """Register a function as an item."""
 
     def register(function):
-        ITEMS[name] = Item(title, needs, passes, function)
+        ITEMS[name] = Item(title, layers, passes, lacks, function)
         return function
 
     return register
+
+
+def without(name, reason):
+    """What an item lacks when a flag is not given."""
+    return lambda paper: "" if getattr(paper.args, name) else reason
 
 
 def train(paper):
@@ -67,7 +89,7 @@ def chance_of(paper):
     return f"chance {100 / paper.judged[0].shape[1]:.2g} %"
 
 
-@item("table1", "Accuracy and variance explained: direct, second-order and indirect effects of one layer",
+@item("table1", "Accuracy and variance explained: direct, second-order and indirect effects of one layer", "one",
       passes=lambda p: 3 * train(p) + 3 * val(p) + 2 * p.args.drawn_neurons * p.args.drawn_images)  # fmt: skip
 def table1(paper):
     layer, images = paper.layer, val(paper)
@@ -104,26 +126,28 @@ def by_layer(paper, layers, name, **more):
     return rows, [paper.picture(name)]
 
 
-@item("fig3", "Ablations of second-order effects, layer by layer", passes=lambda p: 2.6 * train(p) + 2 * val(p))
+@item("fig3", "Ablations of second-order effects, layer by layer", "all", lambda p: 2.6 * train(p) + 2 * val(p))
 def fig3(paper):
     return by_layer(paper, paper.all_layers, "fig3")
 
 
-@item("fig9", "The same for ViT-L-14", "--model ViT-L-14 --pretrained laion2b_s32b_b82k", lambda p: 2.6 * train(p) + 2 * val(p))
+def other_than_large(paper):
+    """What Fig. 9 lacks."""
+    large = "it is Fig. 3 of another model: add --model ViT-L-14 --pretrained laion2b_s32b_b82k --memory 16"
+    return "" if paper.args.model == "ViT-L-14" else large
+
+
+@item("fig9", "The same for ViT-L-14", "all", lambda p: 2.6 * train(p) + 2 * val(p), other_than_large)
 def fig9(paper):
-    if paper.clip.record["model"] != "ViT-L-14":
-        raise Missing("it is Fig. 3 of another model: add --model ViT-L-14 --pretrained laion2b_s32b_b82k --memory 16")
     return by_layer(paper, paper.all_layers, "fig9")
 
 
-@item("fig10", "The same on ImageNet-R", "--imagenet_r PATH")
+@item("fig10", "The same on ImageNet-R", "all", lambda p: 6000, without("imagenet_r", "it needs ImageNet-R: --imagenet_r PATH"))
 def fig10(paper):
-    if not paper.args.imagenet_r:
-        raise Missing("it needs ImageNet-R: --imagenet_r PATH")
     return by_layer(paper, paper.all_layers, "fig10", dataset="imagenet_r", data_path=paper.args.imagenet_r)
 
 
-@item("fig4", "Accuracy by the number of texts that describe a neuron", passes=val)
+@item("fig4", "Accuracy by the number of texts that describe a neuron", "one", val)
 def fig4(paper):
     from utils.visualization import plot_lines
 
@@ -152,7 +176,7 @@ def fig4(paper):
     return rows, [paper.picture("fig4")]
 
 
-@item("table2", "Texts of single neurons (Tables 2 and 5), and of all neurons of the layer")
+@item("table2", "Texts of single neurons (Tables 2 and 5), and of all neurons of the layer", "one")
 def table2(paper):
     layer, texts = paper.layer, paper.texts[0]
     paper.descriptions(texts, [layer])
@@ -182,7 +206,7 @@ def table2(paper):
     return [*rows, Row(what, float(left.mean()), unit="|r - texts|", beside=beside, n=len(left))], []
 
 
-@item("fig5", "Val images of the largest effects (Figs. 5, 13 and 14)", passes=val)
+@item("fig5", "Val images of the largest effects (Figs. 5, 13 and 14)", "one", val)
 def fig5(paper):
     from utils.visualization import save_figure
 
@@ -206,7 +230,7 @@ def fig5(paper):
     return rows, pictures
 
 
-@item("fig8", "Concepts of images (Fig. 8; --images FOLDER for your own)", passes=lambda p: 64)
+@item("fig8", "Concepts of images (Fig. 8; --images FOLDER for your own)", "one", lambda p: 64)
 def fig8(paper):
     layer, texts = paper.layer, paper.texts[0]
     paper.descriptions(texts, [layer])
@@ -218,7 +242,7 @@ def fig8(paper):
     if paper.args.images:
         files = sorted(path for path in paper.args.images.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         if not files:
-            raise Missing(f"--images {paper.args.images} has no pictures")
+            raise UserError(f"--images {paper.args.images} has no pictures")
         pictures = [(str(path), to_rgb(Image.open(path))) for path in files]
     else:
         data = paper.images(paper.args.split, 8).images
@@ -280,14 +304,13 @@ PAPER_SEGMENTATION = {  # pixel accuracy, mIoU, mAP
 }  # fmt: skip
 
 
-@item("table4", "Zero-shot segmentation (Table 4), and its maps side by side (Fig. 7)", "--segmentation gtsegs_ijcv.mat")
+@item("table4", "Zero-shot segmentation (Table 4), and its maps side by side (Fig. 7)", "late", lambda p: 4276 * len(METHODS),
+      without("segmentation", "it needs ImageNet-Segmentation: --segmentation gtsegs_ijcv.mat"))  # fmt: skip
 def table4(paper):
     from utils.visualization import stack_pictures
 
     args = paper.args
-    if not args.segmentation:
-        raise Missing("it needs ImageNet-Segmentation: --segmentation gtsegs_ijcv.mat")
-    paper.components(paper.late)
+    paper.components()
     paper.classifier()
     scores, strips = {}, {}
     for method in METHODS:
@@ -333,17 +356,13 @@ PAPER_TASKS = ("horse:automobile", "dog:deer", "bird:frog", "ship:truck", "ship:
 PAPER_ATTACKS = {"second_order": (5.3, 22.7, 8.0, 5.7, 7.0), "similar": (1.0, 3.3, 5.0, 0.0, 1.3)}  # of PAPER_TASKS
 
 
-@item(
-    "table3",
-    "Semantic adversarial images (Table 3), and where the wrong class is seen (Figs. 6 and 15)",
-    "a drawing model: --image_model",
-)
+@item("table3", "Semantic adversarial images (Table 3), and where the wrong class is seen (Figs. 6 and 15)", "late",
+      lambda p: 2 * p.args.drawn_neurons * p.args.drawn_images * len(p.late),
+      without("image_model", "it needs a drawing model: --image_model (and --text_model, --similarity_model)"))  # fmt: skip
 def table3(paper):
     from utils.visualization import plot_attacks
 
     args = paper.args
-    if not args.image_model:
-        raise Missing("it needs a drawing model: --image_model (and --text_model, --similarity_model)")
     texts, rows, shown, floor = paper.attack_texts, [], [], {}
     paper.descriptions(texts, paper.late, args.attack_components)
     paper.classifier()
@@ -431,17 +450,16 @@ taken, their light and their colours. Name it in every description. Answer with 
 line, and nothing else."""
 
 
-@item(
-    "table7",
-    "A pool of image descriptions, written by a language model from class names (Table 7)",
-    "a language model: --text_model",
-)
+def without_language(paper):
+    """What Table 7 lacks."""
+    return "it needs a language model: --text_model" if paper.args.text_model in (None, "template") else ""
+
+
+@item("table7", "A pool of image descriptions, written by a language model from class names (Table 7)", lacks=without_language)
 def table7(paper):
     from utils.generators import LanguageModel, require_packages
 
     args = paper.args
-    if args.text_model in (None, "template"):
-        raise Missing("it needs a language model: --text_model")
     require_packages(text_model=args.text_model)
     request = args.request.read_text(encoding="utf-8") if args.request else REQUEST
     classes, path = paper.class_names, paper.folder / "image_descriptions.json"
@@ -463,5 +481,9 @@ def table7(paper):
     naming = 100 * float(
         np.mean([adversarial.names_class(text, name) for name, texts in done["answers"].items() for text in texts] or [0])
     )
-    rows = [Row(f"descriptions in {target.name} (use it with --text_descriptions {target})", len(texts), unit="", n=len(classes))]
+    rows = [
+        Row(
+            f"descriptions in {target.name} (use it with --text_descriptions {here(target)})", len(texts), unit="", n=len(classes)
+        )
+    ]
     return [*rows, Row("of these, name their class", naming, n=len(texts))], []

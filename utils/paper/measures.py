@@ -120,9 +120,9 @@ def drawn_effects(clip, data, folder, layer, mean_p, neurons, overwrite=False):
             changes = [IndirectEffects(vit, layer, mean, neurons) for mean in (mean_p, torch.zeros_like(mean_p))]
         for rows, pixels in work.over(data.loader, description=f"layer {layer}"):
             representation, [phi] = second_order(vit, pixels, [second])
-            with vit.record(*changes[0].activations, "ln_post.std") as cache:
+            with vit.record(*changes[0].activations, *vit.path(vit.L)) as cache:
                 vit(pixels)
-            own = direct_effects(cache, direct, COEFFICIENT / representation.norm(dim=-1))
+            own = direct_effects(vit, cache, direct, COEFFICIENT / representation.norm(dim=-1))
             found = [of_neurons(own, neurons), of_neurons(phi, neurons), *(change(cache, representation) for change in changes)]
             work[path][rows] = torch.stack(found, dim=1)
     return np.load(path, mmap_mode="r")

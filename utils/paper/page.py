@@ -53,6 +53,7 @@ pre { font-size: 0.75rem; overflow-x: auto; background: #f4f4f4; padding: 0.6rem
   .left { color: #e0a050 }
 }
 """
+PUBLISHED = "ViT-B-32_openai"  # whose numbers the paper has
 COLUMNS = ("what", "paper", "ours", "difference", "beside", "n", "note")
 
 
@@ -73,14 +74,18 @@ def cells(row, comparable=True):
     return [row["what"], *values, difference, row["beside"], count, row["note"]]
 
 
-def write(folder, title, lines, items, comparable=True):
+def write(folder, model, lines, items):
     """Write paper.json, .md and .html.
 
-    title, lines: on top. comparable: as in `cells`.
+    model, lines: MODEL_PRETRAINED; what stands on top.
     items: {name: {"title", "left_out", "rows": [`Row` as a dict], "pictures", "commands", "seconds", "cost"}}.
     """
+    title = f"Second-order effects of neurons, {model}"
     save_json(folder / "paper.json", {"title": title, "about": lines, "items": items})
-    items = {name: {**item, "rows": [{"cells": cells(row, comparable)} for row in item["rows"]]} for name, item in items.items()}
+    items = {
+        name: {**item, "rows": [{"cells": cells(row, model == PUBLISHED)} for row in item["rows"]]}
+        for name, item in items.items()
+    }
     save_atomic(folder / "paper.md", lambda file: file.write(markdown(title, lines, items).encode()))
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import runpy
 import shlex
 import sys
@@ -37,8 +38,9 @@ class Row(NamedTuple):
     note: str = ""
 
 
-class Missing(UserError):
-    """What an item needs is not there: the item is left out, with this reason."""
+def here(path):
+    """A path as one types it in the working directory."""
+    return str(path).removeprefix(f"{os.getcwd()}{os.sep}")
 
 
 class Paper:
@@ -57,6 +59,7 @@ class Paper:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.texts, self.commands, self._ran = [text_set(name) for name in args.text_descriptions], [], set()
         self.attack_texts = text_set(args.attack_texts or args.text_descriptions[0])
+        self.wanted = []  # how far the components have to reach: "one", "late", "all"
         self.pools = {text_set(name): name for name in (args.attack_texts or args.text_descriptions[0], *args.text_descriptions)}
 
     @functools.cached_property
@@ -77,6 +80,12 @@ class Paper:
     def all_layers(self):
         return parse_layers(["all"], self.clip.vit)
 
+    @functools.cached_property
+    def needed(self):
+        """The layers whose components the items need, all of which are made in one pass."""
+        layers = {"one": [self.layer], "late": self.late, "all": self.all_layers}
+        return sorted({layer for reach in self.wanted or ["one"] for layer in layers[reach]})
+
     # Stages
 
     def stage(self, script, *words):
@@ -93,7 +102,7 @@ class Paper:
             args.device,
         ]
         command = [script, *map(str, [*words, *shared])]
-        readable = shlex.join(["python", *command])
+        readable = shlex.join(["python", *map(here, command)])
         if readable not in self.commands:
             self.commands.append(readable)
         if readable in self._ran:
@@ -114,7 +123,7 @@ class Paper:
         args = self.args
         path = data_path or args.data_path
         if not path:
-            raise Missing("it needs images: --data_path")
+            raise UserError("it needs images: --data_path")
         words = ["--dataset", dataset or self.dataset, "--data_path", path, "--num_workers", args.num_workers]
         words += ["--batch_size", args.batch_size, "--precision", args.precision]
         words += ["--subsample", args.subsample] if args.subsample else []
@@ -126,17 +135,16 @@ class Paper:
         names = ["--class_names", self.args.class_names] if self.args.class_names else []
         self.stage("compute_classifier_projection.py", "--dataset", self.dataset, *images, *names)
 
-    def components(self, layers):
-        """Make the effects, components and statistics of some layers on the train split."""
-        k = ["--top_k_pca", self.args.top_k_pca]
-        for group in [self.all_layers] if set(layers) - {self.layer} else [[self.layer]]:  # one pass for all, or one layer
-            words = ["--mlp_layer", *group]
-            self.stage("compute_second_order_neuron_prs.py", *self.image_flags("train"), *words, "--keep", "top", *k)
-            self.stage("compute_pcas.py", "--dataset", self.train_set, *words, *k)
+    def components(self):
+        """Make the effects, components and statistics of the needed layers on the train split."""
+        words, k = ["--mlp_layer", *self.needed], ["--top_k_pca", self.args.top_k_pca]
+        passing = [*self.image_flags("train"), *words, "--memory", self.args.memory]
+        self.stage("compute_second_order_neuron_prs.py", *passing, "--keep", "top", *k)
+        self.stage("compute_pcas.py", "--dataset", self.train_set, *words, *k)
 
     def descriptions(self, texts, layers, components=None):
         """Make the text vectors of a set and the descriptions of some layers."""
-        self.components(layers)
+        self.components()
         where, k = ["--descriptions_dir", self.args.descriptions_dir], ["--top_k_pca", self.args.top_k_pca]
         given = self.pools[texts]
         self.stage("compute_text_set_projection.py", "--text_descriptions", given, *where)
@@ -200,11 +208,11 @@ class Paper:
         return load_statistics(self.inputs, self.train_set, layers, self.args.top_k_pca, **wanted)
 
     def accuracies(self, layers, dataset=None, data_path=None):
-        """{layer: {ablation: per cent}} of compute_ablations.py, and its picture."""
+        """{layer: {ablation: per cent}} of compute_ablations.py, the number of images, and its picture."""
         self.classifier()
-        self.components(layers)
-        dataset = dataset or self.dataset
-        words = [*self.image_flags(self.args.split, dataset, data_path), "--mlp_layer", *layers]
+        self.components()
+        dataset, layers = dataset or self.dataset, self.all_layers if "all" in self.wanted else layers
+        words = [*self.image_flags(self.args.split, dataset, data_path), "--mlp_layer", *layers, "--memory", self.args.memory]
         self.stage("compute_ablations.py", *words, "--top_k_pca", self.args.top_k_pca)
         path = self.results.path(
             "ablations", split=self.args.split, layer=layers, dataset=dataset, train_dataset=self.train_set, k=self.args.top_k_pca
@@ -234,6 +242,12 @@ class Paper:
     def picture(self, name):
         """Path of a picture of the page."""
         return self.folder / f"{name}.png"
+
+    def disk(self):
+        """Bytes of the components, about."""
+        vit, k, images = self.clip.vit, self.args.top_k_pca, len(self.images("train").images)
+        each = (k * vit.K(l) + 4 * vit.D + k + images + vit.K(l) * vit.d // vit.H for l in self.needed)
+        return sum(4 * vit.N * numbers for numbers in each)
 
     @functools.cached_property
     def seconds_of_an_image(self):

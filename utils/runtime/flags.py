@@ -136,7 +136,7 @@ def add_paper(parser, path):
     add("--request", type=path, help="a file with another request for Table 7, with {count} and {class_name} in it")
     add("--descriptions_per_class", type=positive_int, default=30, help="descriptions of Table 7 for each class")
     add("--note", help="a line for the top of the page")
-    add_compute(parser, precision=True)
+    add_compute(parser, precision=True, memory=True)
 
 
 def count(text, least=0):
