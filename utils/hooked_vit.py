@@ -86,7 +86,7 @@ class HookedViT:
         return list(self._activations)
 
     def path(self, first):
-        """What is to be recorded of the way from layer `first` to the output: statistics, and what `pool` and `read_rows` need."""
+        """What to record of the way from layer `first` to the output: statistics, and what `pool` and `read_rows` need."""
         row = "attn.row" if self.pooling in ROWS else "ln1.out"
         of_layers = [f"blocks.{l}.{name}" for l in range(first, self.L) for name in (row, "ln1.mean", "ln1.std")]
         return [*of_layers, *(name for name in OF_TOWER if name != "pool.weights" or self.pooling not in ROWS)]
