@@ -28,16 +28,16 @@ def main(args):
     layers = parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
     loader, results = Loader(images, args.device, args.num_workers), Results(args.output_dir, args.model, args.pretrained)
+    path = partial(results.path, dataset=args.dataset, split=args.split)
     record = {**clip.record, **images.record, "coefficient": args.coefficient}
-    names = {"dataset": args.dataset, "split": args.split}
 
     def plan(layers, kinds, dtype=None):
         """The arrays of some layers."""
         sizes = {**clip.vit.sizes, "images": len(images), "k": args.top_k_pca}
-        each = (results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **names) for layer in layers)
+        each = (results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **path.keywords) for layer in layers)
         return {path: spec for arrays in each for path, spec in arrays.items()}
 
-    path = partial(results.path, **names)
+    clip.vit.tell_left_out(loader, pieces_of(len(images), args.batch_size)[:1])
     if (args.keep or ("top" if len(layers) > 1 and not args.merged else "full")) == "full":
         large = plan(layers, ["coefficients", *["merged"] * args.merged], args.store_dtype)
         keep_all(args, clip.vit, layers, loader, path=path, arrays=large | plan(layers, FULL), record=record)

@@ -150,3 +150,26 @@ def sum_of_effects(visual, image, m, coefficient=100.0):
             o = scale_of(blocks[l].ls_1) * (attn.out_proj.weight @ mixed + attn.out_proj.bias * share)
             total = total + weight * straight(visual, o, mu_post, sigma_post, share / (1 + 2 * L))
     return coefficient / clean.rep.norm() * total
+
+
+def pooled_effects(parts, p, z, rep, coefficient=100.0):
+    """phi [N, D] of an MLP through a pooling attention, token by token.
+
+    parts: w [N, d], b_out [d]; norm, the LayerNorm before the attention; q [H, e], the query; W_K, W_V [H, e, d], b_K, b_V
+        [H, e], W_O [H, e, d'], b_O [d']; share, the contributors of the sum that `norm` normalises; out, what the output makes of
+        what a head writes, a function ([N, d'], how many share its constants).
+    p, z, rep: [T, N], [T, d], [D].
+    """
+    mu, sigma = mean_and_sigma(z, parts["norm"])
+    x = (z - mu[:, None]) / sigma[:, None] * parts["norm"].weight + parts["norm"].bias
+    c, H, phi = parts["share"], len(parts["q"]), 0
+    for h in range(H):
+        k = x @ parts["W_K"][h].T + parts["b_K"][h]
+        a = torch.softmax(k @ parts["q"][h] / math.sqrt(k.shape[1]), dim=0)
+        o = 0
+        for i in range(len(z)):
+            own = p[i][:, None] * parts["w"] + parts["b_out"] / len(parts["w"])
+            own = parts["norm"].weight * (own - mu[i] / c) / sigma[i] + parts["norm"].bias / c
+            o = o + a[i] * ((own @ parts["W_V"][h].T + parts["b_V"][h] / c) @ parts["W_O"][h])
+        phi = phi + parts["out"](o + parts["b_O"] / (c * H), c * H)
+    return coefficient / rep.norm() * phi

@@ -120,7 +120,7 @@ def test_an_unknown_activation_is_refused(vit, visual):
     ("options", "reason"),
     [
         ({"pool_type": "none"}, "neither the class token nor an average"),
-        ({"attentional_pool": True, "heads": 4, "attn_pooler_heads": 4}, "attentional"),
+        ({"attentional_pool": "cascade", "heads": 4, "attn_pooler_heads": 4}, "several queries"),
         ({"qk_norm": True}, "CustomResidualAttentionBlock"),
     ],
 )

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, einsum
 
-from utils.prs import COEFFICIENT, Directions, SecondOrder, double, head_weights, mlp_weights
+from utils.prs import COEFFICIENT, Directions, SecondOrder
+from utils.runtime.errors import UserError
 
 
 class ToOutput(NamedTuple):
@@ -56,9 +57,12 @@ class FirstOrder:
     """
 
     def __init__(self, vit):
+        if vit.pooling == "attention":
+            raise UserError("this model pools its tokens by attention, so nothing but that reaches the output: no first order")
+        P, _, beta = vit.output_weights()
         self.vit, self.weights = vit, centred_output(vit)
-        self.beta_P = (double(vit.visual.ln_post.bias) @ double(vit.visual.proj)).to(self.weights)
-        self.heads = [[part.to(self.weights) for part in head_weights(vit, l)[2:]] for l in range(vit.L)]  # W_V, b_V, W_O, b_O
+        self.beta_P = (beta @ P).to(self.weights)
+        self.heads = [[part.to(self.weights) for part in vit.head_weights(l)[2:]] for l in range(vit.L)]  # W_V, b_V, W_O, b_O
         self.of_heads = [*vit.path(0), *(f"blocks.{l}.ln1.out" for l in range(vit.L))]
         self.activations = [*self.of_heads, *(f"blocks.{l}.mlp.out" for l in range(vit.L)), "blocks.0.resid.pre"]
 
@@ -95,15 +99,16 @@ class FirstOrder:
 
 def centred_output(vit):
     """gamma_post P with the LayerNorm's centring in it, float32 [d, D]: c @ it = ((c - mean c) gamma_post) P."""
-    weights = double(vit.visual.ln_post.weight)[:, None] * double(vit.visual.proj)
-    return (weights - weights.mean(dim=0)).to(vit.visual.proj.device, torch.float32)
+    P, gamma, _ = vit.output_weights()
+    weights = gamma[:, None] * P
+    return (weights - weights.mean(dim=0)).to(vit.device, torch.float32)
 
 
 @torch.no_grad()
 def fold_direct(vit, layer):
     """The weights' part of the direct effects of one layer's neurons, as `Directions` with K = 1: B[n] = J(w_n), sigma_post left
     out. `constants` [1, D]: each neuron's share of J(b_out)."""
-    w, b_out = mlp_weights(vit, layer)
+    w, b_out = vit.mlp_weights(layer)
     outputs = centred_output(vit)
     share = (b_out.to(outputs) @ outputs) / vit.N
     return Directions(layer, w.to(outputs)[None], outputs[None], share[None])

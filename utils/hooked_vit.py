@@ -1,4 +1,8 @@
-"""HookedViT: watch or change an open_clip ViT while it runs, and leave no trace. Letters as in `utils.prs`."""
+"""HookedViT: watch or change an open_clip ViT while it runs, and leave no trace. Letters as in `utils.prs`.
+
+The output reads the class token, an average of the patches (the last LayerNorm after it or before), or what one query of a
+pooling attention takes from the tokens. A pooling attention counts as that of layer L; effects go through it alone.
+"""
 
 import fnmatch
 from contextlib import contextmanager
@@ -8,6 +12,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 from utils.runtime.errors import UserError
+from utils.towers import PooledTower, in_open_clips_form
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,14 +30,21 @@ OF_BLOCK = {  # as blocks.{l}.NAME
 OF_TOWER = {  # of the last LayerNorm, where the output is read
     "ln_post.mean": ("ln_post", lambda visual, z, x: last_statistics(visual, z.float())[0]),  # [B]
     "ln_post.std": ("ln_post", lambda visual, z, x: last_statistics(visual, z.float())[1]),  # [B]
-    "pool.weights": (
-        "ln_post",
-        lambda visual, z, x: last_statistics(visual, z.float())[2],
-    ),  # [B, T], of the tokens in the output
+    "pool.weights": ("ln_post", lambda visual, z, x: last_statistics(visual, z.float())[2]),  # [B, T], of tokens in the output
+}
+WITHOUT_LAST_NORM = {
+    "ln_post.mean": ("attn_pool", lambda visual, z, x: torch.zeros_like(x[:, 0, 0])),
+    "ln_post.std": ("attn_pool", lambda visual, z, x: torch.ones_like(x[:, 0, 0])),
 }
 ROWS = {  # the attention that the output reads, blocks.{l}.attn.row [B, H, T], by how the tower is pooled
     "class token": lambda block, z, x: class_attention(block.attn, x.float()),
     "average": lambda block, z, x: attention_pattern(block.attn, x.float())[:, :, 1:].mean(dim=2),
+}
+OF_POOL = {  # of a pooling attention, as blocks.{L}.NAME
+    "ln1.mean": ("ln_k", lambda pool, z, x: z.float().mean(dim=-1)),  # [B, T]
+    "ln1.std": ("ln_k", lambda pool, z, x: norm_std(z.float(), pool.ln_k.eps)),  # [B, T]
+    "attn.row": ("ln_k", lambda pool, z, x: query_attention(pool, x.float())),  # [B, H, T]
+    "resid.pre": ("ln_k", lambda pool, z, x: z.float()),  # [B, T, d]
 }
 
 
@@ -51,34 +63,46 @@ class HookedViT:
     visual: the tower, used as it is: no weights are copied and its fused attention stays in place.
     precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
 
-    Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `grid` (rows and
-    columns of patches), `blocks`, `pooling` ("class token", "average" of the patches, or "average of norms", where the last
-    LayerNorm comes before it). `record` knows the activations of OF_BLOCK, OF_TOWER and, but for an average of norms, ROWS.
+    Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `prefix` (tokens
+    before the patches), `grid` (rows and columns of patches), `blocks`, `last` (the last MLP with effects), `pooling` ("class
+    token", "average" of the patches, "average of norms", where the last LayerNorm comes before it, or "attention").
 
     Raises UserError for a tower that the method does not cover.
     """
 
     def __init__(self, visual, precision="float32"):
+        visual = in_open_clips_form(visual)
         check_supported(visual)
-        self.visual, self.precision = visual, precision
-        self.blocks = visual.transformer.resblocks
-        first = self.blocks[0]
+        self.visual, self.precision, self.blocks = visual, precision, visual.transformer.resblocks
+        first, self.pooling, pool = self.blocks[0], pooling_of(visual), visual.attn_pool
         self.L, self.H = len(self.blocks), first.attn.num_heads
         self.N, self.d = first.mlp.c_fc.out_features, first.mlp.c_fc.in_features
-        self.D = visual.proj.shape[1]
-        self.sizes = {"N": self.N, "D": self.D, "e": self.d // self.H}
-        self.grid = visual.grid_size
-        self.T = self.grid[0] * self.grid[1] + 1
-        self.pooling = (
-            "class token" if visual.pool_type == "tok" else "average" if visual.final_ln_after_pool else "average of norms"
-        )
+        self.D = visual.output_dim if visual.proj is None else visual.proj.shape[1]
+        self.grid, self.prefix = visual.grid_size, int(hasattr(visual, "class_embedding"))
+        self.T = self.grid[0] * self.grid[1] + self.prefix
+        later = first.attn if pool is None else pool.attn
+        self.sizes = {"N": self.N, "D": self.D, "e": later.embed_dim // later.num_heads}
+        # contributors of the sum that the last LayerNorm normalises, for each of the sum before
+        self.summands = (1 + 2 * self.L) * self.H if pool is None else later.num_heads
+        self.last, self.last_attention = (self.L - 2, self.L - 1) if pool is None else (self.L - 1, self.L)
         of_block = OF_BLOCK | ({"attn.row": ("ln_1", ROWS[self.pooling])} if self.pooling in ROWS else {})
-        parts = [(f"blocks.{l}.", block, of_block) for l, block in enumerate(self.blocks)] + [("", visual, OF_TOWER)]
+        parts = [(f"blocks.{l}.", block, of_block) for l, block in enumerate(self.blocks)]
+        parts += [("", visual, WITHOUT_LAST_NORM if visual.ln_post is None else OF_TOWER)]
+        parts += [] if pool is None else [(f"blocks.{self.L}.", pool, OF_POOL)]
         self._activations = {prefix + name: (part, *table[name]) for prefix, part, table in parts for name in table}
+
+    def later(self, layer):
+        """The attentions through which the neurons of MLP `layer` act on the output: those of later layers, or the pooling's."""
+        return range(layer + 1, self.L) if self.pooling != "attention" else [self.L]
 
     def K(self, layer):
         """Number of attention heads after MLP `layer`."""
-        return (self.L - 1 - layer) * self.H
+        return (self.L - 1 - layer) * self.H if self.pooling != "attention" else self.visual.attn_pool.attn.num_heads
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.blocks[0].mlp.c_fc.weight.device
 
     @property
     def names(self):
@@ -87,13 +111,13 @@ class HookedViT:
 
     def path(self, first):
         """What to record of the way from layer `first` to the output: statistics, and what `pool` and `read_rows` need."""
-        row = "attn.row" if self.pooling in ROWS else "ln1.out"
-        of_layers = [f"blocks.{l}.{name}" for l in range(first, self.L) for name in (row, "ln1.mean", "ln1.std")]
-        return [*of_layers, *(name for name in OF_TOWER if name != "pool.weights" or self.pooling not in ROWS)]
+        row = "ln1.out" if self.pooling == "average of norms" else "attn.row"
+        of_layers = [f"blocks.{l}.{name}" for l in self.later(first - 1) for name in (row, "ln1.mean", "ln1.std")]
+        return [*of_layers, "ln_post.mean", "ln_post.std", *["pool.weights"] * (self.pooling == "average of norms")]
 
     def read_rows(self, cache):
         """Add blocks.{l}.attn.row to a cache of `path` where it could not be recorded: the last LayerNorm weighs the tokens."""
-        for l, block in enumerate(self.blocks if self.pooling not in ROWS else ()):
+        for l, block in enumerate(self.blocks if self.pooling == "average of norms" else ()):
             x, row = cache.get(f"blocks.{l}.ln1.out"), f"blocks.{l}.attn.row"
             if x is not None and row not in cache:
                 cache[row] = torch.einsum("bq,bhqt->bht", cache["pool.weights"], attention_pattern(block.attn, x))
@@ -164,9 +188,8 @@ class HookedViT:
         with self._precision(z.device.type):
             for block in self.blocks[layer + 1 :]:
                 z = block(z)
-            normed = self.visual.ln_post(self.pool(z) if self.pooling in ROWS else z)
-            pooled = normed if self.pooling in ROWS else normed[:, 1:].mean(dim=1)
-            return (pooled @ self.visual.proj).float()
+            pooled, _ = self.visual._pool(z)
+            return (pooled if self.visual.proj is None else pooled @ self.visual.proj).float()
 
     @staticmethod
     def _fitting(pattern, names):
@@ -180,6 +203,49 @@ class HookedViT:
         dtype = AUTOCAST.get(self.precision)
         with tf32(self.precision == "tf32"), torch.autocast(device, dtype, enabled=dtype is not None):
             yield
+
+    def mlp_weights(self, layer):
+        """w_n of all neurons [N, d] and b_out [d], in float64."""
+        block = self.blocks[layer]
+        scale = layer_scale(block.ls_2)
+        return double(block.mlp.c_proj.weight).T * scale, double(block.mlp.c_proj.bias) * scale
+
+    def head_weights(self, l):
+        """Heads of attention l in float64: gamma, beta [d] of the LayerNorm before it, W_V [H, e, d], b_V [H, e], W_O [H, e, d'],
+        b_O [d'], with d' the width of what it writes into."""
+        part = self.visual.attn_pool if l == self.L else self.blocks[l]
+        norm, attn, scale = (part.ln_k, part.attn, 1.0) if l == self.L else (part.ln_1, part.attn, layer_scale(part.ls_1))
+        (_, _, W_V), (_, _, b_V) = projections(attn)
+        W_V, b_V = (double(x).unflatten(0, (attn.num_heads, -1)) for x in (W_V, b_V))
+        W_O = (double(attn.out_proj.weight).T * scale).unflatten(0, (attn.num_heads, -1))
+        return double(norm.weight), double(norm.bias), W_V, b_V, W_O, double(attn.out_proj.bias) * scale
+
+    def output_weights(self):
+        """P [d', D] of the projection, gamma and beta [d'] of the last LayerNorm, in float64; neutral where there is none."""
+        norm, P = self.visual.ln_post, self.visual.proj
+        P = torch.eye(self.D, device=self.device) if P is None else P
+        gamma, beta = (torch.ones_like(P[:, 0]), torch.zeros_like(P[:, 0])) if norm is None else (norm.weight, norm.bias)
+        return double(P), double(gamma), double(beta)
+
+    @torch.inference_mode()
+    def left_out(self, images):
+        """Share of the representations [B] that a pooling head's MLP makes, |MLP(LN(o))| / |rep|, not in any effect; or None."""
+        if self.pooling != "attention" or self.visual.ln_post is not None:
+            return None
+        kept = {}
+        handle = self.visual.attn_pool.register_forward_hook(lambda module, inputs, output: kept.update(o=output[:, 0].float()))
+        try:
+            representation = self(images)
+        finally:
+            handle.remove()
+        return (representation - kept["o"]).norm(dim=-1) / representation.norm(dim=-1)
+
+    def tell_left_out(self, loader, pieces):
+        """Print the mean of `left_out` over some images. loader, pieces: as in `Pass.over`."""
+        for pixels in loader(pieces) if self.pooling == "attention" else ():
+            if (share := self.left_out(pixels)) is not None:
+                what = "the MLP after the pooling attention, which effects leave out, makes"
+                print(f"note: {what} {100 * float(share.mean()):.0f} % of the representation (first {len(pixels)} images)")
 
     @contextmanager
     def class_token_last(self):
@@ -242,6 +308,13 @@ def norm_std(z, eps):
     return 1 / rstd[..., 0]
 
 
+def projections(attn):
+    """Weights W_Q, W_K, W_V [width, d] and biases [width] of an nn.MultiheadAttention."""
+    if attn.in_proj_weight is not None:
+        return attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+    return (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight), attn.in_proj_bias.chunk(3)
+
+
 def class_attention(attn, x):
     """The class token's attention probabilities of every head, [B, H, T]; rows sum to 1.
 
@@ -250,12 +323,18 @@ def class_attention(attn, x):
 
     The score of token i is q.(W_K x_i + b_K). It is computed as (q W_K).x_i, without any key: b_K adds the same to all tokens.
     """
-    d, H = attn.embed_dim, attn.num_heads
-    W_Q, W_K, _ = attn.in_proj_weight.view(3, H, d // H, d)  # each [H, e, d]
-    b_Q = attn.in_proj_bias.view(3, H, d // H)[0]
-    q = torch.einsum("bd,hed->bhe", x[:, 0], W_Q) + b_Q  # [B, H, e]
-    q = torch.einsum("bhe,hed->bhd", q, W_K) * (d // H) ** -0.5  # [B, H, d]: the query, seen from the residual stream
+    (W_Q, W_K, _), (b_Q, _, _) = projections(attn)
+    q = torch.nn.functional.linear(x[:, 0], W_Q, b_Q).unflatten(-1, (attn.num_heads, -1))  # [B, H, e]
+    q = torch.einsum("bhe,hed->bhd", q, W_K.unflatten(0, (attn.num_heads, -1))) * q.shape[-1] ** -0.5  # seen from the stream
     return torch.softmax(torch.einsum("bhd,btd->bht", q, x).float(), dim=-1)
+
+
+def query_attention(pool, x):
+    """The same of the first learned query of a pooling attention: x [B, T, d], its normalised tokens."""
+    (W_Q, W_K, _), (b_Q, _, _) = projections(pool.attn)
+    q = torch.nn.functional.linear(pool.ln_q(pool.query)[0], W_Q, b_Q).unflatten(0, (pool.attn.num_heads, -1))  # [H, e]
+    q = torch.einsum("he,hed->hd", q, W_K.unflatten(0, (pool.attn.num_heads, -1))) * q.shape[-1] ** -0.5
+    return torch.softmax(torch.einsum("hd,btd->bht", q, x).float(), dim=-1)
 
 
 def attention_pattern(attn, x):
@@ -274,14 +353,34 @@ def attention_output(attn, change, x):
     return attn.out_proj(torch.einsum("bhij,bjhe->bihe", A.to(values.dtype), values).flatten(2))
 
 
+def layer_scale(module):
+    """Factor of a LayerScale [d]; 1 where the model has none."""
+    return double(module.gamma) if hasattr(module, "gamma") else 1.0
+
+
+def double(x):
+    """In float64; on the CPU where the device has none (MPS)."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
+
+def pooling_of(visual):
+    """How a supported tower is pooled, as in `HookedViT.pooling`."""
+    if visual.attn_pool is not None:
+        return "attention"
+    average = "average" if visual.final_ln_after_pool else "average of norms"
+    return "class token" if visual.pool_type == "tok" else average
+
+
 def check_supported(visual):
     """Raise UserError, naming the reason, unless the second-order effects of this image tower are defined exactly."""
     plain = "choose a plain ViT such as --model ViT-B-32"
+    if isinstance(visual, PooledTower):
+        return
     if not isinstance(visual, VisionTransformer):
         kind = type(visual).__name__
         raise UserError(f"this model's image tower is a {kind} and not open_clip's own VisionTransformer; {plain} or ViT-L-14")
-    if visual.attn_pool is not None:
-        raise UserError(f"this model pools its tokens by attention (attentional_pool), not by the class token; {plain}")
+    if visual.attn_pool is not None and (visual.attn_pool_contrastive is not None or visual.pool_type != "tok"):
+        raise UserError(f"this model pools its tokens by attention with several queries that all count; {plain}")
     if visual.pool_type not in ("tok", "avg"):
         raise UserError(f"this model's output is pooled by '{visual.pool_type}': neither the class token nor an average; {plain}")
     kind = type(visual.transformer.resblocks[0])

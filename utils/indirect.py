@@ -6,7 +6,7 @@ LayerNorm is held fixed. Letters as in `utils.prs`.
 
 import torch
 
-from utils.prs import COEFFICIENT, mlp_weights
+from utils.prs import COEFFICIENT
 
 TOGETHER = 64  # changed images in one forward pass of the later blocks
 
@@ -44,7 +44,7 @@ class IndirectEffects:
     def __init__(self, vit, layer, mean, neurons):
         self.vit, self.layer, self.neurons = vit, layer, list(neurons)
         self.mean = mean[:, self.neurons]  # [T, n]
-        self.w = mlp_weights(vit, layer)[0][self.neurons].to(mean)  # [n, d]
+        self.w = vit.mlp_weights(layer)[0][self.neurons].to(mean)  # [n, d]
         self.activations = [f"blocks.{layer}.mlp.post", f"blocks.{layer + 1}.resid.pre"]
 
     @torch.inference_mode()

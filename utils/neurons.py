@@ -102,7 +102,7 @@ class NeuronLayer:
         vit, name = self.clip.vit, f"blocks.{self.layer}.mlp.post"
         with vit.record(name) as cache:
             phi = self.effects(pixels)
-            maps = cache[name][:, 1:, neuron].unflatten(1, vit.grid)
+            maps = cache[name][:, vit.prefix :, neuron].unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
     def card(self, neuron, pictures=8, words=8, by="projection"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.prs import double
+from utils.hooked_vit import double
 
 
 def principal_directions(rows):

@@ -79,7 +79,7 @@ def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_image
 
 def effect(vit, cache, directions, scale):
     """a [B, K, T], p [B, T, N], kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale: coefficient / |rep| [B]."""
-    later = range(directions.layer + 1, vit.L)
+    later = vit.later(directions.layer)
     rows = [cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later]  # a / sigma, each [B, H, T]
     means = [cache[f"blocks.{l}.ln1.mean"] for l in later]  # each [B, T]
     rstd_post, mu_post = 1 / cache["ln_post.std"], cache["ln_post.mean"]  # each [B]
@@ -104,24 +104,23 @@ def fold(vit, layer):
 
     A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it normalises (eq. 11).
     """
-    w, b_out = mlp_weights(vit, layer)
-    P, gamma_post, beta_post = (double(x) for x in (vit.visual.proj, vit.visual.ln_post.weight, vit.visual.ln_post.bias))
+    (w, b_out), (P, gamma_post, beta_post) = vit.mlp_weights(layer), vit.output_weights()
     values, outputs, with_s, with_t, rest = [], [], [], [], torch.zeros(3, vit.D).to(P)
-    for l in range(layer + 1, vit.L):
-        gamma, beta, W_V, b_V, W_O, b_O = head_weights(vit, l)
+    for l in vit.later(layer):
+        gamma, beta, W_V, b_V, W_O, b_O = vit.head_weights(l)
         values.append(einsum("nd,hed->hne", w * gamma, W_V).float())
         outputs.append(out := (W_O * gamma_post) @ P)  # [H, e, D]
 
         c = (1 + 2 * l) * vit.N  # contributors of the sum that LN1 of layer l normalises
-        c_post = c * (1 + 2 * vit.L) * vit.H  # and of the sum that the last LayerNorm normalises
+        c_post = c * vit.summands  # and of the sum that the last LayerNorm normalises
         with_s.append(einsum("d,hed,heo->ho", gamma * b_out / vit.N, W_V, out))
         with_t.append(einsum("d,hed,heo->ho", -gamma / c, W_V, out))
         rest[0] += einsum("he,heo->o", einsum("d,hed->he", beta / c, W_V) + b_V / c, out)
         rest[0] += (b_O * gamma_post) @ P / c  # b_O / (c H) for each of the H heads
-        rest[1] -= gamma_post @ P * vit.H / c_post
-        rest[2] += beta_post @ P * vit.H / c_post
+        rest[1] -= gamma_post @ P * len(W_V) / c_post
+        rest[2] += beta_post @ P * len(W_V) / c_post
     folded = (cat(values), cat(outputs), cat([*with_s, *with_t, rest]))
-    return Directions(layer, *(x.to(vit.visual.proj.device, torch.float32) for x in folded))
+    return Directions(layer, *(x.to(vit.device, torch.float32) for x in folded))
 
 
 def fold_layers(vit, layers):
@@ -131,30 +130,3 @@ def fold_layers(vit, layers):
         item = fold(vit, layer)
         folded.append(item._replace(outputs=folded[0].outputs[-len(item.outputs) :]) if folded else item)
     return folded
-
-
-def mlp_weights(vit, layer):
-    """w_n of all neurons [N, d] and b_out [d], in float64."""
-    block = vit.blocks[layer]
-    scale = layer_scale(block.ls_2)
-    return double(block.mlp.c_proj.weight).T * scale, double(block.mlp.c_proj.bias) * scale
-
-
-def head_weights(vit, l):
-    """Heads of layer l in float64: gamma, beta [d] of LN1, W_V [H, e, d], b_V [H, e], W_O [H, e, d], b_O [d]."""
-    block, H, d = vit.blocks[l], vit.H, vit.d
-    scale = layer_scale(block.ls_1)
-    W_V = double(block.attn.in_proj_weight)[2 * d :].view(H, d // H, d)
-    b_V = double(block.attn.in_proj_bias)[2 * d :].view(H, d // H)
-    W_O = (double(block.attn.out_proj.weight).T * scale).reshape(H, d // H, d)
-    return double(block.ln_1.weight), double(block.ln_1.bias), W_V, b_V, W_O, double(block.attn.out_proj.bias) * scale
-
-
-def layer_scale(module):
-    """Factor of a LayerScale [d]; 1 where the model has none."""
-    return double(module.gamma) if hasattr(module, "gamma") else 1.0
-
-
-def double(x):
-    """In float64; on the CPU where the device has none (MPS)."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)

@@ -88,18 +88,18 @@ class NeuronMaps(_Maps):
         mean = representation.new_zeros(len(rows), len(self.activations) * self.vit.N)
         mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
         layers = zip(self.activations, mean.split(self.vit.N, dim=1), strict=True)  # weights [B, N] of each layer
-        return sum(torch.einsum("btn,bn->bt", cache[name][:, 1:], weights) for name, weights in layers)
+        return sum(torch.einsum("btn,bn->bt", cache[name][:, self.vit.prefix :], weights) for name, weights in layers)
 
 
 class AttentionMaps(_Maps):
     """Method: the class token's attention to every patch in the last layer, averaged over heads."""
 
     def __init__(self, vit):
-        super().__init__(vit, vit.path(vit.L - 1))
+        super().__init__(vit, vit.path(vit.last_attention))
 
     def maps(self, cache, representation, image):
         self.vit.read_rows(cache)
-        return cache[f"blocks.{self.vit.L - 1}.attn.row"][:, :, 1:].mean(dim=1)
+        return cache[f"blocks.{self.vit.last_attention}.attn.row"][:, :, self.vit.prefix :].mean(dim=1)
 
 
 class RolloutMaps(_Maps):
@@ -212,6 +212,8 @@ def choose_method(settings, clip, results, classifiers, images):
     images: number of images.
     """
     vit, name = clip.vit, settings["method"]
+    if vit.pooling == "attention" and name not in ("second_order", "random", "attention"):
+        raise UserError(f"--method {name} is for towers that read a class token; this one pools its tokens by attention")
     if name in ("attention", "rollout"):
         return {"attention": AttentionMaps, "rollout": RolloutMaps}[name](vit), {}
     layers, top = settings.get("layers", ()), settings.get("top_neurons", 0)

@@ -10,14 +10,14 @@ def parse_layers(layers, vit):
 
     Raises UserError for a layer that does not exist or has no attention after it.
     """
-    last = vit.L - 2
+    last = vit.last
     if last < 0:
         raise UserError("this model has one layer, and no attention comes after its MLP; there are no second-order effects")
     if [str(l) for l in layers] == ["all"]:
         return list(range(last + 1))
     for l in layers:
         if not str(l).isdecimal() or int(l) > last:
-            reason = " has no attention after it, so it" if str(l) == str(vit.L - 1) else ""
+            reason = " has no attention after it, so it" if str(l) == str(last + 1) == str(vit.L - 1) else ""
             raise UserError(
                 f"--mlp_layer {l}:{reason} has no second-order effects; this model's layers with effects are 0 to {last} "
                 "(or 'all')"
@@ -59,8 +59,8 @@ def groups_of_layers(vit, layers, memory):
     """
     groups, used = [], memory
     for layer in layers:
-        K = (vit.L - 1 - layer) * vit.H
-        needed = 4 * vit.N * K * (vit.d // vit.H + (K + 16) // 2)  # half a Gram matrix, in strips of 16
+        K = vit.K(layer)
+        needed = 4 * vit.N * K * (vit.sizes["e"] + (K + 16) // 2)  # half a Gram matrix, in strips of 16
         if used + needed > memory:
             groups.append([])
             used = 0

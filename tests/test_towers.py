@@ -1,0 +1,188 @@
+"""Towers that are pooled by attention, CoCa's and SigLIP's: the same representations, and effects by the definition."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from open_clip.timm_model import TimmModel
+from torch import nn
+from torch.testing import assert_close
+
+from tests import definition
+from tests.conftest import random_tower
+from utils.hooked_vit import HookedViT
+from utils.prs import fold, second_order
+from utils.runtime.errors import UserError
+from utils.runtime.layers import parse_layers
+
+
+def shaken(model, seed=0):
+    """The model with every parameter random."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if parameter.ndim == 1 else 0.15
+        parameter.data = parameter.data + scale * torch.randn_like(parameter)
+        assert "meta" not in str(parameter.device), name
+    return model.eval().requires_grad_(False)
+
+
+def siglip(**options):
+    """A small SigLIP image tower, as open_clip wraps it."""
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+    model = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(model)
+    model.trunk = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **(small | options))
+    model.head, model.image_size = nn.Sequential(), (32, 32)
+    return shaken(model)
+
+
+def coca():
+    """A small CoCa image tower: three queries, of which the first is read."""
+    options = {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 3, "heads": 4, "output_tokens": True}
+    return shaken(random_tower(**options))
+
+
+def run_siglip(model, image, m):
+    """Activations of MLP m, the last residual stream, the representation, and the parts of the definition; all in float64."""
+    trunk, seen = copy.deepcopy(model).double().trunk, []
+    handle = trunk.blocks[m].mlp.act.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    z = trunk.patch_embed(image.double()[None]) + trunk.pos_embed
+    for block in trunk.blocks:
+        z = block(z)
+    handle.remove()
+    pool, H = trunk.attn_pool, trunk.attn_pool.num_heads
+    (W_K, W_V), (b_K, b_V) = pool.kv.weight.chunk(2), pool.kv.bias.chunk(2)
+    parts = {"norm": trunk.norm, "q": pool.q(pool.latent)[0, 0].unflatten(0, (H, -1)), "b_O": pool.proj.bias}
+    parts |= {"W_K": W_K.unflatten(0, (H, -1)), "W_V": W_V.unflatten(0, (H, -1)), "b_K": b_K.view(H, -1), "b_V": b_V.view(H, -1)}
+    parts |= {"W_O": pool.proj.weight.T.unflatten(0, (H, -1)), "out": lambda o, share: o}
+    fc2 = trunk.blocks[m].mlp.fc2
+    parts |= {"w": fc2.weight.T, "b_out": fc2.bias, "share": (1 + 2 * len(trunk.blocks)) * fc2.in_features}
+    return seen[0], z[0], trunk(image.double()[None])[0], parts
+
+
+def run_coca(model, image, m):
+    """The same of CoCa's."""
+    visual, seen = copy.deepcopy(model).double(), []
+    handle = visual.transformer.resblocks[m].mlp.gelu.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    z = visual._embeds(image.double()[None])
+    for block in visual.transformer.resblocks:
+        z = block(z)
+    handle.remove()
+    pool, attn = visual.attn_pool, visual.attn_pool.attn
+    H, e = attn.num_heads, attn.head_dim
+    out = pool.attn(pool.ln_q(pool.query)[None], pool.ln_k(z), pool.ln_k(z))[0][0, 0]
+    mu, sigma = definition.mean_and_sigma(out, visual.ln_post)
+    b_Q, b_K, b_V = attn.in_proj_bias.chunk(3)
+    parts = {"norm": pool.ln_k, "q": (attn.q_proj_weight @ pool.ln_q(pool.query)[0] + b_Q).view(H, e), "b_O": attn.out_proj.bias}
+    parts |= {"W_K": attn.k_proj_weight.unflatten(0, (H, e)), "W_V": attn.v_proj_weight.unflatten(0, (H, e))}
+    parts |= {"b_K": b_K.view(H, e), "b_V": b_V.view(H, e), "W_O": attn.out_proj.weight.T.unflatten(0, (H, e))}
+    parts["out"] = lambda o, share: definition.straight(visual, o, mu, sigma, 1 / share)
+    c_proj = visual.transformer.resblocks[m].mlp.c_proj
+    parts |= {"w": c_proj.weight.T, "b_out": c_proj.bias}
+    parts["share"] = (1 + 2 * len(visual.transformer.resblocks)) * c_proj.in_features
+    return seen[0], z[0], visual(image.double()[None])[0][0], parts
+
+
+KINDS = {"siglip": (siglip, run_siglip), "coca": (coca, run_coca)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tower(request):
+    make, by_hand = KINDS[request.param]
+    model = make()
+    return model, HookedViT(model), by_hand
+
+
+def test_the_representation_is_the_models_own(tower, images):
+    model, vit, _ = tower
+    expected = model(images)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    assert_close(vit(images), expected, rtol=1e-5, atol=1e-5)
+    assert vit.pooling == "attention" and vit.last == vit.L - 1
+    for layer in (0, vit.L - 2):
+        with vit.record(f"blocks.{layer + 1}.resid.pre") as cache:
+            vit(images)
+        assert_close(vit.after(layer, cache[f"blocks.{layer + 1}.resid.pre"]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [0, -1])  # the first MLP, and the last, which has effects here
+def test_effects_equal_the_definition(tower, images, where):
+    model, vit, by_hand = tower
+    layer = range(vit.L)[where]
+    _, [phi] = second_order(vit, images[:2], [fold(vit, layer)])
+    for image, effects, total in zip(images, phi.dense(), phi.sum(), strict=False):
+        p, z, rep, parts = by_hand(model, image, layer)
+        truth = definition.pooled_effects(parts, p, z, rep)
+        assert_close(effects.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+        assert_close(total.double(), truth.sum(dim=0), rtol=0, atol=1e-5 * float(truth.sum(dim=0).abs().max()))
+
+
+def test_an_effect_is_what_the_frozen_pooling_loses(tower, images):
+    """A neuron's output is taken from the last residual stream; probabilities and statistics stay."""
+    model, vit, by_hand = tower
+    layer = 1
+    _, [phi] = second_order(vit, images[:1], [fold(vit, layer)])
+    p, z, rep, parts = by_hand(model, images[0], layer)
+    mu, sigma = definition.mean_and_sigma(z, parts["norm"])
+    x = (z - mu[:, None]) / sigma[:, None] * parts["norm"].weight + parts["norm"].bias
+    for n in (3, 50):
+        moved = x - p[:, n, None] * parts["w"][n] / sigma[:, None] * parts["norm"].weight
+        written = []
+        for tokens in (x, moved):
+            o = parts["b_O"]
+            for h in range(len(parts["q"])):
+                k = x @ parts["W_K"][h].T + parts["b_K"][h]
+                a = torch.softmax(k @ parts["q"][h] / k.shape[1] ** 0.5, dim=0)
+                o = o + a @ (tokens @ parts["W_V"][h].T + parts["b_V"][h]) @ parts["W_O"][h]
+            written.append(parts["out"](o, 1))
+        lost = 100 * (written[0] - written[1]) / rep.norm()
+        assert lost.norm() > 1e-3
+        assert_close((phi.dense()[0, n] - phi.kappa[0]).double(), lost, rtol=1e-3, atol=1e-5 * float(phi.dense().abs().max()))
+
+
+def test_what_the_pooling_heads_mlp_adds_is_measured(images):
+    model = siglip()
+    share = HookedViT(model).left_out(images)
+    trunk = model.trunk
+    x = trunk.forward_features(images)
+    pool = trunk.attn_pool
+    (k, v), q = (
+        pool.kv(x).unflatten(-1, (2, pool.num_heads, -1)).permute(2, 0, 3, 1, 4),
+        pool.q(pool.latent).unflatten(-1, (4, -1)),
+    )
+    o = torch.softmax(q.transpose(1, 2) @ k.mT / k.shape[-1] ** 0.5, dim=-1) @ v
+    o = pool.proj(o.transpose(1, 2).flatten(2))[:, 0]
+    added = pool.mlp(pool.norm(o))
+    assert_close(share, added.norm(dim=1) / (o + added).norm(dim=1), rtol=1e-4, atol=1e-5)
+    assert HookedViT(coca()).left_out(images) is None
+
+
+def test_layers_go_to_the_last_one(tower):
+    _, vit, _ = tower
+    assert parse_layers(["all"], vit) == list(range(vit.L))
+    with pytest.raises(UserError, match=f"layers with effects are 0 to {vit.L - 1}"):
+        parse_layers([vit.L], vit)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"qk_norm": True}, "blocks that are not plain pre-norm"),
+        ({"global_pool": "avg"}, "without attention pooling"),
+        ({"class_token": True}, "class tokens"),
+        ({"reg_tokens": 2}, "class tokens"),
+        ({"pre_norm": True}, "more layers around its blocks"),
+    ],
+)
+def test_other_timm_towers_are_refused_with_the_reason(options, reason):
+    with pytest.raises(UserError, match=reason):
+        HookedViT(siglip(**options))
+
+
+def test_a_timm_tower_that_is_no_vit_is_refused():
+    model = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(model)
+    model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
+    with pytest.raises(UserError, match="ConvNeXt and no ViT"):
+        HookedViT(model)
