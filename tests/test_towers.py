@@ -2,6 +2,8 @@
 
 import copy
 
+import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -10,8 +12,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests import definition
-from tests.conftest import random_tower
+from tests.conftest import ROOT, random_tower
+from tests.launcher import run_stage_of_user
+from tests.photos import write_photos
 from utils.hooked_vit import HookedViT
+from utils.models import table
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
@@ -186,3 +191,31 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
     model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
     with pytest.raises(UserError, match="ConvNeXt and no ViT"):
         HookedViT(model)
+
+
+def test_the_stages_run_on_a_siglip_of_real_size(tmp_path):
+    """Random weights; its tokenizer, which would come from the hub, is not asked for."""
+    photos = write_photos(tmp_path / "photos", per_class=2, side=64)
+    model = ["--model", "ViT-B-16-SigLIP", "--pretrained", "random", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    data = ["--dataset", "folder", "--data_path", photos, "--batch_size", 8, "--num_workers", 0]
+    effects = ["compute_second_order_neuron_prs.py", *model, *data, "--mlp_layer", 11]
+    said = run_stage_of_user(*effects, "--split", "train", folder=tmp_path).stdout
+    assert "the MLP after the pooling attention, which effects leave out, makes" in said
+    run_stage_of_user("compute_pcas.py", *model, "--dataset", "folder", "--mlp_layer", "all", "--top_k_pca", 5, folder=tmp_path)
+    base = "folder_train_mlps_ViT-B-16-SigLIP_random_11_"
+    shapes = {name: np.load(tmp_path / "out" / f"{base}{name}.npy").shape for name in ("coefficients", "outputs", "5_pca")}
+    assert shapes == {"coefficients": (8, 12, 3072), "outputs": (12, 64, 768), "5_pca": (3072, 768)}
+    texts = ["compute_text_set_projection.py", *model, "--text_descriptions", tmp_path / "words.txt"]
+    (tmp_path / "words.txt").write_text("a dog\nthe sea\n")
+    refused = run_stage_of_user(*texts, folder=tmp_path, check=False)
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "error: the tokenizer of --model ViT-B-16-SigLIP could not be loaded"
+    )
+
+
+def test_the_table_of_configurations_is_that_of_the_installed_open_clip():
+    stored = (ROOT / "docs" / "models.md").read_text().splitlines()
+    if f"open_clip {open_clip.__version__}:" not in stored[2]:
+        pytest.skip(f"docs/models.md is of another version than open_clip {open_clip.__version__}")
+    assert table() == stored
+    assert sum("| exact" in line for line in stored) > 80

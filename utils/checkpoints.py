@@ -198,7 +198,7 @@ def read_config(folder):
 
 
 def model_of_config(config):
-    """An open_clip model of the shape, activation and preprocessing of a `CLIPModel`'s config, and its tokenizer."""
+    """An open_clip model of the shape, activation and preprocessing of a `CLIPModel`'s config, and a maker of its tokenizer."""
     vision, text = config["vision_config"], config["text_config"]
     D = config.get("projection_dim", 512)
     side = vision.get("image_size", 224)
@@ -216,7 +216,7 @@ def model_of_config(config):
     towers["text_cfg"] |= {"layers": layers, "mlp_ratio": ratio}
     model = open_clip.CLIP(D, **towers, quick_gelu=quick_gelu_of(config))
     set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
-    return model, SimpleTokenizer(context_length=context)
+    return model, lambda: SimpleTokenizer(context_length=context)
 
 
 def quick_gelu_of(config):

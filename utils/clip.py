@@ -2,10 +2,12 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,26 @@ class Clip:
 
     vit, device: the image tower; where the model is.
     text: the open_clip model, which embeds texts; None where only the image tower was asked for.
-    transform, tokenizer: PIL image -> [3, side, side], as in open_clip's validation; list of texts -> tokens.
+    transform: PIL image -> [3, side, side], as in open_clip's validation.
+    load_tokenizer: () -> `tokenizer`; some come from the hub, so it is asked for where texts are.
     record: what results say about the model: names, precision where it is not float32, fingerprint of the weights.
     """
 
     vit: HookedViT
     text: Any
     transform: Any
-    tokenizer: Any
+    load_tokenizer: Any
     record: dict
     device: torch.device
+
+    @functools.cached_property
+    def tokenizer(self):
+        """List of texts -> tokens [texts, context]. Raises UserError when it can neither be found nor fetched."""
+        try:
+            return self.load_tokenizer()
+        except Exception as error:  # the hub and transformers raise their own
+            why = f"the tokenizer of --model {self.record['model']} could not be loaded: {one_line(error)[:160]}"
+            raise UserError(why) from error
 
     @property
     def fingerprint(self):
@@ -62,7 +74,7 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            clip, tokenizer = _create(model, pretrained)
+            clip, load_tokenizer = _create(model, pretrained)
             clip = clip.to(device).eval().requires_grad_(False)
     except UserError:
         raise
@@ -75,19 +87,19 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     record = {"model": model_name(model), "pretrained": pretrained_name(model, pretrained)}
     record |= {} if precision == "float32" else {"precision": precision}
     record["fingerprint"] = weights_fingerprint(clip)
-    return Clip(vit, None if image_only else clip, transform, tokenizer, record=record, device=device)
+    return Clip(vit, None if image_only else clip, transform, load_tokenizer, record=record, device=device)
 
 
 def _create(model, pretrained):
-    """The open_clip model on the CPU, and its tokenizer."""
+    """The open_clip model on the CPU, and a function that makes its tokenizer."""
     name = _register_config(model) if model.endswith(".json") else model
     folder = _hugging_face_folder(name)
     if folder is not None:
-        clip, tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder))
+        clip, load_tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder))
         checkpoints.load_weights(clip, folder / "model.safetensors")
-        return clip, tokenizer
+        return clip, load_tokenizer
     if name.startswith(("hf-hub:", "local-dir:")):
-        return open_clip.create_model(name, require_pretrained=True), open_clip.get_tokenizer(name)
+        return open_clip.create_model(name, require_pretrained=True), partial(open_clip.get_tokenizer, name)
     _check_names(name, pretrained)
     if pretrained == "random" or is_checkpoint_path(pretrained):
         with _without_notes():
@@ -97,7 +109,7 @@ def _create(model, pretrained):
     else:
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         clip = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
-    return clip, open_clip.get_tokenizer(name)
+    return clip, partial(open_clip.get_tokenizer, name)
 
 
 @contextlib.contextmanager

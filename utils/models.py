@@ -1,0 +1,54 @@
+"""Which of open_clip's configurations the method covers.
+
+python -m utils.models > docs/models.md
+"""
+
+import open_clip
+import torch
+from open_clip.model import _build_vision_tower  # the image tower alone: some text towers would ask the hub
+
+from utils.hooked_vit import HookedViT
+from utils.runtime.errors import UserError
+
+COVERED = {
+    "class token": "exact",
+    "average": "exact (average of the patches)",
+    "average of norms": "exact (average of normalised patches)",
+    "attention": "exact, through the pooling attention",
+}
+
+
+def coverage(name):
+    """How the method covers a configuration, in words: its image tower is built without memory (meta device)."""
+    config = open_clip.get_model_config(name)
+    try:
+        with torch.device("meta"):
+            vit = HookedViT(_build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)))
+    except UserError as error:
+        return f"refused: {str(error).split('; choose')[0]}"
+    left_out = "; the MLP after it is left out" if vit.pooling == "attention" and vit.visual.ln_post is None else ""
+    return COVERED[vit.pooling] + left_out
+
+
+def table():
+    """The lines of docs/models.md."""
+    rows = {name: coverage(name) for name in open_clip.list_models()}
+    counts = [sum(found.startswith(kind) for found in rows.values()) for kind in ("exact", "refused")]
+    lines = [
+        "# open_clip's configurations",
+        "",
+        f"Made by `python -m utils.models` with open_clip {open_clip.__version__}: of {len(rows)}",
+    ]
+    lines[-1] += f" configurations {counts[0]} are covered and {counts[1]} refused. Text towers of the transformers library work;"
+    lines[-1] += " their tokenizers come from the hub."
+    return [
+        *lines,
+        "",
+        "| `--model` | second-order effects |",
+        "|---|---|",
+        *(f"| {name} | {found} |" for name, found in rows.items()),
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
