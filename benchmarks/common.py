@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from utils.runtime.results import model_name
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 median = statistics.median
@@ -203,7 +205,7 @@ def row(what, value, unit="", *, at_most=None, at_least=None, note=""):
 
 def of_model(name, model):
     """Name of a table: other models than ViT-B-32 have tables of their own."""
-    return name if model == "ViT-B-32" else f"{name}_{model}"
+    return name if model == "ViT-B-32" else f"{name}_{model_name(model)}"
 
 
 def save_table(table, args):

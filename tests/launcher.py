@@ -222,12 +222,20 @@ class World:
         return {
             "default": (effects, [*self.train, *k], {}),
             "representations": ("compute_representations.py", self.train, {}),
-            "classifier": ("compute_classifier_projection.py", ["--dataset", "folder", "--data_path", self.photos], {}),
+            "classifier": (
+                "compute_classifier_projection.py",
+                ["--dataset", "folder", "--data_path", self.photos],
+                {"utils.texts.CLASSES": 1},
+            ),
             "full": (effects, [*self.train, *layers, "--keep", "full"], {}),
             "top": (effects, [*self.train, *layers, "--keep", "top", *k], {}),
             "pcas": ("compute_pcas.py", pcas, {}),
             "ablations": ("compute_ablations.py", [*self.val, *layers, *k, *reads], {}),
-            "texts": ("compute_text_set_projection.py", ["--text_descriptions", self.root / "words.txt"], {}),
+            "texts": (
+                "compute_text_set_projection.py",
+                ["--text_descriptions", self.root / "words.txt"],
+                {"utils.texts.TEXTS": 16},
+            ),
             "decomposition": ("compute_sparse_decomposition.py", [*self.val, *layers, *k, *texts, *reads], small),
             "segmentation": ("compute_segmentation.py", [*masks, *reads], {}),
         }

@@ -1,6 +1,7 @@
 """Towers that are pooled by attention, CoCa's and SigLIP's: the same representations, and effects by the definition."""
 
 import copy
+import json
 
 import numpy as np
 import open_clip
@@ -12,14 +13,19 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests import definition
-from tests.conftest import ROOT, random_tower
-from tests.launcher import run_stage_of_user
-from tests.photos import write_photos
+from tests.conftest import ROOT, TINY, random_tower
+from tests.launcher import World, run_stage_of_user
+from tests.photos import discs, write_mat, write_photos
+from utils.clip import load_clip
+from utils.concepts import concepts_of_images
+from utils.datasets import load_images
 from utils.hooked_vit import HookedViT
 from utils.models import table
+from utils.neurons import NeuronLayer
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
+from utils.runtime.results import Results
 
 
 def shaken(model, seed=0):
@@ -191,6 +197,46 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
     model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
     with pytest.raises(UserError, match="ConvNeXt and no ViT"):
         HookedViT(model)
+
+
+POOLINGS = {
+    "average": {"pool_type": "avg", "final_ln_after_pool": True},
+    "average of norms": {"pool_type": "avg"},
+    "attention": {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 3, "output_tokens": True},
+}
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_every_stage_runs_on_every_kind_of_pooling(tmp_path, kind):
+    """From images to descriptions, segmentation, the notebooks' class and concepts; accuracies as numpy has them."""
+    (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "vision_cfg": TINY["vision_cfg"] | POOLINGS[kind]}))
+    world = World(tmp_path, str(tmp_path / "tiny.json"), per_class=4)
+    write_mat(tmp_path / "discs.mat", *discs(4))
+    for name in ("classifier", "representations", "full", "pcas", "ablations", "texts", "decomposition", "segmentation"):
+        world.run(name, world.base)
+    world.run("full", world.base, "--split", "val")
+    world.run("segmentation", world.base, "--method", "attention")
+    clip = load_clip(str(tmp_path / "tiny.json"), "random", "cpu")
+    assert clip.vit.pooling == kind
+    results, layer = Results(world.base, str(tmp_path / "tiny.json"), "random"), clip.vit.last
+    images = load_images("folder", world.photos, "val", clip.transform)
+    names = {"dataset": "folder", "layer": layer, "k": 5}
+    read = {
+        part: results.load(part, split="val", **names).astype(float) for part in ("coefficients", "values", "outputs", "bias")
+    }
+    phi = np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"]) + read["bias"][:, None]
+    mean, classifier = results.load("mean", **names).astype(float), results.load("classifier", dataset="folder").astype(float)
+    with torch.inference_mode():
+        unit = 100 * torch.nn.functional.normalize(clip.vit(torch.stack([pixels for pixels, _ in images])), dim=1).numpy()
+    predicted = ((unit - phi.sum(axis=1) + mean.sum(axis=0)) @ classifier).argmax(axis=1)
+    layers = list(range(clip.vit.last + 1))
+    content = json.loads(results.path("ablations", dataset="folder", split="val", layer=layers, k=5).read_text())
+    assert content["accuracy"][str(layer)]["without all effects"] == 100 * (predicted == images.labels).mean()
+    neurons = NeuronLayer(clip, results, images, layer=layer, described={"texts": "words", "components": 8}, k=5)
+    assert len(neurons.top_images(3, 4)) == 4 and neurons.card(3, pictures=4, words=3).axes
+    phi = neurons.effects(torch.stack([images[0][0]]))
+    [found] = concepts_of_images(phi, neurons.centred_norms, neurons.statistics.thresholds, neurons.descriptions)
+    assert found.words == sorted(found.words, key=lambda item: (-item[1], item[0]))
 
 
 def test_the_stages_run_on_a_siglip_of_real_size(tmp_path):
