@@ -6,11 +6,9 @@ Reads a text file, one text a line (--text_descriptions NAME is text_description
 NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and beside it a .txt, the texts in that order.
 """
 
-import numpy as np
-
 from utils.clip import load_clip
 from utils.runtime import distributed, flags
-from utils.runtime.files import digest, find_texts, read_texts, save_atomic
+from utils.runtime.files import as_text, digest_of_texts, find_texts, read_texts, save_atomic
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
 from utils.texts import TEXTS, text_vectors, too_long
@@ -19,19 +17,19 @@ from utils.texts import TEXTS, text_vectors, too_long
 def main(args):
     given = args.data_path or args.text_descriptions
     texts = read_texts(find_texts(given, args.descriptions_dir))
-    content = ("\n".join(texts) + "\n").encode()
+    content = as_text(texts)
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained)
     arrays = results.arrays(["texts"], {"texts": len(texts), "D": clip.vit.D}, texts=given)
-    [path], record = arrays, {**clip.record, "texts": len(texts), "content": digest(np.frombuffer(content, np.uint8))}
+    [path], record = arrays, {**clip.record, "texts": len(texts), "content": digest_of_texts(texts)}
     record["coefficient"] = args.coefficient
     if cut := too_long(clip, texts):
         print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")
     with Pass(arrays, record, pieces_of(len(texts), TEXTS), overwrite=args.overwrite) as work:
-        if distributed.is_rank_zero():
-            save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
         for rows, _ in work.over(description="texts", unit="text"):
             work[path][rows] = args.coefficient * text_vectors(clip, texts[rows], args.batch_size)
+        if distributed.is_rank_zero():
+            save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
     print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
     print(f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}")

@@ -11,16 +11,21 @@ What cannot be done is left out, with the reason. Interrupted, the same command 
 
 import shutil
 import time
-from pathlib import Path
 
 from utils.paper import page
 from utils.paper.items import ALIASES, ITEMS
-from utils.paper.paper import Paper, here
+from utils.paper.paper import Paper, add_flags, here
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_json
 
 GPU = 40  # times two CPU cores: assumed where costs are projected, not measured
+PUBLISHED = {
+    "model": "ViT-B-32",
+    "pretrained": "openai",
+    "dataset": "imagenet",
+    "mlp_layer": "9",
+    "components": 128,
+}  # the paper's
 
 
 def main(args):
@@ -38,13 +43,18 @@ def main(args):
     if distributed.world_size() > 1:
         raise UserError("run the stages with torchrun, and this command without: it keeps what they left")
     paper = Paper(args)
-    path = paper.folder / "paper.json"
-    found = read_json(path, "", "remove it").get("items", {}) if path.is_file() else {}
+    found, failed = page.read(paper.folder), {}
     announce(paper, wanted)
     for name in wanted:
-        found[name] = make(paper, name, found.get(name, {}))
-        page.write(paper.folder, paper.results.clip, about(args), {name: found[name] for name in ITEMS if name in found})
+        try:
+            found[name] = make(paper, name, found.get(name, {}))
+        except UserError as error:  # what an earlier run found stays on the page
+            failed[name] = error
+            print(f"failed: {error}")
+        page.write(paper.folder, paper.results.clip, args.note, {name: found[name] for name in ITEMS if name in found})
     print(f"\nwrote {paper.folder / 'paper.html'}, paper.md and paper.json")
+    if failed:
+        raise UserError("; ".join(f"{name} failed: {' '.join(str(error).split())}" for name, error in failed.items()))
 
 
 def announce(paper, wanted):
@@ -52,47 +62,38 @@ def announce(paper, wanted):
     possible = [name for name in wanted if not ITEMS[name].lacks(paper)]
     paper.wanted = [reach for name in possible if (reach := ITEMS[name].layers)]
     for name in wanted:
-        hours = ITEMS[name].passes(paper) * paper.seconds_of_an_image / 3600 if name in possible else 0
-        print(f"  {name:8} {ITEMS[name].title}: {ITEMS[name].lacks(paper) or f'{hours:.2g} hours of passes'}", flush=True)
-    free, needed = shutil.disk_usage(paper.folder).free / 1e9, paper.disk() / 1e9 if paper.wanted else 0
-    print(f"their components take about {needed:.1f} GB of the {free:.0f} GB that are free in {paper.results.directory}")
-
-
-def about(args):
-    """What stands on top of the page."""
-    model, layers = (
-        f"{here(args.model)}, {here(args.pretrained)}",
-        f"layer {args.mlp_layer}, applications {' '.join(args.mlp_layers)}",
-    )
-    lines = [f"{model}; data set {args.dataset}; {layers}."]
-    lines += ["The paper's numbers are of ViT-B-32 with OpenAI's weights on ImageNet; differences are shown for these only."]
-    return [*lines, *([args.note] if args.note else [])]
+        item = ITEMS[name]
+        hours = item.passes(paper) * paper.seconds_of_an_image / 3600 if name in possible else 0
+        print(f"  {name:8} {item.title}: {item.lacks(paper) or f'{hours:.2g} hours of forward passes'}", flush=True)
+    needed = sum(ITEMS[name].disk(paper) for name in possible) + (paper.disk() if paper.wanted else 0)
+    free = shutil.disk_usage(paper.folder).free
+    print(f"about {needed / 1e9:.1f} GB of the {free / 1e9:.0f} GB free in {paper.results.directory} will be used")
 
 
 def make(paper, name, earlier):
     """One item, as `page.write` takes it."""
-    item, began = ITEMS[name], time.monotonic()
+    item, args, began = ITEMS[name], paper.args, time.monotonic()
     print(f"\n== {name}: {item.title}", flush=True)
-    paper.commands, left_out, rows, pictures = [], item.lacks(paper), [], []
-    try:
-        rows, pictures = ([], []) if left_out else item.make(paper)
-    except UserError as error:
-        left_out = str(error)
+    paper.commands, left_out = [], item.lacks(paper)
+    rows, pictures = ([], []) if left_out else item.make(paper)
     if left_out:
         print(f"left out: {left_out}")
     for row in rows:
         print(f"  {row.what}: {page.number(row.ours, row.unit)}{f' ({row.beside})' if row.beside else ''}")
     seconds = max(round(time.monotonic() - began, 1), earlier.get("seconds", 0))  # what is kept costs nothing the second time
-    made = {"title": item.title, "left_out": left_out, "seconds": seconds, "commands": paper.commands}
+    layers = f"layer {args.mlp_layer}, applications {' '.join(args.mlp_layers)}"
+    settings = f"{here(args.model)}, {here(args.pretrained)}, {args.precision}; {args.dataset}; {layers}; seed: {item.seed}"
+    made = {"title": item.title, "left_out": left_out, "settings": settings, "seconds": seconds, "commands": paper.commands}
     made["cost"] = (
-        f"{seconds:,.0f} s on this machine; on one GPU perhaps {seconds / GPU:,.1f} s (a factor of {GPU}, not measured)."
+        f"{seconds:,.0f} s on this machine; on one GPU perhaps {seconds / GPU:,.1f} s (a factor of {GPU}, not measured)"
     )
+    made["comparable"] = all(getattr(args, flag) == value for flag, value in PUBLISHED.items())
     return {**made, "rows": [row._asdict() for row in rows], "pictures": [path.name for path in pictures]}
 
 
 if __name__ == "__main__":
-    parser = flags.stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__, reads=False)
     parser.add_argument("items", nargs="*", metavar="ITEM", help="tables and figures, or all")
     parser.add_argument("--list", action="store_true", help="say which tables and figures there are")
-    flags.add_paper(parser, Path)
+    add_flags(parser)
     flags.run(main, parser)

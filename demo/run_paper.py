@@ -15,7 +15,7 @@ from demo.launch import run, run_here
 from demo.layout import ATTACK_LAYERS, HERE, LAYERS, MODEL, OPACITY, TOP_NEURONS, WEIGHTS, attack_pairs
 
 TASKS = 5  # pairs of classes, as many as in the paper
-NOTE = "This is the embedded world, drawn symbols and a CLIP of 6 layers: a rehearsal, to which the paper's numbers say nothing."
+NOTE = "This is the embedded world, drawn symbols and a CLIP of 6 layers: a rehearsal. The paper's numbers do not apply to it."
 
 
 def command(out, items):
@@ -27,7 +27,7 @@ def command(out, items):
     words += ["--text_descriptions", world / "words.txt", "--components", 32, "--counts", 1, 2, 4, 8, 16, 32]
     words += ["--drawn_neurons", 50, "--drawn_images", 200, "--top_neurons", TOP_NEURONS]
     words += ["--segmentation", world / "segmentation_single.mat"]
-    words += ["--tasks", *(f"{class_0}:{class_1}" for class_0, class_1 in attack_pairs(world)[:TASKS])]
+    words += ["--tasks", *(f"{class_1}:{class_0}" for class_0, class_1 in attack_pairs(world)[:TASKS])]
     words += [
         "--attack_texts",
         world / "grounds.txt",

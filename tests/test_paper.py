@@ -9,6 +9,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests import definition
+from tests.conftest import TINY
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, discs, write_mat, write_photos
 from utils.clip import load_clip
@@ -53,7 +54,7 @@ class World:
             IMAGES,
         ]
         self.flags += ["--text_descriptions", "pool.txt", "--components", 4, "--counts", 1, 2, 4]
-        self.flags += ["--segmentation", "discs.mat", "--top_neurons", 20, "--tasks", "anchor:cup <b>", "--seeds", 2]
+        self.flags += ["--segmentation", "discs.mat", "--top_neurons", 20, "--tasks", "cup <b>: anchor", "--seeds", 2]
         self.flags += ["--neurons_num", 20, "--overall_words", 5, "--results_per_generation", 2, "--pictures", 2]
         self.flags += ["--text_model", "template", "--image_model", "drawing:draw", "--similarity_model", "clip"]
         self.flags += ["--cosim_similarity", 2]
@@ -153,7 +154,7 @@ def test_first_order_parts_are_ablated_as_by_hand(world):
 
 
 def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world):
-    [path] = world.folder.glob(f"folder_train_{IMAGES}_{LAYER}_drawn.npy")
+    [path] = world.folder.glob(f"folder_train_{IMAGES}_{LAYER}_{DRAWN}_drawn.npy")
     found, record = np.load(path), json.loads(path.with_suffix(".meta.json").read_text())
     neurons = record["neurons"]
     assert neurons == sorted(set(neurons)) and len(neurons) == DRAWN and found.shape == (IMAGES, 4, DRAWN, 24)
@@ -189,7 +190,7 @@ def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world)
 
 def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
     rows = world.rows("fig4")
-    for m in (1, 2):
+    for m in (1, 2, 4):
         words = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--mlp_layer", LAYER, "--top_k_pca", K]
         words += [
             "--text_descriptions",
@@ -264,6 +265,56 @@ def test_the_page_holds_what_was_found_and_no_foreign_markup(world):
     assert page.cells({"what": "x", "ours": 50.0, "paper": 52.3, "unit": "%", "beside": "", "n": 5000, "note": ""}) == [
         "x", "52.3 %", "50.0 %", "-2.3", "", "5,000", "",
     ]  # fmt: skip
+
+
+MISTAKES = {
+    "--tasks horse": (["--tasks", "horse"], "table3", "--tasks horse is not DRAWN:SEEN"),
+    "a neuron": (["--neurons", 9999], "table2", "--neurons 9999: a layer of this model has the neurons 0 to 95"),
+    "all layers": (["--mlp_layer", "all"], "table2", "--mlp_layer is one layer here"),
+    "two pools": (["--text_descriptions", "pool.txt", "other/pool.txt"], "fig4", "have one name"),
+    "no images": (["--images", "photos/none"], "fig8", "has no pictures"),
+    "a request": (["--request", "pool.txt", "--text_model", "any"], "table7", "does not have {class_name} in it"),
+    "a layer": (["--mlp_layer", 77], "table1", "this model's layers with effects are 0 to 3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_what_was_found_before_stays(world, mistake):
+    more, name, said = MISTAKES[mistake]
+    before = json.loads((world.folder / "paper.json").read_text())["items"]
+    done = world.run(name, check=False, more=more, **{"utils.generators.require_packages": nothing})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: ") and said in last and "Traceback" not in done.stderr, done.stderr[
+        -1500:
+    ]
+    assert json.loads((world.folder / "paper.json").read_text())["items"][name] == before[name]
+
+
+def test_without_images_everything_is_left_out_and_a_damaged_page_starts_from_scratch(world):
+    folder = world.root / "empty" / "paper_tiny_random"
+    folder.mkdir(parents=True)
+    (folder / "paper.json").write_text("[]")
+    world.flags, kept = [flag for flag in world.flags if flag not in ("--data_path", "photos")], world.flags
+    try:
+        world.run("table1", "fig11", more=["--output_dir", "empty"])
+    finally:
+        world.flags = kept
+    items = json.loads((folder / "paper.json").read_text())["items"]
+    assert {name: item["left_out"] for name, item in items.items()} == dict.fromkeys(
+        ("table1", "fig11"), "it needs images: --data_path"
+    )
+
+
+def test_a_tower_that_is_pooled_by_attention_has_the_items_that_it_can_have(world):
+    pooled = {"attentional_pool": True, "attn_pooler_queries": 2, "attn_pooler_heads": 3, "output_tokens": True}
+    (world.root / "pooled.json").write_text(json.dumps({**TINY, "vision_cfg": TINY["vision_cfg"] | pooled}))
+    world.run("all", more=["--model", "pooled.json", "--output_dir", "pooled"])
+    items = json.loads((world.root / "pooled" / "paper_pooled_random" / "paper.json").read_text())["items"]
+    left = {name for name, item in items.items() if item["left_out"]}
+    assert left == {"fig9", "fig10", "fig11", "table7"} and "no first order" in items["fig11"]["left_out"]
+    said = [row["what"] for item in items.values() for row in item["rows"]]
+    assert not [what for what in said if "direct effects" in what and "indirect" not in what]
+    assert {what.split(":")[0] for what in said if what.endswith(": mIoU")} == {"second_order", "random", "attention"}
 
 
 def test_wrong_items_are_one_line(world):

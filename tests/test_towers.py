@@ -195,7 +195,7 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
     model = TimmModel.__new__(TimmModel)
     nn.Module.__init__(model)
     model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
-    with pytest.raises(UserError, match="ConvNeXt and no ViT"):
+    with pytest.raises(UserError, match="ConvNeXt, not a ViT"):
         HookedViT(model)
 
 

@@ -147,7 +147,13 @@ def classify(vit, images, ablations, classifier, coefficient):
     representation, effects = second_order(vit, images, [ablate.directions for ablate in ablations], coefficient)
     representation = coefficient * torch.nn.functional.normalize(representation, dim=-1)
     ablated = [ablate(representation, next(effects)) for ablate in ablations]  # one layer's effects are in memory at a time
-    scores = torch.stack(ablated, dim=1) @ classifier
+    return predicted_classes(torch.stack(ablated, dim=1), classifier)
+
+
+def predicted_classes(representations, classifier):
+    """Classes of the largest scores, int64 [...]: representations [..., D], classifier [D, classes]. Raises UserError where the
+    scores are not finite."""
+    scores = representations @ classifier
     if not scores.isfinite().all():  # argmax would name a class all the same
         raise UserError("class scores are NaN or infinite; with --precision float16 repeat the command without it")
     return scores.argmax(dim=-1)

@@ -248,7 +248,7 @@ class _ClassFolders(ImageFolder):
     """Class folders by name, or by value where all names are whole numbers. Hidden files and folders do not exist."""
 
     def __init__(self, root):
-        super().__init__(root, is_valid_file=lambda path: _is_image(Path(path).relative_to(root)))
+        super().__init__(root, is_valid_file=lambda path: is_image(Path(path).relative_to(root)))
         self.samples.sort(key=lambda sample: sample[1])  # torchvision lists folders by name
 
     def find_classes(self, directory):
@@ -263,7 +263,8 @@ def _is_hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_image(path):
+def is_image(path):
+    """Whether a path (from its root) is that of a picture and not hidden."""
     return path.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, path.parts))
 
 

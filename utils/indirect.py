@@ -11,23 +11,6 @@ from utils.prs import COEFFICIENT
 TOGETHER = 64  # changed images in one forward pass of the later blocks
 
 
-class MeanActivations:
-    """Sums of post-GELU activations over images, in the state of a `Pass`, float64 [T, N] for each layer."""
-
-    def __init__(self, work, layers):
-        self.work, self.layers = work, layers
-
-    @staticmethod
-    def state(vit, layers):
-        """The state of the pass, as `Pass` takes it."""
-        return {f"p{layer}": ((vit.T, vit.N), "float64") for layer in layers}
-
-    def add(self, cache):
-        """Add a batch of recorded activations."""
-        for layer in self.layers:
-            self.work.state[f"p{layer}"] += cache[f"blocks.{layer}.mlp.post"].sum(dim=0, dtype=torch.float64).cpu().numpy()
-
-
 def replaced(mean):
     """The change that puts the mean activations [T, N] in place of those of every image, for `HookedViT.edit`."""
     return lambda p: mean[: p.shape[1]].to(p.dtype).expand_as(p)

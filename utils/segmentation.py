@@ -213,7 +213,9 @@ def choose_method(settings, clip, results, classifiers, images):
     """
     vit, name = clip.vit, settings["method"]
     if vit.pooling == "attention" and name not in ("second_order", "random", "attention"):
-        raise UserError(f"--method {name} is for towers that read a class token; this one pools its tokens by attention")
+        raise UserError(
+            f"--method {name} is not for towers that pool their tokens by attention; use second_order, random or attention"
+        )
     if name in ("attention", "rollout"):
         return {"attention": AttentionMaps, "rollout": RolloutMaps}[name](vit), {}
     layers, top = settings.get("layers", ()), settings.get("top_neurons", 0)

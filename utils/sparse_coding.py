@@ -11,7 +11,7 @@ import torch
 
 from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
-from utils.runtime.files import find_texts, one_line, read_texts, save_atomic, save_json
+from utils.runtime.files import digest_of_texts, find_texts, one_line, read_texts, save_atomic, save_json
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record, record_path
 from utils.texts import text_vectors
@@ -36,9 +36,13 @@ def load_texts(results, name, descriptions_dir, load_clip):
     if len(texts) != len(vectors):
         counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)
         raise UserError(f"{file} has {counts}; make the vectors again with: {command} --overwrite")
-    if file != path.with_suffix(".txt"):
+    record = load_record(path)
+    if record.get("content", digest_of_texts(texts)) != digest_of_texts(texts):
+        command = results.command("texts", texts=name)
+        raise UserError(f"{file} does not hold the texts that {path} was made of; make both again with: {command} --overwrite")
+    if file != path.with_suffix(".txt") and "content" not in record:
         check_texts(load_clip(), file, texts, path, vectors)
-    return texts, vectors, load_record(path).get("fingerprint")
+    return texts, vectors, record.get("fingerprint")
 
 
 def check_texts(clip, file, texts, path, vectors):

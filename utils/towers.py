@@ -77,21 +77,21 @@ def in_open_clips_form(visual):
         return visual
     trunk = visual.trunk
     if reason := next((reason for reason, holds in reasons(visual, trunk) if holds), None):
-        raise UserError(f"this model's image tower is timm's {type(trunk).__name__} {reason}; choose a plain ViT or SigLIP")
+        raise UserError(f"this model's image tower is timm's {type(trunk).__name__}{reason}; choose a plain ViT or SigLIP")
     return PooledTower(trunk, visual.image_size)
 
 
 def reasons(visual, trunk):
     """(reason, whether it holds) why a timm tower is not covered; a later one is looked at only if no earlier one holds."""
-    yield "and no ViT", type(trunk) is not timm_vit.VisionTransformer
+    yield ", not a ViT", type(trunk) is not timm_vit.VisionTransformer
     pool, block = trunk.attn_pool, trunk.blocks[0]
-    yield "without attention pooling", type(pool) is not AttentionPoolLatent
-    yield "with several queries in its pooling", pool.latent_len != 1 or pool.pool != "token" or pool.mlp is None
+    yield " without attention pooling", type(pool) is not AttentionPoolLatent
+    yield " with several queries in its pooling", pool.latent_len != 1 or pool.pool != "token" or pool.mlp is None
     plain = type(block) is timm_vit.Block and all(
         isinstance(x, nn.Identity) for x in (block.attn.q_norm, block.attn.norm, block.mlp.norm)
     )
-    yield "with blocks that are not plain pre-norm", not plain or block.attn.qkv.bias is None
+    yield " with blocks that are not plain pre-norm", not plain or block.attn.qkv.bias is None
     extra = (trunk.cls_token, trunk.reg_token, pool.pos_embed)
-    yield "with class tokens or other positions", any(x is not None for x in extra) or trunk.dynamic_img_size
+    yield " with class tokens or other positions", any(x is not None for x in extra) or trunk.dynamic_img_size
     rest = (trunk.norm_pre, trunk.fc_norm, trunk.head, pool.q_norm, pool.k_norm)
-    yield "with more layers around its blocks", not all(isinstance(x, nn.Identity) for x in rest) or len(visual.head) > 0
+    yield " with more layers around its blocks", not all(isinstance(x, nn.Identity) for x in rest) or len(visual.head) > 0

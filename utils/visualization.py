@@ -51,22 +51,18 @@ def plot_lines(curves, xlabel, ylabel, path):
     save_figure(figure, path)
 
 
-def stack_pictures(strips, path):
-    """What `save_segmentation` wrote for the same images by several methods, {method: [path, ...]}: the input and the mask once,
-    and the heat map of each method."""
-    count, columns = len(next(iter(strips.values()))), ["input", "mask", *strips]
-    figure, grid = pyplot.subplots(
-        count, len(columns), figsize=(1.6 * len(columns), 1.7 * count), squeeze=False, layout="constrained"
-    )
-    for row in range(count):
-        panels = {name: np.split(np.asarray(Image.open(paths[row])), 4, axis=1) for name, paths in strips.items()}
-        first = next(iter(panels.values()))
-        for axes, name, panel in zip(
-            grid[row], columns, [first[0], first[1], *(each[3] for each in panels.values())], strict=True
-        ):
-            axes.imshow(panel[2:-2, 2:-2])
+def plot_maps(pictures, masks, maps, path):
+    """Segmentations side by side: pictures [n, S, S, 3] in [0, 1], masks [n, S, S] of 1, 0 and -1, and {method: [n, S, S]}."""
+    count, columns = len(pictures), ["input", "mask", *maps]
+    size = (1.6 * len(columns), 1.7 * count)
+    figure, grid = pyplot.subplots(count, len(columns), figsize=size, squeeze=False, layout="constrained")
+    for row, picture, mask, *heats in zip(grid, pictures, masks, *maps.values(), strict=True):
+        overlays = [0.5 * picture + 0.5 * pyplot.get_cmap("jet")(heat)[..., :3] for heat in heats]
+        panels = [picture, np.repeat(np.where(mask < 0, 0.5, mask)[..., None], 3, axis=-1), *overlays]
+        for axes, name, panel in zip(row, columns, panels, strict=True):
+            axes.imshow(panel)
             axes.set_axis_off()
-            if row == 0:
+            if axes in grid[0]:
                 axes.set_title(name, fontsize="small")
     save_figure(figure, path)
 

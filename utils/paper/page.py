@@ -6,7 +6,7 @@ import hashlib
 import jinja2
 from markupsafe import Markup
 
-from utils.runtime.files import save_atomic, save_json
+from utils.runtime.files import read_json, save_atomic, save_json
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -31,7 +31,7 @@ TEMPLATE = """<!doctype html>
 {% endfor %}</table>
 {% for picture in item.pictures %}<img src="{{ picture }}" alt="{{ item.title }}">
 {% endfor %}
-<p>{{ item.cost }}</p>
+<p>{{ item.settings }}; {{ item.cost }}.</p>
 <pre>{% for command in item.commands %}{{ command }}
 {% endfor %}</pre>
 {% endif %}
@@ -53,7 +53,7 @@ pre { font-size: 0.75rem; overflow-x: auto; background: #f4f4f4; padding: 0.6rem
   .left { color: #e0a050 }
 }
 """
-PUBLISHED = "ViT-B-32_openai"  # whose numbers the paper has
+ABOUT = "The paper's numbers are of ViT-B-32, OpenAI's weights, ImageNet and layer 9. Differences are shown where ours are, too."
 COLUMNS = ("what", "paper", "ours", "difference", "beside", "n", "note")
 
 
@@ -66,7 +66,7 @@ def number(value, unit):
 
 
 def cells(row, comparable=True):
-    """A row's cells, in the order of COLUMNS. row: a `Row` as a dict. comparable: whether ours is the paper's model and data."""
+    """A row's cells, in the order of COLUMNS. row: a `Row` as a dict. comparable: whether model, data, layer are the paper's."""
     both = comparable and row["ours"] is not None and row["paper"] is not None
     difference = f"{row['ours'] - row['paper']:+.1f}" if both else ""
     count = "" if row["n"] is None else f"{row['n']:,}"
@@ -74,16 +74,23 @@ def cells(row, comparable=True):
     return [row["what"], *values, difference, row["beside"], count, row["note"]]
 
 
-def write(folder, model, lines, items):
+def read(folder):
+    """The items of an earlier run, {} if there are none."""
+    path = folder / "paper.json"
+    content = read_json(path, "", "remove it") if path.is_file() else {}
+    return content["items"] if isinstance(content, dict) and isinstance(content.get("items"), dict) else {}
+
+
+def write(folder, model, note, items):
     """Write paper.json, .md and .html.
 
-    model, lines: MODEL_PRETRAINED; what stands on top.
-    items: {name: {"title", "left_out", "rows": [`Row` as a dict], "pictures", "commands", "seconds", "cost"}}.
+    model, note: MODEL_PRETRAINED; a line for the top, or None.
+    items: {name: {"title", "settings", "comparable", "left_out", "rows": [`Row` as a dict], "pictures", "commands", "cost"}}.
     """
-    title = f"Second-order effects of neurons, {model}"
+    title, lines = f"Second-order effects of neurons, {model}", [*([note] if note else []), ABOUT]
     save_json(folder / "paper.json", {"title": title, "about": lines, "items": items})
     items = {
-        name: {**item, "rows": [{"cells": cells(row, model == PUBLISHED)} for row in item["rows"]]}
+        name: {**item, "rows": [{"cells": cells(row, item["comparable"])} for row in item["rows"]]}
         for name, item in items.items()
     }
     save_atomic(folder / "paper.md", lambda file: file.write(markdown(title, lines, items).encode()))
@@ -104,6 +111,12 @@ def markdown(title, lines, items):
             continue
         parts += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         parts += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row["cells"]) + " |" for row in item["rows"]]
-        parts += ["", *(f"![{item['title']}]({picture})" for picture in item["pictures"]), "", item["cost"], ""]
+        parts += [
+            "",
+            *(f"![{item['title']}]({picture})" for picture in item["pictures"]),
+            "",
+            f"{item['settings']}; {item['cost']}.",
+            "",
+        ]
         parts += ["```bash", *item["commands"], "```", ""]
     return "\n".join(parts) + "\n"

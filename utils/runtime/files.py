@@ -113,6 +113,16 @@ def read_texts(path):
     return texts
 
 
+def as_text(texts):
+    """The bytes of a file of texts, one a line."""
+    return ("\n".join(texts) + "\n").encode()
+
+
+def digest_of_texts(texts):
+    """Twelve hex digits of the content of a file of texts."""
+    return digest(np.frombuffer(as_text(texts), np.uint8))
+
+
 def one_line(error):
     """The message of an exception on one line."""
     return " ".join(str(error).split()) or type(error).__name__

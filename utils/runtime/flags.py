@@ -99,46 +99,6 @@ def add_texts(parser, components=32, also=()):
     parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
 
 
-def add_paper(parser, path):
-    """The flags of reproduce_paper.py. path: the type of paths."""
-    add_data(parser, required=False)
-    add = parser.add_argument_group("more data").add_argument
-    add("--class_names", help="a text file with one class name a line (--dataset folder)")
-    add("--imagenet_r", help="ImageNet-R's root folder (Fig. 10)")
-    add("--segmentation", help="gtsegs_ijcv.mat (Table 4, Fig. 7)")
-    add("--class_source", help="the class of each of its images, as in compute_segmentation.py")
-    add("--images", type=path, help="a folder of pictures whose concepts are wanted (Fig. 8)")
-    add = parser.add_argument_group("method").add_argument
-    add("--mlp_layer", default="9", help="the layer of Tables 1 and 2 and Figs. 4, 5 and 8")
-    add("--mlp_layers", nargs="+", default=["8", "9", "10"], help="the layers of segmentation and adversarial images")
-    add_top_k(parser)
-    add("--text_descriptions", nargs="+", default=["30k"], help="pools of texts; the first describes neurons")
-    add("--descriptions_dir", default="text_descriptions", help="where they are")
-    add("--components", type=positive_int, default=128, help="texts per neuron")
-    add("--counts", type=positive_int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="numbers of texts in Fig. 4")
-    add("--neurons", type=int, nargs="+", help="neurons of Table 2 and Fig. 5; default: those with the largest effects")
-    add("--drawn_neurons", type=positive_int, default=100, help="neurons whose indirect effects are computed")
-    add("--drawn_images", type=positive_int, default=500, help="train images on which they are")
-    add("--top_neurons", type=positive_int, default=200, help="neurons that segment an image")
-    add = parser.add_argument_group("adversarial images").add_argument
-    tasks = ["horse:automobile", "dog:deer", "bird:frog", "ship:truck", "ship:automobile"]
-    add("--tasks", nargs="+", default=tasks, metavar="CLASS_0:CLASS_1", help="what is to be seen: what is drawn")
-    add("--seeds", type=positive_int, default=3, help="seeds 0, 1, ...")
-    add("--attack_texts", help="the pool of their words; default: the first of --text_descriptions")
-    add("--attack_components", type=positive_int, help="texts per neuron; default: --components")
-    add("--neurons_num", type=positive_int, default=100, help="neurons whose words are taken")
-    add("--overall_words", type=positive_int, default=25, help="words")
-    add("--results_per_generation", type=positive_int, default=25, help="descriptions that are drawn")
-    add("--pictures", type=positive_int, default=4, help="pictures of each")
-    for name in ("text_model", "image_model", "similarity_model", "image_options"):
-        add(f"--{name}", help="as in generate_adversarial_images.py")
-    add("--cosim_similarity", type=float, help="as in generate_adversarial_images.py")
-    add("--request", type=path, help="a file with another request for Table 7, with {count} and {class_name} in it")
-    add("--descriptions_per_class", type=positive_int, default=30, help="descriptions of Table 7 for each class")
-    add("--note", help="a line for the top of the page")
-    add_compute(parser, precision=True, memory=True)
-
-
 def count(text, least=0):
     """An int of `least` or more, as the type of a flag."""
     if int(text) < least:
