@@ -6,7 +6,7 @@ Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the
 """
 
 from utils.clip import load_clip
-from utils.datasets import classes_of, train_set_of
+from utils.datasets import classes_of, pairing, train_set_of
 from utils.runtime import flags
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
@@ -15,6 +15,7 @@ from utils.texts import CLASSES, zero_shot_classifier
 
 def main(args):
     classes = classes_of(args.dataset, args.data_path, args.split, args.class_names)
+    print(f"{args.dataset}: {pairing(**classes)}")
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path)
     dataset = train_set_of(args.dataset)

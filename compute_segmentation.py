@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.clip import load_clip
-from utils.datasets import Loader
+from utils.datasets import Loader, scale_of
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import parse_layers
@@ -34,6 +34,7 @@ def main(args):
     open_set = partial(SegmentationSet, args.data_path, clip.transform, args.geometry, size=size, ignored=args.ignore_index)
     layers = parse_layers(args.mlp_layers, vit) if args.method in ("second_order", "random") else []
     data, settings = open_set(), settings_of(args, layers)
+    print(f"images of {data.path.stem}: {len(data)}{scale_of(clip.transform)}")
     method, made_of = choose_method(settings, clip, inputs, classifiers, images=len(data))
 
     names = {"file": data.path.stem, "row": row_name(settings)}

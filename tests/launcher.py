@@ -190,7 +190,7 @@ def assert_same_files(folder, expected):
 def the_line(printed):
     """The one line that answers a fault; progress bars are no lines."""
     lines = [line for line in printed.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
-    bars = ("images of ", "images:", "means:", "effects:", "layer ", "OMP:", "scores:", "texts:")
+    bars = ("images of ", "folder: ", "images:", "means:", "effects:", "layer ", "OMP:", "scores:", "texts:")
     lines = [line for line in lines if not line.startswith(bars) and not line.endswith("GB free")]
     assert len(lines) == 1 and lines[0].startswith("error: "), printed
     return lines[0]

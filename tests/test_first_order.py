@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from tests import definition
 from tests.conftest import random_tower
+from utils.attention import attention_pattern
 from utils.first_order import FirstOrder, direct_effects, fold_direct
-from utils.hooked_vit import HookedViT, attention_pattern
+from utils.hooked_vit import HookedViT
 from utils.indirect import IndirectEffects, replaced
 from utils.prs import fold, second_order
 

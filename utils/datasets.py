@@ -87,17 +87,23 @@ class Images(Dataset):
 
     def summary(self):
         """One line to see at a glance whether these are the images that were meant."""
-        first, last = (f"{self.folders[i]} = {self.class_names[i]}" for i in (0, -1))
         modes = Counter(mode_of(image) for image, _ in self.samples)
         other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB")
-        normal = next((step for step in getattr(self.transform, "transforms", ()) if hasattr(step, "mean")), None)
-        scale = f"; mean {_short(normal.mean)}, std {_short(normal.std)}" if normal else ""
-        counts = f"{len(self)} of {len(self.folders)} classes ({first}, ..., {last})"
-        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{scale}"
+        counts = f"{len(self)} of {pairing(**self.classes)}"
+        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{scale_of(self.transform)}"
 
 
-def _short(values):
-    return " ".join(f"{float(value):.3f}" for value in values)
+def pairing(folders, class_names):
+    """How many classes there are, and which name the first and the last folder have."""
+    first, last = (f"{folders[i]} = {class_names[i]}" for i in (0, -1))
+    return f"{len(folders)} classes ({first}, ..., {last})"
+
+
+def scale_of(transform):
+    """Mean and deviation that a transform takes off, in words; nothing if it does not."""
+    normal = next((step for step in getattr(transform, "transforms", ()) if hasattr(step, "mean")), None)
+    words = (" ".join(f"{float(value):.3f}" for value in values) for values in (normal.mean, normal.std)) if normal else ()
+    return "; mean {}, std {}".format(*words) if normal else ""
 
 
 def mode_of(image):

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.hooked_vit import double
+from utils.attention import double
 
 
 def principal_directions(rows):

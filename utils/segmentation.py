@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
+from utils.attention import attention_pattern
 from utils.datasets import train_set_of
 from utils.first_order import FirstOrder
-from utils.hooked_vit import attention_pattern
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.results import complete, save_array
