@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests import definition
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, discs, write_mat, write_photos
 from utils.clip import load_clip
@@ -328,3 +329,11 @@ def test_wrong_items_are_one_line(world):
         )
     listed = world.run("--list").stdout
     assert all(name in listed for name in (*ITEMS, *ALIASES))
+
+
+def test_every_number_of_the_readmes_results_is_on_the_page_of_the_world():
+    readme, page_of_world = (ROOT / "README.md").read_text(), (ROOT / "docs" / "paper" / "paper.md").read_text()
+    table = readme[readme.index("## What comes out") : readme.index("## What it costs")]
+    numbers = re.findall(r"\d+\.\d+", table)
+    assert len(numbers) > 20 and [number for number in numbers if number not in page_of_world] == []
+    assert all((ROOT / "docs" / "paper" / name).is_file() for name in re.findall(r"\]\(([\w.]+png)\)", page_of_world))
