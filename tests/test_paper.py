@@ -178,7 +178,7 @@ def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world)
         handle.remove()
         assert_allclose(found[:, 3, j], lost, rtol=1e-2, atol=1e-3)
     truth, rows = found[:, 3].astype(float), world.rows("causal")
-    for kind, own in zip(("direct", "second order", "indirect"), found[:, :3].transpose(1, 0, 2, 3).astype(float), strict=True):
+    for kind, own in zip(("direct", "second-order", "indirect"), found[:, :3].transpose(1, 0, 2, 3).astype(float), strict=True):
         each = [
             np.corrcoef((own[:, n] - own[:, n].mean(0)).ravel(), (truth[:, n] - truth[:, n].mean(0)).ravel())[0, 1]
             for n in range(DRAWN)
@@ -208,7 +208,9 @@ def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
         run_stage_of_user("compute_sparse_decomposition.py", *words, folder=world.root, constants={"folder": str(world.root)})
         name = f"folder_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_{m}_evaluation.json"
         separate = json.loads((world.root / "separate" / name).read_text())["accuracy"][str(LAYER)]
-        assert abs(rows[f"pool, {m} texts"]["ours"] - separate) <= 100 / 12 + 1e-9  # one of twelve images at most, by rounding
+        assert (
+            abs(rows[f"pool, {m} text{'s' if m > 1 else ''}"]["ours"] - separate) <= 100 / 12 + 1e-9
+        )  # one of twelve images at most, by rounding
 
 
 class Writer:

@@ -130,7 +130,7 @@ def table1(paper):
         rows += [Row(f"accuracy without the direct effects of layer {layer}", first[f"mlp {layer}"], **of)]
     neurons, effects = paper.drawn(layer)
     k, count = min(paper.args.top_k_pca, len(effects)), len(neurons)
-    for kind, published in (("indirect", 11.0), ("second order", None), ("direct", None)):
+    for kind, published in (("indirect", 11.0), ("second-order", None), ("direct", None)):
         own = np.asarray(effects[:, measures.EFFECTS.index(kind)], np.float64)
         for which, limit, value in ((f"the {k} largest", k, published), (f"all {len(effects)}", None, None)) if own.any() else ():
             share = 100 * float(np.mean([measures.explained(own[:, n], limit) for n in range(count)]))
@@ -139,7 +139,9 @@ def table1(paper):
             what = f"variance explained by the first component: {kind} effects, {which} of {len(effects)} images"
             rows.append(Row(what, share, value, beside=floor, n=count, note=note))
     whole = paper.results.load("explained", layer=layer, **paper.names())
-    what = f"variance explained by the first component: second order, the {paper.args.top_k_pca} largest of all train images"
+    what = (
+        f"variance explained by the first component: second-order effects, the {paper.args.top_k_pca} largest of all train images"
+    )
     floor = f"at least {100 / min(paper.args.top_k_pca, paper.clip.vit.D):.2g} %"
     return [*rows, Row(what, 100 * float(whole.mean()), 48.2, beside=floor, n=len(whole), note="all neurons")], []
 
@@ -194,7 +196,7 @@ def fig4(paper):
         curves |= {texts: values, f"{texts}, chosen at random": random, "first components": dict.fromkeys(counts, component)}
         for m in counts:
             beside = f"random texts {random[m]:.1f} %, first components {component:.1f} %"
-            rows.append(Row(f"{texts}, {m} texts", values[m], n=val(paper), beside=beside))
+            rows.append(Row(f"{texts}, {m} text{'s' if m > 1 else ''}", values[m], n=val(paper), beside=beside))
     if not curves:
         raise UserError(rows[0].note)
     plot(curves, "texts for a neuron", "accuracy (%)", paper.picture("fig4"))

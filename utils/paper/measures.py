@@ -17,7 +17,7 @@ from utils.prs import COEFFICIENT, SecondOrder, fold, second_order
 from utils.runtime.files import digest
 from utils.runtime.passes import Pass, pieces_of
 
-EFFECTS = ("direct", "second order", "indirect", "deleted")  # of drawn neurons, in this order
+EFFECTS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons, in this order
 
 
 class Images(NamedTuple):

@@ -44,6 +44,7 @@ STYLE = """
 body { font-family: sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
 table { border-collapse: collapse; font-size: 0.9rem }
 td, th { border-bottom: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left }
+td:nth-child(n + 2):nth-child(-n + 4) { white-space: nowrap }
 img { max-width: 100%; display: block; margin: 1rem 0 }
 pre { font-size: 0.75rem; overflow-x: auto; background: #f4f4f4; padding: 0.6rem }
 .left { color: #8a4b00 }
