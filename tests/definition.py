@@ -75,15 +75,17 @@ def reads(visual, z):
     """
     if visual.pool_type == "tok":
         return [(0, 1.0, *mean_and_sigma(z[0], visual.ln_post))]
-    count = len(z) - 1
+    first = int(hasattr(visual, "class_embedding"))
+    count = len(z) - first
     if visual.final_ln_after_pool:
-        return [(q, 1 / count, *mean_and_sigma(z[1:].mean(dim=0), visual.ln_post)) for q in range(1, len(z))]
-    return [(q, 1 / count, *mean_and_sigma(z[q], visual.ln_post)) for q in range(1, len(z))]
+        return [(q, 1 / count, *mean_and_sigma(z[first:].mean(dim=0), visual.ln_post)) for q in range(first, len(z))]
+    return [(q, 1 / count, *mean_and_sigma(z[q], visual.ln_post)) for q in range(first, len(z))]
 
 
 def straight(visual, x, mu, sigma, share=1.0):
     """x [..., d] through the last LayerNorm with given statistics, and the projection; with a share of its constants."""
-    return (visual.ln_post.weight * (x - mu * share) / sigma + visual.ln_post.bias * share) @ visual.proj
+    out = (visual.ln_post.weight * (x - mu * share) / sigma + visual.ln_post.bias * share) @ visual.proj
+    return out if getattr(visual, "bias", None) is None else out + visual.bias * share
 
 
 def effects(visual, image, m, coefficient=100.0):

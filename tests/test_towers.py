@@ -19,6 +19,7 @@ from tests.photos import discs, write_mat, write_photos
 from utils.clip import load_clip
 from utils.concepts import concepts_of_images
 from utils.datasets import load_images
+from utils.first_order import FirstOrder
 from utils.hooked_vit import HookedViT
 from utils.models import table
 from utils.neurons import NeuronLayer
@@ -93,6 +94,44 @@ def run_coca(model, image, m):
     parts |= {"w": c_proj.weight.T, "b_out": c_proj.bias}
     parts["share"] = (1 + 2 * len(visual.transformer.resblocks)) * c_proj.in_features
     return seen[0], z[0], visual(image.double()[None])[0][0], parts
+
+
+PLAIN = {  # timm ViTs with a class token or an average, and how open_clip would have its head
+    "class token, biased head": {"num_classes": 24},
+    "average of norms": {"num_classes": 24, "global_pool": "avg", "fc_norm": False, "class_token": False, "qkv_bias": False},
+    "average": {"num_classes": 24, "global_pool": "avg"},
+    "norm before the blocks": {"num_classes": 24, "pre_norm": True, "init_values": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_timm_towers_have_their_own_representations_and_the_effects_of_the_definition(images, kind):
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+    model = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(model)
+    model.trunk, model.head, model.image_size = (
+        timm.create_model("vit_tiny_patch16_224", **(small | PLAIN[kind])),
+        nn.Sequential(),
+        (32, 32),
+    )
+    vit = HookedViT(shaken(model))
+    assert_close(vit(images), model(images), rtol=1e-5, atol=1e-5)
+    exact = copy.deepcopy(vit.visual).double()
+    for layer in (0, 2):
+        representation, [phi] = second_order(vit, images[:2], [fold(vit, layer)])
+        assert_close(representation, model(images[:2]), rtol=1e-4, atol=1e-5)
+        for image, effects in zip(images.double(), phi.dense(), strict=False):
+            truth = definition.effects(exact, image, layer)
+            assert_close(effects.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+            total = definition.sum_of_effects(exact, image, layer)
+            assert_close(effects.double().sum(dim=0), total, rtol=0, atol=2e-5 * float(total.abs().max()))
+    order = FirstOrder(vit)
+    with vit.record(*order.activations) as cache:
+        representation = vit(images)
+    assert_close(order.parts(cache, representation).sum(), 100 * nn.functional.normalize(model(images), dim=1), rtol=0, atol=1e-3)
+    with vit.record("blocks.2.resid.pre") as cache:
+        vit(images)
+    assert_close(vit.after(1, cache["blocks.2.resid.pre"]), model(images), rtol=1e-5, atol=1e-5)
 
 
 KINDS = {"siglip": (siglip, run_siglip), "coca": (coca, run_coca)}
@@ -180,9 +219,9 @@ def test_layers_go_to_the_last_one(tower):
     ("options", "reason"),
     [
         ({"qk_norm": True}, "blocks that are not plain pre-norm"),
-        ({"global_pool": "avg"}, "without attention pooling"),
-        ({"class_token": True}, "class tokens"),
-        ({"reg_tokens": 2}, "class tokens"),
+        ({"global_pool": "avg"}, "more layers around its blocks"),
+        ({"class_token": True}, "a class token besides its pooling"),
+        ({"reg_tokens": 2}, "register tokens"),
         ({"pre_norm": True}, "more layers around its blocks"),
     ],
 )

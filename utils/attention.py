@@ -13,10 +13,11 @@ def last_statistics(visual, z):
     if z.ndim == 2 or visual.pool_type == "tok":
         z = z[:, 0] if z.ndim == 3 else z
         return z.mean(dim=-1), norm_std(z, visual.ln_post.eps), None
-    rstd = 1 / norm_std(z[:, 1:], visual.ln_post.eps)  # [B, T-1]
+    prefix = int(hasattr(visual, "class_embedding"))
+    rstd = 1 / norm_std(z[:, prefix:], visual.ln_post.eps)  # [B, patches]
     weights = rstd / rstd.sum(dim=1, keepdim=True)
-    mean = (weights * z[:, 1:].mean(dim=-1)).sum(dim=1)
-    return mean, 1 / rstd.mean(dim=1), torch.nn.functional.pad(weights, (1, 0))
+    mean = (weights * z[:, prefix:].mean(dim=-1)).sum(dim=1)
+    return mean, 1 / rstd.mean(dim=1), torch.nn.functional.pad(weights, (prefix, 0))
 
 
 def norm_std(z, eps):

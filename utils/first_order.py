@@ -59,9 +59,8 @@ class FirstOrder:
     def __init__(self, vit):
         if vit.pooling == "attention":
             raise UserError("this model pools its tokens by attention, so nothing but that reaches the output: no first order")
-        P, _, beta = vit.output_weights()
         self.vit, self.weights = vit, centred_output(vit)
-        self.beta_P = (beta @ P).to(self.weights)
+        self.constant = vit.output_weights()[2].to(self.weights)
         self.heads = [[part.to(self.weights) for part in vit.head_weights(l)[2:]] for l in range(vit.L)]  # W_V, b_V, W_O, b_O
         self.of_heads = [*vit.path(0), *(f"blocks.{l}.ln1.out" for l in range(vit.L))]
         self.activations = [*self.of_heads, *(f"blocks.{l}.mlp.out" for l in range(vit.L)), "blocks.0.resid.pre"]
@@ -80,7 +79,7 @@ class FirstOrder:
         mlps = torch.stack(
             [self.vit.pool(cache[f"blocks.{l}.mlp.out"], cache) for l in range(len(self.heads))], dim=1
         )  # [B, L, d]
-        constant = coefficient / representation.norm(dim=-1, keepdim=True) * self.beta_P
+        constant = coefficient / representation.norm(dim=-1, keepdim=True) * self.constant
         return Parts(J(self.vit.pool(cache["blocks.0.resid.pre"], cache)), J(torch.stack(heads, dim=1)), J(mlps), constant)
 
     def tokens(self, cache, representation, direction, coefficient=COEFFICIENT):

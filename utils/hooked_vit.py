@@ -23,7 +23,7 @@ from utils.attention import (
     query_attention,
 )
 from utils.runtime.errors import UserError
-from utils.towers import PooledTower, in_open_clips_form
+from utils.towers import PooledTower, TokenTower, in_open_clips_form
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,7 @@ WITHOUT_LAST_NORM = {
 }
 ROWS = {  # the attention that the output reads, blocks.{l}.attn.row [B, H, T], by how the tower is pooled
     "class token": lambda block, z, x: class_attention(block.attn, x.float()),
-    "average": lambda block, z, x: attention_pattern(block.attn, x.float())[:, :, 1:].mean(dim=2),
+    "average": lambda block, z, x, prefix: attention_pattern(block.attn, x.float())[:, :, prefix:].mean(dim=2),
 }
 OF_POOL = {  # of a pooling attention, as blocks.{L}.NAME
     "ln1.mean": ("ln_k", lambda pool, z, x: z.float().mean(dim=-1)),  # [B, T]
@@ -96,7 +96,8 @@ class HookedViT:
         # contributors of the sum that the last LayerNorm normalises, for each of the sum before
         self.summands = (1 + 2 * self.L) * self.H if pool is None else later.num_heads
         self.last, self.last_attention = (self.L - 2, self.L - 1) if pool is None else (self.L - 1, self.L)
-        of_block = OF_BLOCK | ({"attn.row": ("ln_1", ROWS[self.pooling])} if self.pooling in ROWS else {})
+        rows = {**ROWS, "average": partial(ROWS["average"], prefix=self.prefix)}
+        of_block = OF_BLOCK | ({"attn.row": ("ln_1", rows[self.pooling])} if self.pooling in ROWS else {})
         parts = [(f"blocks.{l}.", block, of_block) for l, block in enumerate(self.blocks)]
         parts += [("", visual, WITHOUT_LAST_NORM if visual.ln_post is None else OF_TOWER)]
         parts += [] if pool is None else [(f"blocks.{self.L}.", pool, OF_POOL)]
@@ -137,12 +138,12 @@ class HookedViT:
         """What the output reads of the tokens, [B, d] of x [B, T, d]; cache: with pool.weights, for an average of norms."""
         if self.pooling == "average of norms":
             return torch.einsum("bt,btd->bd", cache["pool.weights"], x)
-        return x[:, 0] if self.pooling == "class token" else x[:, 1:].mean(dim=1)
+        return x[:, 0] if self.pooling == "class token" else x[:, self.prefix :].mean(dim=1)
 
     def token_weights(self, x):
         """How the output weighs the tokens, [T], where no image is looked at: x [B, T, ...]."""
         weights = torch.zeros_like(x[0, :, 0])
-        weights[0 if self.pooling == "class token" else slice(1, None)] = 1
+        weights[0 if self.pooling == "class token" else slice(self.prefix, None)] = 1
         return weights / weights.sum()
 
     def __call__(self, images):
@@ -200,7 +201,9 @@ class HookedViT:
             for block in self.blocks[layer + 1 :]:
                 z = block(z)
             pooled, _ = self.visual._pool(z)
-            return (pooled if self.visual.proj is None else pooled @ self.visual.proj).float()
+            out = pooled if self.visual.proj is None else pooled @ self.visual.proj
+            bias = getattr(self.visual, "bias", None)
+            return (out if bias is None else out + bias).float()
 
     @staticmethod
     def _fitting(pattern, names):
@@ -232,11 +235,14 @@ class HookedViT:
         return double(norm.weight), double(norm.bias), W_V, b_V, W_O, double(attn.out_proj.bias) * scale
 
     def output_weights(self):
-        """P [d', D] of the projection, gamma and beta [d'] of the last LayerNorm, in float64; neutral where there is none."""
+        """P [d', D] of the projection and gamma [d'] of the last LayerNorm, neutral where there is none; the constant of both,
+        beta P and perhaps a bias [D]. In float64."""
         norm, P = self.visual.ln_post, self.visual.proj
         P = torch.eye(self.D, device=self.device) if P is None else P
         gamma, beta = (torch.ones_like(P[:, 0]), torch.zeros_like(P[:, 0])) if norm is None else (norm.weight, norm.bias)
-        return double(P), double(gamma), double(beta)
+        bias = getattr(self.visual, "bias", None)
+        constant = double(beta) @ double(P) + (0 if bias is None else double(bias))
+        return double(P), double(gamma), constant
 
     @torch.inference_mode()
     def left_out(self, images):
@@ -308,7 +314,7 @@ def pooling_of(visual):
 def check_supported(visual):
     """Raise UserError, naming the reason, unless the second-order effects of this image tower are defined exactly."""
     plain = "choose a plain ViT such as --model ViT-B-32"
-    if isinstance(visual, PooledTower):
+    if isinstance(visual, PooledTower | TokenTower):
         return
     if not isinstance(visual, VisionTransformer):
         kind = type(visual).__name__

@@ -102,9 +102,11 @@ def constant(rows, means, rstd_post, mu_post, constants):
 def fold(vit, layer):
     """Fold every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).
 
-    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it normalises (eq. 11).
+    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it normalises (eq. 11): c =
+    (1 + 2 l) N before attention l, and c (1 + 2 L) H at the output. A pooling attention counts as l = L; at the output the sum is
+    over its own H heads alone, so c H contribute.
     """
-    (w, b_out), (P, gamma_post, beta_post) = vit.mlp_weights(layer), vit.output_weights()
+    (w, b_out), (P, gamma_post, constant_post) = vit.mlp_weights(layer), vit.output_weights()
     values, outputs, with_s, with_t, rest = [], [], [], [], torch.zeros(3, vit.D).to(P)
     for l in vit.later(layer):
         gamma, beta, W_V, b_V, W_O, b_O = vit.head_weights(l)
@@ -118,7 +120,7 @@ def fold(vit, layer):
         rest[0] += einsum("he,heo->o", einsum("d,hed->he", beta / c, W_V) + b_V / c, out)
         rest[0] += (b_O * gamma_post) @ P / c  # b_O / (c H) for each of the H heads
         rest[1] -= gamma_post @ P * len(W_V) / c_post
-        rest[2] += beta_post @ P * len(W_V) / c_post
+        rest[2] += constant_post * len(W_V) / c_post
     folded = (cat(values), cat(outputs), cat([*with_s, *with_t, rest]))
     return Directions(layer, *(x.to(vit.device, torch.float32) for x in folded))
 
