@@ -19,6 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from utils.runtime import memory
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
 
@@ -191,6 +192,8 @@ class _Batches(Dataset):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             items = [self.images[row] for row in rows]
+        if torch.utils.data.get_worker_info():
+            memory.trim()  # a loader process would grow with every batch
         errors = [item for item in items if isinstance(item, UserError)]
         return errors[0] if errors else torch.utils.data.default_collate(items), [one_line(each.message) for each in caught]
 
