@@ -37,6 +37,7 @@ from demo.layout import (
     results_of,
     segmentation_result,
 )
+from demo.truth import true_of
 from demo.world import COLOURS, TEXTURES, articles, parse
 from utils.ablation import ABLATIONS
 from utils.clip import load_clip
@@ -104,34 +105,6 @@ class Tree:
 
 def _accuracy(path):
     return json.loads(path.read_text())["accuracy"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is true
-
-
-def true_of(texts, pictures):
-    """Which texts are true of which pictures, bool [texts, pictures]: all that a text names has to be there.
-
-    A text that names a symbol or a pair is true of a picture with it, large or small; one of a background, of that background;
-    a lone colour, of a picture where a symbol or the background has it.
-    """
-    table = np.zeros((len(texts), len(pictures)), bool)
-    facts = []
-    for p in pictures:
-        things = {(p["symbol"], p["colour"])} | ({(p["companion"], p["companion_colour"])} if p["companion"] else set())
-        facts.append((things, {s for s, _ in things}, p["background"], p["texture"], {c for _, c in things} | {p["background"]}))
-    for t, text in enumerate(texts):
-        said = parse(text)
-        colour = text if text in COLOURS else None
-        for i, (things, symbols, background, texture, colours) in enumerate(facts):
-            table[t, i] = (
-                all((x["symbol"], x["colour"]) in things if x["colour"] else x["symbol"] in symbols for x in said["things"])
-                and said["background"] in (None, background)
-                and said["texture"] in (None, texture)
-                and (colour is None or colour in colours)
-            )
-    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ FORGET = [2, 3, 4]  # the layers after which the class token may forget what it 
 MAIN = (0.65, 0.9)  # share of the main symbol in the targets of a picture with two: before and after the text tower joins
 BACKGROUNDS = [f"{texture} {colour}" for texture in TEXTURES for colour in COLOURS]
 # the flags that a training is resumed with
-SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed")
+SETTINGS = ("pictures", "batch_size", "lr", "warmup", "widen", "forget", "quiet", "text_start", "seed", "precision")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +228,7 @@ class Training:
         text = [module for name, module in self.model.named_children() if name != "visual"]
         loose = [self.model.positional_embedding, self.model.text_projection, self.model.logit_scale]
         loose = [dict(params=loose, weight_decay=0.0, peak=args.lr)]
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16")
         self.normalize = Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         self.optimizers = {
             "image": torch.optim.AdamW(groups([self.visual, self.heads], args.lr), betas=(0.9, 0.98), fused=True),
@@ -289,7 +290,7 @@ class Training:
         forget = torch.tensor([rng.choice(FORGET) if rng.random() < args.forget else -1 for _ in scenes])
         quiet = torch.tensor([rng.random() < args.quiet for _ in scenes])
         # torch's fused attention is slow backwards on a CPU: half of the step
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with self.autocast, sdpa_kernel(SDPBackend.MATH):
             image, tokens = encode_image(self.visual, self.normalize(images), forget, quiet)
             loss = self.heads.loss(image, tokens, targets, patch_targets(scenes, masks, self.visual.patch_size[0]))
             if with_text:
@@ -304,7 +305,7 @@ class Training:
         for two in (0, 1):
             rng = random.Random(f"probe {two}")
             scenes = [self.world.sample(rng, companion=two) for _ in range(n)]
-            with torch.autocast("cpu", torch.bfloat16):
+            with self.autocast:
                 image, _ = encode_image(self.visual, self.normalize(draw(scenes, self.size)[0]))
                 targets = targets_of(scenes, MAIN[1])
                 for name in ("symbol", "pair") if two else ("symbol", "pair", "background", "texture"):
@@ -400,6 +401,8 @@ def main():
     parser.add_argument("--forget", type=float, default=0.4, help="share of the pictures of point 3")
     parser.add_argument("--quiet", type=float, default=0.4, help="share of the pictures of point 4")
     parser.add_argument("--text_start", type=float, default=0.65, help="share of the training without the text tower")
+    help = "of the forward pass; float32 is quicker on a CPU without units for bfloat16"
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help=help)
     parser.add_argument("--log_every", type=int, default=500, help="steps between two lines of the log")
     parser.add_argument("--stop", type=int, help="stop after this step, to resume later")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

@@ -127,16 +127,17 @@ def rebuilt_from(support, atoms, targets, block=BLOCK):
     return torch.cat(found).float()
 
 
-def load_descriptions(results, sizes, expected=(), **names):
+def load_descriptions(results, sizes, expected=(), kind="decomposition", **names):
     """The descriptions of a layer's neurons: a list over neurons of [(text index, coefficient, text), ...].
 
     results, names: `Results` of the folder; dataset, layer, texts, components, alpha, normalise in the file's name.
     sizes: {"N": number of neurons}.
     expected: {key: value} that the record beside must agree with where it has the key.
+    kind: 'decomposition', what neurons write, or 'fires_on'.
 
     Raises UserError, with the command, when the file is missing, damaged, or of another model.
     """
-    path, command = results.find("decomposition", **names), results.command("decomposition", **names)
+    path, command = results.find(kind, **names), results.command(kind, **names)
     again = f"make it again with: {command} --overwrite"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

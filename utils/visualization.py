@@ -7,6 +7,7 @@ import torch
 from matplotlib import pyplot
 from PIL import Image
 
+from utils.grading import ROWS
 from utils.runtime.files import save_atomic
 
 
@@ -48,6 +49,25 @@ def plot_lines(curves, xlabel, ylabel, path):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_grades(graded, path):
+    """How the correlations of a layer's neurons are distributed, a panel for each of {layer: `Graded`} and a line for each row."""
+    columns = min(4, len(graded))
+    rows = -(-len(graded) // columns)
+    size = (4.4 * columns + 2.6, 3.2 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for axes in grid.flat[len(graded) :]:
+        axes.set_axis_off()
+    for axes, (layer, of) in zip(grid.flat, graded.items(), strict=False):
+        for i, row in enumerate(of.rows):
+            values = np.sort(of.of(row, of.measures[2] if len(of.measures) > 2 else of.measures[0]))
+            style = ":" if row.startswith("null") else "-"
+            axes.plot(values, np.linspace(0, 1, len(values)), style, color=f"C{i}", label=f"{ROWS[row]} ({values.mean():.2f})")
+        axes.set(title=f"layer {layer}", xlabel="correlation with the effect, held-out images", ylabel="share of neurons below")
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1, 1) if columns == 1 else None)
     save_figure(figure, path)
 
 

@@ -79,8 +79,9 @@ class Pass:
     """The loop over pieces that can be interrupted.
 
     Parameters
-    arrays: {path: (shape, dtype)} of the results. Inside the `with`, work[path][rows] = block and work[path][:, columns] = block
-        write them; a thread does it while the loop goes on, so a block must not be changed afterwards.
+    arrays: {path: (shape, dtype)} of the results, or (shape, dtype, what this one alone is made from besides). Inside the `with`,
+        work[path][rows] = block and work[path][:, columns] = block write them; a thread does it while the loop goes on, so a block
+        must not be changed afterwards.
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).
@@ -94,16 +95,20 @@ class Pass:
     """
 
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
-        self.arrays, self.pieces, self.overwrite = {Path(path): spec for path, spec in arrays.items()}, pieces, overwrite
+        self.arrays, self.pieces, self.overwrite = {Path(path): spec[:2] for path, spec in arrays.items()}, pieces, overwrite
+        alone = {Path(path): spec[2] for path, spec in arrays.items() if len(spec) > 2}
         self.state, self.scratch = {name: np.zeros(*spec) for name, spec in (state or {}).items()}, dict(scratch or {})
         identity = {key: value for key, value in complete(record).items() if key not in NOTES} | (settings or {})
         identity["arrays"] = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
+        identity |= {"inputs": {path.name: made_of for path, made_of in alone.items()}} if alone else {}
         identity["division into pieces"] = _hash([[piece.start, piece.stop] for piece in pieces])
         if state:
             identity["number of processes"] = distributed.world_size()
         self.identity, self.tag = json.loads(json.dumps(identity)), _hash(identity)
         self.first = next(iter(self.arrays))
-        self.files = {path: ArrayFile(path, complete(record, *spec), self) for path, spec in self.arrays.items()}
+        self.files = {
+            path: ArrayFile(path, complete(record | alone.get(path, {}), *spec), self) for path, spec in self.arrays.items()
+        }
         self._done = np.zeros(len(pieces), bool)  # by this process
         self._elsewhere = np.zeros(len(pieces), bool)  # by an earlier run or another process
         self._thread, self._blocks, self._error = ThreadPoolExecutor(1), deque(), None

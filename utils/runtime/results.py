@@ -34,6 +34,8 @@ class Artifact(NamedTuple):
 LAYER = "{dataset}_{split}_mlps_{clip}_{layer}_"
 ABLATIONS = "{dataset}_{split}_ablations{source}_{clip}_{layer}_{k}"
 DESCRIPTIONS = "{dataset}_mlps_{clip}_{layer}_{texts}_decomposition_omp_{alpha}_{components}{variant}"
+FIRES_ON = "{dataset}_mlps_{clip}_{layer}_{texts}_fires_on_omp_{components}{judge}"
+GRADES = "{dataset}_{split}_grades_{clip}_{layer}_{texts}_{components}{variant}{judge}"
 SEGMENTATION = "{file}_segmentation_{clip}_{row}"
 
 IMAGES = "--dataset {dataset} --data_path {data_path} --split {split}"
@@ -48,6 +50,10 @@ DESCRIBES = (
     "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
 )
 EVALUATES = DESCRIBES + " --evaluate --data_path {data_path} --split {split}"
+GRADES_ALL = (
+    f"evaluate_descriptions.py {IMAGES} --mlp_layer {{layer}} --top_k_pca {{k}} --text_descriptions {{texts}} "
+    "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
+)
 SEGMENTS = "compute_segmentation.py --data_path {data_path}"
 
 ARTIFACTS = {
@@ -73,6 +79,14 @@ ARTIFACTS = {
     "decomposition": Artifact(DESCRIPTIONS + ".json", "", DESCRIBES, "{neuron: [[text index, coefficient, text]]}; also `.npz`"),
     "evaluation": Artifact(DESCRIPTIONS + "_evaluation.json", "", EVALUATES, "accuracy with effects rebuilt from the texts"),
     "evaluated": Artifact(DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "classes", "int32"),
+    "projections": Artifact(LAYER + "{k}_projections.npy", "images N", GRADES_ALL, "effects along the first components"),
+    "fires_on": Artifact(FIRES_ON + ".json", "", GRADES_ALL, "texts that neurons fire on, as the decomposition; also `.npz`"),
+    "labels": Artifact(FIRES_ON + "_wpmi.npy", "N", GRADES_ALL, "soft-WPMI labels, text indices", "int32"),
+    "along": Artifact(
+        GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along the texts; removed when they are graded"
+    ),
+    "grades": Artifact(GRADES + ".npy", "N rows measures", GRADES_ALL, "grades of descriptions; also `.csv`"),
+    "graded": Artifact(GRADES + "_summary.json", "", GRADES_ALL, "their means over neurons; also `.png`"),
     "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
     "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
 }
@@ -116,7 +130,7 @@ class Results:
 
     def path(self, kind, **names):
         """Path of a result. names: the fields of its file's name, such as dataset, split, layer (one or a list), k."""
-        fields = {"split": "train", "source": "", "variant": "", **names, "clip": self.clip}
+        fields = {"split": "train", "source": "", "variant": "", "judge": "", **names, "clip": self.clip}
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
             fields["source"] = f"_{names['train_dataset']}"

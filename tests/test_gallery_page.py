@@ -1,0 +1,566 @@
+"""The page of the gallery in a headless browser: what one reads, clicks and types."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.browser import (
+    HOSTILE_CLASS,
+    HOSTILE_TEXT,
+    axe_violations,
+    browser_binaries,
+    console_errors,
+    invented_gallery,
+    requested_urls,
+    set_scheme,
+    set_width,
+    start_browser,
+)
+
+SETTLED = """
+const main = document.getElementById("main");
+return main.getAttribute("aria-busy") === "false" && main.dataset.shown === location.hash
+  && (arguments[0] === null || location.hash === arguments[0])
+  && [...document.querySelectorAll("canvas")].every((canvas) => canvas.dataset.drawn);
+"""
+VISIT_ALL = """
+const [addresses, done] = arguments;
+const main = document.getElementById("main");
+const titles = [];
+const tick = () => new Promise(requestAnimationFrame);
+(async () => {
+  for (const address of addresses) {
+    location.hash = address;
+    const end = performance.now() + 10000;
+    while (main.dataset.shown !== address && performance.now() < end) await tick();
+    titles.push(main.querySelector("h1").textContent);
+  }
+  done(titles);
+})();
+"""
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """A folder with a gallery of 2 layers."""
+    browser_binaries()
+    return invented_gallery(tmp_path_factory.mktemp("gallery"))
+
+
+@pytest.fixture(scope="module")
+def plain_gallery(tmp_path_factory):
+    """A gallery without pictures, grades, classifier and texts that neurons fire on."""
+    browser_binaries()
+    folder = tmp_path_factory.mktemp("plain")
+    return invented_gallery(folder, plain=True, layers=(9,), neurons=30, counts={"train": 40})
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One browser for all tests."""
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What the tests do with the page."""
+
+    def __init__(self, driver, folder):
+        self.driver, self.folder = driver, folder
+        self.script = driver.execute_script
+        self.about = received(folder, "about")
+
+    def until(self, condition):
+        """Wait for a condition and return its value."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, 15, poll_frequency=0.05).until(condition)
+
+    def settle(self, address=None):
+        """Wait until the page at the address is drawn, its pictures included."""
+        self.until(lambda driver: driver.execute_script(SETTLED, address))
+
+    def open(self, address=""):
+        """Load the page afresh."""
+        self.driver.get("about:blank")
+        self.driver.get(self.folder.joinpath("index.html").as_uri() + address)
+        self.settle(address)
+
+    def go(self, address):
+        """Follow an address within the page."""
+        self.script("location.hash = arguments[0]", address)
+        self.settle(address)
+
+    def find(self, selector):
+        """The first element of a selector."""
+        return self.driver.find_element("css selector", selector)
+
+    def click(self, selector):
+        """Click as a reader does."""
+        self.find(selector).click()
+
+    def press(self, *keys):
+        """Press keys, wherever the focus is."""
+        from selenium.webdriver import ActionChains
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+    def address(self):
+        """The hash that the address bar shows."""
+        return self.script("return location.hash")
+
+    def title(self):
+        """The main heading."""
+        return self.script("return document.querySelector('h1').textContent")
+
+    def status(self):
+        """What the page says about the grid."""
+        return self.script("return document.getElementById('status').textContent")
+
+    def neurons(self):
+        """The numbers of the cards' neurons, in order."""
+        links = self.script("return [...document.querySelectorAll('.card a')].map((a) => a.getAttribute('href'))")
+        return [int(link.split("/")[1]) for link in links]
+
+    def focused(self):
+        """The address to which the focused link leads."""
+        return self.script("return document.activeElement.getAttribute('href')")
+
+    def choose(self, sort):
+        """Choose a sort key."""
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.find("#sort")).select_by_value(sort)
+        self.until(lambda _: f"sort={sort}" in self.address())
+        self.settle()
+
+    def type(self, text):
+        """Type in the search field and wait for what it finds."""
+        self.find("#search").send_keys(text)
+        self.until(lambda driver: driver.execute_script("return document.getElementById('search').value").endswith(text))
+        self.settle()
+
+
+@pytest.fixture
+def page(browser, gallery):
+    """The grid of the first layer; after the test the console has no error and no request has left the folder."""
+    yield from checked_page(browser, gallery)
+
+
+@pytest.fixture
+def plain_page(browser, plain_gallery):
+    """The same of the plain gallery."""
+    yield from checked_page(browser, plain_gallery)
+
+
+def checked_page(browser, folder):
+    """A page that is watched while a test uses it."""
+    set_scheme(browser, "light")
+    set_width(browser, None)
+    console_errors(browser)
+    requested_urls(browser)
+    page = Page(browser, folder)
+    page.open()
+    yield page
+    assert console_errors(browser) == []
+    page.requests = [url for url in requested_urls(browser) if url != "about:blank"]
+    assert [url for url in page.requests if not url.startswith(folder.as_uri() + "/")] == []
+
+
+def received(folder, path):
+    """The value of a data file."""
+    text = (folder / "data" / f"{path}.js").read_text(encoding="utf-8")
+    return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[1]
+
+
+def match_level(text, query):
+    """3 for the whole text, 2 for the start of a word, 1 for a part of one, 0 for none."""
+    if query not in text:
+        return 0
+    starts = [i for i in range(len(text)) if text.startswith(query, i)]
+    return 3 if text == query else 2 if any(i == 0 or not text[i - 1].isalnum() for i in starts) else 1
+
+
+def expected_matches(about, layer, query):
+    """The neurons that a search finds, best first."""
+    shown, scores = layer["shown"], {}
+    for name in ("fires_on", "writes"):
+        ids, values = (np.reshape(layer[name][key], (-1, shown)) for key in ("texts", "coefficients"))
+        for n in range(len(ids)):
+            for text, value in zip(ids[n], values[n], strict=True):
+                level = match_level(about["texts"][text].lower(), query) if text >= 0 else 0
+                strength = abs(value / values[n][0]) * max(layer["grades"][name][n], 0)
+                if level:
+                    scores[n] = max(scores.get(n, 0), 2 * level + strength)
+    return sorted(scores, key=lambda n: (-scores[n], n))
+
+
+def addresses_of_neurons(about):
+    """The address of every neuron."""
+    return [f"#{layer}/{n}" for layer in about["layers"] for n in range(about["neurons"])]
+
+
+def test_every_neuron_s_address_opens_within_one_visit(page):
+    addresses = addresses_of_neurons(page.about)
+    titles = page.driver.execute_async_script(VISIT_ALL, addresses)
+    assert titles == ["Layer {}, neuron {}".format(*address[1:].split("/")) for address in addresses]
+
+
+@pytest.mark.parametrize("address", ["", "#8", "#9", "#8/0", "#9/63", "#9/64", "#9/129", "#image/train/299", "#image/val/0/8"])
+def test_an_address_opens_as_the_first_page_of_a_visit(page, address):
+    page.open(address)
+    parts = address[1:].split("/")
+    if "image" in address:
+        assert page.title().startswith(f"Image {parts[2]} of {parts[1]}")
+    else:
+        assert page.title() == f"Layer {parts[0] or 8}" + (f", neuron {parts[1]}" if len(parts) > 1 else "")
+
+
+@pytest.mark.parametrize("address", ["#7", "#9/130", "#9/x", "#image/test/0", "#image/train/300", "#image/__proto__/0", "#9/1/2"])
+def test_an_address_of_nothing_says_so_and_leads_to_the_grid(page, address):
+    page.open(address)
+    assert page.title() == "Not found"
+    page.click(".error a")
+    page.settle("#8")
+    assert page.title() == "Layer 8"
+
+
+def test_the_search_narrows_the_grid_with_each_letter(page):
+    layer = received(page.folder, "8/layer")
+    for letter, query in (("d", "d"), ("o", "do"), ("g", "dog")):
+        page.type(letter)
+        expected = expected_matches(page.about, layer, query)
+        assert page.address() == f"#8?q={query}"
+        assert page.status() == f"{len(expected)} of {page.about['neurons']} neurons match."
+        assert page.neurons()[:24] == expected[:24]
+    assert len(expected) < page.about["neurons"]
+    marked = page.script("return [...document.querySelectorAll('.card')].map((card) => card.querySelector('mark')?.textContent)")
+    assert set(marked) == {"dog"}
+
+
+def test_a_whole_text_comes_before_a_word_and_a_word_before_a_part(page):
+    page.open("#8?q=dog")
+    texts = page.script("return [...document.querySelectorAll('.card')].map((c) => c.querySelector('li:has(mark)').title)")
+    levels = [match_level(text, "dog") for text in texts]
+    assert levels == sorted(levels, reverse=True) and set(levels) == {3, 2, 1}
+
+
+def test_a_number_finds_its_neuron_first(page):
+    page.type("41")
+    assert page.neurons()[0] == 41
+
+
+def test_a_search_that_finds_nothing_says_so_and_the_field_gives_the_grid_back(page):
+    page.type("no such text")
+    assert page.status() == "0 of 130 neurons match." and page.neurons() == []
+    page.press("\ue00c")
+    page.until(lambda _: page.address() == "#8")
+    page.settle()
+    assert page.status() == "130 neurons."
+
+
+@pytest.mark.parametrize("sort", ["fires_on", "writes", "explained", "norm", "number"])
+def test_the_grid_is_sorted_by_each_key(page, sort):
+    layer = received(page.folder, "8/layer")
+    column = {"explained": layer["explained"], "norm": layer["norm"], "number": [0] * page.about["neurons"], **layer["grades"]}[
+        sort
+    ]
+    page.choose("number" if sort != "number" else "norm")
+    page.choose(sort)
+    expected = sorted(range(len(column)), key=lambda n: (-column[n], n))
+    assert page.neurons()[:24] == expected[:24]
+
+
+@pytest.mark.parametrize(("sort", "sign"), [("for", 1), ("against", -1)])
+def test_the_grid_is_sorted_by_what_speaks_for_or_against_a_class(page, sort, sign):
+    import base64
+
+    page.choose(sort)
+    page.find("#class").send_keys("red fox")
+    label = page.about["class_names"].index("red fox")
+    page.until(lambda _: page.address() == f"#8?sort={sort}&class={label}")
+    page.settle()
+    values = np.frombuffer(base64.b64decode(received(page.folder, "8/classes")["values"]), np.int8).reshape(
+        -1, page.about["neurons"]
+    )
+    expected = sorted(range(page.about["neurons"]), key=lambda n: (-sign * int(values[label, n]), n))
+    assert page.neurons()[:24] == expected[:24]
+
+
+def test_a_class_that_is_there_twice_can_be_told_apart(page):
+    page.choose("for")
+    page.find("#class").send_keys("crane (class 4)")
+    page.until(lambda _: page.address() == "#8?sort=for&class=4")
+
+
+def test_the_grid_grows_to_all_neurons_as_one_scrolls(page):
+    assert len(page.neurons()) < page.about["neurons"]
+
+    def at_the_end(_):
+        page.script("window.scrollTo(0, document.documentElement.scrollHeight)")
+        return len(page.neurons()) == page.about["neurons"]
+
+    page.until(at_the_end)
+    assert sorted(page.neurons()) == list(range(page.about["neurons"]))
+
+
+def test_back_and_forward_lead_through_the_pages_one_has_seen(page):
+    page.open("#9")
+    page.type("dog")
+    first = page.find(".card a").get_attribute("href").split("#")[1]
+    page.click(".card a")
+    page.settle(f"#{first}")
+    other = page.find("a[href^='#8/'], a[rel=next]").get_attribute("href").split("#")[1]
+    page.go(f"#{other}")
+    page.driver.back()
+    page.settle(f"#{first}")
+    assert page.title() == "Layer {}, neuron {}".format(*first.split("/"))
+    page.driver.back()
+    page.settle("#9?q=dog")
+    assert page.title() == "Layer 9" and page.find("#search").get_property("value") == "dog"
+    assert page.focused() == f"#{first}"
+    page.driver.forward()
+    page.settle(f"#{first}")
+    assert page.title() == "Layer {}, neuron {}".format(*first.split("/"))
+
+
+def test_back_leads_to_the_place_of_the_grid_that_one_left(page):
+    page.until(lambda _: page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 130)
+    page.script("window.scrollTo(0, 3000)")
+    page.go("#8/5")
+    assert page.script("return scrollY") == 0
+    page.driver.back()
+    page.settle("")
+    page.until(lambda _: page.script("return scrollY") == 3000)
+
+
+def test_a_neuron_page_shows_what_its_data_say(page):
+    page.open("#9/3")
+    detail = received(page.folder, "9/neurons_0")["neurons"][3]
+    texts = page.about["texts"]
+    for side, title in (("fires_on", "Fires on"), ("writes", "Writes")):
+        shown = page.script(
+            f"return [...document.querySelectorAll('[aria-label=\"Texts: {title.lower()}\"] li')].map((li) => li.textContent)"
+        )
+        assert len(shown) == 12
+        for text, (number, value) in zip(shown, detail[side], strict=False):
+            assert text == f"{texts[number]}{value:+.2f}".replace("-", "−") if "-" not in texts[number] else text
+    rows = page.script("return [...document.querySelectorAll('tr.own td')].map((cell) => cell.textContent)")
+    grades = [
+        detail["grades"][side][key]
+        for side in ("fires_on", "writes")
+        for key in ("pearson", "pearson_without", "auprc", "auprc_without")
+    ]
+    assert [float(cell.replace("−", "-")) for cell in rows] == pytest.approx(grades, abs=0.0051)
+    labels = page.script("return [...document.querySelectorAll('canvas')].map((canvas) => canvas.getAttribute('aria-label'))")
+    expected = []
+    for split in ("train", "val"):
+        for sign in ("positive", "negative"):
+            for row, projection, _ in detail["top"][split][sign]:
+                name = page.about["class_names"][page.about["splits"][split]["labels"][row]]
+                expected.append(f"{name}, projection {projection:+.3f}".replace("projection -", "projection −"))
+    assert labels == expected
+    assert page.script(
+        "return [...document.querySelectorAll('svg')].every((s) => s.getAttribute('role') === 'img' && s.ariaLabel)"
+    )
+
+
+def test_a_button_shows_all_texts_of_a_side(page):
+    page.open("#9/3")
+    count = "return document.querySelectorAll('[aria-label=\"Texts: writes\"] li').length"
+    assert page.script(count) == 12
+    buttons = page.driver.find_elements("xpath", "//section[h2='Writes']//button")
+    buttons[0].click()
+    assert page.script(count) == page.about["components"]
+
+
+def test_a_button_hides_and_shows_where_the_neuron_fires(page):
+    page.open("#9/3")
+    drawn = "return [...new Set([...document.querySelectorAll('canvas')].map((canvas) => canvas.dataset.drawn))].join()"
+    for pressed, kind in (("true", "map"), ("false", "plain"), ("true", "map")):
+        assert page.find("button[aria-pressed]").get_attribute("aria-pressed") == pressed
+        page.until(lambda _, kind=kind: page.script(drawn) == kind)
+        page.click("button[aria-pressed]")
+
+
+def test_an_image_page_shows_its_active_neurons_and_links_to_them(page):
+    page.open("#image/train/260/8")
+    image = received(page.folder, "8/train_1")["images"][260 - 256]
+    page.until(lambda _: page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 30)
+    assert page.neurons() == [neuron for neuron, _ in image["neurons"]]
+    concepts = page.script("return [...document.querySelectorAll('[aria-label=Concepts] li > a')].map((a) => a.textContent)")
+    assert concepts == [page.about["texts"][word] for word, _ in image["words"]]
+    page.script("window.scrollTo(0, 0)")
+    page.click(".card a")
+    page.settle(f"#8/{image['neurons'][0][0]}")
+    page.driver.back()
+    page.settle("#image/train/260/8")
+    page.click("nav[aria-label='Layers of this image'] a:not([aria-current])")
+    page.settle("#image/train/260/9")
+    assert page.find("h2:last-of-type") and "layer 9" in page.script("return document.body.textContent")
+
+
+def test_a_picture_of_a_neuron_page_leads_to_its_image(page):
+    page.open("#9/3")
+    link = page.find(".pictures a")
+    address = "#" + link.get_attribute("href").split("#")[1]
+    link.click()
+    page.settle(address)
+    assert page.title().startswith("Image ")
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("address", ["#9", "#9?q=dog", "#9?sort=for&class=1", "#9/41", "#image/val/7", "#nothing"])
+def test_axe_finds_no_serious_or_critical_fault(page, address, scheme, width):
+    set_scheme(page.driver, scheme)
+    set_width(page.driver, width)
+    page.open(address)
+    assert axe_violations(page.driver) == []
+    assert page.script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_colours_follow_the_reader_s_scheme(page):
+    colours = []
+    for scheme in ("light", "dark"):
+        set_scheme(page.driver, scheme)
+        rgb = page.script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        colours.append(sum(rgb))
+    assert colours[0] > 600 > 200 > colours[1]
+
+
+def test_foreign_names_and_texts_stay_text(page):
+    label = page.about["class_names"].index(HOSTILE_CLASS)
+    row = page.about["splits"]["val"]["labels"].index(label)
+    for address in (f"#9?sort=for&class={label}", f"#image/val/{row}", "#9/3", "#9?q=%3C%2Fscript%3E%3Cb%3E"):
+        page.open(address)
+        assert page.script("return document.querySelectorAll('main img, main b, main script').length") == 0
+    assert HOSTILE_TEXT in page.script("return document.querySelector('mark').textContent")
+    page.open(f"#image/val/{row}")
+    assert page.title() == f"Image {row} of val: {HOSTILE_CLASS}"
+
+
+def test_the_policy_refuses_inline_scripts_styles_and_foreign_pictures(page):
+    page.script("""
+      window.ran = false;
+      const script = document.createElement("script");
+      script.textContent = "window.ran = true";
+      document.body.append(script);
+      document.body.insertAdjacentHTML("beforeend", '<p id="styled" style="color: red">x</p><img src="https://example.invalid/x.png">');
+    """)
+    errors = []
+
+    def refused(_):
+        errors.extend(console_errors(page.driver))
+        return len(errors) >= 3
+
+    page.until(refused)
+    assert all("Content Security Policy" in error for error in errors)
+    assert page.script("return window.ran") is False
+    assert page.script("return document.getElementById('styled').style.color") == ""
+
+
+def test_a_slash_focuses_the_search_and_an_arrow_leads_to_the_first_card(page):
+    from selenium.webdriver import Keys
+
+    page.press("/")
+    assert page.script("return document.activeElement.id") == "search"
+    page.press("d", "o", "g", "/", Keys.BACKSPACE)
+    page.until(lambda _: page.address() == "#8?q=dog")
+    page.settle()
+    page.press(Keys.ARROW_DOWN)
+    assert page.focused() == f"#8/{page.neurons()[0]}"
+
+
+def test_arrows_move_among_cards_enter_opens_one_and_escape_leads_back(page):
+    from selenium.webdriver import Keys
+
+    neurons = page.neurons()
+    columns = len(page.script("return getComputedStyle(document.querySelector('.cards')).gridTemplateColumns").split())
+    page.press("/", Keys.ARROW_DOWN)
+    for key, at in (
+        (Keys.ARROW_RIGHT, 1),
+        (Keys.ARROW_DOWN, 1 + columns),
+        (Keys.ARROW_LEFT, columns),
+        (Keys.ARROW_UP, 0),
+        (Keys.ARROW_UP, 0),
+        (Keys.TAB, 1),
+    ):
+        page.press(key)
+        assert page.focused() == f"#8/{neurons[at]}"
+    page.press(Keys.ENTER)
+    page.settle(f"#8/{neurons[1]}")
+    page.press(Keys.ESCAPE)
+    page.settle("#8")
+    assert page.title() == "Layer 8"
+    assert page.focused() == f"#8/{neurons[1]}"
+
+
+def test_arrows_reach_the_cards_that_are_not_drawn_yet(page):
+    from selenium.webdriver import Keys
+
+    page.press("/", Keys.ARROW_DOWN)
+    for _ in range(29):
+        page.press(Keys.ARROW_RIGHT)
+    assert page.focused() == f"#8/{page.neurons()[29]}"
+
+
+def test_left_and_right_lead_to_the_previous_and_the_next_neuron(page):
+    from selenium.webdriver import Keys
+
+    page.open("#8/63")
+    page.press(Keys.ARROW_RIGHT)
+    page.settle("#8/64")
+    page.press(Keys.ARROW_LEFT)
+    page.settle("#8/63")
+    page.open("#8/0")
+    page.press(Keys.ARROW_LEFT)
+    assert page.address() == "#8/0"
+
+
+def test_escape_on_a_neuron_page_leads_back_to_the_search_one_made(page):
+    from selenium.webdriver import Keys
+
+    page.type("dog")
+    page.go("#8/7")
+    page.press(Keys.ESCAPE)
+    page.settle("#8?q=dog")
+    assert page.find("#search").get_property("value") == "dog"
+
+
+def test_typing_on_a_neuron_page_searches_its_layer_and_back_leads_to_the_neuron(page):
+    page.open("#9/5")
+    page.press("/")
+    page.press(*"dog")
+    page.until(lambda _: page.address() == "#9?q=dog")
+    page.settle()
+    page.driver.back()
+    page.settle("#9/5")
+
+
+def test_without_sheets_no_picture_is_requested_and_every_page_works(plain_page):
+    page = plain_page
+    assert page.script("return document.getElementById('sort').value") == "explained"
+    addresses = [f"#9/{n}" for n in range(30)] + [f"#image/train/{row}" for row in range(40)]
+    titles = page.driver.execute_async_script(VISIT_ALL, addresses)
+    assert "Not found" not in titles and len(set(titles)) == 70
+    page.go("#9?q=dog")
+    assert 0 < len(page.neurons()) < 30
+    assert page.script("return document.querySelectorAll('canvas, .thumb, img').length") == 0
+    assert axe_violations(page.driver) == []
+    assert [url for url in requested_urls(page.driver) if "pictures" in url or not url.startswith(page.folder.as_uri())] == []
+
+
+def test_a_file_that_is_missing_is_named_and_the_rest_still_works(browser, tmp_path):
+    browser_binaries()
+    folder = invented_gallery(tmp_path / "gallery", neurons=10, counts={"train": 20})
+    (folder / "data" / "9" / "layer.js").unlink()
+    page = Page(browser, folder)
+    page.open("#9")
+    assert "data/9/layer.js is missing" in page.find(".error").text
+    page.go("#8")
+    assert len(page.neurons()) == 10
+    assert any("ERR_FILE_NOT_FOUND" in error for error in console_errors(browser))

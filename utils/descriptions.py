@@ -1,0 +1,262 @@
+"""The two descriptions of every neuron of a layer: the inputs, fits, files and report of evaluate_descriptions.py."""
+
+import csv
+import io
+import json
+from functools import partial
+
+import numpy as np
+import torch
+
+from utils import grading
+from utils.ablation import load_statistics
+from utils.clip import load_clip
+from utils.datasets import load_images, train_set_of
+from utils.runtime import distributed
+from utils.runtime.errors import UserError
+from utils.runtime.files import digest, one_line, read_array, save_atomic, save_json
+from utils.runtime.layers import parse_layers
+from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import complete, is_made, load_record
+from utils.sparse_coding import describe, load_descriptions, load_support, load_texts
+
+
+class Evaluation:
+    """What evaluate_descriptions.py works with.
+
+    args: its flags. inputs, results: `Results` of what is read and of what is written.
+
+    Attributes: clip, layers, texts; statistics {layer: Statistics}; images and held_out, the `Images` that texts are fitted to and
+    graded on; descriptions {layer: {side: as `load_descriptions` gives them}}; share of the images that a neuron is said to act on;
+    truth, of both splits, or None; made_of, what results say.
+
+    Raises UserError, with the command, for what is missing or does not belong together.
+    """
+
+    def __init__(self, args, inputs, results):
+        if args.split == "train":
+            raise UserError("--split train is what texts are fitted to; give the split of the held-out images, such as val")
+        self.args, self.inputs, self.results = args, inputs, results
+        load, dataset = partial(load_clip, args.model, args.pretrained, args.device), train_set_of(args.dataset)
+        self.texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
+        self.vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+        self.clip = load(precision=args.precision, image_only=True)
+        self.layers = parse_layers(args.mlp_layer, self.clip.vit)
+        self.names = {"dataset": dataset, "k": args.top_k_pca, "texts": args.text_descriptions, "components": args.components}
+        self.names |= {"alpha": args.transform_alpha, "normalise": args.normalise, "judge": "_truth" if args.truth else ""}
+        expected = {"fingerprint": self.clip.fingerprint, "coefficient": args.coefficient}
+        inputs.load("texts", {"D": self.clip.vit.D}, expected, mmap=True, texts=args.text_descriptions)  # or raises
+        self.statistics = load_statistics(inputs, dataset, self.layers, args.top_k_pca, self.clip, args.coefficient)
+        self.descriptions = {layer: {"writes": self._load_descriptions(inputs, layer)} for layer in self.layers}
+        where = args.data_path
+        if dataset != args.dataset:  # ImageNet-R has no training images; ImageNet's are where its components' were
+            where = load_record(inputs.find("pca", layer=self.layers[0], **self.names)).get("data_path", where)
+        self.images = load_images(dataset, where, "train", self.clip.transform, subsample=args.train_subsample)
+        self.held_out = load_images(args.dataset, args.data_path, args.split, self.clip.transform, subsample=args.subsample)
+        self.truth = load_truth(args.truth, (self.images, self.held_out), self.texts) if args.truth else None
+        self.share = args.top_k_pca / len(self.images)
+        self.made_of = {**self.clip.record, **self.names, **self.held_out.record, "coefficient": args.coefficient}
+
+    def _load_descriptions(self, results, layer, kind="decomposition"):
+        expected = {"fingerprint": self.clip.fingerprint}
+        return load_descriptions(results, self.clip.vit.sizes, expected, kind=kind, layer=layer, **self.names)
+
+    def path(self, kind, **names):
+        """Path of a result about the training images."""
+        return self.results.path(kind, **self.names, **names)
+
+    def held_out_path(self, kind, **names):
+        """Path of a result about the held-out images."""
+        return self.results.path(kind, **{**self.names, "dataset": self.args.dataset, "split": self.args.split, **names})
+
+    def arrays(self, layers, images, directions=None):
+        """The arrays of a pass over images, {path: spec}, and their record: representations, every neuron's effects along its
+        component, and, with directions {layer: {row: [N, D]}}, its effects along those, one array after the other of each kind."""
+        count, vit, path = len(images), self.clip.vit, self.held_out_path if images is self.held_out else self.path
+        arrays = {path("representations"): ((count, vit.D), "float32")}
+        for layer in layers:
+            made_of = {"statistics": self.statistics[layer].digest()}
+            arrays[path("projections", layer=layer)] = ((count, vit.N), "float32", made_of)
+        for layer in layers if directions else ():
+            rows = directions[layer].values()
+            arrays[path("along", layer=layer)] = ((count, len(rows), vit.N), "float32", {"directions": digest(*rows)})
+        return arrays, {**self.clip.record, **images.record, "coefficient": self.args.coefficient}
+
+    @property
+    def judge(self):
+        """The `grading.Judge` of texts on the training images."""
+        if self.truth:
+            return grading.Judge(self.truth[0], torch.eye(len(self.texts)))
+        return grading.Judge(torch.from_numpy(np.load(self.path("representations"))), self.vectors)
+
+    def fit(self, judge, layer):
+        """Find what a layer's neurons fire on; returns the directions of the rows of the table, {row: [N, F]}."""
+        args, effects = self.args, torch.from_numpy(np.load(self.path("projections", layer=layer)))
+        record = {**self.clip.record, **self.images.record, "layer": layer, "text_descriptions": args.text_descriptions}
+        record |= {"components": args.components, "effects": digest(effects), "atoms": digest(judge.atoms)}
+        atoms, targets = (x.to(args.device) for x in (judge.atoms, judge.targets(effects)))
+        describe(self.path("fires_on", layer=layer), self.texts, atoms, targets, record=record, overwrite=args.overwrite)
+        self.descriptions[layer]["fires_on"] = self._load_descriptions(self.results, layer, kind="fires_on")
+        more = {"first": load_support(self.path("fires_on", layer=layer).with_suffix(".npz"))[:, 0]}
+        if not self.truth:
+            inputs = (torch.from_numpy(np.load(self.path("representations"))), self.vectors, effects)
+            made_of = {**record, "components": None}
+            path, inputs = self.path("labels", layer=layer), [x.to(args.device) for x in inputs]
+            labels = soft_wpmi(path, *inputs, record=made_of, overwrite=args.overwrite)
+            more |= {"component": self.statistics[layer].pcas, "labels": labels}
+        sides = (grading.as_matrix(self.descriptions[layer][side], len(self.texts)) for side in ("writes", "fires_on"))
+        return directions_of(judge, *sides, **more)
+
+    def grades(self, layer, directions):
+        """The array of a layer's grades, {path: spec}, and its record."""
+        made_of = {"layer": layer, "share": self.share, "statistics": self.statistics[layer].digest()}
+        made_of |= {"rows": list(directions), "directions": digest(*directions.values())}
+        made_of |= {"truth": digest(*self.truth)} if self.truth else {}
+        measures = grading.MEASURES[: 2 if self.truth else None]
+        spec = ((self.clip.vit.N, len(directions), len(measures)), "float32")
+        return {self.held_out_path("grades", layer=layer): spec}, self.made_of | made_of
+
+    def is_graded(self, layer, directions):
+        """Whether a layer's grades are there. Raises UserError when they are of other inputs."""
+        arrays, record = self.grades(layer, directions)
+        return all(is_made(path, complete(record, *spec), self.args.overwrite) for path, spec in arrays.items())
+
+    def of_neurons(self, layer, directions, n):
+        """What `grading.grades` takes of a slice of neurons."""
+        effects = columns(self.held_out_path("projections", layer=layer), n)
+        rows = torch.stack([directions[row][n] for row in directions])
+        if self.truth:
+            return {"features": self.truth[1], "directions": rows, "effects": effects, "share": self.share}
+        features = torch.from_numpy(np.load(self.held_out_path("representations")))
+        own = columns(self.held_out_path("along", layer=layer), n)
+        mean = (rows * self.statistics[layer].mean[n].cpu()).sum(dim=-1)
+        return {"features": features, "directions": rows, "effects": effects, "share": self.share, "own": own, "mean": mean}
+
+    def finish(self, graded):
+        """Write the .csv of every layer, {layer: Graded}, and remove what was only needed for the grades."""
+        for layer, of in graded.items():
+            path, along = (self.held_out_path(kind, layer=layer) for kind in ("grades", "along"))
+            names, sizes = {**self.names, "layer": layer}, self.clip.vit.sizes
+            published = not self.inputs.find("explained", **names).is_file()
+            explained = np.full(sizes["N"], np.nan) if published else self.inputs.load("explained", sizes, **names)
+            save_neurons(path.with_suffix(".csv"), of, explained, self.descriptions[layer])
+            for file in (along, along.with_suffix(".meta.json")):
+                file.unlink(missing_ok=True)
+
+
+def columns(path, n):
+    """The columns n of an array on disk, a tensor [..., n]; nothing else of it stays in memory."""
+    return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False)[..., n].copy())
+
+
+def load_truth(paths, images, texts):
+    """What is true of the training and of the held-out images, two float32 tensors [images, texts].
+
+    paths: of two .npy, of numbers or booleans, a row for each of the two `Images` and a column for each of the texts.
+
+    Raises UserError for another shape, or numbers that are not finite.
+    """
+    found = []
+    for path, of in zip(paths, images, strict=True):
+        try:
+            array = read_array(path)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(f"--truth {path} cannot be read: {one_line(error)[:120]}") from error
+        if array.shape != (len(of), len(texts)) or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            wanted = f"finite numbers, {len(of)} {of.split} images x {len(texts)} texts, are needed"
+            raise UserError(f"--truth {path} holds {array.dtype} {' x '.join(map(str, array.shape))}; {wanted}")
+        found.append(torch.from_numpy(array.astype(np.float32)))
+    return found
+
+
+def soft_wpmi(path, representations, vectors, effects, record, overwrite=False):
+    """`grading.SoftWPMI` labels of all neurons, int [N], in a file at `path`; all processes share the texts. record: what they are
+    made from; other parameters as there."""
+    N, pieces = effects.shape[1], pieces_of(len(vectors), grading.TEXTS)
+    state = {"score": ((N,), "float64"), "place": ((N,), "int64")}  # place: of the best text so far, counted from 1
+    with Pass({path: ((N,), "int32")}, record, pieces, state=state, overwrite=overwrite) as work:
+        label = None if work.finished else grading.SoftWPMI(representations, vectors, effects)
+        for part, _ in work.over(description="soft-WPMI", unit="text"):
+            score, place = (x.cpu().numpy() for x in label(part).max(dim=1))
+            larger = (work.state["place"] == 0) | (score > work.state["score"])
+            work.state["score"][larger], work.state["place"][larger] = score[larger], place[larger] + part.start + 1
+        if not work.finished:
+            found = {name: np.array(parts) for name, parts in work.gather(["score", "place"]).items()}
+            best = np.where(found["place"] > 0, found["score"], -np.inf).argmax(axis=0)
+            if distributed.is_rank_zero():
+                work[path][:] = found["place"][best, np.arange(N)] - 1
+    return np.load(path)
+
+
+def directions_of(judge, written, fired_on, first, component=None, labels=None):
+    """The directions of the rows of the table, {row: [N, F]}, in the order of `grading.ROWS`.
+
+    judge: `grading.Judge`. written, fired_on: descriptions, sparse [N, T] (fired_on: in standardised presences).
+    first: the text of `fired_on` that was chosen first, [N].
+    component, labels: [N, D], and a text for each neuron; None where a truth judges.
+    """
+    vectors, one = judge.vectors, grading.only
+    found = {
+        "writes": grading.written(written, vectors),
+        "fires_on": judge.direction(fired_on),
+        "one_written": grading.written(one(written, grading.strongest(written)), vectors),
+        "one_fired_on": grading.written(one(fired_on, first), vectors),
+    }
+    if component is not None:
+        found |= {"direction": component.cpu(), "wpmi": vectors[torch.from_numpy(labels).long()].float()}
+    found |= {f"null_{row}": grading.of_another(found[row]) for row in ("writes", "fires_on")}
+    return {row: found[row] for row in grading.ROWS if row in found}
+
+
+class Graded:
+    """The grades of a layer. values: [N, rows, measures]. rows: their names."""
+
+    def __init__(self, values, rows):
+        self.values, self.rows, self.measures = values, list(rows), list(grading.MEASURES[: values.shape[2]])
+
+    def of(self, row, measure):
+        """[N]."""
+        return self.values[:, self.rows.index(row), self.measures.index(measure)]
+
+
+def load_grades(results, sizes, expected, **names):
+    """The `Graded` of a layer, as evaluate_descriptions.py left it. Parameters as in `Results.load`; raises as it does."""
+    values, path = results.load("grades", sizes, expected, **names), results.find("grades", **names)
+    rows = load_record(path).get("rows", [])
+    if len(rows) != values.shape[1] or set(rows) - set(grading.ROWS) or values.shape[2] not in (2, len(grading.MEASURES)):
+        command = results.command("grades", **names)
+        raise UserError(f"{path} does not have the rows that its record says; make it again with: {command} --overwrite")
+    return Graded(values, rows)
+
+
+def save_neurons(path, graded, explained, described):
+    """Write the .csv of all neurons of a layer: their grades, and the texts of both sides with coefficients, as json.
+
+    graded: `Graded`. explained: [N]. described: {side: descriptions as `load_descriptions` gives them}.
+    """
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(
+        ["neuron", "explained", *(f"{row} {measure}" for row in graded.rows for measure in graded.measures), *described]
+    )
+    for n, values in enumerate(graded.values):
+        sides = [json.dumps([[text, round(c, 6)] for _, c, text in of[n]], ensure_ascii=False) for of in described.values()]
+        table.writerow([n, f"{explained[n]:.4f}", *(f"{x:.4f}" for x in values.ravel()), *sides])
+    save_atomic(path, lambda out: out.write(file.getvalue().encode()))
+
+
+def report(path, made_of, graded):
+    """Write the summary of some layers, {layer: Graded}, at `path` (.json), and beside it a .png; returns the lines of a table."""
+    from utils.visualization import plot_grades  # here, because matplotlib takes 20 MB
+
+    tables = {str(layer): grading.summary(of.values, of.rows, of.measures) for layer, of in graded.items()}
+    save_json(path, {**made_of, "layers": list(graded), "neurons": tables})
+    plot_grades(graded, path.with_suffix(".png"))
+    lines, width = [], max(map(len, grading.ROWS.values())) + 2
+    for layer, table in tables.items():
+        measures = next(iter(table.values()))
+        lines.append(f"layer {layer}, means over neurons".ljust(width) + "".join(f"{name:>17}" for name in measures))
+        for row, measured in table.items():
+            cells = (f"{value['mean']:.3f} ± {value['error']:.3f}" for value in measured.values())
+            lines.append(grading.ROWS[row].ljust(width) + "".join(f"{cell:>17}" for cell in cells))
+    return lines

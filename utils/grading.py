@@ -1,0 +1,216 @@
+"""How far a description can be trusted: what a neuron writes and what it fires on, graded on held-out images.
+
+A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of the texts' presences
+there. A judge says how present a text is: the model, by the similarity of image and text (`features` are representations and
+`vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the identity). So a description is one direction of
+the features, and all that is graded here are directions.
+
+Beyond the paper. Grades are those that notice missing and extra labels, over all held-out images: Pearson correlation and average
+precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F features, R rows of the table, S texts of a neuron.
+"""
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from utils.norms import blocks_of
+
+ROWS = {
+    "writes": "texts that it writes",
+    "fires_on": "texts that it fires on",
+    "direction": "its component itself",
+    "one_written": "the strongest text that it writes",
+    "one_fired_on": "the first text that it fires on",
+    "wpmi": "its label by soft-WPMI (CLIP-Dissect)",
+    "null_writes": "another neuron's texts that it writes",
+    "null_fires_on": "another neuron's texts that it fires on",
+}
+MEASURES = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")  # the first two where a truth judges
+WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
+TEXTS = 1024  # that are worked on together
+
+
+class Judge:
+    """How present every text is on training images, for fitting texts to effects.
+
+    features: [images, F]. vectors: [T, F].
+
+    Presences are features @ vectors.T, [images, T]; standardised over the images they are the atoms. All lie in the space of the
+    features, so a basis of that space has atoms and targets of F numbers at most in place of one for every image.
+
+    Attributes: atoms [T, rank] of unit norm (0 for a text that is equally present everywhere), spread [T].
+    """
+
+    def __init__(self, features, vectors):
+        wide = features.double()
+        self.centred, self.vectors = wide - wide.mean(dim=0), vectors.double()
+        squares, V = torch.linalg.eigh(self.centred.T @ self.centred)
+        kept = squares > 1e-10 * squares[-1]
+        self.singular, self.V = squares[kept].sqrt(), V[:, kept]
+        atoms = self.vectors @ self.V * self.singular  # [T, rank]
+        self.spread = atoms.norm(dim=1)
+        told_apart = self.spread > 1e-6 * self.spread.max()
+        self.atoms = torch.where(told_apart[:, None], atoms / self.spread.clamp_min(1e-300)[:, None], 0).float()
+
+    def targets(self, effects):
+        """Effects [images, N], centred and of unit norm, in the basis: [N, rank]."""
+        effects = effects.double() - effects.double().mean(dim=0)
+        along = (self.V.T @ (self.centred.T @ effects)) / self.singular[:, None]
+        return (along / effects.norm(dim=0).clamp_min(1e-300)).T.float()
+
+    def direction(self, description):
+        """The directions [N, F] of sparse sums [N, T] of standardised presences."""
+        scaled = scipy.sparse.csr_matrix(description) @ scipy.sparse.diags(1 / np.maximum(self.spread.cpu().numpy(), 1e-300))
+        return torch.from_numpy(scaled @ self.vectors.cpu().numpy()).float()
+
+
+def written(description, vectors):
+    """The directions [N, F] of what neurons write: sparse sums [N, T] of texts, as the decomposition has them."""
+    return torch.from_numpy(scipy.sparse.csr_matrix(description) @ vectors.double().cpu().numpy()).float()
+
+
+def as_matrix(descriptions, texts):
+    """Descriptions as `load_descriptions` gives them, as a csr matrix [N, texts]."""
+    entries = [(n, i, c) for n, texts_of in enumerate(descriptions) for i, c, _ in texts_of]
+    rows, columns, values = zip(*entries, strict=True)
+    return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(descriptions), texts))
+
+
+def only(description, chosen):
+    """A description [N, T] with the texts chosen [N] alone, each with the sign of its coefficient."""
+    matrix, n = scipy.sparse.csr_matrix(description), np.arange(description.shape[0])
+    return scipy.sparse.csr_matrix((np.sign(np.asarray(matrix[n, chosen]).ravel()), (n, chosen)), shape=matrix.shape)
+
+
+def strongest(description):
+    """The text of the largest |coefficient| of every neuron, int [N]."""
+    return np.asarray(abs(scipy.sparse.csr_matrix(description)).argmax(axis=1)).ravel()
+
+
+def of_another(directions):
+    """The directions of another neuron in place of a neuron's own, the null: [N, F]."""
+    return directions.roll(1, dims=0)
+
+
+class SoftWPMI:
+    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells most about the images on
+    which the neuron acts most.
+
+    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x) the softmax over
+    texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label is the text of the largest log P(t) - log mean_n P(t).
+
+    representations, vectors: [images, D], [T, D]. effects: [images, N].
+    """
+
+    def __init__(self, representations, vectors, effects):
+        self.images = torch.nn.functional.normalize(representations, dim=1)
+        self.vectors = torch.nn.functional.normalize(vectors, dim=1)
+        count = min(WPMI["images"], len(effects))
+        self.top = effects.topk(count, dim=0).indices.T  # [N, count]
+        rank = torch.arange(count, device=effects.device) / count
+        self.weight = WPMI["first"] - rank * (WPMI["first"] - WPMI["last"])
+        parts = [self._scores(part).logsumexp(dim=1) for part in self.vectors.split(TEXTS)]
+        self.total = torch.stack(parts).logsumexp(dim=0)[:, None]  # [images, 1]
+
+    def _scores(self, vectors):
+        return WPMI["scale"] * self.images @ vectors.T
+
+    def __call__(self, texts):
+        """Scores of a slice of the texts, [N, texts]."""
+        probability = (self._scores(self.vectors[texts]) - self.total).exp()  # [images, texts]
+        found = []
+        for n in self.top.split(16):
+            each = 1 + self.weight[:, None] * (probability[n] - 1)  # [n, count, texts]
+            found.append((each + WPMI["least"]).log_().sum(dim=1))
+        found = torch.cat(found)
+        return found - (found.logsumexp(dim=0) - np.log(len(found)))
+
+
+class Along:
+    """<phi_n, v> for R directions v of every neuron: what the neuron itself adds to what is predicted of it.
+
+    directions: `Directions` of the layer. vectors: {row: [N, D]}.
+    """
+
+    def __init__(self, directions, vectors):
+        self.vectors = vectors = torch.stack(list(vectors.values())).to(directions.values)  # [R, N, D]
+        heads = [torch.einsum("nko,rno->nkr", directions.B(n), vectors[:, n]) for n in blocks_of(vectors.shape[1])]
+        self.along = torch.cat(heads)  # [N, K, R]
+
+    def __call__(self, phi):
+        """[B, R, N] of a `SecondOrder`."""
+        own = torch.bmm(phi.C.permute(2, 0, 1), self.along).permute(1, 2, 0)
+        return own + (phi.kappa @ self.vectors.flatten(0, 1).T).view(own.shape)
+
+
+def correlation(predicted, effects):
+    """Pearson correlation of every column [..., images, n], 0 where one is constant: [..., n]."""
+    predicted, effects = (x.double() - x.double().mean(dim=-2, keepdim=True) for x in (predicted, effects))
+    norms = predicted.norm(dim=-2) * effects.norm(dim=-2)
+    return torch.where(norms > 0, (predicted * effects).sum(dim=-2) / norms.clamp_min(1e-300), 0)
+
+
+def average_precision(predicted, positive):
+    """Average precision of every column, as scikit-learn's `average_precision_score`: equal predictions count together.
+
+    predicted: [..., images, n]. positive: bool [images, n], one of a column at least. Returns [..., n].
+    """
+    predicted, order = predicted.transpose(-1, -2).sort(dim=-1, descending=True)  # [..., n, images]
+    hit = positive.T.expand(order.shape).gather(-1, order)
+    count = order.shape[-1]
+    ends = torch.ones_like(hit)
+    ends[..., :-1] = predicted[..., :-1] != predicted[..., 1:]
+    places = torch.arange(count, device=order.device)
+    end = torch.where(ends, places, count).flip(-1).cummin(dim=-1).values.flip(-1)  # of the run of equal ones
+    precision = hit.cumsum(dim=-1).gather(-1, end).double() / (end + 1)
+    return (precision * hit).sum(dim=-1) / hit.sum(dim=-1)
+
+
+def most_active(effects, share):
+    """The `share` of the images with a neuron's largest effects, one at least: bool [images, n]."""
+    count = max(1, round(share * len(effects)))
+    return torch.zeros_like(effects, dtype=torch.bool).scatter_(0, effects.topk(count, dim=0).indices, True)
+
+
+def grades(features, directions, effects, share, own=None, mean=None):
+    """Grades of some neurons' directions on held-out images.
+
+    features, directions: [images, F], [R, n, F].
+    effects: [images, n], along the components. share: of the images that count as those the neuron acts on.
+    own, mean: <phi_n, v> of every image and of the mean effect, [images, R, n] and [R, n]; None where a neuron has no part in the
+        features.
+
+    Returns {measure: [R, n]}: pearson and auprc; and with `own` the same without the neuron's own effect, and drop: how far the
+    similarity with the description (times 100) falls where the neuron acts, when its effect is put at its mean.
+    """
+    predicted, positive = torch.einsum("if,rnf->rin", features, directions), most_active(effects, share)
+    found = {"pearson": correlation(predicted, effects), "auprc": average_precision(predicted, positive)}
+    if own is not None:
+        own = own.transpose(0, 1)  # [R, images, n]
+        found["pearson_without"] = correlation(predicted - own, effects)
+        found["auprc_without"] = average_precision(predicted - own, positive)
+        lost = ((own - mean[:, None]) * positive).sum(dim=1) / positive.sum(dim=0)
+        found["drop"] = lost / directions.norm(dim=-1).clamp_min(1e-30)
+    return {name: found[name].float() for name in MEASURES if name in found}
+
+
+def summary(graded, rows, measures):
+    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that score above 95 % of
+    the null of their side.
+
+    graded: [N, rows, measures].
+    """
+    found = {}
+    for r, row in enumerate(rows):
+        found[row] = {}
+        null = rows.index("null_writes" if "writ" in row or row == "direction" else "null_fires_on")
+        for m, measure in enumerate(measures):
+            values = graded[:, r, m].astype(np.float64)
+            bound = np.quantile(graded[:, null, m], 0.95)
+            found[row][measure] = {
+                "mean": float(values.mean()),
+                "error": float(values.std() / np.sqrt(len(values))),
+                "median": float(np.median(values)),
+                "above_null": float((values > bound).mean()),
+            }
+    return found
