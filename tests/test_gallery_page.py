@@ -28,16 +28,17 @@ VISIT_ALL = """
 const [addresses, done] = arguments;
 const main = document.getElementById("main");
 const titles = [];
-const tick = () => new Promise(requestAnimationFrame);
-(async () => {
-  for (const address of addresses) {
-    location.hash = address;
-    const end = performance.now() + 10000;
-    while (main.dataset.shown !== address && performance.now() < end) await tick();
-    titles.push(main.querySelector("h1").textContent);
-  }
-  done(titles);
-})();
+const next = () => {
+  if (titles.length === addresses.length) done(titles);
+  else location.hash = addresses[titles.length];
+};
+new MutationObserver((_, observer) => {
+  if (main.dataset.shown !== addresses[titles.length]) return;
+  titles.push(main.querySelector("h1").textContent);
+  next();
+  if (titles.length === addresses.length) observer.disconnect();
+}).observe(main, { attributeFilter: ["data-shown"] });
+next();
 """
 
 
@@ -461,6 +462,7 @@ def test_the_policy_refuses_inline_scripts_styles_and_foreign_pictures(page):
     assert all("Content Security Policy" in error for error in errors)
     assert page.script("return window.ran") is False
     assert page.script("return document.getElementById('styled').style.color") == ""
+    assert [url for url in requested_urls(page.driver) if not url.startswith("file:")] == ["https://example.invalid/x.png"]
 
 
 def test_a_slash_focuses_the_search_and_an_arrow_leads_to_the_first_card(page):

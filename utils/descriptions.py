@@ -26,9 +26,9 @@ class Evaluation:
 
     args: its flags. inputs, results: `Results` of what is read and of what is written.
 
-    Attributes: clip, layers, texts; statistics {layer: Statistics}; images and held_out, the `Images` that texts are fitted to and
-    graded on; descriptions {layer: {side: as `load_descriptions` gives them}}; share of the images that a neuron is said to act on;
-    truth, of both splits, or None; made_of, what results say.
+    Attributes: clip, layers, texts; statistics {layer: Statistics}; images and held_out, the `Images` that texts are fitted to
+    and graded on; descriptions {layer: {side: as `load_descriptions` gives them}}; share of the images that a neuron is said to
+    act on; truth, of both splits, or None; made_of, what results say.
 
     Raises UserError, with the command, for what is missing or does not belong together.
     """
@@ -71,7 +71,7 @@ class Evaluation:
 
     def arrays(self, layers, images, directions=None):
         """The arrays of a pass over images, {path: spec}, and their record: representations, every neuron's effects along its
-        component, and, with directions {layer: {row: [N, D]}}, its effects along those, one array after the other of each kind."""
+        component, and, with directions {layer: {row: [N, D]}}, its effects along those; all layers of one kind, then the next."""
         count, vit, path = len(images), self.clip.vit, self.held_out_path if images is self.held_out else self.path
         arrays = {path("representations"): ((count, vit.D), "float32")}
         for layer in layers:
@@ -170,8 +170,8 @@ def load_truth(paths, images, texts):
 
 
 def soft_wpmi(path, representations, vectors, effects, record, overwrite=False):
-    """`grading.SoftWPMI` labels of all neurons, int [N], in a file at `path`; all processes share the texts. record: what they are
-    made from; other parameters as there."""
+    """`grading.SoftWPMI` labels of all neurons, int [N], in a file at `path`; all processes share the texts. record: what they
+    are made from; other parameters as there."""
     N, pieces = effects.shape[1], pieces_of(len(vectors), grading.TEXTS)
     state = {"score": ((N,), "float64"), "place": ((N,), "int64")}  # place: of the best text so far, counted from 1
     with Pass({path: ((N,), "int32")}, record, pieces, state=state, overwrite=overwrite) as work:
@@ -246,7 +246,7 @@ def save_neurons(path, graded, explained, described):
 
 
 def report(path, made_of, graded):
-    """Write the summary of some layers, {layer: Graded}, at `path` (.json), and beside it a .png; returns the lines of a table."""
+    """Write the summary of some layers, {layer: Graded}, at `path` (.json) and a .png beside; returns the lines of a table."""
     from utils.visualization import plot_grades  # here, because matplotlib takes 20 MB
 
     tables = {str(layer): grading.summary(of.values, of.rows, of.measures) for layer, of in graded.items()}

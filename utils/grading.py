@@ -2,11 +2,11 @@
 
 A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of the texts' presences
 there. A judge says how present a text is: the model, by the similarity of image and text (`features` are representations and
-`vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the identity). So a description is one direction of
-the features, and all that is graded here are directions.
+`vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the identity). So a description is one direction
+of the features, and all that is graded here are directions.
 
 Beyond the paper. Grades are those that notice missing and extra labels, over all held-out images: Pearson correlation and average
-precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F features, R rows of the table, S texts of a neuron.
+precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F features, R rows of the table.
 """
 
 import numpy as np
@@ -93,11 +93,11 @@ def of_another(directions):
 
 
 class SoftWPMI:
-    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells most about the images on
-    which the neuron acts most.
+    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells most about the images
+    on which the neuron acts most.
 
-    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x) the softmax over
-    texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label is the text of the largest log P(t) - log mean_n P(t).
+    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x) the softmax
+    over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label is the text of the largest log P(t) - log mean_n P(t).
 
     representations, vectors: [images, D], [T, D]. effects: [images, N].
     """

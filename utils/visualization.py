@@ -53,11 +53,10 @@ def plot_lines(curves, xlabel, ylabel, path):
 
 
 def plot_grades(graded, path):
-    """How the correlations of a layer's neurons are distributed, a panel for each of {layer: `Graded`} and a line for each row."""
-    columns = min(4, len(graded))
+    """How the correlations of a layer's neurons are distributed: a panel for each of {layer: `Graded`}, a line for each row."""
+    columns = min(3, len(graded))
     rows = -(-len(graded) // columns)
-    size = (4.4 * columns + 2.6, 3.2 * rows)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 4.6 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat[len(graded) :]:
         axes.set_axis_off()
     for axes, (layer, of) in zip(grid.flat, graded.items(), strict=False):
@@ -66,8 +65,10 @@ def plot_grades(graded, path):
             style = ":" if row.startswith("null") else "-"
             axes.plot(values, np.linspace(0, 1, len(values)), style, color=f"C{i}", label=f"{ROWS[row]} ({values.mean():.2f})")
         axes.set(title=f"layer {layer}", xlabel="correlation with the effect, held-out images", ylabel="share of neurons below")
+        axes.set_xlim(-0.8, 1)
         axes.axvline(0, color="black", linewidth=0.6)
-        axes.legend(fontsize="xx-small", loc="upper left", bbox_to_anchor=(1, 1) if columns == 1 else None)
+        axes.legend(fontsize="x-small", title="mean in brackets", title_fontsize="x-small", loc="upper center",
+                    bbox_to_anchor=(0.5, -0.16), frameon=False)  # fmt: skip
     save_figure(figure, path)
 
 

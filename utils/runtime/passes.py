@@ -80,8 +80,8 @@ class Pass:
 
     Parameters
     arrays: {path: (shape, dtype)} of the results, or (shape, dtype, what this one alone is made from besides). Inside the `with`,
-        work[path][rows] = block and work[path][:, columns] = block write them; a thread does it while the loop goes on, so a block
-        must not be changed afterwards.
+        work[path][rows] = block and work[path][:, columns] = block write them; a thread does it while the loop goes on, so a
+        block must not be changed afterwards.
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).

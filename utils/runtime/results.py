@@ -82,9 +82,7 @@ ARTIFACTS = {
     "projections": Artifact(LAYER + "{k}_projections.npy", "images N", GRADES_ALL, "effects along the first components"),
     "fires_on": Artifact(FIRES_ON + ".json", "", GRADES_ALL, "texts that neurons fire on, as the decomposition; also `.npz`"),
     "labels": Artifact(FIRES_ON + "_wpmi.npy", "N", GRADES_ALL, "soft-WPMI labels, text indices", "int32"),
-    "along": Artifact(
-        GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along the texts; removed when they are graded"
-    ),
+    "along": Artifact(GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along texts; removed once graded"),
     "grades": Artifact(GRADES + ".npy", "N rows measures", GRADES_ALL, "grades of descriptions; also `.csv`"),
     "graded": Artifact(GRADES + "_summary.json", "", GRADES_ALL, "their means over neurons; also `.png`"),
     "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),

@@ -1,0 +1,79 @@
+"""A page of all neurons of some layers: what each writes and fires on, its top pictures, its grades. To open, or put on any web host.
+
+    python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH --mlp_layer 9 \\
+        --text_descriptions 30k --components 128
+
+Reads what the stages up to evaluate_descriptions.py have left, and goes once over the images of both splits. Writes  --gallery
+(default OUTPUT_DIR/gallery): index.html, data/, pictures/, neurons.parquet, and FORMAT.md, which says what is in them. Every neuron
+has an address, index.html#LAYER/NEURON. With --no_pictures the page holds no picture.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.datasets import Loader
+from utils.gallery.collect import Collector, collect, thumbnails
+from utils.gallery.sources import Sources
+from utils.gallery.write import write_gallery
+from utils.prs import fold_layers
+from utils.runtime import distributed, flags
+from utils.runtime.files import whole_folder
+from utils.runtime.layers import groups_of_layers
+from utils.runtime.passes import Pass, pieces_of
+
+
+def main(args):
+    known = {"data_path": args.data_path, "split": args.split, "descriptions_dir": args.descriptions_dir}
+    inputs, _ = flags.results_of(args, **known)
+    gallery = Path(args.gallery or Path(args.output_dir) / "gallery")
+    sources, parts = Sources(args, inputs), gallery.with_name(f"{gallery.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    for split, images in sources.images.items():
+        for group in groups_of_layers(sources.clip.vit, sources.layers, args.memory * 1e9):
+            look(args, sources, parts, split=split, images=images, layers=group)
+    if distributed.is_rank_zero():
+        with whole_folder(gallery) as folder:
+            write_gallery(folder, sources, parts)
+        shutil.rmtree(parts)
+        print(f"wrote {gallery}: {len(sources.layers) * sources.clip.vit.N} neurons; open {gallery.resolve() / 'index.html'}")
+
+
+def look(args, sources, parts, split, images, layers):
+    """One pass over the images of a split: small pictures, maps, concepts, and shares of the heads."""
+    vit, (arrays, state, record) = sources.clip.vit, sources.arrays(parts, split, layers)
+    pieces, settings = pieces_of(len(images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    with torch.inference_mode(), Pass(arrays, record, pieces, settings, state=state, overwrite=args.overwrite) as work:
+        folded = [] if work.finished else fold_layers(vit, layers)
+        collectors = [Collector(item, *sources.of_layer(item.layer, split)) for item in folded]
+        for rows, pixels in work.over(Loader(images, args.device, args.num_workers)):
+            if not args.no_pictures:
+                work[parts / f"{split}_pictures.npy"][rows] = thumbnails(pixels, sources.clip.transform, sources.size)
+            for each, p, phi in collect(vit, layers, collectors, pixels):
+                layer = each.directions.layer
+                found, maps = each.maps(rows, p, vit.prefix)
+                work[parts / f"{split}_{layer}_maps.npy"][found] = maps
+                for name, values in zip(("neurons", "norms", "words", "scores"), each.concepts(phi), strict=True):
+                    work[parts / f"{split}_{layer}_{name}.npy"][rows] = values
+                work.state[f"heads{layer}"] += each.through_heads(phi).cpu().double().numpy()
+        if not work.finished:
+            for name, of_processes in work.gather(list(state)).items():
+                work[parts / f"{split}_{name.removeprefix('heads')}_heads.npy"][:] = np.sum(of_processes, axis=0)
+
+
+if __name__ == "__main__":
+    parser = flags.stage_parser(__doc__)
+    flags.add_data(parser)
+    parser.add_argument("--train_subsample", type=flags.positive_int, help="--subsample of the training images")
+    flags.add_layers(parser)
+    flags.add_top_k(parser)
+    flags.add_texts(parser, components=128)
+    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition that is shown")
+    parser.add_argument("--gallery", help="the folder to write; default: OUTPUT_DIR/gallery")
+    parser.add_argument("--no_pictures", action="store_true", help="for images that may not be shown")
+    parser.add_argument("--picture_size", type=flags.positive_int, default=96, help="side of a small picture in pixels")
+    flags.add_compute(parser, precision=True, memory=True)
+    flags.add_coefficient(parser)
+    flags.run(main, parser, parallel=True)

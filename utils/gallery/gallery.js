@@ -1,0 +1,725 @@
+// The gallery of neurons. Data come as scripts that call gallery.receive, for fetch() does not work on file://.
+// Names of classes and texts are foreign: they enter the page as text nodes and attributes only.
+"use strict";
+(() => {
+  const FIRST = 24; // cards that are drawn at once; the others follow as one scrolls
+  const BATCH = 60;
+  const TEXTS = 12; // texts of a side before one asks for all
+  const CLASS_SORTS = ["for", "against"];
+  const SIDES = { fires_on: "fires on", writes: "writes" };
+  const byId = (id) => document.getElementById(id);
+  const main = byId("main");
+  const siteTitle = document.title;
+  let about;
+
+  // ---- data ----
+
+  const received = new Map();
+  const loading = new Map();
+  window.gallery = { receive: (key, value) => void received.set(key, value) };
+
+  function load(key, path) {
+    if (!loading.has(key)) {
+      loading.set(key, new Promise((resolve, reject) => {
+        const script = element("script", { src: path });
+        script.onload = () => (received.has(key) ? resolve(received.get(key)) : script.onerror());
+        script.onerror = () => {
+          loading.delete(key); // so that another visit tries again
+          reject(new Error(`The file ${path} is missing or damaged.`));
+        };
+        document.head.append(script);
+      }));
+    }
+    return loading.get(key);
+  }
+
+  const prepared = new Map();
+  async function loadLayer(number) {
+    const data = await load(`layer ${number}`, `data/${number}/layer.js`);
+    if (!prepared.has(number)) prepared.set(number, prepareLayer(number, data));
+    return prepared.get(number);
+  }
+
+  async function loadClasses(number) {
+    const data = await load(`classes ${number}`, `data/${number}/classes.js`);
+    data.table ??= new Int8Array(bytes(data.values).buffer);
+    return data;
+  }
+
+  async function loadPiece(key, folder, index, size) {
+    const chunk = Math.floor(index / size);
+    const data = await load(`${key} ${chunk}`, `data/${folder}_${chunk}.js`);
+    return (data.neurons ?? data.images)[index - data.first];
+  }
+
+  const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+
+  const sheets = new Map();
+  function loadSheet(path) {
+    if (!sheets.has(path)) {
+      sheets.set(path, new Promise((resolve, reject) => {
+        const image = new Image();
+        image.onload = () => resolve(image);
+        image.onerror = () => reject(new Error(`The file ${path} is missing or damaged.`));
+        image.src = path;
+      }));
+    }
+    return sheets.get(path);
+  }
+
+  // ---- search ----
+
+  // Everything that a key stroke needs is made once here: lower-cased texts, and for each text where it occurs.
+  // An entry is a place in the columns of texts: entries of "writes" come after those of "fires_on".
+  function prepareLayer(number, data) {
+    const count = data.explained.length;
+    const span = count * data.shown;
+    const sides = Object.keys(SIDES).map((name) => ({ name, ...(data[name] ?? { texts: [], coefficients: [] }) }));
+    const layer = { number, count, span, sides, ...data };
+    const slots = new Map();
+    layer.strength = new Float32Array(2 * span);
+    sides.forEach(({ name, texts, coefficients }, side) => {
+      const grades = data.grades[name];
+      for (let i = 0; i < texts.length; i++) {
+        if (texts[i] < 0) continue;
+        const largest = Math.abs(coefficients[i - (i % data.shown)]) || 1;
+        const grade = grades ? Math.max(grades[Math.floor(i / data.shown)] ?? 0, 0) : 1;
+        layer.strength[side * span + i] = Math.abs(coefficients[i] / largest) * grade;
+        if (!slots.has(texts[i])) slots.set(texts[i], []);
+        slots.get(texts[i]).push(side * span + i);
+      }
+    });
+    layer.words = [...slots.keys()].map((id) => about.texts[id].toLowerCase());
+    layer.places = [...slots.values()];
+    return layer;
+  }
+
+  const wordCharacter = /[\p{L}\p{N}]/u;
+  function matchLevel(text, query) {
+    let at = text.indexOf(query);
+    if (at < 0) return 0;
+    if (text.length === query.length) return 3;
+    for (; at >= 0; at = text.indexOf(query, at + 1)) if (at === 0 || !wordCharacter.test(text[at - 1])) return 2;
+    return 1;
+  }
+
+  // The score and the best entry of each neuron; a score is 0 where nothing matches.
+  function searchLayer(layer, query) {
+    const score = new Float32Array(layer.count);
+    const entry = new Int32Array(layer.count).fill(-1);
+    for (let w = 0; w < layer.words.length; w++) {
+      const level = matchLevel(layer.words[w], query);
+      if (!level) continue;
+      for (const place of layer.places[w]) {
+        const neuron = Math.floor((place % layer.span) / layer.shown);
+        const value = 2 * level + layer.strength[place];
+        if (value > score[neuron]) {
+          score[neuron] = value;
+          entry[neuron] = place;
+        }
+      }
+    }
+    if (/^\d+$/.test(query) && Number(query) < layer.count) score[Number(query)] = Infinity;
+    return { score, entry };
+  }
+
+  const normalize = (query) => query.trim().toLowerCase();
+
+  // ---- order ----
+
+  function sortKeys(layer, hasQuery) {
+    const keys = [];
+    if (hasQuery) keys.push(["match", "best match"]);
+    for (const [name, title] of Object.entries(SIDES)) if (layer.grades[name]) keys.push([name, `${title}: grade`]);
+    keys.push(["explained", "share explained"], ["norm", "largest norm"], ["number", "number"]);
+    if (about.classifier !== false && about.class_names.length) keys.push(["for", "speaks for a class"], ["against", "speaks against a class"]);
+    return keys;
+  }
+
+  function chosenSort(layer, place) {
+    const keys = sortKeys(layer, normalize(place.q) !== "");
+    return { keys, sort: keys.some(([key]) => key === place.sort) ? place.sort : keys[0][0] };
+  }
+
+  function sortColumn(layer, sort, found, classes, label) {
+    if (sort === "match") return found.score;
+    if (sort === "explained" || sort === "norm") return layer[sort];
+    if (Object.hasOwn(SIDES, sort)) return layer.grades[sort];
+    if (classes) {
+      const sign = sort === "for" ? 1 : -1;
+      return classes.table.subarray(label * layer.count, (label + 1) * layer.count).map((value) => sign * value);
+    }
+    return new Array(layer.count).fill(0);
+  }
+
+  function orderNeurons(column, found, count) {
+    const value = Float64Array.from({ length: count }, (_, i) => column[i] ?? -Infinity);
+    let neurons = Array.from({ length: count }, (_, i) => i);
+    if (found) {
+      neurons = neurons.filter((i) => found.score[i] > 0);
+      for (const i of neurons) if (found.score[i] === Infinity) value[i] = Infinity; // a number comes first in any order
+    }
+    return neurons.sort((a, b) => (value[a] === value[b] ? a - b : value[b] > value[a] ? 1 : -1));
+  }
+
+  // ---- elements ----
+
+  function build(node, attributes, children) {
+    for (const [name, value] of Object.entries(attributes)) if (value !== null) node.setAttribute(name, value);
+    node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    return node;
+  }
+  const element = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
+  const drawing = (tag, attributes = {}, ...children) =>
+    build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+  const known = (x) => typeof x === "number" && Number.isFinite(x);
+  const decimals = (x, digits = 2) => (known(x) ? x.toFixed(digits).replace(/^-(0\.?0*)$/, "$1").replace("-", "−") : "–");
+  const signed = (x, digits = 2) => (known(x) && x > 0 ? "+" : "") + decimals(x, digits);
+  const percent = (x) => (known(x) ? `${Math.round(100 * x)} %`.replace("-", "−") : "–");
+  const grouped = (x) => x.toLocaleString("en");
+  const digitsFor = (values) => { // enough decimals for two figures of the largest
+    const largest = Math.max(...values.map(Math.abs).filter(known), 0);
+    return largest > 0 ? Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(largest)))) : 2;
+  };
+  const headLayer = (layer, head) => (layer < 0 ? `pooling attention, head ${head}` : `layer ${layer}, head ${head}`);
+  const className = (split, row) => about.class_names[about.splits[split].labels[row]] ?? "no class";
+
+  function sheetPlace(split, row) {
+    const { columns, rows, size } = about.sheet;
+    const place = row % (columns * rows);
+    const path = `pictures/${split}_${Math.floor(row / (columns * rows))}.jpg`;
+    return { path, size, column: place % columns, row: Math.floor(place / columns) };
+  }
+
+  // Signed bars of one list: they start in the middle when some values are below zero.
+  function barList(items, label, format = signed) {
+    const values = items.map(([, value]) => value);
+    const largest = Math.max(...values.map(Math.abs), 1e-12);
+    const below = values.some((value) => value < 0);
+    const digits = digitsFor(values);
+    return element("ul", { class: "bars", "aria-label": label }, items.map(([node, value]) => {
+      const fill = element("i", { class: value < 0 ? "below" : "above" });
+      const width = (Math.abs(value) / largest) * (below ? 50 : 100);
+      fill.style.width = `${width}%`;
+      fill.style.left = `${!below ? 0 : value < 0 ? 50 - width : 50}%`;
+      const bar = element("span", { class: below ? "bar signed" : "bar", "aria-hidden": "true" }, fill);
+      return element("li", {}, node, bar, element("span", {}, format(value, digits)));
+    }));
+  }
+
+  function section(title, note, ...content) {
+    return element("section", {}, element("h2", {}, title), element("p", { class: "note" }, note), ...content);
+  }
+
+  const link = (address, ...content) => element("a", { href: address }, ...content);
+
+  // ---- cards ----
+
+  function highlighted(text, query) {
+    const at = query ? text.toLowerCase().indexOf(query) : -1;
+    if (at < 0) return [text];
+    return [text.slice(0, at), element("mark", {}, text.slice(at, at + query.length)), text.slice(at + query.length)];
+  }
+
+  // The three strongest texts of a side; the one that the search found takes the last place when it is not among them.
+  function cardSide(layer, neuron, side, match, query) {
+    const { name, texts, coefficients } = layer.sides[side];
+    if (!texts.length) return null;
+    const first = neuron * layer.shown;
+    const places = [0, 1, 2].filter((i) => i < layer.shown).map((i) => first + i);
+    const found = match >= 0 && Math.floor(match / layer.span) === side ? match % layer.span : -1;
+    if (found >= 0 && !places.includes(found)) places[places.length - 1] = found;
+    const grade = layer.grades[name]?.[neuron];
+    const label = element("div", { class: "label" }, SIDES[name]);
+    if (layer.grades[name]) {
+      const fill = element("i");
+      fill.style.width = `${100 * Math.min(Math.max(grade ?? 0, 0), 1)}%`;
+      label.append(element("span", { class: "meter", "aria-hidden": "true" }, fill), element("span", { class: "number" }, decimals(grade)));
+    }
+    const items = places.filter((i) => texts[i] >= 0).map((i) => {
+      const minus = coefficients[i] < 0 ? element("span", { class: "minus" }, "− ") : null;
+      const text = about.texts[texts[i]];
+      return element("li", { title: text }, minus, i === found ? highlighted(text, query) : text);
+    });
+    return element("div", {}, label, element("ul", {}, items));
+  }
+
+  function thumbnail(split, row) {
+    const thumb = element("span", { class: "thumb", role: "img", "aria-label": className(split, row) });
+    const place = sheetPlace(split, row);
+    thumb.style.backgroundImage = `url("${place.path}")`;
+    thumb.style.setProperty("--column", place.column);
+    thumb.style.setProperty("--row", place.row);
+    return thumb;
+  }
+
+  function card(layer, neuron, { heading = "h2", match = -1, query = "", extra = null } = {}) {
+    const { split, rows } = layer.pictures;
+    const four = Array.from(rows.slice(4 * neuron, 4 * neuron + 4)).filter((row) => row >= 0);
+    return element("li", { class: "card" },
+      element("div", { class: "head" },
+        element(heading, {}, link(`#${layer.number}/${neuron}`, `Neuron ${neuron}`)),
+        element("span", { class: "number" }, extra ?? `explained ${percent(layer.explained[neuron])}, norm ${decimals(layer.norm[neuron])}`)),
+      about.sheet && element("div", { class: "thumbs" }, four.map((row) => thumbnail(split, row))),
+      element("div", { class: "side" }, [0, 1].map((side) => cardSide(layer, neuron, side, match, query))));
+  }
+
+  // A list of cards that grows when its end comes near.
+  let growing = null;
+  function cardList(label, items, makeCard) {
+    const list = element("ul", { class: "cards", role: "list", "aria-label": label });
+    const end = element("div", { class: "sentinel" });
+    const observer = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && more(), { rootMargin: "900px" });
+    function more(count = BATCH) {
+      const from = list.childElementCount;
+      list.append(...items.slice(from, from + count).map(makeCard));
+      observer.disconnect();
+      if (list.childElementCount < items.length) observer.observe(end); // observed anew, so that it reports again
+      return list.childElementCount > from;
+    }
+    more(FIRST);
+    growing = { list, more, stop: () => observer.disconnect() };
+    return [list, end];
+  }
+
+  // ---- addresses ----
+
+  function parse(hash) {
+    const [path, query = ""] = hash.replace(/^#/, "").split(/\?(.*)/s);
+    const parts = path.split("/");
+    const number = (text, limit) => (/^\d{1,9}$/.test(text) && Number(text) < limit ? Number(text) : null);
+    const layerOf = (text) => about.layers.find((layer) => String(layer) === text) ?? null;
+    if (parts[0] === "image" && (parts.length === 3 || parts.length === 4)) {
+      const split = Object.hasOwn(about.splits, parts[1]) ? parts[1] : null;
+      const row = split === null ? null : number(parts[2], about.splits[split].count);
+      const layer = parts.length === 4 ? layerOf(parts[3]) : about.layers.at(-1);
+      return row === null || layer === null ? null : { view: "image", split, row, layer };
+    }
+    const layer = path === "" ? about.layers[0] : layerOf(parts[0]);
+    if (layer === null || parts.length > 2) return null;
+    if (parts.length === 2) {
+      const neuron = number(parts[1], about.neurons);
+      return neuron === null ? null : { view: "neuron", layer, neuron };
+    }
+    const fields = new URLSearchParams(query);
+    return {
+      view: "grid", layer, q: fields.get("q") ?? "", sort: fields.get("sort") ?? "",
+      label: number(fields.get("class") ?? "", about.class_names.length),
+    };
+  }
+
+  function gridAddress({ layer, q = "", sort = "", label = null }) {
+    const fields = new URLSearchParams();
+    if (q) fields.set("q", q);
+    if (sort) fields.set("sort", sort);
+    if (label !== null) fields.set("class", label);
+    return `#${layer}${fields.size ? `?${fields}` : ""}`;
+  }
+
+  // ---- the grid ----
+
+  async function showGrid(place, isCurrent) {
+    const layer = await loadLayer(place.layer);
+    const query = normalize(place.q);
+    const { sort } = chosenSort(layer, place);
+    const wantsClass = CLASS_SORTS.includes(sort);
+    const classes = wantsClass && place.label !== null ? await loadClasses(place.layer) : null;
+    if (!isCurrent()) return false;
+
+    const found = query ? searchLayer(layer, query) : null;
+    const neurons = orderNeurons(sortColumn(layer, sort, found, classes, place.label), found, layer.count);
+    const makeCard = (neuron) => {
+      let extra = null;
+      if (classes) {
+        const value = (classes.table[place.label * layer.count + neuron] * classes.scale[place.label]) / 127;
+        extra = `${about.class_names[place.label]} ${signed(value, digitsFor([classes.scale[place.label]]))}`;
+      }
+      return card(layer, neuron, { match: found ? found.entry[neuron] : -1, query, extra });
+    };
+    growing?.stop();
+    const all = `${grouped(layer.count)} neurons`;
+    let status = found ? `${grouped(neurons.length)} of ${all} match.` : `${all}.`;
+    if (wantsClass && !classes) status += " Choose a class.";
+    byId("status").textContent = status;
+    main.replaceChildren(
+      element("h1", { tabindex: "-1" }, `Layer ${layer.number}`),
+      element("p", { class: "note" }, "Each card is a neuron of the layer's MLP: images of its largest effects, when it acts (fires on) ",
+        "and what it adds to the image's representation (writes). Bars: correlation on held-out images."),
+      ...cardList(`Neurons of layer ${layer.number}`, neurons, makeCard));
+    return `Layer ${layer.number}`;
+  }
+
+  async function showControls(place) {
+    const { keys, sort } = chosenSort(await loadLayer(place.layer), place);
+    byId("sort").replaceChildren(...keys.map(([key, title]) => element("option", { value: key }, title)));
+    byId("sort").value = sort;
+    byId("class-field").hidden = !CLASS_SORTS.includes(sort);
+    if (byId("search").value !== place.q) byId("search").value = place.q;
+    if (document.activeElement !== byId("class")) byId("class").value = place.label === null ? "" : classTitles[place.label];
+  }
+
+  // ---- a neuron ----
+
+  async function showNeuron(place, isCurrent) {
+    const [layer, detail] = await Promise.all([
+      loadLayer(place.layer),
+      loadPiece(`neurons ${place.layer}`, `${place.layer}/neurons`, place.neuron, about.neuron_chunk),
+    ]);
+    if (!isCurrent()) return false;
+    const name = `Layer ${place.layer}, neuron ${place.neuron}`;
+    const neighbour = (neuron, title, rel) =>
+      neuron >= 0 && neuron < layer.count ? element("a", { href: `#${place.layer}/${neuron}`, rel }, title) : null;
+    byId("status").textContent = "";
+    main.replaceChildren(
+      element("div", { class: "top" },
+        element("h1", { tabindex: "-1" }, name),
+        element("nav", { "aria-label": "Neighbours" },
+          neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next"))),
+      element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's effects `,
+        `on the image's representation. The mean norm of its largest effects is ${decimals(layer.norm[place.neuron], 3)}.`),
+      pictureSection(detail.top),
+      element("div", { class: "columns" }, Object.keys(SIDES).map((side) => textSection(place.layer, detail, side))),
+      element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
+      detail.for.length || detail.against.length ? classSection(place.layer, detail) : "",
+      section("Nearest neurons", "Neurons whose directions are most alike, by cosine.",
+        barList(detail.nearest.map(([l, n, cosine]) => [link(`#${l}/${n}`, `layer ${l}, neuron ${n}`), cosine]), "Nearest neurons")));
+    return name;
+  }
+
+  function pictureSection(top) {
+    const redraws = [];
+    const rows = Object.keys(about.splits).filter((split) => Object.hasOwn(top, split)).flatMap((split) =>
+      ["positive", "negative"].filter((sign) => top[split][sign]?.length).map((sign) => element("div", {},
+        element("h3", {}, `${split}, ${sign} effects`),
+        element("ul", { class: "pictures", "aria-label": `${split}, largest ${sign} effects` },
+          top[split][sign].map((picture) => element("li", {}, topPicture(split, picture, redraws)))))));
+    const toggle = about.sheet && element("button", { type: "button", "aria-pressed": "true" }, "Show where it fires");
+    toggle?.addEventListener("click", () => {
+      const shows = toggle.getAttribute("aria-pressed") !== "true";
+      toggle.setAttribute("aria-pressed", String(shows));
+      for (const redraw of redraws) redraw(shows);
+    });
+    return section("Images of its largest effects", "Images on which the neuron moves the representation furthest along its direction, either way. "
+      + (about.sheet ? "Dark patches are those where the neuron does not fire." : ""), toggle, element("div", { class: "columns" }, rows));
+  }
+
+  function topPicture(split, [row, projection, map], redraws) {
+    const name = className(split, row);
+    const words = [element("span", { title: name }, name), element("span", { class: "number" }, signed(projection, 3))];
+    if (!about.sheet) return link(`#image/${split}/${row}`, ...words);
+    const canvas = element("canvas", { role: "img", "aria-label": `${name}, projection ${signed(projection, 3)}` });
+    const redraw = (shows) => drawPicture(canvas, split, row, shows ? map : null);
+    redraws.push(redraw);
+    redraw(true);
+    for (const word of words) word.setAttribute("aria-hidden", "true"); // the canvas says the same
+    return link(`#image/${split}/${row}`, canvas, ...words);
+  }
+
+  async function drawPicture(canvas, split, row, map) {
+    const place = sheetPlace(split, row);
+    canvas.map = map;
+    const sheet = await loadSheet(place.path).catch(() => null);
+    if (!sheet || canvas.map !== map) return;
+    canvas.width = canvas.height = place.size;
+    const context = canvas.getContext("2d");
+    context.drawImage(sheet, place.column * place.size, place.row * place.size, place.size, place.size, 0, 0, place.size, place.size);
+    if (map) context.drawImage(shade(map), 0, 0, place.size, place.size); // scaled up bilinearly
+    canvas.dataset.drawn = map ? "map" : "plain";
+  }
+
+  // One pixel a patch, black, the more opaque the less the neuron fires there.
+  function shade(map) {
+    const [rows, columns] = about.grid;
+    const small = element("canvas", { width: columns, height: rows });
+    const pixels = new ImageData(columns, rows);
+    bytes(map).forEach((value, i) => (pixels.data[4 * i + 3] = 0.75 * (255 - value)));
+    small.getContext("2d").putImageData(pixels, 0, 0);
+    return small;
+  }
+
+  function textSection(layer, detail, side) {
+    const notes = {
+      writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts.",
+      fires_on: "When the neuron acts: texts whose likeness to an image foretells the neuron's effect.",
+    };
+    const title = SIDES[side][0].toUpperCase() + SIDES[side].slice(1);
+    const texts = detail[side];
+    if (!texts) return section(title, "These texts were not computed.");
+    const item = ([id, coefficient]) => [link(gridAddress({ layer, q: about.texts[id] }), about.texts[id]), coefficient];
+    const holder = element("div", {}, barList(texts.slice(0, TEXTS).map(item), `Texts: ${SIDES[side]}`));
+    const all = texts.length > TEXTS ? element("button", { type: "button" }, `Show all ${texts.length} texts`) : null;
+    all?.addEventListener("click", () => {
+      holder.replaceChildren(barList(texts.map(item), `Texts: ${SIDES[side]}`));
+      holder.querySelectorAll("a")[TEXTS].focus();
+      all.remove();
+    });
+    return section(title, notes[side], gradeTable(detail, side), holder, all);
+  }
+
+  // The rows of a side: its own, those named after it (null_writes), and those of no side.
+  function gradeTable(detail, side) {
+    const names = Object.keys(detail.grades);
+    const sideOf = (name) => Object.keys(SIDES).find((s) => name === s || name.endsWith(`_${s}`) || name.startsWith(`${s}_`));
+    const chosen = names.filter((name) => (sideOf(name) ?? side) === side).sort((a, b) => (b === side) - (a === side));
+    if (!chosen.length) return null;
+    const head = ["", "correlation", "without own effect", "AUPRC", "without own effect"];
+    const row = (title, values, own) => element("tr", own ? { class: "own" } : {},
+      element("th", { scope: "row" }, title), values.map((value) => element("td", {}, decimals(value))));
+    return element("table", {},
+      element("caption", {}, `How well these texts foretell the effect on ${grouped(about.graded_images)} images of ${about.graded_on}.`),
+      element("thead", {}, element("tr", {}, head.map((title) => (title ? element("th", { scope: "col" }, title) : element("td"))))),
+      element("tbody", {},
+        chosen.map((name) => {
+          const grade = detail.grades[name] ?? {};
+          return row(about.rows[name] ?? name, [grade.pearson, grade.pearson_without, grade.auprc, grade.auprc_without], name === side);
+        }),
+        row("chance", [null, null, detail.auprc_chance, detail.auprc_chance])));
+  }
+
+  function histogramSection({ histogram, threshold }) {
+    const [width, height, base] = [600, 160, 135];
+    const [from, to] = histogram.edges;
+    const x = (value) => ((value - from) / (to - from || 1)) * width;
+    const splits = Object.keys(histogram).filter((name) => name !== "edges" && histogram[name]);
+    // The square root of the share lets one see the few large effects beside the many small ones.
+    const heights = splits.map((split) => {
+      const total = histogram[split].reduce((sum, count) => sum + count, 0) || 1;
+      return histogram[split].map((count) => Math.sqrt(count / total));
+    });
+    const largest = Math.max(...heights.flat(), 1e-12);
+    const y = (value) => base - (value / largest) * (base - 12);
+    const shapes = heights.map((values, i) => {
+      const step = width / values.length;
+      const path = `M0 ${base}` + values.map((value, j) => `V${y(value).toFixed(1)}H${((j + 1) * step).toFixed(1)}`).join("") + `V${base}`;
+      return drawing("path", { d: path, class: i ? "val" : "train" });
+    });
+    const beyond = splits.map((split) => {
+      const total = histogram[split].reduce((sum, count) => sum + count, 0) || 1;
+      const step = (to - from) / histogram[split].length;
+      const count = histogram[split].reduce((sum, n, i) => sum + (Math.abs(from + (i + 0.5) * step) > threshold ? n : 0), 0);
+      return `about ${percent(count / total)} of ${split}`;
+    });
+    const marks = [-threshold, threshold].filter((value) => value >= from && value <= to);
+    const label = (value, anchor) => drawing("text", { x: x(value), y: height - 8, "text-anchor": anchor }, decimals(value));
+    const plot = drawing("svg", {
+      class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img",
+      "aria-label": `Histogram of signed effects from ${decimals(from)} to ${decimals(to)}. Beyond the threshold of ${decimals(threshold, 3)}: ${beyond.join(", ")}.`,
+    }, shapes, drawing("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base }),
+    marks.map((value) => drawing("line", { class: "threshold", x1: x(value), x2: x(value), y1: 4, y2: base })),
+    label(from, "start"), label(to, "end"), from < 0 && to > 0 ? label(0, "middle") : null);
+    const legend = splits.map((split, i) => element("span", {}, element("i", { class: i ? "key val" : "key", "aria-hidden": "true" }), split, "  "));
+    return section("How strong its effects are", "Signed effects along the direction over all images; heights are square roots of shares. "
+      + "Dashed lines mark the threshold of a large effect.", plot, element("p", { class: "note" }, legend));
+  }
+
+  function headSection({ heads }) {
+    const items = heads.map(([layer, head, share]) => [element("span", {}, headLayer(layer, head)), share]);
+    return section("Heads that carry it", "Attention heads that bring the effect to the output: signed shares of the effect's variance.",
+      barList(items, "Heads", percent));
+  }
+
+  function classSection(layer, detail) {
+    const lists = [["for", "Speaks for"], ["against", "Speaks against"]].map(([sort, title]) => element("div", {},
+      element("h3", {}, title),
+      barList(detail[sort].map(([label, value]) => [link(gridAddress({ layer, sort, label }), classTitles[label]), value]), title)));
+    return section("Classes", "How the neuron's direction moves the scores of the zero-shot classifier. A class leads to the neurons sorted by it.",
+      element("div", { class: "columns" }, lists));
+  }
+
+  // ---- an image ----
+
+  async function showImage({ split, row, layer: number }, isCurrent) {
+    const [layer, image] = await Promise.all([
+      loadLayer(number), loadPiece(`images ${number} ${split}`, `${number}/${split}`, row, about.image_chunk),
+    ]);
+    if (!isCurrent()) return false;
+    const name = className(split, row);
+    const { count, files } = about.splits[split];
+    const neighbour = (other, title, rel) =>
+      other >= 0 && other < count ? element("a", { href: `#image/${split}/${other}/${number}`, rel }, title) : null;
+    const layers = about.layers.map((l) =>
+      element("a", { href: `#image/${split}/${row}/${l}`, "aria-current": l === number ? "page" : null }, `layer ${l}`));
+    const canvas = about.sheet && element("canvas", { class: "large", role: "img", "aria-label": name });
+    if (canvas) drawPicture(canvas, split, row, null);
+    growing?.stop();
+    const digits = digitsFor(image.neurons.map(([, norm]) => norm));
+    const makeCard = ([neuron, norm]) => card(layer, neuron, { heading: "h3", extra: `norm here ${decimals(norm, digits)}` });
+    byId("status").textContent = "";
+    main.replaceChildren(
+      element("div", { class: "top" },
+        element("h1", { tabindex: "-1" }, `Image ${row} of ${split}: ${name}`),
+        element("nav", { "aria-label": "Neighbours" }, neighbour(row - 1, "← previous", "prev"), neighbour(row + 1, "next →", "next"))),
+      element("p", { class: "note" }, files?.[row] ?? ""),
+      element("div", { class: "columns" },
+        element("div", {}, canvas, element("h3", {}, "Show the neurons of"), element("nav", { "aria-label": "Layers of this image" }, layers)),
+        section("Concepts", `Texts that the active neurons of layer ${number} write together.`,
+          barList(image.words.map(([id, score]) => [link(gridAddress({ layer: number, q: about.texts[id] }), about.texts[id]), score]), "Concepts"))),
+      section(`Active neurons of layer ${number}`, "Neurons with a large effect on this image, the largest first.",
+        ...cardList(`Active neurons of layer ${number}`, image.neurons, makeCard)));
+    return `Image ${row} of ${split}`;
+  }
+
+  // ---- going from page to page ----
+
+  let place = null; // what is shown now
+  let lastGrid = null;
+  let turn = 0;
+  const scrolls = new Map();
+  let shownHash = null;
+  const gridState = (layer) => (lastGrid?.layer === layer ? lastGrid : { layer, q: "", sort: "", label: null });
+  const gridOf = (layer) => gridAddress(gridState(layer));
+
+  async function show() {
+    const mine = ++turn;
+    const isCurrent = () => mine === turn;
+    const before = place;
+    const next = parse(location.hash);
+    main.setAttribute("aria-busy", "true");
+    let title;
+    try {
+      if (!next) throw new Error("There is no such page.");
+      title = await { grid: showGrid, neuron: showNeuron, image: showImage }[next.view](next, isCurrent);
+      if (title === false) return;
+    } catch (error) {
+      if (!isCurrent()) return;
+      title = "Not found";
+      byId("status").textContent = "";
+      main.replaceChildren(element("h1", { tabindex: "-1" }, title),
+        element("p", { class: "error" }, error.message, " ", link(`#${about.layers[0]}`, "Go to the grid.")));
+    }
+    place = next;
+    if (next?.view === "grid") lastGrid = next;
+    if (next) await showControls(gridState(next.layer)).catch(() => null);
+    document.title = `${title} · ${siteTitle}`;
+    showLayers(next);
+    main.setAttribute("aria-busy", "false");
+    main.dataset.shown = location.hash;
+    return before;
+  }
+
+  function showLayers(next) {
+    const same = next?.view === "grid" ? next : {};
+    for (const anchor of byId("layers").children) {
+      const layer = Number(anchor.dataset.layer);
+      anchor.setAttribute("href", gridAddress({ ...same, layer }));
+      if (layer === next?.layer) anchor.setAttribute("aria-current", next.view === "grid" ? "page" : "true");
+      else anchor.removeAttribute("aria-current");
+    }
+  }
+
+  // A page that was seen before carries a state: there one comes back to where one was.
+  async function navigate() {
+    if (shownHash !== null) scrolls.set(shownHash, window.scrollY);
+    shownHash = location.hash;
+    const returns = history.state !== null;
+    if (!returns) history.replaceState({ seen: true }, "");
+    const before = await show();
+    if (before === undefined) return;
+    const wanted = returns ? scrolls.get(location.hash) ?? 0 : 0;
+    const grows = place?.view !== "neuron";
+    while (grows && document.documentElement.scrollHeight < wanted + window.innerHeight && growing?.more());
+    window.scrollTo(0, wanted);
+    if (before === null || document.activeElement?.closest("header")) return;
+    const card = place?.view === "grid" && before.view === "neuron" && main.querySelector(`a[href="#${before.layer}/${before.neuron}"]`);
+    (card || main.querySelector("h1")).focus({ preventScroll: true });
+  }
+
+  // While one types or chooses, the address changes in place, so that back leads to the page before.
+  function change(fields) {
+    const now = parse(location.hash);
+    const grid = now?.view === "grid" ? now : gridState(now?.layer ?? about.layers[0]);
+    const next = { ...grid, ...fields };
+    if (!normalize(grid.q) && normalize(next.q) && !CLASS_SORTS.includes(next.sort)) next.sort = ""; // a new search: best match first
+    if (now?.view !== "grid") {
+      location.hash = gridAddress(next);
+      return;
+    }
+    history.replaceState({ seen: true }, "", gridAddress(next));
+    shownHash = location.hash;
+    show();
+  }
+
+  // ---- controls and keys ----
+
+  let classTitles = [];
+  function startControls() {
+    const times = new Map();
+    for (const name of about.class_names) times.set(name, (times.get(name) ?? 0) + 1);
+    classTitles = about.class_names.map((name, i) => (times.get(name) > 1 ? `${name} (class ${i})` : name)); // "crane" is there twice
+    const lower = classTitles.map((name) => name.toLowerCase());
+    byId("classes").append(...classTitles.map((name) => element("option", { value: name })));
+    byId("layers").append(...about.layers.map((layer) => element("a", { "data-layer": layer, href: `#${layer}` }, `Layer ${layer}`)));
+    byId("search").addEventListener("input", () => change({ q: byId("search").value }));
+    byId("sort").addEventListener("change", () => change({ sort: byId("sort").value }));
+    const chooseClass = (whole) => {
+      const typed = normalize(byId("class").value);
+      let label = lower.indexOf(typed);
+      if (label < 0 && whole && typed) label = lower.findIndex((name) => name.includes(typed));
+      if (label >= 0) change({ label });
+      else if (whole) byId("status").textContent = "No class has this name.";
+    };
+    byId("class").addEventListener("input", () => chooseClass(false));
+    byId("class").addEventListener("change", () => chooseClass(true));
+    const { model, pretrained, dataset, neurons, splits, texts, text_set: set } = about;
+    const images = Object.entries(splits).map(([split, { count }]) => `${grouped(count)} images of ${split}`).join(", ");
+    byId("about").textContent = `${model} (${pretrained}), ${grouped(neurons)} neurons a layer; ${dataset}: ${images}; `
+      + `${grouped(texts.length)} texts (${set}), ${about.components} of them for a neuron.`;
+  }
+
+  // Where an arrow key leads from a card; a row of the grid is the cards of the same height on the page.
+  function moveFocus(key, current) {
+    const { list, more } = growing;
+    const cards = list.children;
+    const at = Array.prototype.indexOf.call(cards, current);
+    let columns = 1;
+    while (columns < cards.length && cards[columns].offsetTop === cards[0].offsetTop) columns++;
+    const to = at + { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[key];
+    if (to >= cards.length) more();
+    cards[to]?.querySelector("a").focus();
+  }
+
+  function onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
+    const { key, target } = event;
+    const writing = target.closest("input, select, textarea");
+    const current = target.closest(".card");
+    const isArrow = /^Arrow(Left|Right|Up|Down)$/.test(key);
+    if (key === "/" && !writing) {
+      byId("search").focus();
+      byId("search").select();
+    } else if (key === "Escape" && place?.view === "grid") {
+      if (writing?.id !== "search") return;
+      if (writing.value) change({ q: (writing.value = "") });
+      else writing.blur();
+    } else if (key === "Escape") {
+      if (writing) writing.blur();
+      location.hash = gridOf(place?.layer ?? about.layers[0]);
+    } else if (key === "ArrowDown" && target === byId("search")) {
+      main.querySelector(".card a")?.focus();
+    } else if (isArrow && current) {
+      moveFocus(key, current);
+    } else if ((key === "ArrowLeft" || key === "ArrowRight") && !writing && place?.view !== "grid") {
+      main.querySelector(key === "ArrowLeft" ? "a[rel=prev]" : "a[rel=next]")?.click();
+    } else {
+      return;
+    }
+    event.preventDefault();
+  }
+
+  async function start() {
+    try {
+      about = await load("about", "data/about.js");
+    } catch (error) {
+      main.replaceChildren(element("h1", {}, "No data"), element("p", { class: "error" }, error.message));
+      return;
+    }
+    history.scrollRestoration = "manual";
+    document.documentElement.style.setProperty("--columns", about.sheet?.columns ?? 1);
+    startControls();
+    window.addEventListener("hashchange", navigate);
+    document.addEventListener("keydown", onKey);
+    navigate();
+  }
+  start();
+})();
