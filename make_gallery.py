@@ -1,11 +1,11 @@
-"""A page of all neurons of some layers: what each writes and fires on, its top pictures, its grades. To open, or put on any web host.
+"""A page of all neurons of some layers: what each writes and fires on, its top pictures, its grades.
 
     python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH --mlp_layer 9 \\
         --text_descriptions 30k --components 128
 
-Reads what the stages up to evaluate_descriptions.py have left, and goes once over the images of both splits. Writes  --gallery
-(default OUTPUT_DIR/gallery): index.html, data/, pictures/, neurons.parquet, and FORMAT.md, which says what is in them. Every neuron
-has an address, index.html#LAYER/NEURON. With --no_pictures the page holds no picture.
+Reads what the stages up to evaluate_descriptions.py have left, and goes once over the images of both splits. Writes the folder
+--gallery (OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host, its data and pictures, neurons.parquet,
+and FORMAT.md, which says what is in them. Every neuron has an address, index.html#LAYER/NEURON.
 """
 
 import shutil
@@ -31,7 +31,7 @@ def main(args):
     gallery = Path(args.gallery or Path(args.output_dir) / "gallery")
     sources, parts = Sources(args, inputs), gallery.with_name(f"{gallery.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    for split, images in sources.images.items():
+    for split, images in sources.splits.items():
         for group in groups_of_layers(sources.clip.vit, sources.layers, args.memory * 1e9):
             look(args, sources, parts, split=split, images=images, layers=group)
     if distributed.is_rank_zero():

@@ -156,6 +156,7 @@ def invented_about(rng, layers, neurons, counts, texts, components, plain):
         "classifier": not plain,
         "graded_on": "val",
         "graded_images": counts.get("val", 0),
+        "sides": {"writes": ["writes", "null_writes"], "fires_on": ["fires_on", "null_fires_on"]},
         "rows": {
             "writes": "texts that it writes",
             "fires_on": "texts that it fires on",

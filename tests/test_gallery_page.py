@@ -353,7 +353,7 @@ def test_a_neuron_page_shows_what_its_data_say(page):
     grades = [
         detail["grades"][side][key]
         for side in ("fires_on", "writes")
-        for key in ("pearson", "pearson_without", "auprc", "auprc_without")
+        for key in ("pearson", "pearson_without", "auprc", "auprc_without", "drop")
     ]
     assert [float(cell.replace("−", "-")) for cell in rows] == pytest.approx(grades, abs=0.0051)
     labels = page.script("return [...document.querySelectorAll('canvas')].map((canvas) => canvas.getAttribute('aria-label'))")

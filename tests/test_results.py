@@ -133,7 +133,7 @@ def test_an_array_and_its_record_are_saved_together_or_not_at_all(tmp_path):
 def readme_table():
     """The lines of the README's table of files, from the code's own."""
     fields = {"dataset": "DS", "split": "SPLIT", "clip": "M_P", "layer": "LAYER", "k": "k", "texts": "NAME", "file": "FILE"}
-    fields |= {"row": "ROW", "alpha": "ALPHA", "components": "S", "source": "", "variant": ""}
+    fields |= {"row": "ROW", "alpha": "ALPHA", "components": "S", "source": "", "variant": "", "judge": ""}
     lines, last = ["| script | file | content |", "|---|---|---|"], None
     for artifact in ARTIFACTS.values():
         script = artifact.maker.split()[0].removesuffix(".py")

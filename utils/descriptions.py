@@ -21,45 +21,72 @@ from utils.runtime.results import complete, is_made, load_record
 from utils.sparse_coding import describe, load_descriptions, load_support, load_texts
 
 
-class Evaluation:
-    """What evaluate_descriptions.py works with.
+class Inputs:
+    """What the stages that look at descriptions read.
 
-    args: its flags. inputs, results: `Results` of what is read and of what is written.
+    args: their flags. inputs: `Results` of the folder that is read.
 
-    Attributes: clip, layers, texts; statistics {layer: Statistics}; images and held_out, the `Images` that texts are fitted to
-    and graded on; descriptions {layer: {side: as `load_descriptions` gives them}}; share of the images that a neuron is said to
-    act on; truth, of both splits, or None; made_of, what results say.
+    Attributes: texts, vectors [T, D]; clip, layers; names, the fields of files' names; statistics {layer: Statistics}; images and
+    held_out, the `Images` that texts are fitted to and graded on; share of the images that a neuron is said to act on.
 
     Raises UserError, with the command, for what is missing or does not belong together.
     """
 
-    def __init__(self, args, inputs, results):
+    def __init__(self, args, inputs):
         if args.split == "train":
             raise UserError("--split train is what texts are fitted to; give the split of the held-out images, such as val")
-        self.args, self.inputs, self.results = args, inputs, results
+        self.args, self.inputs = args, inputs
         load, dataset = partial(load_clip, args.model, args.pretrained, args.device), train_set_of(args.dataset)
         self.texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
         self.vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
         self.clip = load(precision=args.precision, image_only=True)
         self.layers = parse_layers(args.mlp_layer, self.clip.vit)
         self.names = {"dataset": dataset, "k": args.top_k_pca, "texts": args.text_descriptions, "components": args.components}
-        self.names |= {"alpha": args.transform_alpha, "normalise": args.normalise, "judge": "_truth" if args.truth else ""}
-        expected = {"fingerprint": self.clip.fingerprint, "coefficient": args.coefficient}
-        inputs.load("texts", {"D": self.clip.vit.D}, expected, mmap=True, texts=args.text_descriptions)  # or raises
+        self.names |= {"alpha": args.transform_alpha, "normalise": args.normalise}
+        self.expected = {"fingerprint": self.clip.fingerprint, "coefficient": args.coefficient}
+        inputs.load("texts", {"D": self.clip.vit.D}, self.expected, mmap=True, texts=args.text_descriptions)  # or raises
         self.statistics = load_statistics(inputs, dataset, self.layers, args.top_k_pca, self.clip, args.coefficient)
-        self.descriptions = {layer: {"writes": self._load_descriptions(inputs, layer)} for layer in self.layers}
         where = args.data_path
         if dataset != args.dataset:  # ImageNet-R has no training images; ImageNet's are where its components' were
             where = load_record(inputs.find("pca", layer=self.layers[0], **self.names)).get("data_path", where)
         self.images = load_images(dataset, where, "train", self.clip.transform, subsample=args.train_subsample)
         self.held_out = load_images(args.dataset, args.data_path, args.split, self.clip.transform, subsample=args.subsample)
-        self.truth = load_truth(args.truth, (self.images, self.held_out), self.texts) if args.truth else None
         self.share = args.top_k_pca / len(self.images)
-        self.made_of = {**self.clip.record, **self.names, **self.held_out.record, "coefficient": args.coefficient}
 
-    def _load_descriptions(self, results, layer, kind="decomposition"):
+    @property
+    def held_out_names(self):
+        """The fields of the names of files about the held-out images."""
+        return {**self.names, "dataset": self.args.dataset, "split": self.args.split}
+
+    def load_descriptions(self, results, layer, kind="decomposition"):
+        """What a layer's neurons write (decomposition), or what they fire on (fires_on)."""
         expected = {"fingerprint": self.clip.fingerprint}
         return load_descriptions(results, self.clip.vit.sizes, expected, kind=kind, layer=layer, **self.names)
+
+    def explained(self, layer):
+        """Share of the squared norm of every neuron's largest effects that lies along its component, [N]; NaN for components of
+        the published code, which does not keep it."""
+        names, sizes = {**self.names, "layer": layer}, self.clip.vit.sizes
+        published = not load_record(self.inputs.find("pca", **names)) and not self.inputs.find("explained", **names).is_file()
+        return np.full(sizes["N"], np.nan) if published else self.inputs.load("explained", sizes, self.expected, **names)
+
+
+class Evaluation(Inputs):
+    """What evaluate_descriptions.py works with.
+
+    results: `Results` of the folder that is written. args, inputs, and what is raised: as in `Inputs`.
+
+    Attributes, besides those: descriptions {layer: {side: as `load_descriptions` gives them}}; truth, of both splits, or None;
+    made_of, what results say.
+    """
+
+    def __init__(self, args, inputs, results):
+        super().__init__(args, inputs)
+        self.results = results
+        self.names["judge"] = "_truth" if args.truth else ""
+        self.descriptions = {layer: {"writes": self.load_descriptions(inputs, layer)} for layer in self.layers}
+        self.truth = load_truth(args.truth, (self.images, self.held_out), self.texts) if args.truth else None
+        self.made_of = {**self.clip.record, **self.names, **self.held_out.record, "coefficient": args.coefficient}
 
     def path(self, kind, **names):
         """Path of a result about the training images."""
@@ -67,7 +94,7 @@ class Evaluation:
 
     def held_out_path(self, kind, **names):
         """Path of a result about the held-out images."""
-        return self.results.path(kind, **{**self.names, "dataset": self.args.dataset, "split": self.args.split, **names})
+        return self.results.path(kind, **self.held_out_names, **names)
 
     def arrays(self, layers, images, directions=None):
         """The arrays of a pass over images, {path: spec}, and their record: representations, every neuron's effects along its
@@ -96,7 +123,7 @@ class Evaluation:
         record |= {"components": args.components, "effects": digest(effects), "atoms": digest(judge.atoms)}
         atoms, targets = (x.to(args.device) for x in (judge.atoms, judge.targets(effects)))
         describe(self.path("fires_on", layer=layer), self.texts, atoms, targets, record=record, overwrite=args.overwrite)
-        self.descriptions[layer]["fires_on"] = self._load_descriptions(self.results, layer, kind="fires_on")
+        self.descriptions[layer]["fires_on"] = self.load_descriptions(self.results, layer, kind="fires_on")
         more = {"first": load_support(self.path("fires_on", layer=layer).with_suffix(".npz"))[:, 0]}
         if not self.truth:
             inputs = (torch.from_numpy(np.load(self.path("representations"))), self.vectors, effects)
@@ -136,10 +163,7 @@ class Evaluation:
         """Write the .csv of every layer, {layer: Graded}, and remove what was only needed for the grades."""
         for layer, of in graded.items():
             path, along = (self.held_out_path(kind, layer=layer) for kind in ("grades", "along"))
-            names, sizes = {**self.names, "layer": layer}, self.clip.vit.sizes
-            published = not self.inputs.find("explained", **names).is_file()
-            explained = np.full(sizes["N"], np.nan) if published else self.inputs.load("explained", sizes, **names)
-            save_neurons(path.with_suffix(".csv"), of, explained, self.descriptions[layer])
+            save_neurons(path.with_suffix(".csv"), of, self.explained(layer), self.descriptions[layer])
             for file in (along, along.with_suffix(".meta.json")):
                 file.unlink(missing_ok=True)
 

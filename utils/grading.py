@@ -25,6 +25,10 @@ ROWS = {
     "null_writes": "another neuron's texts that it writes",
     "null_fires_on": "another neuron's texts that it fires on",
 }
+SIDES = {  # rows of each side, its own texts first
+    "writes": ("writes", "one_written", "direction", "null_writes"),
+    "fires_on": ("fires_on", "one_fired_on", "wpmi", "null_fires_on"),
+}
 MEASURES = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")  # the first two where a truth judges
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS = 1024  # that are worked on together
@@ -97,7 +101,7 @@ class SoftWPMI:
     on which the neuron acts most.
 
     For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x) the softmax
-    over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label is the text of the largest log P(t) - log mean_n P(t).
+    over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label has the largest log P(t) - log mean_n P(t).
 
     representations, vectors: [images, D], [T, D]. effects: [images, N].
     """

@@ -1,5 +1,5 @@
-"""What the gallery needs from the images, in one pass over each split: small pictures, where neurons fire on their top images, which
-neurons are active on every image and what they stand for, and through which heads neurons act. Letters as in `utils.prs`."""
+"""What the gallery needs from the images: small pictures, where neurons fire on their top images, which neurons are active on an
+image and what they stand for, and the heads through which neurons act. Letters as in `utils.prs`."""
 
 import numpy as np
 import torch

@@ -376,8 +376,8 @@
         element("h1", { tabindex: "-1" }, name),
         element("nav", { "aria-label": "Neighbours" },
           neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next"))),
-      element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's effects `,
-        `on the image's representation. The mean norm of its largest effects is ${decimals(layer.norm[place.neuron], 3)}.`),
+      element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's largest effects `,
+        `on the image's representation. Their mean norm is ${decimals(layer.norm[place.neuron], 3)}.`),
       pictureSection(detail.top),
       element("div", { class: "columns" }, Object.keys(SIDES).map((side) => textSection(place.layer, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
@@ -457,24 +457,23 @@
     return section(title, notes[side], gradeTable(detail, side), holder, all);
   }
 
-  // The rows of a side: its own, those named after it (null_writes), and those of no side.
+  // The rows of a side: its own texts first, then what to compare them with.
   function gradeTable(detail, side) {
-    const names = Object.keys(detail.grades);
-    const sideOf = (name) => Object.keys(SIDES).find((s) => name === s || name.endsWith(`_${s}`) || name.startsWith(`${s}_`));
-    const chosen = names.filter((name) => (sideOf(name) ?? side) === side).sort((a, b) => (b === side) - (a === side));
+    const chosen = about.sides[side].filter((name) => Object.hasOwn(detail.grades, name));
     if (!chosen.length) return null;
-    const head = ["", "correlation", "without own effect", "AUPRC", "without own effect"];
+    const measures = { pearson: "correlation", pearson_without: "without own effect", auprc: "AUPRC", auprc_without: "without own effect", drop: "fall when ablated" };
+    const shown = Object.keys(measures).filter((measure) => Object.hasOwn(detail.grades[chosen[0]], measure));
+    const chance = { auprc: detail.auprc_chance, auprc_without: detail.auprc_chance };
+    const head = ["", ...shown.map((measure) => measures[measure])];
     const row = (title, values, own) => element("tr", own ? { class: "own" } : {},
       element("th", { scope: "row" }, title), values.map((value) => element("td", {}, decimals(value))));
     return element("table", {},
-      element("caption", {}, `How well these texts foretell the effect on ${grouped(about.graded_images)} images of ${about.graded_on}.`),
+      element("caption", {}, `How well texts foretell the effect on ${grouped(about.graded_images)} images of ${about.graded_on}. `,
+        shown.includes("drop") ? "Last column: how far 100 × similarity with the texts falls where the neuron acts, when its effect is replaced by its mean." : ""),
       element("thead", {}, element("tr", {}, head.map((title) => (title ? element("th", { scope: "col" }, title) : element("td"))))),
       element("tbody", {},
-        chosen.map((name) => {
-          const grade = detail.grades[name] ?? {};
-          return row(about.rows[name] ?? name, [grade.pearson, grade.pearson_without, grade.auprc, grade.auprc_without], name === side);
-        }),
-        row("chance", [null, null, detail.auprc_chance, detail.auprc_chance])));
+        chosen.map((name) => row(about.rows[name], shown.map((measure) => detail.grades[name][measure]), name === side)),
+        row("chance", shown.map((measure) => chance[measure] ?? 0))));
   }
 
   function histogramSection({ histogram, threshold }) {

@@ -180,7 +180,7 @@ class LayerFiles:
 
 
 def nearest_neurons(pcas, layer):
-    """For every neuron of a layer those of all layers whose components are nearest, either sign: [[(layer, neuron, cosine), ...], ...].
+    """For every neuron of a layer the ones of all layers whose components are nearest, either sign: (layer, neuron, cosine).
 
     pcas: {layer: unit components [N, D]}.
     """
@@ -247,7 +247,7 @@ def write_parquet(path, files):
 
 def write_gallery(folder, sources, parts):
     """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the passes."""
-    data, splits, vit = folder / "data", sources.images, sources.clip.vit
+    data, splits, vit = folder / "data", sources.splits, sources.clip.vit
     save_script(data / "about.js", "about", about(sources))
     write_page(folder, f"Neurons of {sources.clip.record['model']}")
     for split in splits if sources.size else ():
@@ -284,7 +284,10 @@ def write_gallery(folder, sources, parts):
 def about(sources):
     """What all pages need to know."""
     args, vit = sources.args, sources.clip.vit
-    names = {split: [name_of(image, i) for i, (image, _) in enumerate(of.samples)] for split, of in sources.images.items()}
+    splits = {}
+    for split, of in sources.splits.items():
+        files = [name_of(image, i) for i, (image, _) in enumerate(of.samples)]
+        splits[split] = {"count": len(of), "labels": sources.labels[split], "files": files}
     return {
         "model": sources.clip.record["model"],
         "pretrained": sources.clip.record["pretrained"],
@@ -295,15 +298,15 @@ def about(sources):
         "image_chunk": IMAGES,
         "grid": list(vit.grid),
         "sheet": {"columns": COLUMNS, "rows": ROWS, "size": sources.size} if sources.size else None,
-        "splits": {
-            split: {"count": len(of), "labels": sources.labels(of), "files": names[split]} for split, of in sources.images.items()
-        },
+        "splits": splits,
         "class_names": list(sources.class_names),
+        "classifier": sources.classifier is not None,
         "texts": sources.texts,
         "text_set": text_set(args.text_descriptions),
         "components": args.components,
         "graded_on": args.split,
-        "graded_images": len(sources.images[args.split]),
+        "graded_images": len(sources.held_out),
+        "sides": grading.SIDES,
         "rows": {row: grading.ROWS[row] for row in sources.graded[sources.layers[0]].rows},
     }
 
