@@ -17,7 +17,7 @@ import torch
 from utils.datasets import Loader
 from utils.gallery.collect import Collector, collect, thumbnails
 from utils.gallery.sources import Sources
-from utils.gallery.write import write_gallery
+from utils.gallery.write import is_gallery, write_gallery
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
@@ -30,14 +30,16 @@ def main(args):
     inputs, _ = flags.results_of(args, **known)
     gallery = Path(args.gallery or Path(args.output_dir) / "gallery")
     sources, parts = Sources(args, inputs), gallery.with_name(f"{gallery.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    for split, images in sources.splits.items():
-        for group in groups_of_layers(sources.clip.vit, sources.layers, args.memory * 1e9):
-            look(args, sources, parts, split=split, images=images, layers=group)
+    if not is_gallery(gallery, sources.record, args.overwrite):
+        parts.mkdir(parents=True, exist_ok=True)
+        for split, images in sources.splits.items():
+            for group in groups_of_layers(sources.clip.vit, sources.layers, args.memory * 1e9):
+                look(args, sources, parts, split=split, images=images, layers=group)
+        if distributed.is_rank_zero():
+            with whole_folder(gallery) as folder:
+                write_gallery(folder, sources, parts)
     if distributed.is_rank_zero():
-        with whole_folder(gallery) as folder:
-            write_gallery(folder, sources, parts)
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
         print(f"wrote {gallery}: {len(sources.layers) * sources.clip.vit.N} neurons; open {gallery.resolve() / 'index.html'}")
 
 

@@ -20,7 +20,7 @@ def load_everything():
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is small: two threads would mostly wait for each other
     if FORK is None:
         return
-    for name in [*(module.name for module in pkgutil.iter_modules(utils.__path__, "utils.")), "demo.world"]:
+    for name in [*(module.name for module in pkgutil.walk_packages(utils.__path__, "utils.")), "demo.world"]:
         importlib.import_module(name)
 
 

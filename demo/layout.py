@@ -37,6 +37,11 @@ def results_of(out, tree):
     return Results(out / tree, MODEL, WEIGHTS)
 
 
+def gallery(out):
+    """The page of all neurons."""
+    return out / "gallery/index.html"
+
+
 def segmentation_result(out, scenes, row):
     """The scores of one row of a segmentation table. In "two", the classes of the images are given."""
     neurons = f"{'-'.join(map(str, SCENES[scenes]))}_{TOP_NEURONS}"

@@ -54,6 +54,7 @@ TOP_NEURONS, TOP_PICTURES = 100, 20
 TOP_WORDS = 5  # discovered words of a picture that count
 EVERY = 4  # of the held-out pictures is asked for its concepts
 TOGETHER = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
+JUDGES = {"the CLIP's similarity": "", "the truth": "_truth"}  # of which texts fit a picture, as in the files' names
 TITLES = {"single": "one symbol", "two": "two symbols, the class of each in turn"}
 
 
@@ -151,6 +152,15 @@ def won_back(pairs):
         (loss, error), (short, _) = row["loss"], row["short"]
         rows[layer] = {**row, "won back": 100 * (1 - short / loss) if loss > 2 * error else None}
     return rows
+
+
+def grades(symbols):
+    """How well each side of the descriptions foretells effects on held-out pictures, by who judges which texts fit a picture:
+    {judge: {layer: {row: {measure: {"mean", "error", ...}}}}}."""
+    paths = {
+        judge: symbols.path("graded", split="val", layer=LAYERS, texts="words", judge=name) for judge, name in JUDGES.items()
+    }
+    return {judge: json.loads(path.read_text())["neurons"] for judge, path in paths.items()}
 
 
 def descriptions(symbols):
@@ -337,6 +347,7 @@ def report(results):
         table_of_accuracies(results["zero_shot"]),
         *(table_of_ablations(name, results[f"ablations_{name}"]) for name in ("pairs", "symbols")),
         table_of_losses(results["won_back"]),
+        table_of_grades(results["grades"]),
         table_of_shares([strongest, "share", "random text", "ratio"], results["descriptions"]),
         table_of_habits(results["habits"]),
         table_of_shares([discovered, "share", "random texts", "ratio"], results["concepts"]),
@@ -364,6 +375,24 @@ def table_of_losses(table):
         rows.append([layer, *(f"{points:.1f} ± {error:.1f}" for points, error in (row["loss"], row["short"])), share])
     columns = ["points on pairs, layer", "cost of ablating all effects", "left when reconstructed from PC", "won back %"]
     return markdown_table(columns, rows)
+
+
+def table_of_grades(grades):
+    """Mean correlations; "without": without the neuron's own effect on the picture's representation."""
+    shown = {
+        "fires_on": "fires on",
+        "one_fired_on": "its first text",
+        "wpmi": "soft-WPMI label",
+        "null_fires_on": "of another neuron",
+    }
+    shown |= {"writes": "writes", "direction": "component itself", "null_writes": "of another neuron"}
+    rows = []
+    for judge, layers in grades.items():
+        for measure, name in (("pearson", judge), ("pearson_without", f"{judge}, without own effect")):
+            for layer, table in layers.items():
+                cells = [f"{table[row][measure]['mean']:.3f}" if measure in table.get(row, ()) else "" for row in shown]
+                rows += [[f"{layer}, {name}", *cells]] if any(cells) else []
+    return markdown_table(["correlation with the effect on held-out pictures, layer and judge", *shown.values()], rows)
 
 
 def table_of_shares(columns, table):
@@ -476,6 +505,7 @@ def main():
         "ablations_pairs": pairs.accuracies(),
         "ablations_symbols": symbols.accuracies(),
         "won_back": won_back(pairs),
+        "grades": grades(symbols),
         "descriptions": descriptions(symbols),
         "habits": {tree.text_set: habits(symbols, tree) for tree in (symbols, grounds)},
         "concepts": discovered.table(),

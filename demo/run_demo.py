@@ -4,7 +4,7 @@
 
 Draws the world, runs every stage on it with the small CLIP of this folder, compares the results with the truth, and prints the
 tables. Says first what it will do. Prints each command as one would type it; skips one whose result is there. Results:
-DIR/results.json, DIR/results.md, pictures in DIR/figures.
+DIR/results.json, DIR/results.md, pictures in DIR/figures, a page of all neurons in DIR/gallery.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def steps(out, pairs):
         [
             Step("segmentation, five methods on two sets", 50, partial(segmentations, out)),
             Step(f"adversarial pictures of {pairs} pairs of classes", 30, partial(attacks, out, pairs)),
+            Step("grade what neurons write and fire on, gallery of all neurons", 60, partial(looks, out)),
         ],
         [Step("compare with the truth, draw figures", 25, lambda: measuring)],
     ]
@@ -94,6 +95,19 @@ def segmentations(out):
             command = stage("compute_segmentation.py", "--data_path", out / f"world/segmentation_{scenes}.mat", *neurons)
             more = [*flags, *read, "--batch_size", 64, "--num_workers", 0]
             yield layout.segmentation_result(out, scenes, row), [*command, *more]
+
+
+def looks(out):
+    """Descriptions graded, by the CLIP's similarities and by the truth; then the page of all neurons."""
+    path, world = partial(layout.results_of(out, "symbols").path, **NAMES), out / "world/symbols"
+    flags = ["--dataset", "folder", "--data_path", world, "--batch_size", 64, "--num_workers", 0, "--mlp_layer", *LAYERS]
+    flags += ["--text_descriptions", "words", "--components", COMPONENTS, "--output_dir", out / "symbols"]
+    truth = [world / f"words_{split}.npy" for split in ("train", "val")]
+    yield truth[-1], ["-m", "demo.truth", "--world", out / "world"]
+    for judge, more in {"": [], "_truth": ["--truth", *truth]}.items():
+        result = path("graded", split="val", layer=LAYERS, texts="words", judge=judge)
+        yield result, stage("evaluate_descriptions.py", *flags, *more)
+    yield layout.gallery(out), stage("make_gallery.py", *flags, "--gallery", layout.gallery(out).parent)
 
 
 def attacks(out, pairs):
@@ -146,6 +160,7 @@ def main():
             sys.exit(code)
     print("\n" + (out / "results.md").read_text())
     print(f"{time.time() - began:.0f} seconds; pictures in {readable(str(out / 'figures'))}")
+    print(f"all neurons on a page, open it in a browser: {layout.gallery(out).as_uri()}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,28 @@ FLAGS = (
     "--disable-ipc-flooding-protection",  # lets a test change the address more than 200 times in 10 seconds
     "--window-size=1400,900",
 )
+SETTLED = """
+const main = document.getElementById("main");
+return main.getAttribute("aria-busy") === "false" && main.dataset.shown === location.hash
+  && (arguments[0] === null || location.hash === arguments[0])
+  && [...document.querySelectorAll("canvas")].every((canvas) => canvas.dataset.drawn);
+"""
+VISIT_ALL = """
+const [addresses, done] = arguments;
+const main = document.getElementById("main");
+const titles = [];
+const next = () => {
+  if (titles.length === addresses.length) done(titles);
+  else location.hash = addresses[titles.length];
+};
+new MutationObserver((_, observer) => {
+  if (main.dataset.shown !== addresses[titles.length]) return;
+  titles.push(main.querySelector("h1").textContent);
+  next();
+  if (titles.length === addresses.length) observer.disconnect();
+}).observe(main, { attributeFilter: ["data-shown"] });
+next();
+"""
 HOSTILE_CLASS = "<img src=x onerror=alert(1)>"
 HOSTILE_TEXT = "</script><b>"
 
@@ -97,6 +119,106 @@ def axe_violations(driver):
         if fault["impact"] in ("serious", "critical")
         for node in fault["nodes"]
     ]
+
+
+class Page:
+    """What the tests do with the page."""
+
+    def __init__(self, driver, folder):
+        self.driver, self.folder = driver, folder
+        self.script = driver.execute_script
+        self.about = received(folder, "about")
+
+    def until(self, condition):
+        """Wait for a condition and return its value."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, 15, poll_frequency=0.05).until(condition)
+
+    def settle(self, address=None):
+        """Wait until the page at the address is drawn, its pictures included."""
+        self.until(lambda driver: driver.execute_script(SETTLED, address))
+
+    def open(self, address=""):
+        """Load the page afresh."""
+        self.driver.get("about:blank")
+        self.driver.get(self.folder.joinpath("index.html").as_uri() + address)
+        self.settle(address)
+
+    def go(self, address):
+        """Follow an address within the page."""
+        self.script("location.hash = arguments[0]", address)
+        self.settle(address)
+
+    def find(self, selector):
+        """The first element of a selector."""
+        return self.driver.find_element("css selector", selector)
+
+    def click(self, selector):
+        """Click as a reader does."""
+        self.find(selector).click()
+
+    def press(self, *keys):
+        """Press keys, wherever the focus is."""
+        from selenium.webdriver import ActionChains
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+    def address(self):
+        """The hash that the address bar shows."""
+        return self.script("return location.hash")
+
+    def title(self):
+        """The main heading."""
+        return self.script("return document.querySelector('h1').textContent")
+
+    def status(self):
+        """What the page says about the grid."""
+        return self.script("return document.getElementById('status').textContent")
+
+    def neurons(self):
+        """The numbers of the cards' neurons, in order."""
+        links = self.script("return [...document.querySelectorAll('.card a')].map((a) => a.getAttribute('href'))")
+        return [int(link.split("/")[1]) for link in links]
+
+    def focused(self):
+        """The address to which the focused link leads."""
+        return self.script("return document.activeElement.getAttribute('href')")
+
+    def choose(self, sort):
+        """Choose a sort key."""
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.find("#sort")).select_by_value(sort)
+        self.until(lambda _: f"sort={sort}" in self.address())
+        self.settle()
+
+    def type(self, text):
+        """Type in the search field and wait for what it finds."""
+        self.find("#search").send_keys(text)
+        self.until(lambda driver: driver.execute_script("return document.getElementById('search').value").endswith(text))
+        self.settle()
+
+
+def checked_page(browser, folder):
+    """A page that is watched while a test uses it."""
+    set_scheme(browser, "light")
+    set_width(browser, None)
+    console_errors(browser)
+    requested_urls(browser)
+    page = Page(browser, folder)
+    page.open()
+    yield page
+    assert console_errors(browser) == []
+    page.requests = [url for url in requested_urls(browser) if url != "about:blank"]
+    assert [url for url in page.requests if not url.startswith(folder.as_uri() + "/")] == []
+
+
+def received(folder, path):
+    """The value of a data file."""
+    text = (folder / "data" / f"{path}.js").read_text(encoding="utf-8")
+    return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[1]
 
 
 def packed(array):
@@ -187,9 +309,16 @@ def invented_layer(rng, about, shown, plain):
     }
     for name, (ids, values) in sides.items():
         columns[name] = {"texts": ids[:, :shown].ravel().tolist(), "coefficients": values[:, :shown].ravel().tolist()}
+    columns["fires_on"]["correlations"] = rounded(rng.uniform(-0.2, 0.9, neurons * shown))
     if plain:
         columns["fires_on"] = sides["fires_on"] = None
     return columns, sides
+
+
+def invented_index(rng, count, n_texts, neurons):
+    """The neurons that fire most on each text."""
+    ids = rng.integers(0, neurons, (n_texts, count)).astype("<u2")
+    return {"count": count, "neurons": packed(ids), "correlations": packed(rng.integers(0, 120, ids.shape).astype(np.int8))}
 
 
 def invented_picture(rng, about, split, sign):
@@ -273,6 +402,7 @@ def invented_gallery(folder, *, layers=(8, 9), neurons=130, counts=None, texts=N
     for layer in layers:
         columns, sides = invented_layer(rng, about, shown, plain)
         give(f"{layer}/layer", f"layer {layer}", columns)
+        give(f"{layer}/texts", f"texts {layer}", invented_index(rng, 0 if plain else 3, len(about["texts"]), neurons))
         if not plain:
             table = rng.integers(-127, 128, size=(len(about["class_names"]), neurons)).astype(np.int8)
             classes = {"scale": rounded(rng.uniform(0.01, 0.05, len(table))), "values": packed(table)}

@@ -33,6 +33,8 @@ from tests.photos import discs, write_mat, write_photos
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTS = (
     "ablation",
+    "gallery.write",
+    "descriptions",
     "adversarial",
     "clip",
     "concepts",
@@ -48,7 +50,8 @@ COMMITS = {"utils.runtime.passes.COMMIT_SECONDS": 0, "utils.runtime.passes.COMMI
 WORDS = 60
 _RUNS = itertools.count()
 HANGS = 900  # seconds after which a process counts as hanging, however busy the machine is
-STAGES = ("representations", "classifier", "full", "top", "pcas", "ablations", "texts", "decomposition", "segmentation")
+STAGES = ("representations", "classifier", "full", "top", "pcas", "ablations", "texts", "decomposition", "evaluation", "gallery")
+STAGES += ("segmentation",)
 
 
 def start(script, *flags, log, errors=None, environment=(), constants=()):
@@ -126,7 +129,7 @@ def free_port():
 
 def progress_files(folder):
     """The progress of the passes in a folder, as numpy reads it."""
-    return [path for path in Path(folder).glob("*.progress.*") if path.suffix[1:].isdecimal()]
+    return [path for path in Path(folder).rglob("*.progress.*") if path.suffix[1:].isdecimal()]
 
 
 def finished_pieces(folder):
@@ -237,6 +240,8 @@ class World:
                 {"utils.texts.TEXTS": 16},
             ),
             "decomposition": ("compute_sparse_decomposition.py", [*self.val, *layers, *k, *texts, *reads], small),
+            "evaluation": ("evaluate_descriptions.py", [*self.val, *layers, *k, *texts[:-1], *reads], small),
+            "gallery": ("make_gallery.py", [*self.val, *layers, *k, *texts[:-1], *reads, "--picture_size", 24], {}),
             "segmentation": ("compute_segmentation.py", [*masks, *reads], {}),
         }
 
@@ -276,7 +281,7 @@ class World:
     def make(self):
         """What later stages read, in `base`; and in `whole` what every stage leaves that nothing disturbs."""
         write_mat(self.root / "discs.mat", *discs(9))
-        for name in ("classifier", "full", "pcas", "texts"):
+        for name in ("classifier", "full", "pcas", "texts", "decomposition", "evaluation"):
             self.run(name, self.base)
         for name in STAGES:
             self.run(name, self.whole / name)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from demo import attack_table, layout, measure
 from demo.world import SYMBOLS, plant_habits, text_pool
+from tests.browser import VISIT_ALL, checked_page
 from tests.conftest import ROOT, run_script
 from utils.adversarial import rates
 
@@ -207,6 +208,45 @@ def test_the_attack_table_sums_up_its_rows():
     assert lines[5] == "| all 2 pairs: nearer to class_0 | | 7.5 ± 2.1 | 3.0 ± 1.4 |"
     assert lines[8].endswith("by number of pairs: second-order 1, random 1.")
     assert "| 0.5 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in lines and "| 0.5 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in lines
+
+
+def test_both_sides_of_descriptions_are_graded(results):
+    """Bars for layer 4 on the whole world; this one is smaller, so a little less is asked for."""
+    similarity, truth = (results["grades"][judge]["4"] for judge in measure.JUDGES)
+    assert similarity["fires_on"]["pearson"]["mean"] >= 0.55 and truth["fires_on"]["pearson"]["mean"] >= 0.6
+    assert similarity["writes"]["pearson"]["mean"] >= 0.1 and truth["writes"]["pearson"]["mean"] >= 0.05
+    for judged in (similarity, truth):
+        assert all(abs(judged[f"null_{side}"]["pearson"]["mean"]) < 0.03 for side in ("writes", "fires_on"))
+        assert judged["fires_on"]["pearson"]["mean"] > judged["one_fired_on"]["pearson"]["mean"] + 0.1
+
+
+@pytest.fixture
+def gallery(browser, demo):
+    """The page of all neurons in a browser."""
+    yield from checked_page(browser, demo[0] / "gallery")
+
+
+def test_the_address_of_every_neuron_of_the_gallery_opens(gallery):
+    addresses = [f"#4/{n}" for n in range(512)]
+    titles = gallery.driver.execute_async_script(VISIT_ALL, addresses)
+    assert titles == [f"Layer 4, neuron {n}" for n in range(512)]
+
+
+def test_the_search_finds_the_neurons_of_planted_habits(demo, gallery):
+    """The neuron of a habit is the one whose effect on held-out pictures goes most with the truth about it."""
+    truth = [json.loads(line) for line in (demo[0] / "world/symbols/val.jsonl").read_text().splitlines()]
+    effects = np.load(next((demo[0] / "symbols").glob("folder_val_mlps_*_4_100_projections.npy")))
+    effects = (effects - effects.mean(axis=0)) / effects.std(axis=0)
+    found = {}
+    for habit in plant_habits().values():
+        if "background" in habit:
+            there = np.array([(p["texture"], p["background"]) == (habit["texture"], habit["background"]) for p in truth], float)
+            best = int(((there - there.mean()) @ effects).argmax())
+            query = f"{habit['texture']} {habit['background']} background"
+            gallery.open("#4")
+            gallery.type(query)
+            found[query] = best in gallery.neurons()[:5]
+    assert len(found) == 16 and sum(found.values()) >= 12, found
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -1,6 +1,6 @@
 """The page of the gallery in a headless browser: what one reads, clicks and types."""
 
-import json
+import base64
 
 import numpy as np
 import pytest
@@ -8,38 +8,18 @@ import pytest
 from tests.browser import (
     HOSTILE_CLASS,
     HOSTILE_TEXT,
+    VISIT_ALL,
+    Page,
     axe_violations,
     browser_binaries,
+    checked_page,
     console_errors,
     invented_gallery,
+    received,
     requested_urls,
     set_scheme,
     set_width,
-    start_browser,
 )
-
-SETTLED = """
-const main = document.getElementById("main");
-return main.getAttribute("aria-busy") === "false" && main.dataset.shown === location.hash
-  && (arguments[0] === null || location.hash === arguments[0])
-  && [...document.querySelectorAll("canvas")].every((canvas) => canvas.dataset.drawn);
-"""
-VISIT_ALL = """
-const [addresses, done] = arguments;
-const main = document.getElementById("main");
-const titles = [];
-const next = () => {
-  if (titles.length === addresses.length) done(titles);
-  else location.hash = addresses[titles.length];
-};
-new MutationObserver((_, observer) => {
-  if (main.dataset.shown !== addresses[titles.length]) return;
-  titles.push(main.querySelector("h1").textContent);
-  next();
-  if (titles.length === addresses.length) observer.disconnect();
-}).observe(main, { attributeFilter: ["data-shown"] });
-next();
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,94 +37,6 @@ def plain_gallery(tmp_path_factory):
     return invented_gallery(folder, plain=True, layers=(9,), neurons=30, counts={"train": 40})
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """One browser for all tests."""
-    driver = start_browser(tmp_path_factory.mktemp("profile"))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """What the tests do with the page."""
-
-    def __init__(self, driver, folder):
-        self.driver, self.folder = driver, folder
-        self.script = driver.execute_script
-        self.about = received(folder, "about")
-
-    def until(self, condition):
-        """Wait for a condition and return its value."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, 15, poll_frequency=0.05).until(condition)
-
-    def settle(self, address=None):
-        """Wait until the page at the address is drawn, its pictures included."""
-        self.until(lambda driver: driver.execute_script(SETTLED, address))
-
-    def open(self, address=""):
-        """Load the page afresh."""
-        self.driver.get("about:blank")
-        self.driver.get(self.folder.joinpath("index.html").as_uri() + address)
-        self.settle(address)
-
-    def go(self, address):
-        """Follow an address within the page."""
-        self.script("location.hash = arguments[0]", address)
-        self.settle(address)
-
-    def find(self, selector):
-        """The first element of a selector."""
-        return self.driver.find_element("css selector", selector)
-
-    def click(self, selector):
-        """Click as a reader does."""
-        self.find(selector).click()
-
-    def press(self, *keys):
-        """Press keys, wherever the focus is."""
-        from selenium.webdriver import ActionChains
-
-        for key in keys:
-            ActionChains(self.driver).send_keys(key).perform()
-
-    def address(self):
-        """The hash that the address bar shows."""
-        return self.script("return location.hash")
-
-    def title(self):
-        """The main heading."""
-        return self.script("return document.querySelector('h1').textContent")
-
-    def status(self):
-        """What the page says about the grid."""
-        return self.script("return document.getElementById('status').textContent")
-
-    def neurons(self):
-        """The numbers of the cards' neurons, in order."""
-        links = self.script("return [...document.querySelectorAll('.card a')].map((a) => a.getAttribute('href'))")
-        return [int(link.split("/")[1]) for link in links]
-
-    def focused(self):
-        """The address to which the focused link leads."""
-        return self.script("return document.activeElement.getAttribute('href')")
-
-    def choose(self, sort):
-        """Choose a sort key."""
-        from selenium.webdriver.support.ui import Select
-
-        Select(self.find("#sort")).select_by_value(sort)
-        self.until(lambda _: f"sort={sort}" in self.address())
-        self.settle()
-
-    def type(self, text):
-        """Type in the search field and wait for what it finds."""
-        self.find("#search").send_keys(text)
-        self.until(lambda driver: driver.execute_script("return document.getElementById('search').value").endswith(text))
-        self.settle()
-
-
 @pytest.fixture
 def page(browser, gallery):
     """The grid of the first layer; after the test the console has no error and no request has left the folder."""
@@ -157,26 +49,6 @@ def plain_page(browser, plain_gallery):
     yield from checked_page(browser, plain_gallery)
 
 
-def checked_page(browser, folder):
-    """A page that is watched while a test uses it."""
-    set_scheme(browser, "light")
-    set_width(browser, None)
-    console_errors(browser)
-    requested_urls(browser)
-    page = Page(browser, folder)
-    page.open()
-    yield page
-    assert console_errors(browser) == []
-    page.requests = [url for url in requested_urls(browser) if url != "about:blank"]
-    assert [url for url in page.requests if not url.startswith(folder.as_uri() + "/")] == []
-
-
-def received(folder, path):
-    """The value of a data file."""
-    text = (folder / "data" / f"{path}.js").read_text(encoding="utf-8")
-    return json.loads(f"[{text[text.index('(') + 1 : text.rindex(')')]}]")[1]
-
-
 def match_level(text, query):
     """3 for the whole text, 2 for the start of a word, 1 for a part of one, 0 for none."""
     if query not in text:
@@ -185,17 +57,27 @@ def match_level(text, query):
     return 3 if text == query else 2 if any(i == 0 or not text[i - 1].isalnum() for i in starts) else 1
 
 
-def expected_matches(about, layer, query):
+def unpacked(text, dtype):
+    """The array that a base64 text holds."""
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def expected_matches(about, layer, index, query):
     """The neurons that a search finds, best first."""
     shown, scores = layer["shown"], {}
+    for i, (n, value) in enumerate(zip(unpacked(index["neurons"], "<u2"), unpacked(index["correlations"], np.int8), strict=True)):
+        level = match_level(about["texts"][i // index["count"]].lower(), query)
+        if level:
+            scores[n] = max(scores.get(n, 0), 2 * level + value / 127)
+    own = np.reshape(layer["fires_on"]["correlations"], (-1, shown))
     for name in ("fires_on", "writes"):
         ids, values = (np.reshape(layer[name][key], (-1, shown)) for key in ("texts", "coefficients"))
         for n in range(len(ids)):
-            for text, value in zip(ids[n], values[n], strict=True):
+            for j, (text, value) in enumerate(zip(ids[n], values[n], strict=True)):
                 level = match_level(about["texts"][text].lower(), query) if text >= 0 else 0
-                strength = abs(value / values[n][0]) * max(layer["grades"][name][n], 0)
+                strength = own[n, j] if name == "fires_on" else abs(value / values[n][0]) * layer["grades"][name][n]
                 if level:
-                    scores[n] = max(scores.get(n, 0), 2 * level + strength)
+                    scores[n] = max(scores.get(n, 0), 2 * level + max(strength, 0))
     return sorted(scores, key=lambda n: (-scores[n], n))
 
 
@@ -230,10 +112,10 @@ def test_an_address_of_nothing_says_so_and_leads_to_the_grid(page, address):
 
 
 def test_the_search_narrows_the_grid_with_each_letter(page):
-    layer = received(page.folder, "8/layer")
+    layer, index = received(page.folder, "8/layer"), received(page.folder, "8/texts")
     for letter, query in (("d", "d"), ("o", "do"), ("g", "dog")):
         page.type(letter)
-        expected = expected_matches(page.about, layer, query)
+        expected = expected_matches(page.about, layer, index, query)
         assert page.address() == f"#8?q={query}"
         assert page.status() == f"{len(expected)} of {page.about['neurons']} neurons match."
         assert page.neurons()[:24] == expected[:24]
@@ -277,8 +159,6 @@ def test_the_grid_is_sorted_by_each_key(page, sort):
 
 @pytest.mark.parametrize(("sort", "sign"), [("for", 1), ("against", -1)])
 def test_the_grid_is_sorted_by_what_speaks_for_or_against_a_class(page, sort, sign):
-    import base64
-
     page.choose(sort)
     page.find("#class").send_keys("red fox")
     label = page.about["class_names"].index("red fox")

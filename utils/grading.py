@@ -207,13 +207,13 @@ def summary(graded, rows, measures):
     found = {}
     for r, row in enumerate(rows):
         found[row] = {}
-        null = rows.index("null_writes" if "writ" in row or row == "direction" else "null_fires_on")
+        null = rows.index(next(f"null_{side}" for side, its_rows in SIDES.items() if row in its_rows))
         for m, measure in enumerate(measures):
             values = graded[:, r, m].astype(np.float64)
             bound = np.quantile(graded[:, null, m], 0.95)
             found[row][measure] = {
                 "mean": float(values.mean()),
-                "error": float(values.std() / np.sqrt(len(values))),
+                "error": float(values.std(ddof=1) / np.sqrt(len(values))),
                 "median": float(np.median(values)),
                 "above_null": float((values > bound).mean()),
             }

@@ -69,29 +69,50 @@
 
   // ---- search ----
 
-  // Everything that a key stroke needs is made once here: lower-cased texts, and for each text where it occurs.
-  // An entry is a place in the columns of texts: entries of "writes" come after those of "fires_on".
   function prepareLayer(number, data) {
-    const count = data.explained.length;
-    const span = count * data.shown;
     const sides = Object.keys(SIDES).map((name) => ({ name, ...(data[name] ?? { texts: [], coefficients: [] }) }));
-    const layer = { number, count, span, sides, ...data };
-    const slots = new Map();
-    layer.strength = new Float32Array(2 * span);
-    sides.forEach(({ name, texts, coefficients }, side) => {
-      const grades = data.grades[name];
-      for (let i = 0; i < texts.length; i++) {
-        if (texts[i] < 0) continue;
-        const largest = Math.abs(coefficients[i - (i % data.shown)]) || 1;
-        const grade = grades ? Math.max(grades[Math.floor(i / data.shown)] ?? 0, 0) : 1;
-        layer.strength[side * span + i] = Math.abs(coefficients[i] / largest) * grade;
-        if (!slots.has(texts[i])) slots.set(texts[i], []);
-        slots.get(texts[i]).push(side * span + i);
-      }
+    return { number, count: data.explained.length, sides, ...data };
+  }
+
+  async function loadSearch(layer) {
+    const index = await load(`texts ${layer.number}`, `data/${layer.number}/texts.js`);
+    return (layer.search ??= prepareSearch(layer, index));
+  }
+
+  // Everything that a key stroke needs is made once here: lower-cased texts, and the entries of each text, (neuron, side, strength).
+  // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text foretells best. The strength is that
+  // correlation; of a written text, its share of the largest coefficient times the grade.
+  function prepareSearch(layer, index) {
+    const found = { text: [], neuron: [], side: [], strength: [] };
+    const add = (text, neuron, side, strength) => {
+      found.text.push(text);
+      found.neuron.push(neuron);
+      found.side.push(side);
+      found.strength.push(Math.max(strength, 0));
+    };
+    const neurons = new Uint16Array(bytes(index.neurons).buffer);
+    const correlations = new Int8Array(bytes(index.correlations).buffer);
+    neurons.forEach((neuron, i) => add(Math.floor(i / index.count), neuron, 0, correlations[i] / 127));
+    layer.sides.forEach(({ name, texts, coefficients, correlations: own }, side) => {
+      const grades = layer.grades[name];
+      texts.forEach((text, i) => {
+        if (text < 0) return;
+        const largest = Math.abs(coefficients[i - (i % layer.shown)]) || 1;
+        const grade = grades ? grades[Math.floor(i / layer.shown)] ?? 0 : 1;
+        add(text, Math.floor(i / layer.shown), side, own ? own[i] : Math.abs(coefficients[i] / largest) * grade);
+      });
     });
-    layer.words = [...slots.keys()].map((id) => about.texts[id].toLowerCase());
-    layer.places = [...slots.values()];
-    return layer;
+    const first = new Int32Array(about.texts.length + 1); // where the entries of a text begin, once they are sorted by text
+    for (const text of found.text) first[text + 1]++;
+    for (let t = 0; t < about.texts.length; t++) first[t + 1] += first[t];
+    const place = first.slice(0, -1);
+    const search = { first, neuron: new Int32Array(found.text.length), side: new Uint8Array(found.text.length), strength: new Float32Array(found.text.length) };
+    found.text.forEach((text, i) => {
+      const at = place[text]++;
+      for (const name of ["neuron", "side", "strength"]) search[name][at] = found[name][i];
+    });
+    search.words = about.texts.map((text) => text.toLowerCase());
+    return search;
   }
 
   const wordCharacter = /[\p{L}\p{N}]/u;
@@ -103,24 +124,26 @@
     return 1;
   }
 
-  // The score and the best entry of each neuron; a score is 0 where nothing matches.
-  function searchLayer(layer, query) {
+  // The score of each neuron, 0 where nothing matches, and the text and the side that gave it.
+  function searchLayer(layer, search, query) {
     const score = new Float32Array(layer.count);
-    const entry = new Int32Array(layer.count).fill(-1);
-    for (let w = 0; w < layer.words.length; w++) {
-      const level = matchLevel(layer.words[w], query);
+    const text = new Int32Array(layer.count).fill(-1);
+    const side = new Uint8Array(layer.count);
+    for (let t = 0; t < search.words.length; t++) {
+      const level = matchLevel(search.words[t], query);
       if (!level) continue;
-      for (const place of layer.places[w]) {
-        const neuron = Math.floor((place % layer.span) / layer.shown);
-        const value = 2 * level + layer.strength[place];
+      for (let i = search.first[t]; i < search.first[t + 1]; i++) {
+        const neuron = search.neuron[i];
+        const value = 2 * level + search.strength[i];
         if (value > score[neuron]) {
           score[neuron] = value;
-          entry[neuron] = place;
+          text[neuron] = t;
+          side[neuron] = search.side[i];
         }
       }
     }
     if (/^\d+$/.test(query) && Number(query) < layer.count) score[Number(query)] = Infinity;
-    return { score, entry };
+    return { score, text, side };
   }
 
   const normalize = (query) => query.trim().toLowerCase();
@@ -227,9 +250,14 @@
     const { name, texts, coefficients } = layer.sides[side];
     if (!texts.length) return null;
     const first = neuron * layer.shown;
-    const places = [0, 1, 2].filter((i) => i < layer.shown).map((i) => first + i);
-    const found = match >= 0 && Math.floor(match / layer.span) === side ? match % layer.span : -1;
-    if (found >= 0 && !places.includes(found)) places[places.length - 1] = found;
+    const lines = [];
+    for (let i = first; i < first + Math.min(3, layer.shown); i++) if (texts[i] >= 0) lines.push([texts[i], coefficients[i] < 0]);
+    const found = match?.side === side ? match.text : -1;
+    if (found >= 0 && !lines.some(([text]) => text === found)) {
+      const at = texts.indexOf(found, first);
+      const minus = at >= 0 && at < first + layer.shown && coefficients[at] < 0;
+      lines.splice(2, 1, [found, minus]);
+    }
     const grade = layer.grades[name]?.[neuron];
     const label = element("div", { class: "label" }, SIDES[name]);
     if (layer.grades[name]) {
@@ -237,10 +265,10 @@
       fill.style.width = `${100 * Math.min(Math.max(grade ?? 0, 0), 1)}%`;
       label.append(element("span", { class: "meter", "aria-hidden": "true" }, fill), element("span", { class: "number" }, decimals(grade)));
     }
-    const items = places.filter((i) => texts[i] >= 0).map((i) => {
-      const minus = coefficients[i] < 0 ? element("span", { class: "minus" }, "− ") : null;
-      const text = about.texts[texts[i]];
-      return element("li", { title: text }, minus, i === found ? highlighted(text, query) : text);
+    const items = lines.map(([id, isMinus]) => {
+      const text = about.texts[id];
+      const minus = isMinus ? element("span", { class: "minus" }, "− ") : null;
+      return element("li", { title: text }, minus, id === found ? highlighted(text, query) : text);
     });
     return element("div", {}, label, element("ul", {}, items));
   }
@@ -254,7 +282,7 @@
     return thumb;
   }
 
-  function card(layer, neuron, { heading = "h2", match = -1, query = "", extra = null } = {}) {
+  function card(layer, neuron, { heading = "h2", match = null, query = "", extra = null } = {}) {
     const { split, rows } = layer.pictures;
     const four = Array.from(rows.slice(4 * neuron, 4 * neuron + 4)).filter((row) => row >= 0);
     return element("li", { class: "card" },
@@ -325,9 +353,10 @@
     const { sort } = chosenSort(layer, place);
     const wantsClass = CLASS_SORTS.includes(sort);
     const classes = wantsClass && place.label !== null ? await loadClasses(place.layer) : null;
+    const search = query ? await loadSearch(layer) : null;
     if (!isCurrent()) return false;
 
-    const found = query ? searchLayer(layer, query) : null;
+    const found = query ? searchLayer(layer, search, query) : null;
     const neurons = orderNeurons(sortColumn(layer, sort, found, classes, place.label), found, layer.count);
     const makeCard = (neuron) => {
       let extra = null;
@@ -335,7 +364,7 @@
         const value = (classes.table[place.label * layer.count + neuron] * classes.scale[place.label]) / 127;
         extra = `${about.class_names[place.label]} ${signed(value, digitsFor([classes.scale[place.label]]))}`;
       }
-      return card(layer, neuron, { match: found ? found.entry[neuron] : -1, query, extra });
+      return card(layer, neuron, { match: found && { text: found.text[neuron], side: found.side[neuron] }, query, extra });
     };
     growing?.stop();
     const all = `${grouped(layer.count)} neurons`;

@@ -1,13 +1,16 @@
 """What the gallery is made of: the results of the stages, and the images of both splits."""
 
+from functools import cached_property
+
 import numpy as np
+import torch
 
 from utils.ablation import load_classifier
 from utils.datasets import train_set_of
 from utils.descriptions import Inputs, load_grades
 from utils.gallery.collect import ACTIVE, TOP, WORDS, Pairs, top_rows
 from utils.runtime.files import digest
-from utils.runtime.results import load_record
+from utils.runtime.results import complete, load_record
 
 
 class Sources(Inputs):
@@ -57,11 +60,32 @@ class Sources(Inputs):
     def _pairs(self, layer, split):
         return Pairs(top_rows(self.projections(layer, split), min(TOP, len(self.splits[split]))), len(self.splits[split]))
 
+    @property
+    def representations(self):
+        """Of the training images, as evaluate_descriptions.py left them: a tensor [images, D]."""
+        sizes, expected = (
+            {"images": len(self.images), "D": self.clip.vit.D},
+            {**self.expected, "data": self.images.record["data"]},
+        )
+        return torch.from_numpy(self.inputs.load("representations", sizes, expected, **self.names))
+
     def numbers(self, layer):
         """Of every neuron: share explained, mean norm of its largest effects, threshold; and the share of images it acts on."""
         norms = self.inputs.load("norm", self.clip.vit.sizes, self.expected, layer=layer, **self.names)
         numbers = {"explained": self.explained(layer), "norm": norms.mean(axis=1), "threshold": norms[:, 0]}
         return numbers | {"share": round(self.share, 4)}
+
+    @cached_property
+    def record(self):
+        """What the gallery is made of."""
+        arrays = [self.classifier] if self.classifier is not None else []
+        for layer in self.layers:
+            arrays += [self.graded[layer].values, self.explained(layer), *map(_as_array, self.sides[layer].values())]
+            arrays += [self.projections(layer, split) for split in self.splits]
+        statistics = [of.digest() for of in self.statistics.values()]
+        images = {split: of.record["data"] for split, of in self.splits.items()}
+        shown = {"layers": self.layers, "images": images, "statistics": statistics, "results": digest(*arrays), "size": self.size}
+        return complete({**self.clip.record, **self.names, **shown, "coefficient": self.args.coefficient})
 
     def of_layer(self, layer, split):
         """What a `Collector` takes besides the directions."""
@@ -76,7 +100,7 @@ class Sources(Inputs):
         for layer in layers:
             of, K = self.pairs[layer, split], vit.K(layer)
             made_of = {"statistics": self.statistics[layer].digest(), "pairs": digest(of.images, of.neurons)}
-            made_of |= {"texts": digest(*(np.array([(i, c) for i, c, _ in texts]) for texts in self.sides[layer]["writes"]))}
+            made_of |= {"texts": digest(_as_array(self.sides[layer]["writes"]))}
             shapes = {"maps": (len(of.neurons), rows * columns), "heads": (K, vit.N)}
             shapes |= {"neurons": (count, ACTIVE), "norms": (count, ACTIVE)}
             shapes |= {"words": (count, WORDS), "scores": (count, WORDS)}
@@ -85,3 +109,8 @@ class Sources(Inputs):
                 arrays[parts / f"{split}_{layer}_{name}.npy"] = (shape, dtype, made_of)
             state[f"heads{layer}"] = ((K, vit.N), "float64")
         return arrays, state, {**self.clip.record, **self.splits[split].record, "coefficient": self.args.coefficient}
+
+
+def _as_array(descriptions):
+    """(neuron, text, coefficient) of all descriptions."""
+    return np.array([(n, i, c) for n, texts in enumerate(descriptions) for i, c, _ in texts])

@@ -13,11 +13,14 @@ import jinja2
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from utils import grading
-from utils.runtime.files import text_set
+from utils.runtime.errors import UserError
+from utils.runtime.files import save_json, text_set
+from utils.runtime.results import is_made, record_path
 
 HERE = Path(__file__).parent
 NEURONS, IMAGES = 64, 256  # whose details are in one file
@@ -25,6 +28,7 @@ COLUMNS, ROWS = 8, 8  # of a sheet of pictures
 SHOWN = 16  # texts of each side that the search looks at
 BINS = 40
 NEAREST, CLASSES, HEADS = 8, 8, 8
+FIRING = 8  # neurons that the search knows of every text, besides those whose cards show it
 
 
 def short(values, digits=3):
@@ -90,13 +94,37 @@ class Side:
         return {"texts": [i for of in filled for i, _ in of], "coefficients": [c for of in filled for _, c in of]}
 
 
+class Foretold:
+    """How well single texts foretell the effects of neurons: correlations over the training images, for the search.
+
+    judge: `grading.Judge` of the training images. effects: [images, N], along the components.
+    """
+
+    def __init__(self, judge, effects):
+        self.atoms, self.targets = judge.atoms, judge.targets(torch.from_numpy(effects))
+
+    def index(self):
+        """The neurons whose effects every text foretells best, and the correlations, scaled to 127."""
+        count = min(FIRING, len(self.targets))
+        parts = [(atoms @ self.targets.T).topk(count, dim=1) for atoms in self.atoms.split(grading.TEXTS)]
+        values, neurons = (torch.cat([part[i] for part in parts]).cpu().numpy() for i in range(2))
+        packed_values = packed(np.round(127 * values).astype(np.int8))
+        return {"count": count, "neurons": packed(neurons.astype("<u2")), "correlations": packed_values}
+
+    def of(self, texts):
+        """Correlations of each neuron's effects with some texts, [N, m] of their ids; 0 for an id of -1."""
+        chosen = torch.as_tensor(texts)
+        found = [(self.atoms[ids.clamp_min(0)] @ target) * (ids >= 0) for ids, target in zip(chosen, self.targets, strict=True)]
+        return torch.stack(found).numpy()
+
+
 class LayerFiles:
     """The data of one layer's neurons, as files.
 
-    Everything is read from what `make_gallery.py` hands over: layer, sides {writes, fires_on: Side}, graded (`Graded` or None),
-    pcas [N, D], explained [N], norm [N], threshold [N], share of the images that a neuron acts on, classifier [D, classes] or
-    None, heads [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits {split:
-    {"projections" [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.
+    Everything is read from what `make_gallery.py` hands over: layer, sides {writes, fires_on: Side}, foretold (`Foretold`), graded
+    (`Graded`), pcas [N, D], explained [N], norm [N], threshold [N], share of the images that a neuron acts on, classifier
+    [D, classes] or None, heads [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits
+    {split: {"projections" [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.
     """
 
     def __init__(self, **parts):
@@ -107,6 +135,7 @@ class LayerFiles:
     def write(self, folder):
         """Write all files of the layer into its folder."""
         save_script(folder / "layer.js", f"layer {self.layer}", self.grid())
+        save_script(folder / "texts.js", f"texts {self.layer}", self.foretold.index())
         if self.along_classes is not None:
             scale = np.abs(self.along_classes).max(axis=0).clip(1e-30)
             values = np.round(127 * self.along_classes / scale).astype(np.int8).T
@@ -117,29 +146,25 @@ class LayerFiles:
 
     def grid(self):
         """What the grid shows of all neurons, in columns."""
-        grades = {}
-        if self.graded is not None:
-            measure = "pearson_without" if "pearson_without" in self.graded.measures else "pearson"
-            grades = {row: short(self.graded.of(row, measure)) for row in self.graded.rows}
-        split = next(iter(self.splits))
+        grades = {row: short(self.graded.of(row, "pearson_without")) for row in self.graded.rows}
+        split, sides = next(iter(self.splits)), {name: side.strongest() for name, side in self.sides.items()}
+        texts = np.reshape(sides["fires_on"]["texts"], (self.N, SHOWN))
+        sides["fires_on"]["correlations"] = short(self.foretold.of(texts).ravel(), digits=2)
         return {
             "explained": short(self.explained),
             "norm": short(self.norm),
             "threshold": short(self.threshold),
             "grades": grades,
             "shown": SHOWN,
-            **{name: side.strongest() for name, side in self.sides.items()},
+            **sides,
             "pictures": {"split": split, "rows": self.splits[split]["top"][0][:, :4].ravel().tolist()},
         }
 
     def detail(self, n):
         """Everything that a neuron's page shows."""
         found = {name: side.entries[n] for name, side in self.sides.items()}
-        found["grades"] = {}
-        if self.graded is not None:
-            values = self.graded.values[n]  # [rows, measures]
-            rows = zip(self.graded.rows, short(values), strict=True)
-            found["grades"] = {row: dict(zip(self.graded.measures, numbers, strict=True)) for row, numbers in rows}
+        rows = zip(self.graded.rows, short(self.graded.values[n]), strict=True)
+        found["grades"] = {row: dict(zip(self.graded.measures, numbers, strict=True)) for row, numbers in rows}
         found["auprc_chance"] = self.share
         found["top"] = {split: self.pictures(of, n) for split, of in self.splits.items()}
         found["threshold"] = short(self.threshold[n])
@@ -231,10 +256,9 @@ def write_parquet(path, files):
             "norm": pyarrow.array(np.asarray(of.norm, np.float32)),
             "threshold": pyarrow.array(np.asarray(of.threshold, np.float32)),
         }
-        if of.graded is not None:
-            for row in of.graded.rows:
-                for measure in of.graded.measures:
-                    columns[f"{row}_{measure}"] = pyarrow.array(np.asarray(of.graded.of(row, measure), np.float32))
+        for row in of.graded.rows:
+            for measure in of.graded.measures:
+                columns[f"{row}_{measure}"] = pyarrow.array(np.asarray(of.graded.of(row, measure), np.float32))
         for name, side in of.sides.items():
             entries = [[{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions]
             columns[name] = pyarrow.array(entries, pairs)
@@ -245,6 +269,14 @@ def write_parquet(path, files):
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
 
 
+def is_gallery(folder, record, overwrite=False):
+    """Whether a folder is the gallery of this record. Raises UserError when it is another one, or no gallery."""
+    page = folder / "index.html"
+    if folder.is_dir() and any(folder.iterdir()) and not (page.is_file() and (folder / "FORMAT.md").is_file()):
+        raise UserError(f"{folder} is there and is no gallery; choose another --gallery, or remove it")
+    return is_made(page, record, overwrite)
+
+
 def write_gallery(folder, sources, parts):
     """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the passes."""
     data, splits, vit = folder / "data", sources.splits, sources.clip.vit
@@ -252,6 +284,7 @@ def write_gallery(folder, sources, parts):
     write_page(folder, f"Neurons of {sources.clip.record['model']}")
     for split in splits if sources.size else ():
         write_sheets(folder / "pictures", split, np.load(parts / f"{split}_pictures.npy", mmap_mode="r"))
+    judge = grading.Judge(sources.representations, sources.vectors)
     pcas, files = {layer: of.pcas.cpu().numpy() for layer, of in sources.statistics.items()}, []
     for layer in tqdm(sources.layers, desc="pages", unit="layer"):
         of_splits = {}
@@ -267,6 +300,7 @@ def write_gallery(folder, sources, parts):
         of = LayerFiles(
             layer=layer,
             sides={side: Side(texts) for side, texts in sources.sides[layer].items()},
+            foretold=Foretold(judge, projections),
             graded=sources.graded[layer],
             pcas=pcas[layer],
             classifier=sources.classifier,
@@ -279,6 +313,7 @@ def write_gallery(folder, sources, parts):
         of.write(data / str(layer))
         files.append(of)
     write_parquet(folder / "neurons.parquet", files)
+    save_json(record_path(folder / "index.html"), sources.record)
 
 
 def about(sources):
