@@ -43,6 +43,8 @@ def main(args):
         path = stage.held_out_path("graded", layer=stage.layers)
         print("\n".join(report(path, stage.made_of, graded)))
         print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {len(stage.held_out)} held-out images")
+        if not args.truth:
+            print(f"next: {stage.results.command('gallery', **stage.held_out_names, layer=stage.layers)}")
 
 
 def look(args, stage, layers, images, directions=None):

@@ -27,8 +27,8 @@ from utils.runtime.passes import Pass, pieces_of
 
 def main(args):
     known = {"data_path": args.data_path, "split": args.split, "descriptions_dir": args.descriptions_dir}
-    inputs, _ = flags.results_of(args, **known)
-    gallery = Path(args.gallery or Path(args.output_dir) / "gallery")
+    inputs, results = flags.results_of(args, **known)
+    gallery = Path(args.gallery) if args.gallery else results.path("gallery").parent
     sources, parts = Sources(args, inputs), gallery.with_name(f"{gallery.name}.parts")
     if not is_gallery(gallery, sources.record, args.overwrite):
         parts.mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,8 @@ class World:
             3,
         ]
         return {
+            "grades": ["evaluate_descriptions.py", *where, *data, *layers, *texts],
+            "gallery": ["make_gallery.py", *where, *data, *layers, *texts],
             "ablations": ["compute_ablations.py", *where, *data, *layers],
             "evaluation": ["compute_sparse_decomposition.py", *where, *data, *layers, *texts, "--evaluate"],
             "segmentation": ["compute_segmentation.py", *where, *masks, "--num_workers", 0],
@@ -107,7 +109,7 @@ class World:
         }
 
 
-@pytest.mark.parametrize("name", ["ablations", "evaluation", "segmentation", "attack"])
+@pytest.mark.parametrize("name", ["ablations", "evaluation", "segmentation", "attack", "grades", "gallery"])
 def test_following_the_advice_makes_the_missing_file_and_in_the_end_the_result(tmp_path, tiny_model, parse, name):
     """From nothing: the command of each message is typed as it stands, but for DATA_PATH, until the stage has all it needs."""
     world, steps = World(tmp_path, tiny_model), itertools.count()

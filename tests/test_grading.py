@@ -326,7 +326,7 @@ def test_known_truth_judges_in_place_of_similarities(world, tmp_path, rng):
         "compute_sparse_decomposition.py",
         *world.model,
         *["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", 5, "--text_descriptions", "words", "--components", 4],
-        *["--input_dir", world.base, "--output_dir", world.base],
+        *["--input_dir", world.base, "--output_dir", tmp_path / "out"],
         folder=tmp_path,
     )
     truths = ["--truth", tmp_path / "train.npy", tmp_path / "val.npy"]

@@ -33,8 +33,10 @@ from utils.runtime.errors import UserError
 from utils.runtime.passes import Scratch
 
 KILLS = int(os.environ.get("KILLS", 0))
-LONG = {"top": 10, "full": 3, "representations": 2, "pcas": 3, "ablations": 2, "decomposition": 3, "segmentation": 2}
-LAST = {"top": 4, "full": 1, "representations": 1, "pcas": 1, "ablations": 1, "decomposition": 2, "segmentation": 1}
+LONG = {"top": 10, "full": 3, "representations": 2, "pcas": 3, "ablations": 2, "decomposition": 3, "evaluation": 3, "gallery": 2}
+LONG |= {"segmentation": 2}
+LAST = {"top": 4, "full": 1, "representations": 1, "pcas": 1, "ablations": 1, "decomposition": 2, "evaluation": 1, "gallery": 1}
+LAST |= {"segmentation": 1}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_a_plain_process_leaves_the_same_files(world, tmp_path):
 # disks and folders
 
 
-@pytest.mark.parametrize("name", ["full", "top", "ablations", "decomposition", "segmentation"])
+@pytest.mark.parametrize("name", ["full", "top", "ablations", "decomposition", "evaluation", "segmentation"])
 def test_a_disk_that_fills_up_in_the_middle(world, name):
     """From the first finished piece on, no file may grow to its end, as if a quota were met."""
     output = world.root / f"quota_{name}"
@@ -367,6 +369,10 @@ def other_values(path):
         ("decomposition", "words_tiny_random.npy", "compute_text_set_projection.py"),
         ("decomposition", "_1_5_pca.npy", "compute_pcas.py"),
         ("segmentation", "_1_5_pca.npy", "compute_pcas.py"),
+        ("evaluation", "_1_5_pca.npy", "compute_pcas.py"),
+        ("evaluation", "words_tiny_random.npy", "compute_text_set_projection.py"),
+        ("gallery", "train_mlps_tiny_random_1_5_projections.npy", "evaluate_descriptions.py"),
+        ("gallery", "grades_tiny_random_1_words_8.npy", "evaluate_descriptions.py"),
     ],
 )
 def test_a_cut_off_input(world, name, ending, made_by):

@@ -121,7 +121,7 @@ class Foretold:
 class LayerFiles:
     """The data of one layer's neurons, as files.
 
-    Everything is read from what `make_gallery.py` hands over: layer, sides {writes, fires_on: Side}, foretold (`Foretold`), graded
+    Read from what `make_gallery.py` hands over: layer, sides {writes, fires_on: Side}, foretold (`Foretold`), graded
     (`Graded`), pcas [N, D], explained [N], norm [N], threshold [N], share of the images that a neuron acts on, classifier
     [D, classes] or None, heads [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits
     {split: {"projections" [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.

@@ -54,6 +54,7 @@ GRADES_ALL = (
     f"evaluate_descriptions.py {IMAGES} --mlp_layer {{layer}} --top_k_pca {{k}} --text_descriptions {{texts}} "
     "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
 )
+LOOKS = GRADES_ALL.replace("evaluate_descriptions.py", "make_gallery.py")
 SEGMENTS = "compute_segmentation.py --data_path {data_path}"
 
 ARTIFACTS = {
@@ -85,6 +86,7 @@ ARTIFACTS = {
     "along": Artifact(GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along texts; removed once graded"),
     "grades": Artifact(GRADES + ".npy", "N rows measures", GRADES_ALL, "grades of descriptions; also `.csv`"),
     "graded": Artifact(GRADES + "_summary.json", "", GRADES_ALL, "their means over neurons; also `.png`"),
+    "gallery": Artifact("gallery/index.html", "", LOOKS, "a page of all neurons; format in `gallery/FORMAT.md`"),
     "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
     "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
 }

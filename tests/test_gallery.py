@@ -1,0 +1,284 @@
+"""The files of the gallery: what they say is what the arrays, the model and the float64 definition say."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from open_clip import CLIP
+from PIL import Image
+
+from tests import definition
+from tests.browser import received
+from tests.launcher import assert_same_files, run_stage_of_user, shared_world, the_line
+from utils.clip import load_clip
+from utils.datasets import load_images
+
+LAYER, TOP, N = 3, 8, 96
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model):
+    return shared_world(tmp_path_factory, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def folder(world):
+    return world.whole / "gallery/gallery"
+
+
+@pytest.fixture(scope="module")
+def about(folder):
+    return received(folder, "about")
+
+
+@pytest.fixture(scope="module")
+def details(folder):
+    """Everything about the neurons of the layer."""
+    return [neuron for i in range(2) for neuron in received(folder, f"{LAYER}/neurons_{i}")["neurons"]]
+
+
+@pytest.fixture(scope="module")
+def runs(world):
+    """Every training image through the tower of the definition, and its effects [N, D]."""
+    clip = load_clip(world.model[1], "random", "cpu")
+    model = CLIP(**json.loads(open(world.model[1]).read())).eval().requires_grad_(False)
+    model.load_state_dict(clip.text.state_dict())
+    visual, images = model.visual.double(), load_images("folder", world.photos, "train", clip.transform)
+    pixels = [images[i][0].double() for i in range(len(images))]
+    return [(definition.run(visual, image), definition.effects(visual, image, LAYER).numpy()) for image in pixels]
+
+
+def array(world, ending):
+    """An array of the earlier stages."""
+    [path] = world.base.glob(f"*{ending}.npy")
+    return np.load(path)
+
+
+def unpacked(text, dtype):
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def test_top_pictures_histograms_and_numbers_are_the_arrays(world, folder, about, details):
+    grid = received(folder, f"{LAYER}/layer")
+    norms = array(world, f"train_mlps_tiny_random_{LAYER}_5_norm")
+    assert_allclose(grid["norm"], norms.mean(axis=1), rtol=6e-3)
+    assert_allclose(grid["threshold"], norms.min(axis=1), rtol=6e-3)
+    assert_allclose(grid["explained"], array(world, f"train_mlps_tiny_random_{LAYER}_5_explained"), rtol=6e-3)
+    y = {split: array(world, f"folder_{split}_mlps_tiny_random_{LAYER}_5_projections") for split in ("train", "val")}
+    for n, detail in enumerate(details):
+        for split, effects in y.items():
+            found = {sign: np.array([row for row, _, _ in detail["top"][split][sign]]) for sign in ("positive", "negative")}
+            assert_array_equal(effects[found["positive"], n], np.sort(effects[:, n])[::-1][:TOP])
+            assert_array_equal(effects[found["negative"], n], np.sort(effects[:, n])[:TOP])
+            values = [value for _, value, _ in detail["top"][split]["positive"]]
+            assert_allclose(values, effects[found["positive"], n], rtol=6e-3)
+            counts = np.histogram(
+                effects[:, n], 40, (min(x[:, n].min() for x in y.values()), max(x[:, n].max() for x in y.values()))
+            )[0]
+            assert detail["histogram"][split] == counts.tolist()
+        assert grid["pictures"]["rows"][4 * n : 4 * n + 4] == [row for row, _, _ in detail["top"]["train"]["positive"][:4]]
+    assert about["splits"]["train"]["count"] == len(y["train"]) and about["layers"] == [0, 1, 2, 3]
+
+
+def test_maps_show_where_neurons_fire(details, runs):
+    for n in range(0, N, 9):
+        pictures = [picture for sign in ("positive", "negative") for picture in details[n]["top"]["train"][sign]]
+        activations = np.stack([runs[row][0].p[LAYER][1:, n].numpy().clip(0) for row, _, _ in pictures])
+        found = np.stack([unpacked(levels, np.uint8) for _, _, levels in pictures])
+        assert np.abs(found - 255 * activations / max(activations.max(), 1e-30)).max() <= 0.6
+
+
+def test_shares_of_the_heads_are_those_of_effects_split_by_head(world, details):
+    """From the stored effects: sum_b y_k y / sum_b y^2, y_k what head k adds to the effect y along the component."""
+    C, values, outputs, pcas, mean = (
+        array(world, f"train_mlps_tiny_random_{LAYER}_{name}").astype(np.float64)
+        for name in ("coefficients", "values", "outputs", "5_pca", "mean")
+    )
+    by_head = np.einsum("bkn,kne,ked,nd->bkn", C, values, outputs, pcas)
+    bias = array(world, f"train_mlps_tiny_random_{LAYER}_bias").astype(np.float64)
+    y = by_head.sum(axis=1) + bias @ pcas.T - (mean * pcas).sum(axis=1)
+    shares = np.einsum("bkn,bn->kn", by_head, y) / (y**2).sum(axis=0)
+    for n, detail in enumerate(details):
+        assert [layer for layer, _, _ in detail["heads"]] == [4] * 4  # of one later layer
+        for _, head, share in detail["heads"]:
+            assert share == pytest.approx(shares[head, n], abs=6e-3 * max(1, np.abs(shares[:, n]).max()))
+
+
+def test_classes_and_nearest_neurons(world, folder, about, details):
+    classifier, pcas = array(world, "classifier_tiny_random"), {}
+    for layer in about["layers"]:
+        pcas[layer] = array(world, f"train_mlps_tiny_random_{layer}_5_pca")
+    scores = pcas[LAYER] @ classifier
+    table = received(folder, f"{LAYER}/classes")
+    found = unpacked(table["values"], np.int8).reshape(-1, N) * np.array(table["scale"])[:, None] / 127
+    assert np.abs(found - scores.T).max() <= 0.006 * np.abs(scores).max()
+    every, places = np.concatenate(list(pcas.values())), [(layer, n) for layer in pcas for n in range(N)]
+    for n, detail in enumerate(details):
+        assert [c for c, _ in detail["for"]] == np.argsort(-scores[n]).tolist()
+        assert [c for c, _ in detail["against"]] == np.argsort(scores[n]).tolist()
+        cosines = dict(zip(places, every @ pcas[LAYER][n], strict=True))
+        del cosines[LAYER, n]
+        largest = sorted(np.abs(list(cosines.values())))[::-1][:8]
+        assert_allclose([abs(cosine) for _, _, cosine in detail["nearest"]], largest, atol=6e-3)
+        for layer, other, cosine in detail["nearest"]:
+            assert cosine == pytest.approx(cosines[layer, other], abs=6e-3)
+
+
+def test_texts_and_grades_are_those_of_the_stages(world, folder, about, details):
+    grades = array(world, f"val_grades_tiny_random_{LAYER}_words_8")
+    [path] = world.base.glob(f"*val_grades_tiny_random_{LAYER}_words_8.meta.json")
+    rows = json.loads(path.read_text())["rows"]
+    measures = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")
+    for side, name in (("writes", "decomposition_omp_1.0_8"), ("fires_on", "fires_on_omp_8")):
+        described = json.loads((world.base / f"folder_mlps_tiny_random_{LAYER}_words_{name}.json").read_text())
+        for n, detail in enumerate(details):
+            assert [i for i, _ in detail[side]] == [i for i, _, _ in described[str(n)]]
+            assert_allclose([c for _, c in detail[side]], [c for _, c, _ in described[str(n)]], rtol=6e-3)
+            assert [about["texts"][i] for i, _ in detail[side]] == [text for _, _, text in described[str(n)]]
+            for r, row in enumerate(rows):
+                assert_allclose([detail["grades"][row][m] for m in measures], grades[n, r], rtol=6e-3, atol=1e-6)
+
+
+def test_the_search_knows_the_neurons_whose_effects_a_text_foretells(world, folder):
+    representations, vectors = array(world, "train_representations_tiny_random"), array(world, "words_tiny_random")
+    effects = array(world, f"folder_train_mlps_tiny_random_{LAYER}_5_projections")
+    correlations = np.corrcoef((representations @ vectors.T).T, effects.T)[: len(vectors), len(vectors) :]
+    index = received(folder, f"{LAYER}/texts")
+    neurons = unpacked(index["neurons"], "<u2").reshape(len(vectors), -1)
+    values = unpacked(index["correlations"], np.int8).reshape(neurons.shape) / 127
+    assert_allclose(values, np.take_along_axis(correlations, neurons.astype(int), 1), atol=5e-3)
+    assert_allclose(values, -np.sort(-correlations, axis=1)[:, : index["count"]], atol=5e-3)
+    grid = received(folder, f"{LAYER}/layer")
+    ids = np.reshape(grid["fires_on"]["texts"], (N, -1))
+    own = np.reshape(grid["fires_on"]["correlations"], ids.shape)
+    for n in range(N):
+        for i, value in zip(ids[n], own[n], strict=True):
+            assert value == pytest.approx(correlations[i, n] if i >= 0 else 0, abs=6e-3)
+
+
+def test_an_image_s_neurons_and_words_are_those_of_the_definition(world, folder, about, runs):
+    mean, norms = (array(world, f"train_mlps_tiny_random_{LAYER}_{name}") for name in ("mean", "5_norm"))
+    path = world.base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json"
+    described = json.loads(path.read_text())
+    images = received(folder, f"{LAYER}/train_0")["images"]
+    for (_, phi), image in zip(runs, images, strict=True):
+        size = np.linalg.norm(phi - mean, axis=1)
+        shown, thresholds = [n for n, _ in image["neurons"]], norms.min(axis=1)
+        near = np.abs(size / thresholds - 1) < 1e-4  # the image that gives the threshold is not above it
+        active = {int(n) for n in np.flatnonzero((size > thresholds) & ~near)}
+        assert all(n in active or near[n] for n in shown)
+        left = [size[n] for n in active - set(shown)]
+        assert not left or (len(shown) == 24 and max(left) <= size[shown[-1]] * (1 + 1e-4))
+        assert_allclose([value for _, value in image["neurons"]], size[shown], rtol=6e-3)
+        scores = {}
+        for n in shown:
+            for _, c, text in described[str(n)]:
+                scores[text] = scores.get(text, 0) + c * size[n]
+        if len(shown) < 24:
+            for i, score in image["words"]:
+                assert score == pytest.approx(scores[about["texts"][i]], rel=1e-2, abs=1e-3)
+
+
+def test_sheets_hold_what_the_model_saw(world, folder, about):
+    clip = load_clip(world.model[1], "random", "cpu")
+    images, size = load_images("folder", world.photos, "val", clip.transform), about["sheet"]["size"]
+    assert size == 24
+    for row in (0, 17, 62):
+        seen = images.picture(row).resize((1, 1))  # the crop keeps the mean colour of these photos' middles, roughly
+        place = row % 64
+        sheet = np.asarray(Image.open(folder / f"pictures/val_{row // 64}.jpg"), float)
+        tile = sheet[place // 8 * size :, place % 8 * size :][:size, :size]
+        pixels = images[row][0].permute(1, 2, 0).numpy() * clip.transform.transforms[-1].std + clip.transform.transforms[-1].mean
+        shown = np.asarray(Image.fromarray(np.uint8(pixels.clip(0, 1) * 255)).resize((size, size), Image.BILINEAR), float)
+        assert np.abs(tile - shown).mean() < 12, seen
+
+
+def test_parquet_says_the_same(folder, about, details):
+    table = pyarrow.parquet.read_table(folder / "neurons.parquet").to_pylist()
+    assert [(row["layer"], row["neuron"]) for row in table] == [(layer, n) for layer in about["layers"] for n in range(N)]
+    for row, detail in zip(table[LAYER * N :], details, strict=True):
+        for side in ("writes", "fires_on"):
+            assert [entry["text"] for entry in row[side]] == [about["texts"][i] for i, _ in detail[side]]
+            assert_allclose([entry["coefficient"] for entry in row[side]], [c for _, c in detail[side]], rtol=6e-3)
+        assert row["train_positive"] == [image for image, _, _ in detail["top"]["train"]["positive"]]
+        assert row["fires_on_pearson"] == pytest.approx(detail["grades"]["fires_on"]["pearson"], rel=6e-3)
+
+
+def make(world, output, *more, check=True):
+    """Make a gallery in a process of its own."""
+    script, flags, _ = world.stages()["gallery"]
+    words = [script, *world.model, *flags, "--output_dir", output, *more]
+    return run_stage_of_user(*words, folder=output.parent, check=check)
+
+
+def test_a_second_run_leaves_the_same_bytes_and_other_results_are_not_replaced_by_chance(world, tmp_path):
+    output = tmp_path / "out"
+    make(world, output)
+    assert_same_files(output, world.whole / "gallery")
+    kept = shutil.copytree(output, tmp_path / "kept")
+    make(world, output, "--overwrite")
+    assert_same_files(output, kept)
+    done = make(world, output, "--picture_size", 16, check=False)
+    assert done.returncode == 1 and "made with other size; choose another --output_dir, or add --overwrite" in the_line(
+        done.stderr
+    )
+    assert_same_files(output, kept)
+
+
+def test_a_folder_that_is_no_gallery_is_left_alone(world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    done = make(world, tmp_path / "out", "--gallery", tmp_path / "mine", check=False)
+    assert done.returncode == 1 and "is there and is no gallery; choose another --gallery" in the_line(done.stderr)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_without_pictures_nothing_of_an_image_is_written(world, tmp_path):
+    make(world, tmp_path / "out", "--no_pictures")
+    folder = tmp_path / "out/gallery"
+    assert received(folder, "about")["sheet"] is None
+    assert not [path for path in folder.rglob("*") if path.suffix in (".jpg", ".png") or path.name == "pictures"]
+
+
+def test_a_grade_that_is_missing_is_asked_for_by_its_command(world, tmp_path):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    for path in base.glob(f"*val_grades_tiny_random_{LAYER}_*"):
+        path.unlink()
+    done = make(world, tmp_path / "out", "--input_dir", base, check=False)
+    assert done.returncode == 1 and "make it with: python evaluate_descriptions.py" in the_line(done.stderr)
+
+
+def test_foreign_names_stay_text_from_the_class_names_to_the_page(world, browser, tmp_path):
+    """Class names and texts that are markup, through all stages that hand them on."""
+    from tests.browser import checked_page
+
+    out, texts = tmp_path / "out", tmp_path / "words.txt"
+    shutil.copytree(world.base, out, ignore=shutil.ignore_patterns("*classifier*", "words*", "*_words_*", "*grades*"))
+    names = [HOSTILE, "</script><script>alert(1)</script>", '" onload="alert(1)', "it's &amp; more"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    texts.write_text("\n".join([HOSTILE, "</script><b>", *(f"text {i}" for i in range(30))]))
+    data = ["--dataset", "folder", "--data_path", world.photos]
+    same = [*world.model, *data, "--output_dir", out]
+    described = ["--mlp_layer", LAYER, "--top_k_pca", 5, "--text_descriptions", texts, "--components", 8]
+    for words in (
+        ["compute_classifier_projection.py", *same, "--class_names", tmp_path / "names.txt"],
+        ["compute_text_set_projection.py", *world.model, "--text_descriptions", texts, "--output_dir", out],
+        ["compute_sparse_decomposition.py", *same, *described],
+        ["evaluate_descriptions.py", *same, *described, "--num_workers", 0],
+        ["make_gallery.py", *same, *described, "--num_workers", 0],
+    ):
+        run_stage_of_user(*words, folder=tmp_path)
+    folder = out / "gallery"
+    assert received(folder, "about")["class_names"] == names
+    for page in checked_page(browser, folder):
+        for address in ("#3?sort=for&class=0", "#image/train/0", "#3/5", "#3?q=%3C%2Fscript%3E"):
+            page.open(address)
+            assert page.script("return document.querySelectorAll('main img, main b, main script').length") == 0
+        assert page.script("return document.querySelectorAll('mark').length") > 0
+        page.open("#image/train/0")
+        assert page.title() == f"Image 0 of train: {HOSTILE}"
