@@ -5,6 +5,7 @@ import torch
 
 from utils.ablation import Rebuilt, load_statistics
 from utils.datasets import train_set_of
+from utils.descriptions import load_grades
 from utils.effects import DenseEffects, FactorisedEffects
 from utils.norms import CentredNorms
 from utils.prs import COEFFICIENT, fold, second_order
@@ -21,14 +22,16 @@ class NeuronLayer:
         must be stored (`compute_second_order_neuron_prs.py --split val`).
     layer, k: the MLP layer; images per neuron, as in compute_pcas.py.
     described: {"texts": name of the text set, "components": texts per neuron, "alpha": as in the files' names}.
+    held_out: the split on which evaluate_descriptions.py has graded the descriptions.
 
-    Attributes: norms [N, k] ascending, explained [N] (None in a folder of the published code), descriptions (of every neuron, as
-    `load_descriptions` gives them), statistics, directions, centred_norms.
+    Attributes: norms [N, k] ascending, explained [N] (None in a folder of the published code), descriptions (what every neuron
+    writes, as `load_descriptions` gives it), fires_on (the same) and graded (`Graded`), both None where evaluate_descriptions.py
+    has not run; statistics, directions, centred_norms.
 
     Raises UserError, with the command, when a file is missing or of other images or weights.
     """
 
-    def __init__(self, clip, results, images, layer, described, k=100):
+    def __init__(self, clip, results, images, layer, described, k=100, held_out="val"):
         self.clip, self.images, self.layer = clip, images, layer
         self.directions = fold(clip.vit, layer)
         train, sizes, expected = train_set_of(images.dataset), clip.vit.sizes, {"fingerprint": clip.fingerprint}
@@ -48,7 +51,15 @@ class NeuronLayer:
         if len(found) != len(images):
             counts = f"the statistics are of {len(found)} images and there are {len(images)}"
             raise UserError(f"{counts}; use the same --data_path and --subsample as for compute_second_order_neuron_prs.py")
-        self.descriptions = load_descriptions(results, clip.vit.sizes, expected, **names, **{"alpha": 1, **described})
+        shown, self._projections = {**shown, "k": k}, None
+        if results.find("projections", **shown).is_file():
+            data = {**expected, "data": images.record["data"], "statistics": self.statistics.digest()}
+            self._projections = results.load("projections", {**sizes, "images": len(images)}, data, mmap=True, **shown)
+        names |= {"alpha": 1, **described}
+        self.descriptions = load_descriptions(results, sizes, expected, **names)
+        fires_on, graded = results.find("fires_on", **names).is_file(), {**names, "dataset": images.dataset, "split": held_out}
+        self.fires_on = load_descriptions(results, sizes, expected, kind="fires_on", **names) if fires_on else None
+        self.graded = load_grades(results, sizes, expected, **graded) if results.find("grades", **graded).is_file() else None
         self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
         self._along = Rebuilt(self.directions, self.statistics.mean, self.statistics.pcas)
 
@@ -64,7 +75,8 @@ class NeuronLayer:
         """On all images, the norms of the neuron's centred effects [images] and their projections on its component [images]; None
         for these where only the norms are stored."""
         if self._stored is None:
-            return np.asarray(self._image_norms[:, neuron]), None
+            along = None if self._projections is None else np.asarray(self._projections[:, neuron])
+            return np.asarray(self._image_norms[:, neuron]), along
         centred = self._stored.of(neuron) - self.statistics.mean[neuron]
         return centred.norm(dim=1).cpu().numpy(), (centred @ self.statistics.pcas[neuron]).cpu().numpy()
 
@@ -107,11 +119,23 @@ class NeuronLayer:
 
     def card(self, neuron, pictures=8, words=8, by="projection"):
         """The neuron's card, a figure: the images with its largest effects (`by` as in `top_images`; along its component most
-        project positively, by the component's sign), its texts, the histogram of its norms."""
+        project positively, by the component's sign), the texts that it writes and those that it fires on, with their grades and
+        those of another neuron's texts, and the histogram of its norms."""
         shown, maps, _ = self.look(self.top_images(neuron, pictures, by), neuron)
         title = f"layer {self.layer}, neuron {neuron}, {self.images.split} images by {by}"
         if self.explained is not None:
             title += f": {100 * self.explained[neuron]:.0f} % of its largest effects lie along one direction"
-        words = [(text, coefficient) for _, coefficient, text in self.descriptions[neuron][:words]]
+        sides = {}
+        for side, described in (("writes", self.descriptions), ("fires_on", self.fires_on)):
+            if described is not None:
+                sides[self._name_of(side, neuron)] = [(text, c) for _, c, text in described[neuron][:words]]
         norms, _ = self.measured(neuron)
-        return plot_neuron(title, shown, np.maximum(maps, 0), words, norms=norms, threshold=self.norms[neuron, 0])
+        return plot_neuron(title, shown, np.maximum(maps, 0), sides, norms=norms, threshold=self.norms[neuron, 0])
+
+    def _name_of(self, side, neuron):
+        """What stands above the texts of a side."""
+        name = side.replace("_", " ")
+        if self.graded is None:
+            return name
+        own, null = (self.graded.of(row, "pearson_without")[neuron] for row in (side, f"null_{side}"))
+        return f"{name}: r = {own:.2f} (another's {null:.2f})"

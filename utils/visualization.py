@@ -144,19 +144,18 @@ def save_segmentation(path, picture, mask, heat, thr):
     save_atomic(path, lambda file: strip.save(file, format="png"))
 
 
-def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
+def plot_neuron(title, pictures, maps, sides, norms=None, threshold=None):
     """A neuron's card, as a figure: top pictures, bright where it fires; texts with signed coefficients; histogram of its norms.
 
     pictures, maps: [n, S, S, 3] in [0, 1]; the neuron's post-GELU activations on their patches, [n, rows, columns].
-    words: [(text, coefficient), ...].
+    sides: {what they are: [(text, coefficient), ...]}.
     norms, threshold: its centred norm on every image, [images]; the norm above which an effect is significant.
     """
-    columns = min(len(pictures), 8)
+    columns, parts = min(len(pictures), 8), len(sides) + (norms is not None)
     rows = -(-len(pictures) // columns)
-    figure = pyplot.figure(figsize=(1.1 * columns + 6.4, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
+    figure = pyplot.figure(figsize=(1.1 * columns + 3.2 * parts, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    parts = 2 if norms is None else 3
-    left, middle, *right = figure.subfigures(1, parts, width_ratios=[1.1 * columns, 3.2, 3.2][:parts])
+    left, *middle = figure.subfigures(1, 1 + parts, width_ratios=[1.1 * columns, *[3.2] * parts])
     grid = left.subplots(rows, columns, squeeze=False).reshape(-1)
     top = float(maps.max()) or 1.0
     for axes in grid:
@@ -164,15 +163,16 @@ def plot_neuron(title, pictures, maps, words, norms=None, threshold=None):
     for axes, picture, heat in zip(grid, pictures, maps, strict=False):
         light = Image.fromarray((heat / top).astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BILINEAR)
         axes.imshow(picture * (0.3 + 0.7 * np.clip(np.asarray(light), 0, 1))[..., None])
-    axes = middle.subplots()
-    texts, coefficients = zip(*words[::-1], strict=True)
-    axes.barh(range(len(texts)), coefficients, color=["C3" if c < 0 else "C0" for c in coefficients])
-    axes.set_yticks(range(len(texts)), texts, fontsize="x-small")
-    axes.tick_params(axis="x", labelsize="x-small")
-    axes.axvline(0, color="black", linewidth=0.6)
-    axes.set_title("texts and coefficients", fontsize="small")
+    for part, (name, words) in zip(middle, sides.items(), strict=False):
+        axes = part.subplots()
+        texts, coefficients = zip(*words[::-1], strict=True) if words else ((), ())
+        axes.barh(range(len(texts)), coefficients, color=["C3" if c < 0 else "C0" for c in coefficients])
+        axes.set_yticks(range(len(texts)), texts, fontsize="x-small")
+        axes.tick_params(axis="x", labelsize="x-small")
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_title(name, fontsize="small")
     if norms is not None:
-        axes = right[0].subplots()
+        axes = middle[-1].subplots()
         axes.hist(norms, bins=40, color="C7")
         axes.set_yscale("log")
         if threshold is not None:
