@@ -163,14 +163,19 @@ def alone(function, **arguments):
     return json.loads(process.output.splitlines()[-1]), process
 
 
+def bars(errors):
+    """Seconds that each progress bar of images in a stage's stderr has taken, a list."""
+    found = []
+    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors):
+        if done == "0":
+            found.append(0)
+        found[-1] = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
+    return found
+
+
 def looping(errors):
     """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images, not the start-up."""
-    total = last = 0
-    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors):
-        if done == "0":  # another bar starts
-            total, last = total + last, 0
-        last = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
-    return total + last
+    return sum(bars(errors))
 
 
 # inputs

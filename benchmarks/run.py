@@ -12,7 +12,20 @@ import sys
 
 from benchmarks.common import RESULTS, ROOT, markdown
 
-BENCHMARKS = ("naive", "second_order", "stages", "pca", "omp", "texts", "precision", "pipeline", "curves", "tricks", "rehearsal")
+BENCHMARKS = (
+    "naive",
+    "second_order",
+    "stages",
+    "pca",
+    "omp",
+    "texts",
+    "precision",
+    "pipeline",
+    "curves",
+    "tricks",
+    "rehearsal",
+    "descriptions",
+)
 
 
 def main(args):

@@ -1,0 +1,183 @@
+"""Descriptions graded, and the gallery, at full size: time, memory and disk; and the page in a headless Chromium.
+
+    python -m benchmarks.descriptions --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
+
+Against `compute_representations.py` on the same photos. Texts have random unit vectors and the words of our list.
+Without chromium, chromedriver and selenium the rows about the browser are left out.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from typing import NamedTuple
+
+from benchmarks.common import ROOT, Table, bars, bench_parser, median, row, run, save_unit_vectors, stage, write_photos
+from utils.clip import load_clip
+from utils.runtime.results import Results
+
+QUERIES = ("water", "red", "house", "people", "green light", "old", "music", "animal")
+FIRST_PICTURE = """
+const look = () => {
+  const thumb = document.querySelector(".thumb");
+  if (!thumb) return requestAnimationFrame(look);
+  const image = new Image();
+  image.src = getComputedStyle(thumb).backgroundImage.slice(5, -2);
+  image.decode().then(() => requestAnimationFrame(() => requestAnimationFrame(() => (window.firstPicture = performance.now()))));
+};
+requestAnimationFrame(look);
+"""
+TYPE = """
+const [queries, done] = arguments;
+const field = document.getElementById("search"), main = document.getElementById("main"), times = [];
+const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+(async () => {
+  for (const query of queries) {
+    for (let n = 1; n <= query.length; n++) {
+      const start = performance.now();
+      field.value = query.slice(0, n);
+      field.dispatchEvent(new Event("input"));
+      const drawn = () => main.getAttribute("aria-busy") === "false" && main.dataset.shown === location.hash;
+      while (!drawn()) await new Promise((resolve) => setTimeout(resolve));
+      await frame();
+      times.push(performance.now() - start);
+    }
+  }
+  done(times);
+})();
+"""
+
+
+class Found(NamedTuple):
+    """What was measured: processes by name, the seconds of fitting texts, the gallery's size, and milliseconds in the browser."""
+
+    processes: dict
+    refit: object
+    size: int
+    files: int
+    same: bool
+    first_picture: float
+    strokes: list
+
+
+def set_up(args, folder):
+    """Photos, a classifier, text vectors, effects, components, descriptions; returns the results and the flags of the stages."""
+    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
+    results.directory.mkdir()
+    for split, images in (("train", args.images), ("val", args.val_images)):
+        write_photos(photos, images, (split,))
+    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
+    save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
+    save_unit_vectors(texts, args.texts, width)
+    words = (ROOT / "text_descriptions/30k.txt").read_text().splitlines()[: args.texts]
+    texts.with_suffix(".txt").write_text("".join(f"{word}\n" for word in words))
+    model = ["--model", args.model, "--pretrained", "random", "--output_dir", results.directory, "--device", args.device]
+    images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
+    layer, k = ["--mlp_layer", args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+    described = [*layer, *k, "--text_descriptions", "words", "--components", args.components]
+    stage("compute_second_order_neuron_prs", *images, *layer, *k, "--split", "train", "--keep", "top")
+    stage("compute_pcas", *model, *layer, *k)
+    stage("compute_sparse_decomposition", *model, *described)
+    return results, images, [*images, "--train_subsample", 1, *described]
+
+
+def measure(args, case):
+    results, plain, flags = case
+    found = {}
+    for split in ("train", "val"):
+        out = ["--output_dir", results.directory / "plain"]
+        found[f"plain {split}"] = stage("compute_representations", *plain, "--split", split, *out)
+    found["evaluate"] = stage("evaluate_descriptions", *flags)
+    for path in results.directory.glob("*_fires_on_*"):
+        path.unlink()
+    refit = stage("evaluate_descriptions", *flags)
+    found["gallery"] = stage("make_gallery", *flags)
+    gallery = results.directory / "gallery"
+    before = digests(gallery)
+    stage("make_gallery", *flags, "--overwrite")
+    for name, process in found.items():
+        print(f"{name}: {process.seconds:.0f} s, bars {bars(process.errors)}, {process.peak / 1e9:.2f} GB", flush=True)
+    files = [path for path in gallery.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    browsed = browse(gallery, args.mlp_layer) if shutil.which("chromium") and shutil.which("chromedriver") else (None, [])
+    return Found(found, refit, size, len(files), digests(gallery) == before, *browsed)
+
+
+def digests(folder):
+    """{name: digest} of all files of a folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def browse(gallery, layer):
+    """Milliseconds until the first picture is seen, the median of five visits; and of every key stroke of some searches."""
+    from tests.browser import start_browser
+
+    address, times = (gallery / "index.html").as_uri(), []
+    with tempfile.TemporaryDirectory() as profile:
+        driver = start_browser(profile)
+        try:
+            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": FIRST_PICTURE})
+            for visit in range(5):
+                driver.get("about:blank")
+                driver.get(f"{address}?{visit}#{layer}")
+                while (shown := driver.execute_script("return window.firstPicture ?? null")) is None:
+                    pass
+                times.append(shown)
+            strokes = driver.execute_async_script(TYPE, QUERIES)
+        finally:
+            driver.quit()
+    return median(times), strokes
+
+
+def table(args, found):
+    """The rows, with bars where the issue's sizes were measured."""
+    full = args.model == "ViT-B-32" and args.images >= 5124 and args.val_images >= 5000 and args.texts >= 30_000
+    processes, (plain_train, plain_val) = found.processes, (found.processes[f"plain {split}"] for split in ("train", "val"))
+    evaluate, gallery = processes["evaluate"], processes["gallery"]
+    passes = bars(evaluate.errors)
+    plain = bars(plain_val.errors)[0] or plain_val.seconds
+    whole = (evaluate.seconds - found.refit.seconds) / (plain_train.seconds + plain_val.seconds)
+    rows = [
+        row("plain pass, training photos", plain_train.seconds, "s", note="compute_representations.py"),
+        row("plain pass, held-out photos", plain_val.seconds, "s", note="compute_representations.py"),
+        row("evaluate_descriptions.py", evaluate.seconds, "s", note=f"peak {evaluate.peak / 1e9:.2f} GB"),
+        row("its pass over the held-out photos", passes[1] / plain, "x plain", at_most=bar(full, 1.2), note="the loops"),
+        row("both passes", whole, "x plain", note="the stage without the next row"),
+        row(
+            "fitting texts to a layer, labels, grades", found.refit.seconds, "s", at_most=bar(full, 300), note="with the start-up"
+        ),
+        row("peak memory", max(evaluate.peak, gallery.peak) / 1e9, "GB", at_most=bar(full, 3), note="with their workers"),
+        row("make_gallery.py", gallery.seconds, "s", note=f"peak {gallery.peak / 1e9:.2f} GB"),
+        row("beyond its passes", gallery.seconds - sum(bars(gallery.errors)), "s", at_most=bar(full, 240)),
+        row("size of the gallery", found.size / 1e6, "MB", at_most=bar(full, 80)),
+        row("its files", found.files, at_most=bar(full, 400)),
+        row("files that differ after a second run", 0 if found.same else 1, at_most=0),
+    ]
+    if found.strokes:
+        first, *others = found.strokes
+        rows += [
+            row("first picture in the browser", found.first_picture / 1000, "s", at_most=bar(full, 1), note="median of 5 visits"),
+            row("first key stroke of a search", first, "ms", note="loads the index of texts"),
+            row("key stroke", median(others), "ms", note=f"median of {len(others)}"),
+            row("slowest key stroke", max(others), "ms", at_most=bar(full, 50)),
+        ]
+    title = f"Descriptions graded and the gallery, {args.model}, random weights, layer {args.mlp_layer}, {args.images} + "
+    title += f"{args.val_images} photos, {args.texts} texts, {args.components} of them for each neuron"
+    return Table("descriptions", title, rows)
+
+
+def bar(full, value):
+    """A bar holds for the full size only."""
+    return value if full else None
+
+
+if __name__ == "__main__":
+    parser = bench_parser(__doc__)
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--images", type=int, default=200, help="photos of the train split, a multiple of 4")
+    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split, a multiple of 4")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--mlp_layer", type=int, default=9)
+    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--components", type=int, default=128)
+    run(parser, set_up, measure, table, quick={"images": 8, "val_images": 8, "texts": 20, "components": 4})

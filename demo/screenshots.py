@@ -1,0 +1,35 @@
+"""Pictures of the gallery for docs/, taken by a headless Chromium.
+
+    python -m demo.screenshots --gallery demo/output/gallery --output_dir docs
+
+Writes  gallery.png, neurons of layer 4 that a search finds, and  gallery_neuron.png, the first of them.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from demo.layout import HERE
+
+SHOTS = {"gallery": ("#4?q=green", "1280,760"), "gallery_neuron": ("#4/469", "1280,1010")}  # address, size in pixels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gallery", type=Path, default=HERE / "output/gallery", help="of make_gallery.py")
+    parser.add_argument("--output_dir", type=Path, default=HERE.parent / "docs")
+    args = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        sys.exit("error: there is no chromium and no google-chrome on the PATH; install one")
+    for name, (address, size) in SHOTS.items():
+        page, path = (args.gallery / "index.html").resolve().as_uri() + address, args.output_dir / f"{name}.png"
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+        subprocess.run([chromium, *flags, f"--window-size={size}", f"--screenshot={path}", page], check=True, capture_output=True)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
