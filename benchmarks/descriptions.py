@@ -158,8 +158,9 @@ def table(args, found):
         rows += [
             row("first picture in the browser", found.first_picture / 1000, "s", at_most=bar(full, 1), note="median of 5 visits"),
             row("first key stroke of a search", first, "ms", note="loads the index of texts"),
-            row("key stroke", median(others), "ms", note=f"median of {len(others)}"),
-            row("slowest key stroke", max(others), "ms", at_most=bar(full, 50)),
+            row("key stroke", median(others), "ms", note=f"median of {len(others)}, until the next frame is drawn"),
+            row("19 of 20 key strokes", sorted(others)[int(0.95 * len(others))], "ms", at_most=bar(full, 50)),
+            row("slowest key stroke", max(others), "ms"),
         ]
     title = f"Descriptions graded and the gallery, {args.model}, random weights, layer {args.mlp_layer}, {args.images} + "
     title += f"{args.val_images} photos, {args.texts} texts, {args.components} of them for each neuron"

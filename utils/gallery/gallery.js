@@ -3,7 +3,7 @@
 "use strict";
 (() => {
   const FIRST = 24; // cards that are drawn at once; the others follow as one scrolls
-  const BATCH = 60;
+  const BATCH = 36;
   const TEXTS = 12; // texts of a side before one asks for all
   const CLASS_SORTS = ["for", "against"];
   const SIDES = { fires_on: "fires on", writes: "writes" };
@@ -83,33 +83,31 @@
   // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text foretells best. The strength is that
   // correlation; of a written text, its share of the largest coefficient times the grade.
   function prepareSearch(layer, index) {
-    const found = { text: [], neuron: [], side: [], strength: [] };
-    const add = (text, neuron, side, strength) => {
-      found.text.push(text);
-      found.neuron.push(neuron);
-      found.side.push(side);
-      found.strength.push(Math.max(strength, 0));
-    };
     const neurons = new Uint16Array(bytes(index.neurons).buffer);
     const correlations = new Int8Array(bytes(index.correlations).buffer);
-    neurons.forEach((neuron, i) => add(Math.floor(i / index.count), neuron, 0, correlations[i] / 127));
+    const first = new Int32Array(about.texts.length + 1); // where the entries of a text begin, once they are sorted by text
+    for (let t = 0; t < about.texts.length; t++) first[t + 1] = index.count;
+    for (const { texts } of layer.sides) for (const text of texts) if (text >= 0) first[text + 1]++;
+    for (let t = 0; t < about.texts.length; t++) first[t + 1] += first[t];
+    const total = first.at(-1);
+    const search = { first, neuron: new Int32Array(total), side: new Uint8Array(total), strength: new Float32Array(total) };
+    const place = first.slice(0, -1);
+    const add = (text, neuron, side, strength) => {
+      const at = place[text]++;
+      search.neuron[at] = neuron;
+      search.side[at] = side;
+      search.strength[at] = Math.max(strength, 0);
+    };
+    for (let i = 0; i < neurons.length; i++) add(Math.floor(i / index.count), neurons[i], 0, correlations[i] / 127);
     layer.sides.forEach(({ name, texts, coefficients, correlations: own }, side) => {
       const grades = layer.grades[name];
-      texts.forEach((text, i) => {
-        if (text < 0) return;
-        const largest = Math.abs(coefficients[i - (i % layer.shown)]) || 1;
-        const grade = grades ? grades[Math.floor(i / layer.shown)] ?? 0 : 1;
-        add(text, Math.floor(i / layer.shown), side, own ? own[i] : Math.abs(coefficients[i] / largest) * grade);
-      });
-    });
-    const first = new Int32Array(about.texts.length + 1); // where the entries of a text begin, once they are sorted by text
-    for (const text of found.text) first[text + 1]++;
-    for (let t = 0; t < about.texts.length; t++) first[t + 1] += first[t];
-    const place = first.slice(0, -1);
-    const search = { first, neuron: new Int32Array(found.text.length), side: new Uint8Array(found.text.length), strength: new Float32Array(found.text.length) };
-    found.text.forEach((text, i) => {
-      const at = place[text]++;
-      for (const name of ["neuron", "side", "strength"]) search[name][at] = found[name][i];
+      for (let i = 0; i < texts.length; i++) {
+        if (texts[i] < 0) continue;
+        const neuron = Math.floor(i / layer.shown);
+        const largest = Math.abs(coefficients[neuron * layer.shown]) || 1;
+        const grade = grades ? grades[neuron] ?? 0 : 1;
+        add(texts[i], neuron, side, own ? own[i] : Math.abs(coefficients[i] / largest) * grade);
+      }
     });
     search.words = about.texts.map((text) => text.toLowerCase());
     return search;
@@ -145,6 +143,9 @@
     if (/^\d+$/.test(query) && Number(query) < layer.count) score[Number(query)] = Infinity;
     return { score, text, side };
   }
+
+  // The index of texts comes while nobody waits for it: after the grid, or when the search is chosen.
+  const prepareSoon = (layer) => (window.requestIdleCallback ?? setTimeout)(() => loadSearch(layer).catch(() => null));
 
   const normalize = (query) => query.trim().toLowerCase();
 
@@ -298,7 +299,7 @@
   function cardList(label, items, makeCard) {
     const list = element("ul", { class: "cards", role: "list", "aria-label": label });
     const end = element("div", { class: "sentinel" });
-    const observer = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && more(), { rootMargin: "900px" });
+    const observer = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && more(), { rootMargin: "400px" });
     function more(count = BATCH) {
       const from = list.childElementCount;
       list.append(...items.slice(from, from + count).map(makeCard));
@@ -355,6 +356,7 @@
     const classes = wantsClass && place.label !== null ? await loadClasses(place.layer) : null;
     const search = query ? await loadSearch(layer) : null;
     if (!isCurrent()) return false;
+    if (!query) prepareSoon(layer);
 
     const found = query ? searchLayer(layer, search, query) : null;
     const neurons = orderNeurons(sortColumn(layer, sort, found, classes, place.label), found, layer.count);
