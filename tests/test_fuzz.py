@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.decomposition import SparseCoder
 
 from tests import definition
+from tests.browser import received
 from tests.conftest import ROOT, TINY
 from tests.photos import discs, write_mat, write_photos
 from tests.test_segmentation import activations_of, reference_scores
@@ -82,6 +83,17 @@ STAGES = {  # name: (script, flags, what it reads)
         "compute_sparse_decomposition.py",
         [*OF_LAYER, "--text_descriptions", "words", "--components", COMPONENTS],
         [f"{K}_pca", "words_tiny_weights"],
+    ),
+    "evaluation": (
+        "evaluate_descriptions.py",
+        [*DATA, "--split", "val", *OF_LAYER[2:], "--text_descriptions", "words", "--components", COMPONENTS],
+        [f"{K}_pca", f"{K}_norm", "mean", "words_tiny_weights", f"decomposition_omp_1.0_{COMPONENTS}", "photos/val"] + ["photos/train"],
+    ),
+    "gallery": (
+        "make_gallery.py",
+        [*DATA, "--split", "val", *OF_LAYER[2:], "--text_descriptions", "words", "--components", COMPONENTS],
+        [f"{K}_projections", f"grades_tiny_weights_{LAYER}_words_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}", f"{K}_pca", f"{K}_norm"]
+        + [f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights", "photos/val", f"{K}_explained"],
     ),
     "segmentation": (
         "compute_segmentation.py",
@@ -160,7 +172,7 @@ class World:
         commands += [(*passing, "--output_dir", "full"), (*passing, "--output_dir", "merged", "--merged")]
         commands += [(*passing, "--output_dir", "top", "--keep", "top", "--top_k_pca", K)]
         commands += [("compute_pcas.py", *MODEL, *OF_LAYER, "--input_dir", "full")]
-        commands += [(STAGES[name][0], *MODEL, *STAGES[name][1]) for name in ("texts", "decomposition")]
+        commands += [(STAGES[name][0], *MODEL, *STAGES[name][1]) for name in ("texts", "decomposition", "evaluation")]
         for command in commands:
             assert run(folder, *command) == (0, ""), command
         for path in (folder / "merged").iterdir():  # as the published code leaves it
@@ -404,6 +416,77 @@ def check_decomposition(world, folder):
             assert texts[i] == text and abs(matrix[int(n), i] - coefficient) <= 1e-5 * abs(coefficient)
 
 
+def described_by(folder, name, texts):
+    """What a json of descriptions says, as a matrix [N, texts]; Refused where it names texts that the pool does not have."""
+    [path] = [path for path in folder.glob(f"*{name}.json") if not path.name.endswith("meta.json")] or [None]
+    content = readable(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
+    matrix = np.zeros((len(content), len(texts)))
+    for n in range(len(content)):
+        for i, coefficient, text in content[str(n)]:
+            if texts[i] != text:
+                raise Refused(path)
+            matrix[n, i] = coefficient
+    return matrix
+
+
+def check_evaluation(world, folder):
+    r, mean, vectors = (array(folder, name, 2) for name in (f"{K}_pca", "mean", "words_tiny_weights"))
+    array(folder, f"{K}_norm", 2)
+    beside = folder / "in" / "words_tiny_weights.txt"
+    texts = lines(beside if beside.is_file() else folder / "words.txt")
+    vectors, written = unit(vectors), described_by(folder / "in", f"decomposition_omp_1.0_{COMPONENTS}", texts)
+    y, rep = {}, {}
+    for split in ("train", "val"):
+        phi, rep[split] = (
+            np.stack(each) for each in zip(*(world.phi(folder, path) for path, _ in pictures(folder, split)[0]), strict=True)
+        )
+        y[split] = ((phi - mean) * r).sum(axis=-1)
+        close(np.load(folder / "out" / f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections.npy"), y[split])
+    presences = rep["train"] @ vectors.T
+    atoms, target = (x - x.mean(axis=0) for x in (presences, y["train"]))
+    told_apart = np.linalg.norm(atoms, axis=0) > 1e-5 * np.linalg.norm(atoms, axis=0).max()
+    atoms = unit(atoms.T) * told_apart[:, None]
+    fired = described_by(folder / "out", f"fires_on_omp_{COMPONENTS}", texts)
+    coder = SparseCoder(atoms, transform_algorithm="omp", transform_n_nonzero_coefs=COMPONENTS)
+    target = target.T[np.ptp(y["train"], axis=0) > 1e-6 * np.abs(y["train"]).max()]
+    fired_of = fired[np.ptp(y["train"], axis=0) > 1e-6 * np.abs(y["train"]).max()]
+    ours, theirs = (np.linalg.norm(unit(target) - code @ atoms, axis=1) for code in (fired_of, coder.transform(unit(target))))
+    assert np.median(np.abs(ours - theirs)) < 1e-3 and (ours <= theirs + 0.02).mean() > 0.95
+    path = folder / "out" / f"folder_val_grades_tiny_weights_{LAYER}_words_{COMPONENTS}.npy"
+    rows, grades = json.loads(path.with_suffix(".meta.json").read_text())["rows"], np.load(path)
+    for n in range(0, len(r), 5):
+        predicted = rep["val"] @ (written[n] @ vectors)
+        if min(np.ptp(predicted), np.ptp(y["val"][:, n])) > 1e-5 * max(np.abs(predicted).max(), np.abs(y["val"][:, n]).max()):
+            assert abs(grades[n, rows.index("writes"), 0] - np.corrcoef(predicted, y["val"][:, n])[0, 1]) < 1e-2
+
+
+def check_gallery(world, folder):
+    r, norms, classifier = (array(folder, name, 2) for name in (f"{K}_pca", f"{K}_norm", "folder_classifier_tiny_weights"))
+    about, grid = (received(folder / "out/gallery", name) for name in ("about", f"{LAYER}/layer"))
+    details = [of for i in range(-(-len(r) // 64)) for of in received(folder / "out/gallery", f"{LAYER}/neurons_{i}")["neurons"]]
+    sides = {"writes": f"decomposition_omp_1.0_{COMPONENTS}", "fires_on": f"fires_on_omp_{COMPONENTS}"}
+    sides = {side: described_by(folder / "in", name, about["texts"]) for side, name in sides.items()}
+    grades, explained = (
+        array(folder, f"folder_val_grades_tiny_weights_{LAYER}_words_{COMPONENTS}", 3),
+        array(folder, f"{K}_explained", 1),
+    )
+    np.testing.assert_allclose(grid["norm"], norms.mean(axis=1), rtol=6e-3)
+    np.testing.assert_allclose(grid["explained"], explained, rtol=6e-3)
+    for split in ("train", "val"):
+        y, images = array(folder, f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections", 2), pictures(folder, split)[0]
+        assert about["splits"][split]["files"] == ["/".join(path.parts[-2:]) for path, _ in images] and len(y) == len(images)
+        for n, detail in enumerate(details):
+            shown = [row for row, _, _ in detail["top"][split]["positive"]]
+            assert (y[shown, n] == np.sort(y[:, n])[::-1][: len(shown)]).all()
+    for n, detail in enumerate(details):
+        for side, matrix in sides.items():
+            np.testing.assert_allclose([c for _, c in detail[side]], [matrix[n, i] for i, _ in detail[side]], rtol=6e-3)
+        found = [[float(x or 0) for x in of.values()] for of in detail["grades"].values()]
+        np.testing.assert_allclose(found, grades[n], rtol=6e-3, atol=1e-6)
+        value = (r[n] @ classifier).max()
+        assert abs(detail["for"][0][1] - value) <= 1e-2 * max(abs(value), 1e-30)
+
+
 def check_segmentation(world, folder):
     r, classifier = array(folder, f"{K}_pca", 2), array(folder, "folder_classifier_tiny_weights", 2)
     _, model = world.model(folder)
@@ -468,7 +551,7 @@ def check_adversarial(world, folder):
 CHECKS = {
     "representations": check_representations, "classifier": check_classifier, "effects": check_effects, "full": check_statistics,
     "top": check_statistics, "merged": check_statistics, "ablations": check_ablations, "texts": check_texts,
-    "decomposition": check_decomposition, "segmentation": check_segmentation, "adversarial": check_adversarial,
+    "decomposition": check_decomposition, "evaluation": check_evaluation, "gallery": check_gallery, "segmentation": check_segmentation, "adversarial": check_adversarial,
 }  # fmt: skip
 
 
@@ -700,5 +783,5 @@ def test_a_mutated_input_gives_the_right_result_or_one_line(world, name):
 
 
 def allowed(name, file):
-    """What an interrupted stage may leave: progress, or a finished step of the attack."""
-    return ".partial" in file or ".progress." in file or name == "adversarial"
+    """What an interrupted stage may leave: progress, or finished steps of the attack and of the evaluation."""
+    return ".partial" in file or ".progress." in file or ".parts" in file or name in ("adversarial", "evaluation")

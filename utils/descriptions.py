@@ -60,8 +60,14 @@ class Inputs:
 
     def load_descriptions(self, results, layer, kind="decomposition"):
         """What a layer's neurons write (decomposition), or what they fire on (fires_on)."""
-        expected = {"fingerprint": self.clip.fingerprint}
-        return load_descriptions(results, self.clip.vit.sizes, expected, kind=kind, layer=layer, **self.names)
+        names = {"kind": kind, "layer": layer, **self.names}
+        found = load_descriptions(results, self.clip.vit.sizes, {"fingerprint": self.clip.fingerprint}, **names)
+        for n, entries in enumerate(found):
+            for i, _, text in entries:
+                if not 0 <= i < len(self.texts) or self.texts[i] != text:
+                    path, again = results.find(**names), f"make it again with: {results.command(**names)} --overwrite"
+                    raise UserError(f"{path} describes neuron {n} by {text!r}, which is not text {i} of the pool; {again}")
+        return found
 
     def explained(self, layer):
         """Share of the squared norm of every neuron's largest effects that lies along its component, [N]; NaN for components of
