@@ -87,13 +87,14 @@ STAGES = {  # name: (script, flags, what it reads)
     "evaluation": (
         "evaluate_descriptions.py",
         [*DATA, "--split", "val", *OF_LAYER[2:], "--text_descriptions", "words", "--components", COMPONENTS],
-        [f"{K}_pca", f"{K}_norm", "mean", "words_tiny_weights", f"decomposition_omp_1.0_{COMPONENTS}", "photos/val"] + ["photos/train"],
+        [f"{K}_pca", f"{K}_norm", "mean", "words_tiny_weights", f"decomposition_omp_1.0_{COMPONENTS}"]
+        + ["photos/val", "photos/train"],
     ),
     "gallery": (
         "make_gallery.py",
         [*DATA, "--split", "val", *OF_LAYER[2:], "--text_descriptions", "words", "--components", COMPONENTS],
-        [f"{K}_projections", f"grades_tiny_weights_{LAYER}_words_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}", f"{K}_pca", f"{K}_norm"]
-        + [f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights", "photos/val", f"{K}_explained"],
+        [f"{K}_projections", f"grades_tiny_weights_{LAYER}_words_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}"]
+        + [f"{K}_pca", f"{K}_norm", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights", "photos/val", f"{K}_explained"],
     ),
     "segmentation": (
         "compute_segmentation.py",
@@ -551,7 +552,8 @@ def check_adversarial(world, folder):
 CHECKS = {
     "representations": check_representations, "classifier": check_classifier, "effects": check_effects, "full": check_statistics,
     "top": check_statistics, "merged": check_statistics, "ablations": check_ablations, "texts": check_texts,
-    "decomposition": check_decomposition, "evaluation": check_evaluation, "gallery": check_gallery, "segmentation": check_segmentation, "adversarial": check_adversarial,
+    "decomposition": check_decomposition, "evaluation": check_evaluation, "gallery": check_gallery,
+    "segmentation": check_segmentation, "adversarial": check_adversarial,
 }  # fmt: skip
 
 
