@@ -94,7 +94,8 @@ STAGES = {  # name: (script, flags, what it reads)
         "make_gallery.py",
         [*DATA, "--split", "val", *OF_LAYER[2:], "--text_descriptions", "words", "--components", COMPONENTS],
         [f"{K}_projections", f"grades_tiny_weights_{LAYER}_words_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}"]
-        + [f"{K}_pca", f"{K}_norm", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights", "photos/val", f"{K}_explained"],
+        + [f"{K}_pca", f"{K}_norm", f"{K}_explained", f"decomposition_omp_1.0_{COMPONENTS}"]
+        + ["folder_classifier_tiny_weights", "photos/val"],
     ),
     "segmentation": (
         "compute_segmentation.py",
