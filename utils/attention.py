@@ -57,10 +57,34 @@ def query_attention(pool, x):
 
 def attention_pattern(attn, x):
     """The attention probabilities of every head, from all tokens to all: attn as above, x [B, T, d] -> [B, H, T, T]."""
-    e = attn.embed_dim // attn.num_heads
     query_key = torch.nn.functional.linear(x, attn.in_proj_weight[: -attn.embed_dim], attn.in_proj_bias[: -attn.embed_dim])
-    q, k = query_key.unflatten(-1, (2, attn.num_heads, e)).unbind(dim=2)  # [B, T, H, e] each
-    return torch.softmax(torch.einsum("bihe,bjhe->bhij", q * e**-0.5, k).float(), dim=-1)
+    q, k = query_key.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, e] each
+    return probabilities(q, k)
+
+
+def probabilities(q, k):
+    """Attention probabilities [B, H, T, T] of queries and keys [B, H, T, e]."""
+    return torch.softmax((q * q.shape[-1] ** -0.5 @ k.mT).float(), dim=-1)
+
+
+class KeptQueries:
+    """Lets a block's nn.MultiheadAttention hand its queries and keys [B, H, T, e] to `keep` in each forward pass, until `remove`:
+    to compute them once more would cost a sixth of the block."""
+
+    def __init__(self, attn, keep):
+        self.attn, self.keep = attn, keep
+        attn.forward = self._forward
+
+    def _forward(self, x, *_, **__):
+        joint = torch.nn.functional.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
+        q, k, v = joint.unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, e] each
+        self.keep(q, k)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.attn.out_proj(out.transpose(1, 2).flatten(2)), None
+
+    def remove(self):
+        """Undo it."""
+        del self.attn.forward
 
 
 def attention_output(attn, change, x):

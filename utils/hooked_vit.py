@@ -12,13 +12,14 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 from utils.attention import (
+    KeptQueries,
     attention_output,
-    attention_pattern,
     class_attention,
     double,
     last_statistics,
     layer_scale,
     norm_std,
+    probabilities,
     projections,
     query_attention,
 )
@@ -47,9 +48,10 @@ WITHOUT_LAST_NORM = {
     "ln_post.mean": ("attn_pool", lambda visual, z, x: torch.zeros_like(x[:, 0, 0])),
     "ln_post.std": ("attn_pool", lambda visual, z, x: torch.ones_like(x[:, 0, 0])),
 }
-ROWS = {  # the attention that the output reads, blocks.{l}.attn.row [B, H, T], by how the tower is pooled
-    "class token": lambda block, z, x: class_attention(block.attn, x.float()),
-    "average": lambda block, z, x, prefix: attention_pattern(block.attn, x.float())[:, :, prefix:].mean(dim=2),
+ROWS = {  # of the attention that the output reads, as blocks.{l}.NAME, by how the tower is pooled
+    "class token": ("attn.row", "ln_1", lambda block, z, x: class_attention(block.attn, x.float())),  # [B, H, T]
+    "average": ("attn.row", "attn", lambda prefix, q, k: probabilities(q, k)[:, :, prefix:].mean(dim=2)),  # [B, H, T]
+    "average of norms": ("attn.queries", "attn", lambda prefix, q, k: (q, k)),  # [B, H, T, e] each: rows when weights are known
 }
 OF_POOL = {  # of a pooling attention, as blocks.{L}.NAME
     "ln1.mean": ("ln_k", lambda pool, z, x: z.float().mean(dim=-1)),  # [B, T]
@@ -96,8 +98,8 @@ class HookedViT:
         # contributors of the sum that the last LayerNorm normalises, for each of the sum before
         self.summands = (1 + 2 * self.L) * self.H if pool is None else later.num_heads
         self.last, self.last_attention = (self.L - 2, self.L - 1) if pool is None else (self.L - 1, self.L)
-        rows = {**ROWS, "average": partial(ROWS["average"], prefix=self.prefix)}
-        of_block = OF_BLOCK | ({"attn.row": ("ln_1", rows[self.pooling])} if self.pooling in ROWS else {})
+        self._row, *row = ROWS.get(self.pooling, (None,))
+        of_block = OF_BLOCK | ({self._row: tuple(row)} if row else {})
         parts = [(f"blocks.{l}.", block, of_block) for l, block in enumerate(self.blocks)]
         parts += [("", visual, WITHOUT_LAST_NORM if visual.ln_post is None else OF_TOWER)]
         parts += [] if pool is None else [(f"blocks.{self.L}.", pool, OF_POOL)]
@@ -123,16 +125,15 @@ class HookedViT:
 
     def path(self, first):
         """What to record of the way from layer `first` to the output: statistics, and what `pool` and `read_rows` need."""
-        row = "ln1.out" if self.pooling == "average of norms" else "attn.row"
+        row = self._row or "attn.row"  # of the pooling's own attention
         of_layers = [f"blocks.{l}.{name}" for l in self.later(first - 1) for name in (row, "ln1.mean", "ln1.std")]
         return [*of_layers, "ln_post.mean", "ln_post.std", *["pool.weights"] * (self.pooling == "average of norms")]
 
     def read_rows(self, cache):
         """Add blocks.{l}.attn.row to a cache of `path` where it could not be recorded: the last LayerNorm weighs the tokens."""
-        for l, block in enumerate(self.blocks if self.pooling == "average of norms" else ()):
-            x, row = cache.get(f"blocks.{l}.ln1.out"), f"blocks.{l}.attn.row"
-            if x is not None and row not in cache:
-                cache[row] = torch.einsum("bq,bhqt->bht", cache["pool.weights"], attention_pattern(block.attn, x))
+        for name in [name for name in cache if name.endswith(".attn.queries")]:
+            pattern = probabilities(*cache.pop(name))
+            cache[name.replace("queries", "row")] = torch.einsum("bq,bhqt->bht", cache["pool.weights"], pattern)
 
     def pool(self, x, cache=None):
         """What the output reads of the tokens, [B, d] of x [B, T, d]; cache: with pool.weights, for an average of norms."""
@@ -166,6 +167,9 @@ class HookedViT:
         try:
             for name in wanted:
                 part, module, compute = self._activations[name]
+                if module == "attn":
+                    handles.append(KeptQueries(part.attn, partial(_keep_queries, cache, name, partial(compute, self.prefix))))
+                    continue
                 hook = partial(_keep, cache, name, partial(compute, part))
                 handles.append(part.get_submodule(module).register_forward_hook(hook))
             yield cache
@@ -282,6 +286,12 @@ def _keep(cache, name, compute, module, inputs, output):
     """Forward hook that stores an activation, computed in float32."""
     with tf32(False), torch.autocast(output.device.type, enabled=False):
         cache[name] = compute(inputs[0].detach(), output.detach())
+
+
+def _keep_queries(cache, name, compute, q, k):
+    """Store what is computed, in float32, from the queries and keys of an attention."""
+    with tf32(False), torch.autocast(q.device.type, enabled=False):
+        cache[name] = compute(q.detach().float(), k.detach().float())
 
 
 def _change(compute, change, module, inputs, output):
