@@ -17,30 +17,35 @@ import torch
 from utils.datasets import Loader
 from utils.gallery.collect import Collector, collect, thumbnails
 from utils.gallery.sources import Sources
-from utils.gallery.write import is_gallery, write_gallery
+from utils.gallery.write import check_folder, write_gallery
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import groups_of_layers
 from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.results import is_made
 
 
 def main(args):
     known = {"data_path": args.data_path, "split": args.split, "descriptions_dir": args.descriptions_dir}
+    known |= {"subsample": args.subsample, "train_subsample": args.train_subsample, "train_data_path": args.train_data_path}
     inputs, results = flags.results_of(args, **known)
-    gallery = Path(args.gallery) if args.gallery else results.path("gallery").parent
-    sources, parts = Sources(args, inputs), gallery.with_name(f"{gallery.name}.parts")
-    if not is_gallery(gallery, sources.record, args.overwrite):
+    gallery = Path(args.gallery).resolve() if args.gallery else results.path("gallery").parent.resolve()
+    parts = check_folder(gallery)
+    sources = Sources(args, inputs)
+    made = is_made(gallery / "index.html", sources.record, args.overwrite)
+    if not made:
         parts.mkdir(parents=True, exist_ok=True)
         for split, images in sources.splits.items():
             for group in groups_of_layers(sources.clip.vit, sources.layers, args.memory * 1e9):
                 look(args, sources, parts, split=split, images=images, layers=group)
-        if distributed.is_rank_zero():
-            with whole_folder(gallery) as folder:
-                write_gallery(folder, sources, parts)
     if distributed.is_rank_zero():
+        if not made:
+            with whole_folder(gallery) as folder:
+                write_gallery(folder, sources, parts, earlier=gallery)
         shutil.rmtree(parts, ignore_errors=True)
-        print(f"wrote {gallery}: {len(sources.layers) * sources.clip.vit.N} neurons; open {gallery.resolve() / 'index.html'}")
+        neurons = len(sources.layers) * sources.clip.vit.N
+        print(f"{'kept' if made else 'wrote'} {gallery}: {neurons} neurons; open {gallery / 'index.html'}")
 
 
 def look(args, sources, parts, split, images, layers):
@@ -59,8 +64,9 @@ def look(args, sources, parts, split, images, layers):
                 work[parts / f"{split}_{layer}_maps.npy"][found] = maps
                 for name, values in zip(("neurons", "norms", "words", "scores"), each.concepts(phi), strict=True):
                     work[parts / f"{split}_{layer}_{name}.npy"][rows] = values
-                work.state[f"heads{layer}"] += each.through_heads(phi).cpu().double().numpy()
-        if not work.finished:
+                if state:
+                    work.state[f"heads{layer}"] += each.through_heads(phi).cpu().double().numpy()
+        if state and not work.finished:
             for name, of_processes in work.gather(list(state)).items():
                 work[parts / f"{split}_{name.removeprefix('heads')}_heads.npy"][:] = np.sum(of_processes, axis=0)
 
@@ -68,13 +74,13 @@ def look(args, sources, parts, split, images, layers):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_data(parser)
-    parser.add_argument("--train_subsample", type=flags.positive_int, help="--subsample of the training images")
+    flags.add_training_images(parser)
     flags.add_layers(parser)
     flags.add_top_k(parser)
     flags.add_texts(parser, components=128)
     parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition that is shown")
     parser.add_argument("--gallery", help="the folder to write; default: OUTPUT_DIR/gallery")
-    parser.add_argument("--no_pictures", action="store_true", help="for images that may not be shown")
+    parser.add_argument("--no_pictures", action="store_true", help="leave out pictures and the names of their files")
     parser.add_argument("--picture_size", type=flags.positive_int, default=96, help="side of a small picture in pixels")
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)

@@ -142,10 +142,8 @@ def table(args, found):
         row("plain pass, held-out photos", plain_val.seconds, "s", note="compute_representations.py"),
         row("evaluate_descriptions.py", evaluate.seconds, "s", note=f"peak {evaluate.peak / 1e9:.2f} GB"),
         row("its pass over the held-out photos", passes[1] / plain, "x plain", at_most=bar(full, 1.2), note="the loops"),
-        row("both passes", whole, "x plain", note="the stage without the next row"),
-        row(
-            "fitting texts to a layer, labels, grades", found.refit.seconds, "s", at_most=bar(full, 300), note="with the start-up"
-        ),
+        row("both passes, and the grades", whole, "x plain", note="the stage without the next row"),
+        row("fitting texts to a layer, and labels", found.refit.seconds, "s", at_most=bar(full, 300), note="with the start-up"),
         row("peak memory", max(evaluate.peak, gallery.peak) / 1e9, "GB", at_most=bar(full, 3), note="with their workers"),
         row("make_gallery.py", gallery.seconds, "s", note=f"peak {gallery.peak / 1e9:.2f} GB"),
         row("beyond its passes", gallery.seconds - sum(bars(gallery.errors)), "s", at_most=bar(full, 240)),

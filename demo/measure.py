@@ -155,7 +155,7 @@ def won_back(pairs):
 
 
 def grades(symbols):
-    """How well each side of the descriptions foretells effects on held-out pictures, by who judges which texts fit a picture:
+    """How well each side of the descriptions predicts effects on held-out pictures, by the judge of which texts fit a picture:
     {judge: {layer: {row: {measure: {"mean", "error", ...}}}}}."""
     paths = {
         judge: symbols.path("graded", split="val", layer=LAYERS, texts="words", judge=name) for judge, name in JUDGES.items()

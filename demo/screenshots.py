@@ -2,7 +2,7 @@
 
     python -m demo.screenshots --gallery demo/output/gallery --output_dir docs
 
-Writes  gallery.png, neurons of layer 4 that a search finds, and  gallery_neuron.png, the first of them.
+Writes  gallery.png, neurons of layer 4 that a search finds, and  gallery_neuron.png, neuron 469.
 """
 
 import argparse

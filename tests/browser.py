@@ -266,6 +266,7 @@ def invented_about(rng, layers, neurons, counts, texts, components, plain):
         "splits": {
             split: {
                 "count": count,
+                "dataset": "imagenet",
                 "labels": rng.integers(0, len(class_names), count).tolist(),
                 "files": [f"n01440764/{split}_{i}.JPEG" for i in range(count)],
             }
@@ -275,6 +276,7 @@ def invented_about(rng, layers, neurons, counts, texts, components, plain):
         "texts": texts or ["dog", "hotdog stand", "a dog on grass", HOSTILE_TEXT, *words],
         "text_set": "invented",
         "components": components,
+        "k": 100,
         "classifier": not plain,
         "graded_on": "val",
         "graded_images": counts.get("val", 0),
@@ -416,5 +418,5 @@ def invented_gallery(folder, *, layers=(8, 9), neurons=130, counts=None, texts=N
             for first in range(0, count, chunk):
                 some = [invented_image(rng, about) for _ in range(min(chunk, count - first))]
                 number = first // chunk
-                give(f"{layer}/{split}_{number}", f"images {layer} {split} {number}", {"first": first, "images": some})
+                give(f"{layer}/images_{split}_{number}", f"images {layer} {split} {number}", {"first": first, "images": some})
     return folder

@@ -16,7 +16,8 @@ from utils.runtime import flags
 from utils.runtime.results import ARTIFACTS, Results
 
 NAMES = {"dataset": "folder", "split": "val", "layer": [1, 2], "k": 5, "texts": "words", "components": 8, "alpha": 0.5}
-NAMES |= {"normalise": "text", "train_dataset": "imagenet"}
+NAMES |= {"normalise": "text", "train_dataset": "imagenet", "subsample": 3, "train_subsample": 2, "train_data_path": "my train"}
+NAMES |= {"truth": ["a train.npy", "a val.npy"]}
 FIELDS = {"layer": "mlp_layer", "k": "top_k_pca", "texts": "text_descriptions", "alpha": "transform_alpha"}
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -67,21 +69,25 @@ def test_top_pictures_histograms_and_numbers_are_the_arrays(world, folder, about
     grid = received(folder, f"{LAYER}/layer")
     norms = array(world, f"train_mlps_tiny_random_{LAYER}_5_norm")
     assert_allclose(grid["norm"], norms.mean(axis=1), rtol=6e-3)
-    assert_allclose(grid["threshold"], norms.min(axis=1), rtol=6e-3)
     assert_allclose(grid["explained"], array(world, f"train_mlps_tiny_random_{LAYER}_5_explained"), rtol=6e-3)
     y = {split: array(world, f"folder_{split}_mlps_tiny_random_{LAYER}_5_projections") for split in ("train", "val")}
     for n, detail in enumerate(details):
         for split, effects in y.items():
-            found = {sign: np.array([row for row, _, _ in detail["top"][split][sign]]) for sign in ("positive", "negative")}
-            assert_array_equal(effects[found["positive"], n], np.sort(effects[:, n])[::-1][:TOP])
-            assert_array_equal(effects[found["negative"], n], np.sort(effects[:, n])[:TOP])
+            found = {sign: [row for row, _, _ in detail["top"][split][sign]] for sign in ("positive", "negative")}
+            ascending = np.sort(effects[:, n])
+            assert_array_equal(effects[found["positive"], n], [y for y in ascending[::-1][:TOP] if y > 0])
+            assert_array_equal(effects[found["negative"], n], [y for y in ascending[:TOP] if y < 0])
             values = [value for _, value, _ in detail["top"][split]["positive"]]
             assert_allclose(values, effects[found["positive"], n], rtol=6e-3)
             counts = np.histogram(
                 effects[:, n], 40, (min(x[:, n].min() for x in y.values()), max(x[:, n].max() for x in y.values()))
             )[0]
             assert detail["histogram"][split] == counts.tolist()
-        assert grid["pictures"]["rows"][4 * n : 4 * n + 4] == [row for row, _, _ in detail["top"]["train"]["positive"][:4]]
+        four = [row for row, _, _ in detail["top"]["train"]["positive"][:4]]
+        assert grid["pictures"]["rows"][4 * n : 4 * n + 4] == (four + [-1] * 4)[:4]
+        assert detail["threshold"] == pytest.approx(np.sort(np.abs(y["train"][:, n]))[-5], rel=6e-3)
+        share = round(5 / 63 * 63) / 63  # the 5 images of largest effect, of as many held-out as training images
+        assert detail["auprc_chance"] == pytest.approx(share, abs=1e-4)
     assert about["splits"]["train"]["count"] == len(y["train"]) and about["layers"] == [0, 1, 2, 3]
 
 
@@ -119,8 +125,8 @@ def test_classes_and_nearest_neurons(world, folder, about, details):
     assert np.abs(found - scores.T).max() <= 0.006 * np.abs(scores).max()
     every, places = np.concatenate(list(pcas.values())), [(layer, n) for layer in pcas for n in range(N)]
     for n, detail in enumerate(details):
-        assert [c for c, _ in detail["for"]] == np.argsort(-scores[n]).tolist()
-        assert [c for c, _ in detail["against"]] == np.argsort(scores[n]).tolist()
+        assert [c for c, _ in detail["for"]] == [c for c in np.argsort(-scores[n]) if scores[n, c] > 0]
+        assert [c for c, _ in detail["against"]] == [c for c in np.argsort(scores[n]) if scores[n, c] < 0]
         cosines = dict(zip(places, every @ pcas[LAYER][n], strict=True))
         del cosines[LAYER, n]
         largest = sorted(np.abs(list(cosines.values())))[::-1][:8]
@@ -144,7 +150,7 @@ def test_texts_and_grades_are_those_of_the_stages(world, folder, about, details)
                 assert_allclose([detail["grades"][row][m] for m in measures], grades[n, r], rtol=6e-3, atol=1e-6)
 
 
-def test_the_search_knows_the_neurons_whose_effects_a_text_foretells(world, folder):
+def test_the_search_knows_the_neurons_whose_effects_a_text_predicts(world, folder):
     representations, vectors = array(world, "train_representations_tiny_random"), array(world, "words_tiny_random")
     effects = array(world, f"folder_train_mlps_tiny_random_{LAYER}_5_projections")
     correlations = np.corrcoef((representations @ vectors.T).T, effects.T)[: len(vectors), len(vectors) :]
@@ -165,7 +171,7 @@ def test_an_image_s_neurons_and_words_are_those_of_the_definition(world, folder,
     mean, norms = (array(world, f"train_mlps_tiny_random_{LAYER}_{name}") for name in ("mean", "5_norm"))
     path = world.base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json"
     described = json.loads(path.read_text())
-    images = received(folder, f"{LAYER}/train_0")["images"]
+    images = received(folder, f"{LAYER}/images_train_0")["images"]
     for (_, phi), image in zip(runs, images, strict=True):
         size = np.linalg.norm(phi - mean, axis=1)
         shown, thresholds = [n for n, _ in image["neurons"]], norms.min(axis=1)
@@ -238,11 +244,79 @@ def test_a_folder_that_is_no_gallery_is_left_alone(world, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_what_others_have_put_into_a_gallery_is_kept_and_nothing_else_is_touched(world, tmp_path):
+    """A domain name and a history, as web hosts want them; a folder that is called like the one of the parts; a file."""
+    output = shutil.copytree(world.whole / "gallery", tmp_path / "out")
+    (output / "gallery/CNAME").write_text("neurons.example.org")
+    (output / "gallery/.git").mkdir()
+    (output / "gallery/.git/HEAD").write_text("ref: refs/heads/main")
+    make(world, output, "--picture_size", 16, "--overwrite")
+    assert received(output / "gallery", "about")["sheet"]["size"] == 16
+    assert (output / "gallery/CNAME").read_text() == "neurons.example.org" and (output / "gallery/.git/HEAD").is_file()
+    (output / "mine.parts").mkdir()
+    (output / "mine.parts/thesis.tex").write_text("years of work")
+    for gallery, said in ((output / "mine", "mine.parts is there"), (output / "gallery/CNAME", "is a file"), ("/", "root")):
+        done = make(world, output, "--gallery", gallery, check=False)
+        assert done.returncode == 1 and said in the_line(done.stderr)
+    assert (output / "mine.parts/thesis.tex").read_text() == "years of work"
+
+
+def test_descriptions_of_earlier_components_are_refused(world, tmp_path):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    [path] = base.glob(f"*train_mlps_tiny_random_{LAYER}_5_pca.npy")
+    np.save(path, np.roll(np.load(path), 1, axis=0))
+    for stage in ("evaluation", "gallery"):
+        script, flags, _ = world.stages()[stage]
+        words = [script, *world.model, *flags, "--input_dir", base, "--output_dir", tmp_path / "out"]
+        done = run_stage_of_user(*words, folder=tmp_path, check=False)
+        line = the_line(done.stderr)
+        assert done.returncode == 1 and "decomposition_omp" in line and "was made with targets" in line
+
+
+def test_grades_of_other_descriptions_are_refused(world, tmp_path):
+    """The decomposition was made again, with other texts, after the grades."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    path = base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json"
+    content = json.loads(path.read_text())
+    content["5"] = content["5"][:3]
+    path.write_text(json.dumps(content))
+    done = make(world, tmp_path / "out", "--input_dir", base, check=False)
+    assert (
+        done.returncode == 1 and "val_grades" in the_line(done.stderr) and "was made with descriptions" in the_line(done.stderr)
+    )
+
+
+def test_training_images_are_those_of_the_components(world, tmp_path):
+    done = make(world, tmp_path / "out", "--train_subsample", 2, check=False)
+    line = the_line(done.stderr)
+    assert done.returncode == 1 and "is of other training images than the 31 in" in line and "--train_subsample" in line
+
+
+def test_projections_that_are_missing_are_made_by_the_command_that_is_printed(world, tmp_path):
+    """Although the grades that they were made for are there."""
+    output = tmp_path / "out"
+    shutil.copytree(world.base, output)
+    [lost] = output.glob(f"*val_mlps_tiny_random_{LAYER}_5_projections.npy")
+    kept = lost.read_bytes()
+    lost.unlink()
+    script, flags, _ = world.stages()["gallery"]
+    flags = [str(word) for word in flags]
+    at = flags.index("--input_dir")
+    words = [script, *world.model, *flags[:at], *flags[at + 2 :], "--output_dir", output]
+    done = run_stage_of_user(*words, folder=tmp_path, check=False)
+    advised = shlex.split(re.search("make it with: (.*)", done.stderr).group(1))[1:]
+    where = ["--descriptions_dir", world.root, "--num_workers", 0, "--batch_size", 4]
+    run_stage_of_user(*advised, *where, folder=tmp_path)
+    assert lost.read_bytes() == kept
+    run_stage_of_user(*words, folder=tmp_path)
+
+
 def test_without_pictures_nothing_of_an_image_is_written(world, tmp_path):
     make(world, tmp_path / "out", "--no_pictures")
     folder = tmp_path / "out/gallery"
     assert received(folder, "about")["sheet"] is None
     assert not [path for path in folder.rglob("*") if path.suffix in (".jpg", ".png") or path.name == "pictures"]
+    assert "0003.JPEG" not in (folder / "data/about.js").read_text()
 
 
 def test_a_grade_that_is_missing_is_asked_for_by_its_command(world, tmp_path):

@@ -269,7 +269,7 @@ def test_a_button_hides_and_shows_where_the_neuron_fires(page):
 
 def test_an_image_page_shows_its_active_neurons_and_links_to_them(page):
     page.open("#image/train/260/8")
-    image = received(page.folder, "8/train_1")["images"][260 - 256]
+    image = received(page.folder, "8/images_train_1")["images"][260 - 256]
     page.until(lambda _: page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 30)
     assert page.neurons() == [neuron for neuron, _ in image["neurons"]]
     concepts = page.script("return [...document.querySelectorAll('[aria-label=Concepts] li > a')].map((a) => a.textContent)")

@@ -147,6 +147,15 @@ def test_directions_of_the_rows(rng):
         assert_array_equal(found[f"null_{row}"], found[row][[2, 0, 1]])
 
 
+def test_a_neuron_without_any_text_has_no_direction(rng):
+    """The pursuit takes no text for an effect that is the same on all images."""
+    empty = scipy.sparse.csr_matrix((2, 7))
+    judge = grading.Judge(torch.from_numpy(rng.standard_normal((40, 5))), torch.from_numpy(rng.standard_normal((7, 5))))
+    found = directions_of(judge, empty, empty, first=np.array([-1, -1]))
+    assert all(not of.any() for of in found.values())
+    assert grading.as_matrix([[], []], 7).nnz == 0
+
+
 # what a grade must notice
 
 

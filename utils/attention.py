@@ -72,7 +72,7 @@ class KeptQueries:
     to compute them once more would cost a sixth of the block."""
 
     def __init__(self, attn, keep):
-        self.attn, self.keep = attn, keep
+        self.attn, self.keep, self.before = attn, keep, attn.__dict__.get("forward")
         attn.forward = self._forward
 
     def _forward(self, x, *_, **__):
@@ -83,8 +83,10 @@ class KeptQueries:
         return self.attn.out_proj(out.transpose(1, 2).flatten(2)), None
 
     def remove(self):
-        """Undo it."""
+        """Undo it, the latest first."""
         del self.attn.forward
+        if self.before is not None:
+            self.attn.forward = self.before
 
 
 def attention_output(attn, change, x):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,17 @@ from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record
 from utils.sparse_coding import describe, load_descriptions, load_support, load_texts
 
+TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
+
 
 class Inputs:
     """What the stages that look at descriptions read.
 
     args: their flags. inputs: `Results` of the folder that is read.
 
-    Attributes: texts, vectors [T, D]; clip, layers; names, the fields of files' names; statistics {layer: Statistics}; images and
-    held_out, the `Images` that texts are fitted to and graded on; share of the images that a neuron is said to act on.
+    Attributes: texts, vectors [T, D]; clip, layers; names, the fields of files' names; expected, what records must say;
+    statistics {layer: Statistics}; images and held_out, the `Images` that texts are fitted to and graded on; share of the images
+    that a neuron is said to act on.
 
     Raises UserError, with the command, for what is missing or does not belong together.
     """
@@ -37,7 +41,7 @@ class Inputs:
             raise UserError("--split train is what texts are fitted to; give the split of the held-out images, such as val")
         self.args, self.inputs = args, inputs
         load, dataset = partial(load_clip, args.model, args.pretrained, args.device), train_set_of(args.dataset)
-        self.texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
+        self.texts, vectors, _ = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
         self.vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
         self.clip = load(precision=args.precision, image_only=True)
         self.layers = parse_layers(args.mlp_layer, self.clip.vit)
@@ -46,12 +50,29 @@ class Inputs:
         self.expected = {"fingerprint": self.clip.fingerprint, "coefficient": args.coefficient}
         inputs.load("texts", {"D": self.clip.vit.D}, self.expected, mmap=True, texts=args.text_descriptions)  # or raises
         self.statistics = load_statistics(inputs, dataset, self.layers, args.top_k_pca, self.clip, args.coefficient)
-        where = args.data_path
-        if dataset != args.dataset:  # ImageNet-R has no training images; ImageNet's are where its components' were
-            where = load_record(inputs.find("pca", layer=self.layers[0], **self.names)).get("data_path", where)
-        self.images = load_images(dataset, where, "train", self.clip.transform, subsample=args.train_subsample)
+        self.images = self._training_images(dataset)
         self.held_out = load_images(args.dataset, args.data_path, args.split, self.clip.transform, subsample=args.subsample)
-        self.share = args.top_k_pca / len(self.images)
+        self.share = min(1, args.top_k_pca / len(self.images))
+
+    def _training_images(self, dataset):
+        """The images that the components are of, from --train_data_path, --data_path, or, of ImageNet-R, where they lay."""
+        args, records = self.args, {}
+        for layer in self.layers:
+            path = self.inputs.find("pca", layer=layer, **self.names)
+            records[path] = load_record(path)
+        where = args.data_path if dataset == args.dataset else next(iter(records.values())).get("data_path", args.data_path)
+        where = args.train_data_path or where
+        images = load_images(dataset, where, "train", self.clip.transform, subsample=args.train_subsample)
+        data = images.record["data"]
+        for path, record in records.items():
+            if record.get("data", data) != data:
+                fix = "give --train_data_path and --train_subsample as for compute_second_order_neuron_prs.py"
+                raise UserError(f"{path} is of other training images than the {len(images)} in {where}; {fix}")
+        if len(images) < 2:
+            raise UserError(
+                f"there is {len(images)} training image in {where}, and texts are fitted to several; {fix_stride(args)}"
+            )
+        return images
 
     @property
     def held_out_names(self):
@@ -59,15 +80,21 @@ class Inputs:
         return {**self.names, "dataset": self.args.dataset, "split": self.args.split}
 
     def load_descriptions(self, results, layer, kind="decomposition"):
-        """What a layer's neurons write (decomposition), or what they fire on (fires_on)."""
-        names = {"kind": kind, "layer": layer, **self.names}
-        found = load_descriptions(results, self.clip.vit.sizes, {"fingerprint": self.clip.fingerprint}, **names)
+        """What a layer's neurons write (decomposition), or what they fire on (fires_on), as `load_descriptions` gives it."""
+        names, of = {"kind": kind, "layer": layer, **self.names}, self.statistics[layer]
+        made_of = {"targets": digest(of.pcas)} if kind == "decomposition" else {"statistics": of.digest()}
+        found = load_descriptions(results, self.clip.vit.sizes, {"fingerprint": self.clip.fingerprint, **made_of}, **names)
         for n, entries in enumerate(found):
             for i, _, text in entries:
                 if not 0 <= i < len(self.texts) or self.texts[i] != text:
                     path, again = results.find(**names), f"make it again with: {results.command(**names)} --overwrite"
                     raise UserError(f"{path} describes neuron {n} by {text!r}, which is not text {i} of the pool; {again}")
-        return found
+        return [[(i, c, self.texts[i]) for i, c, _ in entries] for entries in found]  # one string for each text, however often
+
+    def sides(self, layer, results):
+        """{side: descriptions} of a layer. results: `Results` of the folder that has what its neurons fire on."""
+        loaded = {"writes": (self.inputs, "decomposition"), "fires_on": (results, "fires_on")}
+        return {side: self.load_descriptions(results, layer, kind) for side, (results, kind) in loaded.items()}
 
     def explained(self, layer):
         """Share of the squared norm of every neuron's largest effects that lies along its component, [N]; NaN for components of
@@ -77,20 +104,25 @@ class Inputs:
         return np.full(sizes["N"], np.nan) if published else self.inputs.load("explained", sizes, self.expected, **names)
 
 
+def fix_stride(args):
+    """What to do about too few training images."""
+    return "give a smaller --train_subsample" if args.train_subsample else "add some"
+
+
 class Evaluation(Inputs):
     """What evaluate_descriptions.py works with.
 
     results: `Results` of the folder that is written. args, inputs, and what is raised: as in `Inputs`.
 
-    Attributes, besides those: descriptions {layer: {side: as `load_descriptions` gives them}}; truth, of both splits, or None;
-    made_of, what results say.
+    Attributes, besides those: truth, of both splits, or None; made_of, what results say.
     """
 
     def __init__(self, args, inputs, results):
         super().__init__(args, inputs)
         self.results = results
         self.names["judge"] = "_truth" if args.truth else ""
-        self.descriptions = {layer: {"writes": self.load_descriptions(inputs, layer)} for layer in self.layers}
+        for layer in self.layers:
+            self.load_descriptions(inputs, layer)  # or raises, before the passes
         self.truth = load_truth(args.truth, (self.images, self.held_out), self.texts) if args.truth else None
         self.made_of = {**self.clip.record, **self.names, **self.held_out.record, "coefficient": args.coefficient}
 
@@ -102,18 +134,19 @@ class Evaluation(Inputs):
         """Path of a result about the held-out images."""
         return self.results.path(kind, **self.held_out_names, **names)
 
-    def arrays(self, layers, images, directions=None):
+    def arrays(self, layers, images, described=()):
         """The arrays of a pass over images, {path: spec}, and their record: representations, every neuron's effects along its
-        component, and, with directions {layer: {row: [N, D]}}, its effects along those; all layers of one kind, then the next."""
+        component, and, with described {layer: Described}, along the directions of the rows of the table."""
         count, vit, path = len(images), self.clip.vit, self.held_out_path if images is self.held_out else self.path
+        record = {**self.clip.record, **images.record, "coefficient": self.args.coefficient}
         arrays = {path("representations"): ((count, vit.D), "float32")}
         for layer in layers:
             made_of = {"statistics": self.statistics[layer].digest()}
             arrays[path("projections", layer=layer)] = ((count, vit.N), "float32", made_of)
-        for layer in layers if directions else ():
-            rows = directions[layer].values()
-            arrays[path("along", layer=layer)] = ((count, len(rows), vit.N), "float32", {"directions": digest(*rows)})
-        return arrays, {**self.clip.record, **images.record, "coefficient": self.args.coefficient}
+            if layer in described:
+                of = described[layer]
+                arrays[path("along", layer=layer)] = ((count, len(of.directions), vit.N), "float32", made_of | of.digests)
+        return arrays, record
 
     @property
     def judge(self):
@@ -123,41 +156,49 @@ class Evaluation(Inputs):
         return grading.Judge(torch.from_numpy(np.load(self.path("representations"))), self.vectors)
 
     def fit(self, judge, layer):
-        """Find what a layer's neurons fire on; returns the directions of the rows of the table, {row: [N, F]}."""
+        """Find what a layer's neurons fire on; returns the layer's `Described`."""
         args, effects = self.args, torch.from_numpy(np.load(self.path("projections", layer=layer)))
+        # the inputs and not what is computed from them, which another number of threads rounds differently
         record = {**self.clip.record, **self.images.record, "layer": layer, "text_descriptions": args.text_descriptions}
-        record |= {"components": args.components, "effects": digest(effects), "atoms": digest(judge.atoms)}
+        record |= {"coefficient": args.coefficient, "statistics": self.statistics[layer].digest()}
+        record |= {"judge": digest(self.truth[0]) if self.truth else digest(self.vectors)}
         atoms, targets = (x.to(args.device) for x in (judge.atoms, judge.targets(effects)))
-        describe(self.path("fires_on", layer=layer), self.texts, atoms, targets, record=record, overwrite=args.overwrite)
-        self.descriptions[layer]["fires_on"] = self.load_descriptions(self.results, layer, kind="fires_on")
-        more = {"first": load_support(self.path("fires_on", layer=layer).with_suffix(".npz"))[:, 0]}
+        of_texts = {**record, "components": args.components}
+        describe(self.path("fires_on", layer=layer), self.texts, atoms, targets, record=of_texts, overwrite=args.overwrite)
+        more, arrays = {"first": load_support(self.path("fires_on", layer=layer).with_suffix(".npz"))[:, 0]}, []
         if not self.truth:
             inputs = (torch.from_numpy(np.load(self.path("representations"))), self.vectors, effects)
-            made_of = {**record, "components": None}
             path, inputs = self.path("labels", layer=layer), [x.to(args.device) for x in inputs]
-            labels = soft_wpmi(path, *inputs, record=made_of, overwrite=args.overwrite)
+            labels = soft_wpmi(path, *inputs, record=record, overwrite=args.overwrite)
             more |= {"component": self.statistics[layer].pcas, "labels": labels}
-        sides = (grading.as_matrix(self.descriptions[layer][side], len(self.texts)) for side in ("writes", "fires_on"))
-        return directions_of(judge, *sides, **more)
+            arrays = [labels]
+        sides = self.sides(layer, self.results)
+        matrices = [grading.as_matrix(side, len(self.texts)) for side in sides.values()]
+        directions = directions_of(judge, *matrices, **more)
+        return Described(directions, {"descriptions": digest_of_sides(sides), "labels": digest(more["first"], *arrays)})
 
-    def grades(self, layer, directions):
+    def grades(self, layer, described):
         """The array of a layer's grades, {path: spec}, and its record."""
         made_of = {"layer": layer, "share": self.share, "statistics": self.statistics[layer].digest()}
-        made_of |= {"rows": list(directions), "directions": digest(*directions.values())}
+        made_of |= {"rows": list(described.directions), **described.digests}
         made_of |= {"truth": digest(*self.truth)} if self.truth else {}
         measures = grading.MEASURES[: 2 if self.truth else None]
-        spec = ((self.clip.vit.N, len(directions), len(measures)), "float32")
+        spec = ((self.clip.vit.N, len(described.directions), len(measures)), "float32")
         return {self.held_out_path("grades", layer=layer): spec}, self.made_of | made_of
 
-    def is_graded(self, layer, directions):
-        """Whether a layer's grades are there. Raises UserError when they are of other inputs."""
-        arrays, record = self.grades(layer, directions)
-        return all(is_made(path, complete(record, *spec), self.args.overwrite) for path, spec in arrays.items())
+    def to_grade(self, described):
+        """Those of {layer: Described} whose grades are not there. Raises UserError when they are there, of other inputs."""
+        found = {}
+        for layer, of in described.items():
+            arrays, record = self.grades(layer, of)
+            if not all(is_made(path, complete(record, *spec), self.args.overwrite) for path, spec in arrays.items()):
+                found[layer] = of
+        return found
 
-    def of_neurons(self, layer, directions, n):
+    def of_neurons(self, layer, described, n):
         """What `grading.grades` takes of a slice of neurons."""
         effects = columns(self.held_out_path("projections", layer=layer), n)
-        rows = torch.stack([directions[row][n] for row in directions])
+        rows = torch.stack([directions[n] for directions in described.directions.values()])
         if self.truth:
             return {"features": self.truth[1], "directions": rows, "effects": effects, "share": self.share}
         features = torch.from_numpy(np.load(self.held_out_path("representations")))
@@ -165,13 +206,25 @@ class Evaluation(Inputs):
         mean = (rows * self.statistics[layer].mean[n].cpu()).sum(dim=-1)
         return {"features": features, "directions": rows, "effects": effects, "share": self.share, "own": own, "mean": mean}
 
-    def finish(self, graded):
-        """Write the .csv of every layer, {layer: Graded}, and remove what was only needed for the grades."""
-        for layer, of in graded.items():
-            path, along = (self.held_out_path(kind, layer=layer) for kind in ("grades", "along"))
-            save_neurons(path.with_suffix(".csv"), of, self.explained(layer), self.descriptions[layer])
-            for file in (along, along.with_suffix(".meta.json")):
-                file.unlink(missing_ok=True)
+    def finish(self, layer, graded):
+        """Write the .csv of a layer, and remove what was only needed for its grades. graded: its `Graded`."""
+        path, along = (self.held_out_path(kind, layer=layer) for kind in ("grades", "along"))
+        save_neurons(path.with_suffix(".csv"), graded, self.explained(layer), self.sides(layer, self.results))
+        for file in (along, along.with_suffix(".meta.json")):
+            file.unlink(missing_ok=True)
+
+
+class Described(NamedTuple):
+    """The directions of the rows of the table, {row: [N, F]}, and digests of the descriptions that they are made of."""
+
+    directions: dict
+    digests: dict
+
+
+def digest_of_sides(sides):
+    """Twelve hex digits of {side: descriptions as `load_descriptions` gives them}."""
+    of_sides = (np.array([(n, i, c) for n, texts in enumerate(side) for i, c, _ in texts]) for side in sides.values())
+    return digest(*of_sides)
 
 
 def columns(path, n):
@@ -187,10 +240,14 @@ def load_truth(paths, images, texts):
     Raises UserError for another shape, or numbers that are not finite.
     """
     found = []
+    if len(texts) > TRUTHS:
+        raise UserError(
+            f"--truth judges at most {TRUTHS} texts, and the pool has {len(texts)}; give a smaller --text_descriptions"
+        )
     for path, of in zip(paths, images, strict=True):
         try:
             array = read_array(path)
-        except (ValueError, FileNotFoundError) as error:
+        except ValueError as error:
             raise UserError(f"--truth {path} cannot be read: {one_line(error)[:120]}") from error
         if array.shape != (len(of), len(texts)) or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
             wanted = f"finite numbers, {len(of)} {of.split} images x {len(texts)} texts, are needed"

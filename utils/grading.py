@@ -57,7 +57,7 @@ class Judge:
         self.atoms = torch.where(told_apart[:, None], atoms / self.spread.clamp_min(1e-300)[:, None], 0).float()
 
     def targets(self, effects):
-        """Effects [images, N], centred and of unit norm, in the basis: [N, rank]."""
+        """Effects [images, N], centred and scaled to unit norm, then projected on the basis: [N, rank]."""
         effects = effects.double() - effects.double().mean(dim=0)
         along = (self.V.T @ (self.centred.T @ effects)) / self.singular[:, None]
         return (along / effects.norm(dim=0).clamp_min(1e-300)).T.float()
@@ -76,14 +76,15 @@ def written(description, vectors):
 def as_matrix(descriptions, texts):
     """Descriptions as `load_descriptions` gives them, as a csr matrix [N, texts]."""
     entries = [(n, i, c) for n, texts_of in enumerate(descriptions) for i, c, _ in texts_of]
-    rows, columns, values = zip(*entries, strict=True)
+    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
     return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(descriptions), texts))
 
 
 def only(description, chosen):
-    """A description [N, T] with the texts chosen [N] alone, each with the sign of its coefficient."""
+    """A description [N, T] with the texts chosen [N] alone, -1 for none, each with the sign of its coefficient."""
     matrix, n = scipy.sparse.csr_matrix(description), np.arange(description.shape[0])
-    return scipy.sparse.csr_matrix((np.sign(np.asarray(matrix[n, chosen]).ravel()), (n, chosen)), shape=matrix.shape)
+    signs = np.sign(np.asarray(matrix[n, np.maximum(chosen, 0)]).ravel()) * (np.asarray(chosen) >= 0)
+    return scipy.sparse.csr_matrix((signs, (n, np.maximum(chosen, 0))), shape=matrix.shape)
 
 
 def strongest(description):
@@ -170,9 +171,14 @@ def average_precision(predicted, positive):
     return (precision * hit).sum(dim=-1) / hit.sum(dim=-1)
 
 
+def positives(images, share):
+    """How many of the images are a share of them, one at least."""
+    return max(1, min(images, round(share * images)))
+
+
 def most_active(effects, share):
-    """The `share` of the images with a neuron's largest effects, one at least: bool [images, n]."""
-    count = max(1, round(share * len(effects)))
+    """The `share` of the images with a neuron's largest effects: bool [images, n]."""
+    count = positives(len(effects), share)
     return torch.zeros_like(effects, dtype=torch.bool).scatter_(0, effects.topk(count, dim=0).indices, True)
 
 
@@ -185,7 +191,7 @@ def grades(features, directions, effects, share, own=None, mean=None):
         features.
 
     Returns {measure: [R, n]}: pearson and auprc; and with `own` the same without the neuron's own effect, and drop: how far the
-    similarity with the description (times 100) falls where the neuron acts, when its effect is put at its mean.
+    similarity with the description, in units of `features`, falls where the neuron acts when its effect is put at its mean.
     """
     predicted, positive = torch.einsum("if,rnf->rin", features, directions), most_active(effects, share)
     found = {"pearson": correlation(predicted, effects), "auprc": average_precision(predicted, positive)}
@@ -199,8 +205,8 @@ def grades(features, directions, effects, share, own=None, mean=None):
 
 
 def summary(graded, rows, measures):
-    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that score above 95 % of
-    the null of their side.
+    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that score above the
+    95th percentile of the null of their side.
 
     graded: [N, rows, measures].
     """

@@ -74,7 +74,8 @@ class HookedViT:
     """An open_clip image tower whose activations can be recorded and changed.
 
     visual: the tower, used as it is: no weights are copied and its fused attention stays in place.
-    precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32.
+    precision: of the forward pass: float32, tf32 (CUDA), bfloat16 or float16. What is recorded is computed in float32 from
+        what the pass has.
 
     Attributes: `L`, `H`, `N`, `d`, `D` (sizes), `sizes` {letter: size}, `T` (tokens at the trained resolution), `prefix` (tokens
     before the patches), `grid` (rows and columns of patches), `blocks`, `last` (the last MLP with effects), `pooling` ("class

@@ -10,6 +10,7 @@ from utils.effects import DenseEffects, FactorisedEffects
 from utils.norms import CentredNorms
 from utils.prs import COEFFICIENT, fold, second_order
 from utils.runtime.errors import UserError
+from utils.runtime.files import digest
 from utils.sparse_coding import load_descriptions
 from utils.visualization import plot_neuron, to_pictures
 
@@ -52,11 +53,12 @@ class NeuronLayer:
             counts = f"the statistics are of {len(found)} images and there are {len(images)}"
             raise UserError(f"{counts}; use the same --data_path and --subsample as for compute_second_order_neuron_prs.py")
         shown, self._projections = {**shown, "k": k}, None
-        if results.find("projections", **shown).is_file():
+        if self._stored is None and results.find("projections", **shown).is_file():
             data = {**expected, "data": images.record["data"], "statistics": self.statistics.digest()}
             self._projections = results.load("projections", {**sizes, "images": len(images)}, data, mmap=True, **shown)
         names |= {"alpha": 1, **described}
-        self.descriptions = load_descriptions(results, sizes, expected, **names)
+        self.descriptions = load_descriptions(results, sizes, {**expected, "targets": digest(self.statistics.pcas)}, **names)
+        expected |= {"statistics": self.statistics.digest()}
         fires_on, graded = results.find("fires_on", **names).is_file(), {**names, "dataset": images.dataset, "split": held_out}
         self.fires_on = load_descriptions(results, sizes, expected, kind="fires_on", **names) if fires_on else None
         self.graded = load_grades(results, sizes, expected, **graded) if results.find("grades", **graded).is_file() else None

@@ -16,7 +16,7 @@ ACTIVE, WORDS = 24, 12  # neurons and words that an image shows
 
 def top_rows(projections, count=TOP):
     """The images of every neuron's largest effects along its component, and of its most negative ones: two int [N, count], the
-    largest |effect| first, of equal ones the earlier image.
+    most extreme first, of equal ones the earlier image.
 
     projections: [images, N].
     """

@@ -80,7 +80,7 @@
   }
 
   // Everything that a key stroke needs is made once here: lower-cased texts, and the entries of each text, (neuron, side, strength).
-  // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text foretells best. The strength is that
+  // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text predicts best. The strength is that
   // correlation; of a written text, its share of the largest coefficient times the grade.
   function prepareSearch(layer, index) {
     const neurons = new Uint16Array(bytes(index.neurons).buffer);
@@ -127,6 +127,7 @@
     const score = new Float32Array(layer.count);
     const text = new Int32Array(layer.count).fill(-1);
     const side = new Uint8Array(layer.count);
+    const strength = new Float32Array(layer.count);
     for (let t = 0; t < search.words.length; t++) {
       const level = matchLevel(search.words[t], query);
       if (!level) continue;
@@ -137,11 +138,12 @@
           score[neuron] = value;
           text[neuron] = t;
           side[neuron] = search.side[i];
+          strength[neuron] = search.strength[i];
         }
       }
     }
     if (/^\d+$/.test(query) && Number(query) < layer.count) score[Number(query)] = Infinity;
-    return { score, text, side };
+    return { score, text, side, strength };
   }
 
   // The index of texts comes while nobody waits for it: after the grid, or when the search is chosen.
@@ -202,6 +204,8 @@
   const signed = (x, digits = 2) => (known(x) && x > 0 ? "+" : "") + decimals(x, digits);
   const percent = (x) => (known(x) ? `${Math.round(100 * x)} %`.replace("-", "−") : "–");
   const grouped = (x) => x.toLocaleString("en");
+  const figures = (x, digits = 3) => (known(x) ? String(Number(x.toPrecision(digits))).replace("-", "−") : "–"); // as the data have them
+  const signedFigures = (x) => (known(x) && x > 0 ? "+" : "") + figures(x);
   const digitsFor = (values) => { // enough decimals for two figures of the largest
     const largest = Math.max(...values.map(Math.abs).filter(known), 0);
     return largest > 0 ? Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(largest)))) : 2;
@@ -212,7 +216,7 @@
   function sheetPlace(split, row) {
     const { columns, rows, size } = about.sheet;
     const place = row % (columns * rows);
-    const path = `pictures/${split}_${Math.floor(row / (columns * rows))}.jpg`;
+    const path = `pictures/${encodeURIComponent(split)}_${Math.floor(row / (columns * rows))}.jpg`;
     return { path, size, column: place % columns, row: Math.floor(place / columns) };
   }
 
@@ -256,8 +260,8 @@
     const found = match?.side === side ? match.text : -1;
     if (found >= 0 && !lines.some(([text]) => text === found)) {
       const at = texts.indexOf(found, first);
-      const minus = at >= 0 && at < first + layer.shown && coefficients[at] < 0;
-      lines.splice(2, 1, [found, minus]);
+      if (at >= 0 && at < first + layer.shown) lines.splice(2, 1, [found, coefficients[at] < 0]);
+      else lines.push([found, false, `r = ${decimals(match.strength)} `]); // not in its description
     }
     const grade = layer.grades[name]?.[neuron];
     const label = element("div", { class: "label" }, SIDES[name]);
@@ -266,10 +270,11 @@
       fill.style.width = `${100 * Math.min(Math.max(grade ?? 0, 0), 1)}%`;
       label.append(element("span", { class: "meter", "aria-hidden": "true" }, fill), element("span", { class: "number" }, decimals(grade)));
     }
-    const items = lines.map(([id, isMinus]) => {
+    const items = lines.map(([id, isMinus, alone]) => {
       const text = about.texts[id];
       const minus = isMinus ? element("span", { class: "minus" }, "− ") : null;
-      return element("li", { title: text }, minus, id === found ? highlighted(text, query) : text);
+      const label = alone ? element("span", { class: "alone" }, alone) : null;
+      return element("li", { title: text }, minus, label, id === found ? highlighted(text, query) : text);
     });
     return element("div", {}, label, element("ul", {}, items));
   }
@@ -289,7 +294,7 @@
     return element("li", { class: "card" },
       element("div", { class: "head" },
         element(heading, {}, link(`#${layer.number}/${neuron}`, `Neuron ${neuron}`)),
-        element("span", { class: "number" }, extra ?? `explained ${percent(layer.explained[neuron])}, norm ${decimals(layer.norm[neuron])}`)),
+        element("span", { class: "number" }, extra ?? `explained ${percent(layer.explained[neuron])}, norm ${figures(layer.norm[neuron])}`)),
       about.sheet && element("div", { class: "thumbs" }, four.map((row) => thumbnail(split, row))),
       element("div", { class: "side" }, [0, 1].map((side) => cardSide(layer, neuron, side, match, query))));
   }
@@ -320,7 +325,7 @@
     const number = (text, limit) => (/^\d{1,9}$/.test(text) && Number(text) < limit ? Number(text) : null);
     const layerOf = (text) => about.layers.find((layer) => String(layer) === text) ?? null;
     if (parts[0] === "image" && (parts.length === 3 || parts.length === 4)) {
-      const split = Object.hasOwn(about.splits, parts[1]) ? parts[1] : null;
+      const split = Object.keys(about.splits).find((name) => encodeURIComponent(name) === parts[1] || name === parts[1]) ?? null;
       const row = split === null ? null : number(parts[2], about.splits[split].count);
       const layer = parts.length === 4 ? layerOf(parts[3]) : about.layers.at(-1);
       return row === null || layer === null ? null : { view: "image", split, row, layer };
@@ -338,12 +343,14 @@
     };
   }
 
+  const imageAddress = (split, row, layer) => `#image/${encodeURIComponent(split)}/${row}/${layer}`;
+
   function gridAddress({ layer, q = "", sort = "", label = null }) {
     const fields = new URLSearchParams();
     if (q) fields.set("q", q);
     if (sort) fields.set("sort", sort);
     if (label !== null) fields.set("class", label);
-    return `#${layer}${fields.size ? `?${fields}` : ""}`;
+    return `#${layer}${String(fields) ? `?${fields}` : ""}`;
   }
 
   // ---- the grid ----
@@ -366,7 +373,7 @@
         const value = (classes.table[place.label * layer.count + neuron] * classes.scale[place.label]) / 127;
         extra = `${about.class_names[place.label]} ${signed(value, digitsFor([classes.scale[place.label]]))}`;
       }
-      return card(layer, neuron, { match: found && { text: found.text[neuron], side: found.side[neuron] }, query, extra });
+      return card(layer, neuron, { match: found && { text: found.text[neuron], side: found.side[neuron], strength: found.strength[neuron] }, query, extra });
     };
     growing?.stop();
     const all = `${grouped(layer.count)} neurons`;
@@ -376,7 +383,7 @@
     main.replaceChildren(
       element("h1", { tabindex: "-1" }, `Layer ${layer.number}`),
       element("p", { class: "note" }, "Each card is a neuron of the layer's MLP: images of its largest effects, when it acts (fires on) ",
-        "and what it adds to the image's representation (writes). Bars: correlation on held-out images."),
+        "and what it adds to the image's representation (writes). Bars: correlation with its effects on held-out images, its own effect taken out."),
       ...cardList(`Neurons of layer ${layer.number}`, neurons, makeCard));
     return `Layer ${layer.number}`;
   }
@@ -408,8 +415,8 @@
         element("nav", { "aria-label": "Neighbours" },
           neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next"))),
       element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's largest effects `,
-        `on the image's representation. Their mean norm is ${decimals(layer.norm[place.neuron], 3)}.`),
-      pictureSection(detail.top),
+        `on the image's representation. Their mean norm is ${figures(layer.norm[place.neuron])}.`),
+      pictureSection(place.layer, detail.top),
       element("div", { class: "columns" }, Object.keys(SIDES).map((side) => textSection(place.layer, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
       detail.for.length || detail.against.length ? classSection(place.layer, detail) : "",
@@ -418,13 +425,13 @@
     return name;
   }
 
-  function pictureSection(top) {
+  function pictureSection(layer, top) {
     const redraws = [];
     const rows = Object.keys(about.splits).filter((split) => Object.hasOwn(top, split)).flatMap((split) =>
       ["positive", "negative"].filter((sign) => top[split][sign]?.length).map((sign) => element("div", {},
         element("h3", {}, `${split}, ${sign} effects`),
         element("ul", { class: "pictures", "aria-label": `${split}, largest ${sign} effects` },
-          top[split][sign].map((picture) => element("li", {}, topPicture(split, picture, redraws)))))));
+          top[split][sign].map((picture) => element("li", {}, topPicture(layer, split, picture, redraws)))))));
     const toggle = about.sheet && element("button", { type: "button", "aria-pressed": "true" }, "Show where it fires");
     toggle?.addEventListener("click", () => {
       const shows = toggle.getAttribute("aria-pressed") !== "true";
@@ -435,16 +442,16 @@
       + (about.sheet ? "Dark patches are those where the neuron does not fire." : ""), toggle, element("div", { class: "columns" }, rows));
   }
 
-  function topPicture(split, [row, projection, map], redraws) {
+  function topPicture(layer, split, [row, projection, map], redraws) {
     const name = className(split, row);
-    const words = [element("span", { title: name }, name), element("span", { class: "number" }, signed(projection, 3))];
-    if (!about.sheet) return link(`#image/${split}/${row}`, ...words);
-    const canvas = element("canvas", { role: "img", "aria-label": `${name}, projection ${signed(projection, 3)}` });
+    const words = [element("span", { title: name }, name), element("span", { class: "number" }, signedFigures(projection))];
+    if (!about.sheet) return link(imageAddress(split, row, layer), ...words);
+    const canvas = element("canvas", { role: "img", "aria-label": `${name}, projection ${signedFigures(projection)}` });
     const redraw = (shows) => drawPicture(canvas, split, row, shows ? map : null);
     redraws.push(redraw);
     redraw(true);
     for (const word of words) word.setAttribute("aria-hidden", "true"); // the canvas says the same
-    return link(`#image/${split}/${row}`, canvas, ...words);
+    return link(imageAddress(split, row, layer), canvas, ...words);
   }
 
   async function drawPicture(canvas, split, row, map) {
@@ -471,8 +478,8 @@
 
   function textSection(layer, detail, side) {
     const notes = {
-      writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts.",
-      fires_on: "When the neuron acts: texts whose likeness to an image foretells the neuron's effect.",
+      writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts. Bars: coefficients of the text vectors.",
+      fires_on: "When the neuron acts: texts whose similarity to an image predicts the neuron's effect. Bars: coefficients of standardised similarities.",
     };
     const title = SIDES[side][0].toUpperCase() + SIDES[side].slice(1);
     const texts = detail[side];
@@ -492,15 +499,15 @@
   function gradeTable(detail, side) {
     const chosen = about.sides[side].filter((name) => Object.hasOwn(detail.grades, name));
     if (!chosen.length) return null;
-    const measures = { pearson: "correlation", pearson_without: "without own effect", auprc: "AUPRC", auprc_without: "without own effect", drop: "fall when ablated" };
+    const measures = { pearson: "correlation", pearson_without: "the same without own effect", auprc: "AUPRC", auprc_without: "AUPRC without own effect", drop: "fall when ablated" };
     const shown = Object.keys(measures).filter((measure) => Object.hasOwn(detail.grades[chosen[0]], measure));
     const chance = { auprc: detail.auprc_chance, auprc_without: detail.auprc_chance };
     const head = ["", ...shown.map((measure) => measures[measure])];
     const row = (title, values, own) => element("tr", own ? { class: "own" } : {},
       element("th", { scope: "row" }, title), values.map((value) => element("td", {}, decimals(value))));
     return element("table", {},
-      element("caption", {}, `How well texts foretell the effect on ${grouped(about.graded_images)} images of ${about.graded_on}. `,
-        shown.includes("drop") ? "Last column: how far 100 × similarity with the texts falls where the neuron acts, when its effect is replaced by its mean." : ""),
+      element("caption", {}, `How well texts predict the effect on ${grouped(about.graded_images)} images of ${about.graded_on}: correlation, and AUPRC, the average precision in finding the images of its largest effects. `,
+        shown.includes("drop") ? "Fall when ablated: how much less similar those images are to the texts (× 100) when the effect is replaced by its mean." : ""),
       element("thead", {}, element("tr", {}, head.map((title) => (title ? element("th", { scope: "col" }, title) : element("td"))))),
       element("tbody", {},
         chosen.map((name) => row(about.rows[name], shown.map((measure) => detail.grades[name][measure]), name === side)),
@@ -531,16 +538,16 @@
       return `about ${percent(count / total)} of ${split}`;
     });
     const marks = [-threshold, threshold].filter((value) => value >= from && value <= to);
-    const label = (value, anchor) => drawing("text", { x: x(value), y: height - 8, "text-anchor": anchor }, decimals(value));
+    const label = (value, anchor) => drawing("text", { x: x(value), y: height - 8, "text-anchor": anchor }, figures(value));
     const plot = drawing("svg", {
       class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img",
-      "aria-label": `Histogram of signed effects from ${decimals(from)} to ${decimals(to)}. Beyond the threshold of ${decimals(threshold, 3)}: ${beyond.join(", ")}.`,
+      "aria-label": `Histogram of signed effects from ${figures(from)} to ${figures(to)}. Beyond ${figures(threshold)} on either side: ${beyond.join(", ")}.`,
     }, shapes, drawing("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base }),
     marks.map((value) => drawing("line", { class: "threshold", x1: x(value), x2: x(value), y1: 4, y2: base })),
     label(from, "start"), label(to, "end"), from < 0 && to > 0 ? label(0, "middle") : null);
     const legend = splits.map((split, i) => element("span", {}, element("i", { class: i ? "key val" : "key", "aria-hidden": "true" }), split, "  "));
     return section("How strong its effects are", "Signed effects along the direction over all images; heights are square roots of shares. "
-      + "Dashed lines mark the threshold of a large effect.", plot, element("p", { class: "note" }, legend));
+      + `Beyond the dashed lines are the ${grouped(about.k)} largest of the training images.`, plot, element("p", { class: "note" }, legend));
   }
 
   function headSection({ heads }) {
@@ -561,15 +568,15 @@
 
   async function showImage({ split, row, layer: number }, isCurrent) {
     const [layer, image] = await Promise.all([
-      loadLayer(number), loadPiece(`images ${number} ${split}`, `${number}/${split}`, row, about.image_chunk),
+      loadLayer(number), loadPiece(`images ${number} ${split}`, `${number}/images_${encodeURIComponent(split)}`, row, about.image_chunk),
     ]);
     if (!isCurrent()) return false;
     const name = className(split, row);
     const { count, files } = about.splits[split];
     const neighbour = (other, title, rel) =>
-      other >= 0 && other < count ? element("a", { href: `#image/${split}/${other}/${number}`, rel }, title) : null;
+      other >= 0 && other < count ? element("a", { href: imageAddress(split, other, number), rel }, title) : null;
     const layers = about.layers.map((l) =>
-      element("a", { href: `#image/${split}/${row}/${l}`, "aria-current": l === number ? "page" : null }, `layer ${l}`));
+      element("a", { href: imageAddress(split, row, l), "aria-current": l === number ? "page" : null }, `layer ${l}`));
     const canvas = about.sheet && element("canvas", { class: "large", role: "img", "aria-label": name });
     if (canvas) drawPicture(canvas, split, row, null);
     growing?.stop();
@@ -691,9 +698,9 @@
     };
     byId("class").addEventListener("input", () => chooseClass(false));
     byId("class").addEventListener("change", () => chooseClass(true));
-    const { model, pretrained, dataset, neurons, splits, texts, text_set: set } = about;
-    const images = Object.entries(splits).map(([split, { count }]) => `${grouped(count)} images of ${split}`).join(", ");
-    byId("about").textContent = `${model} (${pretrained}), ${grouped(neurons)} neurons a layer; ${dataset}: ${images}; `
+    const { model, pretrained, neurons, splits, texts, text_set: set } = about;
+    const images = Object.entries(splits).map(([split, { count, dataset }]) => `${grouped(count)} images of ${dataset} ${split}`).join(", ");
+    byId("about").textContent = `${model} (${pretrained}), ${grouped(neurons)} neurons a layer; ${images}; `
       + `${grouped(texts.length)} texts (${set}), ${about.components} of them for a neuron.`;
   }
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils import grading
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_json, text_set
-from utils.runtime.results import is_made, record_path
+from utils.runtime.results import record_path
 
 HERE = Path(__file__).parent
 NEURONS, IMAGES = 64, 256  # whose details are in one file
@@ -94,8 +94,8 @@ class Side:
         return {"texts": [i for of in filled for i, _ in of], "coefficients": [c for of in filled for _, c in of]}
 
 
-class Foretold:
-    """How well single texts foretell the effects of neurons: correlations over the training images, for the search.
+class Predicted:
+    """How well single texts predict the effects of neurons: correlations over the training images, for the search.
 
     judge: `grading.Judge` of the training images. effects: [images, N], along the components.
     """
@@ -104,7 +104,7 @@ class Foretold:
         self.atoms, self.targets = judge.atoms, judge.targets(torch.from_numpy(effects))
 
     def index(self):
-        """The neurons whose effects every text foretells best, and the correlations, scaled to 127."""
+        """The neurons whose effects every text predicts best, and the correlations, scaled to 127."""
         count = min(FIRING, len(self.targets))
         parts = [(atoms @ self.targets.T).topk(count, dim=1) for atoms in self.atoms.split(grading.TEXTS)]
         values, neurons = (torch.cat([part[i] for part in parts]).cpu().numpy() for i in range(2))
@@ -121,21 +121,23 @@ class Foretold:
 class LayerFiles:
     """The data of one layer's neurons, as files.
 
-    Read from what `make_gallery.py` hands over: layer, sides {writes, fires_on: Side}, foretold (`Foretold`), graded
-    (`Graded`), pcas [N, D], explained [N], norm [N], threshold [N], share of the images that a neuron acts on, classifier
-    [D, classes] or None, heads [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits
-    {split: {"projections" [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.
+    Made from: layer, sides {writes, fires_on: Side}, predicted (`Predicted`), graded (`Graded`), pcas [N, D], explained [N], norm
+    [N], k (images of a neuron's largest effects), chance (AUPRC of a random order), classifier [D, classes] or None, heads
+    [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits {split: {"projections"
+    [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.
     """
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
         self.N = len(self.pcas)
+        size = np.abs(self.splits["train"]["projections"])
+        self.threshold = np.partition(size, -self.k, axis=0)[-self.k]  # [N], the smallest of the k largest effects along r_n
         self.along_classes = None if self.classifier is None else self.pcas @ self.classifier  # [N, classes]
 
     def write(self, folder):
         """Write all files of the layer into its folder."""
         save_script(folder / "layer.js", f"layer {self.layer}", self.grid())
-        save_script(folder / "texts.js", f"texts {self.layer}", self.foretold.index())
+        save_script(folder / "texts.js", f"texts {self.layer}", self.predicted.index())
         if self.along_classes is not None:
             scale = np.abs(self.along_classes).max(axis=0).clip(1e-30)
             values = np.round(127 * self.along_classes / scale).astype(np.int8).T
@@ -146,18 +148,19 @@ class LayerFiles:
 
     def grid(self):
         """What the grid shows of all neurons, in columns."""
-        grades = {row: short(self.graded.of(row, "pearson_without")) for row in self.graded.rows}
-        split, sides = next(iter(self.splits)), {name: side.strongest() for name, side in self.sides.items()}
+        sides, train = {name: side.strongest() for name, side in self.sides.items()}, self.splits["train"]
+        top = np.full((self.N, 4), -1)
+        rows = train["top"][0][:, :4]
+        top[:, : rows.shape[1]] = np.where(np.take_along_axis(train["projections"].T, rows, 1) > 0, rows, -1)
         texts = np.reshape(sides["fires_on"]["texts"], (self.N, SHOWN))
-        sides["fires_on"]["correlations"] = short(self.foretold.of(texts).ravel(), digits=2)
+        sides["fires_on"]["correlations"] = short(self.predicted.of(texts).ravel(), digits=2)
         return {
             "explained": short(self.explained),
             "norm": short(self.norm),
-            "threshold": short(self.threshold),
-            "grades": grades,
+            "grades": {row: short(self.graded.of(row, "pearson_without")) for row in self.sides},
             "shown": SHOWN,
             **sides,
-            "pictures": {"split": split, "rows": self.splits[split]["top"][0][:, :4].ravel().tolist()},
+            "pictures": {"split": "train", "rows": top.ravel().tolist()},
         }
 
     def detail(self, n):
@@ -165,7 +168,7 @@ class LayerFiles:
         found = {name: side.entries[n] for name, side in self.sides.items()}
         rows = zip(self.graded.rows, short(self.graded.values[n]), strict=True)
         found["grades"] = {row: dict(zip(self.graded.measures, numbers, strict=True)) for row, numbers in rows}
-        found["auprc_chance"] = self.share
+        found["auprc_chance"] = self.chance
         found["top"] = {split: self.pictures(of, n) for split, of in self.splits.items()}
         found["threshold"] = short(self.threshold[n])
         found["histogram"] = self.histogram(n)
@@ -176,14 +179,17 @@ class LayerFiles:
         return found
 
     def pictures(self, of, n):
-        """The top pictures of a neuron in one split, with where it fires."""
+        """The top pictures of a neuron in one split, with where it fires. Only those of the right sign."""
         places = of["pairs"].place[:, n]  # [2, count]
         maps = np.maximum(of["maps"][places.ravel()].astype(np.float32), 0).reshape(*places.shape, -1)
         levels = np.round(255 * maps / max(float(maps.max()), 1e-30)).astype(np.uint8)
         found = {}
-        for sign, rows, of_sign in zip(("positive", "negative"), of["top"], levels, strict=True):
+        for sign, (name, rows, of_sign) in zip(
+            (1, -1), zip(("positive", "negative"), of["top"], levels, strict=True), strict=True
+        ):
             values = short(of["projections"][rows[n], n])
-            found[sign] = [[int(row), value, packed(level)] for row, value, level in zip(rows[n], values, of_sign, strict=True)]
+            entries = zip(rows[n].tolist(), values, of_sign, strict=True)
+            found[name] = [[row, value, packed(level)] for row, value, level in entries if sign * value > 0]
         return found
 
     def histogram(self, n):
@@ -200,7 +206,7 @@ class LayerFiles:
             return [], []
         values = self.along_classes[n]
         order = np.argsort(-values, kind="stable")
-        parts = (order[:CLASSES], order[::-1][:CLASSES])
+        parts = (order[values[order] > 0][:CLASSES], order[values[order] < 0][::-1][:CLASSES])
         return ([list(pair) for pair in zip(part.tolist(), short(values[part]), strict=True)] for part in parts)
 
 
@@ -241,7 +247,7 @@ def write_images(folder, key, neurons, norms, words, scores):
             images.append({"neurons": of_neurons, "words": of_words})
         layer, split = key
         value = {"first": first, "images": images}
-        save_script(folder / f"{split}_{number}.js", f"images {layer} {split} {number}", value)
+        save_script(folder / f"images_{split}_{number}.js", f"images {layer} {split} {number}", value)
 
 
 def write_parquet(path, files):
@@ -263,28 +269,46 @@ def write_parquet(path, files):
             entries = [[{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions]
             columns[name] = pyarrow.array(entries, pairs)
         for split, parts in of.splits.items():
-            for sign, rows in zip(("positive", "negative"), parts["top"], strict=True):
-                columns[f"{split}_{sign}"] = pyarrow.array(rows.tolist(), pyarrow.list_(pyarrow.int32()))
+            for sign, name, rows in zip((1, -1), ("positive", "negative"), parts["top"], strict=True):
+                kept = [some[sign * parts["projections"][some, n] > 0].tolist() for n, some in enumerate(rows)]
+                columns[f"{split}_{name}"] = pyarrow.array(kept, pyarrow.list_(pyarrow.int32()))
         tables.append(pyarrow.table(columns))
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
 
 
-def is_gallery(folder, record, overwrite=False):
-    """Whether a folder is the gallery of this record. Raises UserError when it is another one, or no gallery."""
-    page = folder / "index.html"
-    if folder.is_dir() and any(folder.iterdir()) and not (page.is_file() and (folder / "FORMAT.md").is_file()):
-        raise UserError(f"{folder} is there and is no gallery; choose another --gallery, or remove it")
-    return is_made(page, record, overwrite)
+OURS = ("index.html", "index.meta.json", "gallery.css", "gallery.js", "FORMAT.md", "neurons.parquet", "data", "pictures")
 
 
-def write_gallery(folder, sources, parts):
-    """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the passes."""
+def check_folder(gallery):
+    """Raise UserError when a folder can be no gallery; returns the folder beside it where the parts of one lie meanwhile."""
+    fix = "choose another --gallery, or remove it"
+    if not gallery.name:
+        raise UserError(f"--gallery {gallery} is the root of all folders; give a folder in it")
+    parts = gallery.with_name(f"{gallery.name}.parts")
+    if gallery.exists() and not gallery.is_dir():
+        raise UserError(f"--gallery {gallery} is a file; {fix}")
+    page = (gallery / "index.html").is_file() and (gallery / "FORMAT.md").is_file()
+    if gallery.is_dir() and any(gallery.iterdir()) and not page:
+        raise UserError(f"{gallery} is there and is no gallery; {fix}")
+    if parts.exists() and not all(".npy" in path.name or path.name.endswith(".meta.json") for path in parts.rglob("*")):
+        raise UserError(f"{parts} is there, and the parts of the gallery are to go there; {fix}")
+    return parts
+
+
+def write_gallery(folder, sources, parts, earlier):
+    """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the passes. earlier: the
+    folder of an earlier gallery, if there is one: what others have put there (.git, CNAME) is kept."""
+    for path in earlier.iterdir() if earlier.is_dir() else ():
+        if path.name not in OURS:
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
     data, splits, vit = folder / "data", sources.splits, sources.clip.vit
     save_script(data / "about.js", "about", about(sources))
     write_page(folder, f"Neurons of {sources.clip.record['model']}")
     for split in splits if sources.size else ():
         write_sheets(folder / "pictures", split, np.load(parts / f"{split}_pictures.npy", mmap_mode="r"))
     judge = grading.Judge(sources.representations, sources.vectors)
+    held_out = len(sources.held_out)
+    chance = round(grading.positives(held_out, sources.share) / held_out, 4)
     pcas, files = {layer: of.pcas.cpu().numpy() for layer, of in sources.statistics.items()}, []
     for layer in tqdm(sources.layers, desc="pages", unit="layer"):
         of_splits = {}
@@ -299,8 +323,8 @@ def write_gallery(folder, sources, parts):
         heads = np.load(parts / f"train_{layer}_heads.npy") / np.square(centred, dtype=np.float64).sum(axis=0).clip(1e-30)
         of = LayerFiles(
             layer=layer,
-            sides={side: Side(texts) for side, texts in sources.sides[layer].items()},
-            foretold=Foretold(judge, projections),
+            sides={side: Side(texts) for side, texts in sources.sides(layer, sources.inputs).items()},
+            predicted=Predicted(judge, projections),
             graded=sources.graded[layer],
             pcas=pcas[layer],
             classifier=sources.classifier,
@@ -308,6 +332,8 @@ def write_gallery(folder, sources, parts):
             shares=heads,
             nearest=nearest_neurons(pcas, layer),
             splits=of_splits,
+            k=min(sources.args.top_k_pca, len(sources.images)),
+            chance=chance,
             **sources.numbers(layer),
         )
         of.write(data / str(layer))
@@ -322,7 +348,8 @@ def about(sources):
     splits = {}
     for split, of in sources.splits.items():
         files = [name_of(image, i) for i, (image, _) in enumerate(of.samples)]
-        splits[split] = {"count": len(of), "labels": sources.labels[split], "files": files}
+        splits[split] = {"count": len(of), "dataset": of.dataset, "labels": sources.labels[split]}
+        splits[split]["files"] = files if sources.size else None
     return {
         "model": sources.clip.record["model"],
         "pretrained": sources.clip.record["pretrained"],
@@ -339,6 +366,7 @@ def about(sources):
         "texts": sources.texts,
         "text_set": text_set(args.text_descriptions),
         "components": args.components,
+        "k": args.top_k_pca,
         "graded_on": args.split,
         "graded_images": len(sources.held_out),
         "sides": grading.SIDES,

@@ -71,6 +71,12 @@ def add_data(parser, split="val", required=True):
     add_workers(group)
 
 
+def add_training_images(parser):
+    """The flags of the images that texts are fitted to."""
+    parser.add_argument("--train_data_path", help="root folder of the training images; default: --data_path, or where they lay")
+    parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
+
+
 def add_workers(parser):
     parser.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
 

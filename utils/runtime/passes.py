@@ -6,8 +6,8 @@
 
 A piece (a batch of images, a block of neurons) is done when its turn of the loop has ended and its rows are written. Arrays grow
 as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first lies X.npy.TAG.progress.RANK: the pieces that
-this process has done, and its `work.state`. When all pieces are done, the arrays get their names and records. A pass whose arrays
-are there with the same record has nothing left to do.
+this process has done, and its `work.state`. When all pieces are done, the arrays get their names and records. An array that is
+there with the same record is kept; a pass whose arrays are all there has nothing left to do.
 """
 
 import contextlib
@@ -168,7 +168,8 @@ class Pass:
         self._clean("*" if self.overwrite else self.tag)
         try:
             for file in self.files.values():
-                file.create()
+                if not is_made(file.path, file.record, self.overwrite):  # else it stays as it is
+                    file.create()
             self._save()
         except BaseException:
             self._clean()
@@ -313,7 +314,7 @@ class ArrayFile:
             reserve(file, file.tell() + _bytes(self.shape, self.dtype))
 
     def open(self):
-        """Open it for writing, unless an interrupted run has already given it its name."""
+        """Open it for writing, unless it is there already."""
         if self.partial.is_file():
             self._file = open(self.partial, "r+b", buffering=0)
             np.lib.format.read_magic(self._file)

@@ -51,10 +51,11 @@ DESCRIBES = (
 )
 EVALUATES = DESCRIBES + " --evaluate --data_path {data_path} --split {split}"
 GRADES_ALL = (
-    f"evaluate_descriptions.py {IMAGES} --mlp_layer {{layer}} --top_k_pca {{k}} --text_descriptions {{texts}} "
+    f"evaluate_descriptions.py {IMAGES} --subsample {{subsample}} --train_data_path {{train_data_path}} "
+    "--train_subsample {train_subsample} --truth {truth} --mlp_layer {layer} --top_k_pca {k} --text_descriptions {texts} "
     "--descriptions_dir {descriptions_dir} --components {components} --transform_alpha {alpha} --normalise {normalise}"
 )
-LOOKS = GRADES_ALL.replace("evaluate_descriptions.py", "make_gallery.py")
+LOOKS = GRADES_ALL.replace("evaluate_descriptions.py", "make_gallery.py").replace(" --truth {truth}", "")
 SEGMENTS = "compute_segmentation.py --data_path {data_path}"
 
 ARTIFACTS = {
