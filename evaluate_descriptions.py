@@ -71,7 +71,7 @@ def grade(args, stage, layer, described):
     """The `Graded` of one layer's neurons, and its files."""
     arrays, record = stage.grades(layer, described)
     [(path, ((N, *_), _))] = arrays.items()
-    neurons = pieces_of(N, max(16, min(256, 2**20 // len(stage.held_out))))
+    neurons = pieces_of(N, max(16, min(256, 2**18 // len(stage.held_out))))
     with Pass(arrays, record, neurons, overwrite=args.overwrite) as work:
         for n, _ in work.over(description=f"grades of layer {layer}", unit="neuron"):
             found = grades(**stage.of_neurons(layer, described, n))

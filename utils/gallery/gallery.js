@@ -2,7 +2,7 @@
 // Names of classes and texts are foreign: they enter the page as text nodes and attributes only.
 "use strict";
 (() => {
-  const FIRST = 24; // cards that are drawn at once; the others follow as one scrolls
+  const FIRST = 16; // cards that are drawn at once; the others follow as one scrolls
   const BATCH = 36;
   const TEXTS = 12; // texts of a side before one asks for all
   const CLASS_SORTS = ["for", "against"];
