@@ -242,7 +242,7 @@ def test_a_neuron_page_shows_what_its_data_say(page):
         for sign in ("positive", "negative"):
             for row, projection, _ in detail["top"][split][sign]:
                 name = page.about["class_names"][page.about["splits"][split]["labels"][row]]
-                expected.append(f"{name}, projection {projection:+.3f}".replace("projection -", "projection −"))
+                expected.append(f"{name}, projection {projection:+.3g}".replace("projection -", "projection −"))
     assert labels == expected
     assert page.script(
         "return [...document.querySelectorAll('svg')].every((s) => s.getAttribute('role') === 'img' && s.ariaLabel)"

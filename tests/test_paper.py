@@ -335,7 +335,14 @@ def test_wrong_items_are_one_line(world):
 
 def test_every_number_of_the_readmes_results_is_on_the_page_of_the_world():
     readme, page_of_world = (ROOT / "README.md").read_text(), (ROOT / "docs" / "paper" / "paper.md").read_text()
-    table = readme[readme.index("## What comes out") : readme.index("## What it costs")]
+    table = readme[readme.index("## What comes out") : readme.index("## What a description means")]
     numbers = re.findall(r"\d+\.\d+", table)
     assert len(numbers) > 20 and [number for number in numbers if number not in page_of_world] == []
     assert all((ROOT / "docs" / "paper" / name).is_file() for name in re.findall(r"\]\(([\w.]+png)\)", page_of_world))
+
+
+def test_every_number_about_descriptions_in_the_readme_is_one_of_the_demos():
+    readme, demo = (ROOT / "README.md").read_text(), (ROOT / "demo" / "README.md").read_text()
+    table = readme[readme.index("## What a description means") : readme.index("## What it costs")]
+    numbers = re.findall(r"\d+\.\d+", table)
+    assert len(numbers) >= 15 and [number for number in numbers if number not in demo] == []
