@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+HANGS = 300  # seconds after which the browser counts as hanging, however busy the machine is
 GALLERY = Path(__file__).parent.parent / "utils" / "gallery"
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # small in containers
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
@@ -64,6 +66,7 @@ def start_browser(profile):
     """A browser with a profile of its own, on an empty page, that logs its console and its requests."""
     chromium, chromedriver = browser_binaries()
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
@@ -71,9 +74,12 @@ def start_browser(profile):
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
-    driver.set_page_load_timeout(30)
-    driver.set_script_timeout(30)
+    try:
+        driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    except WebDriverException as error:
+        pytest.skip(f"chromium does not start here: {str(error).splitlines()[0]}")
+    driver.set_page_load_timeout(HANGS)
+    driver.set_script_timeout(HANGS)
     driver.get("about:blank")
     driver.get_log("performance")  # the requests of the browser's own first page
     return driver
@@ -133,7 +139,7 @@ class Page:
         """Wait for a condition and return its value."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, 15, poll_frequency=0.05).until(condition)
+        return WebDriverWait(self.driver, HANGS, poll_frequency=0.05).until(condition)
 
     def settle(self, address=None):
         """Wait until the page at the address is drawn, its pictures included."""
