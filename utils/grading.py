@@ -47,25 +47,32 @@ class Judge:
 
     def __init__(self, features, vectors):
         wide = features.double()
-        self.centred, self.vectors = wide - wide.mean(dim=0), vectors.double()
+        self.centred, self.vectors = wide - wide.mean(dim=0), vectors
         squares, V = torch.linalg.eigh(self.centred.T @ self.centred)
         kept = squares > 1e-10 * squares[-1]
         self.singular, self.V = squares[kept].sqrt(), V[:, kept]
-        atoms = self.vectors @ self.V * self.singular  # [T, rank]
-        self.spread = atoms.norm(dim=1)
+        atoms, spreads = [], []
+        for some in vectors.split(TEXTS):  # float64 for few at a time
+            part = some.double() @ self.V * self.singular  # [texts, rank]
+            spreads.append(part.norm(dim=1))
+            atoms.append((part / spreads[-1].clamp_min(1e-300)[:, None]).float())
+        self.spread = torch.cat(spreads)
         told_apart = self.spread > 1e-6 * self.spread.max()
-        self.atoms = torch.where(told_apart[:, None], atoms / self.spread.clamp_min(1e-300)[:, None], 0).float()
+        self.atoms = torch.where(told_apart[:, None], torch.cat(atoms), 0)
 
     def targets(self, effects):
         """Effects [images, N], centred and scaled to unit norm, then projected on the basis: [N, rank]."""
-        effects = effects.double() - effects.double().mean(dim=0)
-        along = (self.V.T @ (self.centred.T @ effects)) / self.singular[:, None]
-        return (along / effects.norm(dim=0).clamp_min(1e-300)).T.float()
+        found = []
+        for some in effects.split(256, dim=1):  # float64 for few at a time
+            wide = some.double() - some.double().mean(dim=0)
+            along = (self.V.T @ (self.centred.T @ wide)) / self.singular[:, None]
+            found.append((along / wide.norm(dim=0).clamp_min(1e-300)).T.float())
+        return torch.cat(found)
 
     def direction(self, description):
         """The directions [N, F] of sparse sums [N, T] of standardised presences."""
         scaled = scipy.sparse.csr_matrix(description) @ scipy.sparse.diags(1 / np.maximum(self.spread.cpu().numpy(), 1e-300))
-        return torch.from_numpy(scaled @ self.vectors.cpu().numpy()).float()
+        return written(scaled, self.vectors)
 
 
 def written(description, vectors):
