@@ -128,8 +128,12 @@ def free_port():
 
 
 def progress_files(folder):
-    """The progress of the passes in a folder, as numpy reads it."""
-    return [path for path in Path(folder).rglob("*.progress.*") if path.suffix[1:].isdecimal()]
+    """The progress of the passes in a folder, and in that of the gallery's parts, as numpy reads it."""
+    found = []
+    for place in (Path(folder), Path(folder) / "gallery.parts"):
+        with suppress(FileNotFoundError):  # it has just been removed
+            found += list(place.glob("*.progress.*"))
+    return [path for path in found if path.suffix[1:].isdecimal()]
 
 
 def finished_pieces(folder):
