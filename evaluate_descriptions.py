@@ -84,12 +84,7 @@ def grade(args, stage, layer, described):
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
-    flags.add_data(parser)
-    flags.add_training_images(parser)
-    flags.add_layers(parser)
-    flags.add_top_k(parser)
-    flags.add_texts(parser, components=128)
-    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition that is graded")
+    flags.add_described(parser)
     parser.add_argument("--truth", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="two .npy [images, texts] that judge texts")
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)

@@ -73,12 +73,7 @@ def look(args, sources, parts, split, images, layers):
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
-    flags.add_data(parser)
-    flags.add_training_images(parser)
-    flags.add_layers(parser)
-    flags.add_top_k(parser)
-    flags.add_texts(parser, components=128)
-    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition that is shown")
+    flags.add_described(parser)
     parser.add_argument("--gallery", help="the folder to write; default: OUTPUT_DIR/gallery")
     parser.add_argument("--no_pictures", action="store_true", help="leave out pictures and the names of their files")
     parser.add_argument("--picture_size", type=flags.positive_int, default=96, help="side of a small picture in pixels")

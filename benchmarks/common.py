@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.runtime.results import model_name
+from utils.runtime.results import Results, model_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -195,6 +195,22 @@ def save_unit_vectors(path, count, width, columns=False):
     vectors = np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     np.save(path, vectors.T if columns else vectors)
+
+
+def real_size_inputs(args, folder, words):
+    """Photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words; the folder of the photos,
+    and the `Results` of the stages. args: with model, images, val_images."""
+    from utils.clip import load_clip  # here, because open_clip would count as memory of all processes
+
+    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
+    results.directory.mkdir()
+    for split, images in (("train", args.images), ("val", args.val_images)):
+        write_photos(photos, images, (split,))
+    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
+    save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
+    save_unit_vectors(texts, len(words), width)
+    texts.with_suffix(".txt").write_text("".join(f"{word}\n" for word in words))
+    return photos, results
 
 
 # tables

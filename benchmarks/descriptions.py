@@ -11,9 +11,7 @@ import shutil
 import tempfile
 from typing import NamedTuple
 
-from benchmarks.common import ROOT, Table, bars, bench_parser, median, row, run, save_unit_vectors, stage, write_photos
-from utils.clip import load_clip
-from utils.runtime.results import Results
+from benchmarks.common import ROOT, Table, bars, bench_parser, median, real_size_inputs, row, run, stage
 
 QUERIES = ("water", "red", "house", "people", "green light", "old", "music", "animal")
 FIRST_PICTURE = """
@@ -62,15 +60,8 @@ class Found(NamedTuple):
 
 def set_up(args, folder):
     """Photos, a classifier, text vectors, effects, components, descriptions; returns the results and the flags of the stages."""
-    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
-    results.directory.mkdir()
-    for split, images in (("train", args.images), ("val", args.val_images)):
-        write_photos(photos, images, (split,))
-    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
-    save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
-    save_unit_vectors(texts, args.texts, width)
     words = (ROOT / "text_descriptions/30k.txt").read_text().splitlines()[: args.texts]
-    texts.with_suffix(".txt").write_text("".join(f"{word}\n" for word in words))
+    photos, results = real_size_inputs(args, folder, words)
     model = ["--model", args.model, "--pretrained", "random", "--output_dir", results.directory, "--device", args.device]
     images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
     layer, k = ["--mlp_layer", args.mlp_layer], ["--top_k_pca", min(100, args.images)]

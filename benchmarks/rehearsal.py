@@ -9,9 +9,7 @@ Texts are given random unit vectors, which the matching pursuit does not notice;
 import time
 from typing import NamedTuple
 
-from benchmarks.common import Process, Table, bench_parser, looping, row, run, save_unit_vectors, stage, write_photos
-from utils.clip import load_clip
-from utils.runtime.results import Results
+from benchmarks.common import Process, Table, bench_parser, looping, real_size_inputs, row, run, stage
 
 EFFECTS = "compute_second_order_neuron_prs"
 BARS = {"full": 1.3, "top": 2.6}  # times the plain pass, all layers of ViT-B-32
@@ -40,14 +38,7 @@ class Done(NamedTuple):
 
 def set_up(args, folder):
     """Photos, a classifier, text vectors; returns the folder of the results, and the steps."""
-    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
-    results.directory.mkdir()
-    for split, images in (("train", args.images), ("val", args.val_images)):
-        write_photos(photos, images, (split,))
-    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
-    save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
-    save_unit_vectors(texts, args.texts, width)
-    texts.with_suffix(".txt").write_text("".join(f"word {i}\n" for i in range(args.texts)))
+    photos, results = real_size_inputs(args, folder, [f"word {i}" for i in range(args.texts)])
     return results, steps(args, photos, results)
 
 

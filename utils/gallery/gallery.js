@@ -309,7 +309,7 @@
       const from = list.childElementCount;
       list.append(...items.slice(from, from + count).map(makeCard));
       observer.disconnect();
-      if (list.childElementCount < items.length) observer.observe(end); // observed anew, so that it reports again
+      if (list.childElementCount < items.length) observer.observe(end); // observed again, so that it reports once more
       return list.childElementCount > from;
     }
     more(FIRST);

@@ -25,7 +25,7 @@ class Sources(Inputs):
         self.text_ids = {text: i for i, text in reversed(list(enumerate(self.texts)))}  # of equal texts the first
         self.splits = {"train": self.images, args.split: self.held_out}
         self._find_classes()
-        self.graded, self.pairs, self._digests = {}, {}, {}
+        self.graded, self.pairs = {}, {}
         self.record = complete({**self.clip.record, **self.names, "layers": self.layers, "coefficient": args.coefficient})
         self.record |= {"size": self.size, "images": {split: of.record["data"] for split, of in self.splits.items()}}
         self.record["classes"] = digest(*([] if self.classifier is None else [self.classifier]))

@@ -77,6 +77,16 @@ def add_training_images(parser):
     parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
 
 
+def add_described(parser):
+    """The flags of the stages that look at descriptions: images of both splits, layers, and which descriptions."""
+    add_data(parser)
+    add_training_images(parser)
+    add_layers(parser)
+    add_top_k(parser)
+    add_texts(parser, components=128)
+    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition")
+
+
 def add_workers(parser):
     parser.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
 
