@@ -34,7 +34,7 @@ def main(args):
     made_of = {**clip.record, **images.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() for layer in layers]
-    pieces, table = pieces_of(len(images), args.batch_size), {}
+    pieces, table = pieces_of(images, args.batch_size), {}
     for group in groups_of_layers(vit, layers, args.memory * 1e9):
         path = results.path("predictions", layer=group, **names)
         arrays = results.arrays(["predictions"], {"images": len(images), "layers": len(group)}, layer=group, **names)

@@ -46,7 +46,8 @@ def main(args):
         if effects.has_norms:
             copy_norms(effects, results)
         pieces = slices(effects.N, max(effects.floats, 3 * k * effects.D), args.memory * 1e9)
-        with Pass(arrays[layer], effects.record, pieces, overwrite=args.overwrite) as work:
+        record = {**effects.record, "effects": effects.content()}
+        with Pass(arrays[layer], record, pieces, overwrite=args.overwrite) as work:
             for neurons, _ in work.over(description=f"layer {layer}", unit="neuron"):
                 for kind, values in statistics(effects, neurons, k).items():
                     work[path(kind)][(slice(None), neurons) if kind == "image_norms" else neurons] = values

@@ -11,6 +11,7 @@ import torch
 from utils.clip import load_clip
 from utils.datasets import Loader, load_images
 from utils.runtime import distributed, flags
+from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results, complete, is_made, save_array
 
@@ -23,18 +24,20 @@ def main(args):
     path = results.path("representations", dataset=args.dataset, split=args.split)
     classes = results.path("classes", dataset=args.dataset, split=args.split)
     of_labels = {**data, **images.classes}
-    labels_made = is_made(classes, complete(of_labels), args.overwrite)
+    of_labels.pop("preprocessing")  # labels are the same for all models
+    is_made(classes, complete(of_labels), args.overwrite)  # or raises, before the pass
 
     record = {**clip.record, **data, "coefficient": args.coefficient}
     arrays = {path: ((len(images), clip.vit.D), "float32")}
-    pieces, settings = pieces_of(len(images), args.batch_size), {"batch_size": args.batch_size}
+    pieces, settings = pieces_of(images, args.batch_size), {"batch_size": args.batch_size}
     with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
         for rows, pixels in work.over(loader):
             work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
 
     if distributed.is_rank_zero():
-        if not labels_made:
-            save_array(classes, images.labels, of_labels)
+        with Lock(classes):  # other models have the same labels
+            if not is_made(classes, complete(of_labels), args.overwrite):
+                save_array(classes, images.labels, of_labels)
         print(f"wrote {path} {arrays[path][0]} and {classes}")
         print(f"next: {results.command('classifier', dataset=args.dataset)}")
 

@@ -37,7 +37,7 @@ def main(args):
         each = (results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **path.keywords) for layer in layers)
         return {path: spec for arrays in each for path, spec in arrays.items()}
 
-    clip.vit.tell_left_out(loader, pieces_of(len(images), args.batch_size)[:1])
+    clip.vit.tell_left_out(loader, pieces_of(images, args.batch_size)[:1])
     if (args.keep or ("top" if len(layers) > 1 and not args.merged else "full")) == "full":
         large = plan(layers, ["coefficients", *["merged"] * args.merged], args.store_dtype)
         keep_all(args, clip.vit, layers, loader, path=path, arrays=large | plan(layers, FULL), record=record)
@@ -50,7 +50,7 @@ def main(args):
 
 def keep_all(args, vit, layers, loader, path, arrays, record):
     """One pass that stores every effect."""
-    pieces, settings = pieces_of(len(loader.images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    pieces, settings = pieces_of(loader.images, args.batch_size), {"layers": layers, "batch_size": args.batch_size}
     with Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
         directions = [] if work.finished else fold_layers(vit, layers)
         for rows, pixels in work.over(loader):
@@ -66,7 +66,7 @@ def keep_all(args, vit, layers, loader, path, arrays, record):
 
 def keep_top(args, vit, layers, loader, path, arrays, record):
     """Two passes that leave the largest effects of every neuron."""
-    pieces = pieces_of(len(loader.images), args.batch_size)
+    pieces = pieces_of(loader.images, args.batch_size)
     settings = {"top_k_pca": args.top_k_pca, "layers": layers, "batch_size": args.batch_size}
     state, scratch = start_of(vit, layers, args.top_k_pca, len(loader.images))
     with Pass(arrays, record, pieces * 2, settings, state=state, scratch=scratch, overwrite=args.overwrite) as work:

@@ -67,7 +67,7 @@ def evaluate(args, inputs, results, rebuilt, names):
     made_of = {**clip.record, **images.record, "text_descriptions": args.text_descriptions, "components": args.components}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in layers]
-    names, pieces, table = {**names, "dataset": args.dataset}, pieces_of(len(images), args.batch_size), {}
+    names, pieces, table = {**names, "dataset": args.dataset}, pieces_of(images, args.batch_size), {}
     for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
         arrays = results.arrays(["evaluated"], {"images": len(images), "layers": len(group)}, layer=group, **names)
         [path], settings = arrays, {"layers": group, "batch_size": args.batch_size}

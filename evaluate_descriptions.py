@@ -52,7 +52,7 @@ def look(args, stage, layers, images, described=()):
     """One pass over images: their representations, every neuron's effects along its component, and along the directions of
     {layer: Described}."""
     arrays, record = stage.arrays(layers, images, described)
-    pieces, settings = pieces_of(len(images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    pieces, settings = pieces_of(images, args.batch_size), {"layers": layers, "batch_size": args.batch_size}
     path = stage.held_out_path if images is stage.held_out else stage.path
     with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
         folded = [] if work.finished else fold_layers(stage.clip.vit, layers)

@@ -22,6 +22,7 @@ from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import groups_of_layers
+from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import is_made
 
@@ -33,6 +34,14 @@ def main(args):
     gallery = Path(args.gallery).resolve() if args.gallery else results.path("gallery").parent.resolve()
     parts = check_folder(gallery)
     sources = Sources(args, inputs)
+    gallery.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(gallery):
+        distributed.barrier()  # nobody looks before the lock is taken
+        make(args, sources, gallery, parts)
+
+
+def make(args, sources, gallery, parts):
+    """Go over the images of both splits, and write the page. parts: the folder of what the passes leave."""
     made = is_made(gallery / "index.html", sources.record, args.overwrite)
     if not made:
         parts.mkdir(parents=True, exist_ok=True)
@@ -51,7 +60,7 @@ def main(args):
 def look(args, sources, parts, split, images, layers):
     """One pass over the images of a split: small pictures, maps, concepts, and shares of the heads."""
     vit, (arrays, state, record) = sources.clip.vit, sources.arrays(parts, split, layers)
-    pieces, settings = pieces_of(len(images), args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    pieces, settings = pieces_of(images, args.batch_size), {"layers": layers, "batch_size": args.batch_size}
     with torch.inference_mode(), Pass(arrays, record, pieces, settings, state=state, overwrite=args.overwrite) as work:
         folded = [] if work.finished else fold_layers(vit, layers)
         collectors = [Collector(item, *sources.of_layer(item.layer, split)) for item in folded]

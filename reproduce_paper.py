@@ -17,6 +17,7 @@ from utils.paper.items import ALIASES, ITEMS
 from utils.paper.paper import Paper, add_flags, here
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
+from utils.runtime.locks import Lock
 
 GPU = 40  # times two CPU cores: assumed where costs are projected, not measured
 PUBLISHED = {
@@ -43,6 +44,12 @@ def main(args):
     if distributed.world_size() > 1:
         raise UserError("run the stages with torchrun, and this command without: it keeps what they left")
     paper = Paper(args)
+    with Lock(paper.folder):
+        write_page(args, paper, wanted)
+
+
+def write_page(args, paper, wanted):
+    """Make the wanted items one after the other; the page is written after each."""
     found, failed = page.read(paper.folder), {}
     announce(paper, wanted)
     for name in wanted:

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "texts",
     "precision",
     "pipeline",
+    "fingerprints",
     "curves",
     "tricks",
     "rehearsal",

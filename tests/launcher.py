@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from tests.conftest import ROOT
 from tests.photos import discs, write_mat, write_photos
+from tests.system import refuse
 
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTS = (
@@ -197,7 +199,8 @@ def assert_same_files(folder, expected):
 def the_line(printed):
     """The one line that answers a fault; progress bars are no lines."""
     lines = [line for line in printed.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
-    bars = ("images of ", "folder: ", "images:", "means:", "effects:", "layer ", "OMP:", "scores:", "texts:")
+    bars = ("images of ", "preprocessing: ", "folder: ", "images:", "means:", "effects:", "layer ", "OMP:", "scores:", "texts:")
+    bars += ("masks:", "bytes of images:")
     lines = [line for line in lines if not line.startswith(bars) and not line.endswith("GB free")]
     assert len(lines) == 1 and lines[0].startswith("error: "), printed
     return lines[0]
@@ -284,7 +287,7 @@ class World:
 
     def make(self):
         """What later stages read, in `base`; and in `whole` what every stage leaves that nothing disturbs."""
-        write_mat(self.root / "discs.mat", *discs(9))
+        write_mat(self.root / "discs.mat", *discs(25))
         for name in ("classifier", "full", "pcas", "texts", "decomposition", "evaluation"):
             self.run(name, self.base)
         for name in STAGES:
@@ -316,12 +319,16 @@ def run_stage(command, constants):
     """Run a stage in this process.
 
     constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs; {"templates": n} is how many of
-    the 80 a classifier takes; {"hold": [n, marker]} stops after n pieces (see `hold`); and {"die": i} is kill -9 just before the
+    the 80 a classifier takes; {"without": {name of a call: errno}} is what the system refuses, see `tests.system`; {"files": n}
+    is how many may be open; {"hold": [n, marker]} stops after n pieces (see `hold`); and {"die": i} is kill -9 just before the
     i-th time that a file gets its name or is removed; 0 prints how many times there are.
     """
     constants = dict(constants)
     os.chdir(constants.pop("folder", ROOT))
     held, death = constants.pop("hold", None), constants.pop("die", None)
+    if files := constants.pop("files", None):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    refuse(constants.pop("without", {}))
     if templates := constants.pop("templates", None):
         constants["open_clip.OPENAI_IMAGENET_TEMPLATES"] = open_clip.OPENAI_IMAGENET_TEMPLATES[:templates]
     if held:

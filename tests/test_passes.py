@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from utils.runtime import passes as module
 from utils.runtime.errors import UserError
@@ -263,6 +264,109 @@ def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
         [partial] = tmp_path.glob("a.npy.*.partial")
         assert partial.stat().st_blocks * 512 >= 400_000
         raise PowerCut
+
+
+@pytest.mark.parametrize(
+    ("index", "block", "said"),
+    [
+        (slice(0, 2), np.ones((2, 2)), r"has the shape \(2, 3\), and the block \(2, 2\)"),
+        (slice(0, 2), np.ones((3, 3)), r"\(2, 3\), and the block \(3, 3\)"),
+        (slice(0, 2), np.ones(6), r"\(2, 3\), and the block \(6,\)"),
+        (slice(0, 2), torch.ones(2, 3, 1), r"\(2, 3\), and the block \(2, 3, 1\)"),
+        (slice(8, 10), np.ones((2, 3)), r"\(1, 3\), and the block \(2, 3\)"),
+        ((slice(None), slice(0, 2)), np.ones((2, 9)), r"\(9, 2\), and the block \(2, 9\)"),
+        (slice(0, 2), np.ones((2, 3), np.complex64), "holds float32, and the block complex64"),
+        (slice(0, 2), np.array([["a", "b", "c"]] * 2), "holds float32, and the block <U1"),
+    ],
+)
+def test_a_block_that_does_not_fit_its_rows_is_refused_before_a_byte_is_written(tmp_path, index, block, said):
+    path = tmp_path / "a.npy"
+    with pytest.raises(ValueError, match=said), Pass({path: ((9, 3), "float32")}, {}, PIECES) as work:
+        for rows, _ in work.over():
+            if rows.start == 4:
+                work[path][index] = block
+            work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
+    with Pass({path: ((9, 3), "float32")}, {}, PIECES) as work:
+        for rows, _ in work.over():
+            work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
+    assert (np.load(path) == 7).all()
+
+
+@pytest.mark.parametrize("block", [np.ones(2), torch.ones(2), torch.ones(2, dtype=torch.bfloat16)])
+def test_fractions_are_not_cut_to_whole_numbers(tmp_path, block):
+    path = tmp_path / "a.npy"
+    with (
+        pytest.raises(ValueError, match="holds int32, and the block float"),
+        Pass({path: ((2,), "int32")}, {}, PIECES[:1]) as work,
+    ):
+        work[path][0:2] = block
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
+def test_tensors_of_other_precisions_are_converted(tmp_path, dtype):
+    path = tmp_path / "a.npy"
+    with Pass({path: ((2,), "float32")}, {}, PIECES[:1]) as work:
+        for rows, _ in work.over():
+            work[path][rows] = torch.tensor([1, 3], dtype=dtype)
+    assert np.load(path).tolist() == [1, 3] and np.load(path).dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["a[1].npy", "[ab]*?.npy", "a.0123456789ab.b.npy", "{x}.npy", "ü.npy"])
+def test_names_are_names_and_no_patterns(tmp_path, name):
+    path, other = tmp_path / name, tmp_path / "a1.npy"
+    interrupted(other, {"seed": 1}, 2)
+    before = {file.name for file in tmp_path.iterdir()}
+    with pytest.raises(PowerCut), Pass({path: ((9,), "float32")}, {}, PIECES) as work:
+        for rows, _ in work.over():
+            if rows.start == 4:
+                raise PowerCut
+            work[path][rows] = np.arange(rows.start, rows.stop)
+    with Pass({path: ((9,), "float32")}, {}, PIECES) as work:
+        rest = [rows.start for rows, _ in work.over() if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))]
+    assert rest == [4, 6, 8] and np.load(path).tolist() == list(range(9))
+    assert {file.name for file in tmp_path.iterdir()} == before | {name, record_path(path).name}
+
+
+def test_what_is_not_complete_is_not_taken_for_a_result(tmp_path):
+    path = tmp_path / "a.npy"
+    with pytest.raises(UserError, match="a.npy is not complete; run the same command again"), pass_of(path, {}) as work:
+        fill(work, path, 2)
+    assert not path.exists()
+    with pass_of(path, {}) as work:
+        assert fill(work, path) == [4, 6, 8]
+
+
+class Photos(list):
+    """Rows that know what each of them is made from."""
+
+    @property
+    def digests(self):
+        return [f"{ord(letter):016x}" for letter in self]
+
+
+@pytest.mark.parametrize(("changed", "resumed"), [("abcdeFghi", True), ("Abcdefghi", False), ("abcdefgh", False)])
+def test_rows_that_changed_since_count_where_their_piece_is_done(tmp_path, changed, resumed):
+    """A damaged image is repaired: what was made from the others stays."""
+    path = tmp_path / "a.npy"
+
+    def run(photos, stop=None):
+        arrays, pieces = {path: ((len(photos),), "int32")}, pieces_of(Photos(photos), 2)
+        with Pass(arrays, {"data": f"of {photos}"}, pieces) as work:
+            for rows, _ in work.over():
+                if rows.start == stop:
+                    raise PowerCut
+                work[path][rows] = np.array([ord(letter) for letter in photos[rows]])
+
+    with pytest.raises(PowerCut):
+        run("abcdefghi", 4)
+    if resumed:
+        run(changed)
+        assert "".join(map(chr, np.load(path))) == changed and load_record(path)["data"] == f"of {changed}"
+        return
+    with pytest.raises(UserError, match="belongs to a run with other data"):
+        run(changed)
+    run("abcdefghi")
+    assert "".join(map(chr, np.load(path))) == "abcdefghi"
 
 
 # state and scratch

@@ -97,7 +97,7 @@ def load_statistics(results, dataset, layers, k, clip, coefficient):
 
     Raises UserError, with the command, for what is missing or wrong.
     """
-    expected, found = {"fingerprint": clip.fingerprint, "coefficient": coefficient}, {}
+    expected, found = {**clip.expected, "coefficient": coefficient}, {}
     for layer in layers:
         names = {"dataset": dataset, "layer": layer, "k": k}
         norms, pcas = (results.load(kind, clip.vit.sizes, expected, **names) for kind in ("norm", "pca"))

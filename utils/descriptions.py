@@ -18,6 +18,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, one_line, read_array, save_atomic, save_json
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.records import agrees
 from utils.runtime.results import complete, is_made, load_record
 from utils.sparse_coding import describe, load_descriptions, load_support, load_texts
 
@@ -65,7 +66,7 @@ class Inputs:
         images = load_images(dataset, where, "train", self.clip.transform, subsample=args.train_subsample)
         data = images.record["data"]
         for path, record in records.items():
-            if record.get("data", data) != data:
+            if not agrees(record.get("data", data), data):
                 fix = "give --train_data_path and --train_subsample as for compute_second_order_neuron_prs.py"
                 raise UserError(f"{path} is of other training images than the {len(images)} in {where}; {fix}")
         if len(images) < 2:
@@ -229,7 +230,7 @@ def digest_of_sides(sides):
 
 def columns(path, n):
     """The columns n of an array on disk, a tensor [..., n]; nothing else of it stays in memory."""
-    return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False)[..., n].copy())
+    return torch.from_numpy(read_array(path, mmap=True)[..., n].copy())
 
 
 def load_truth(paths, images, texts):

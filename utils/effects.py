@@ -17,7 +17,8 @@ from utils.norms import CentredNorms
 from utils.prs import Directions, SecondOrder
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
-from utils.runtime.files import sampled_digest, save_atomic
+from utils.runtime.files import read_array, sampled_digest, save_atomic
+from utils.runtime.records import Digest, digest_of_parts, digests_of_files
 from utils.runtime.results import load_record, publish
 
 READ_IMAGES = 512  # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's memory
@@ -67,7 +68,8 @@ class _Effects:
     """What the readers share.
 
     Attributes: N, D, images (sizes), kept (number of a neuron's effects that are stored), path (of the main array), record (what
-    the effects were made from), has_norms (whether the norms of all effects are stored with them).
+    the effects were made from), has_norms (whether the norms of all effects are stored with them), main and parts (the kinds of
+    their arrays).
     """
 
     has_norms = False
@@ -78,10 +80,15 @@ class _Effects:
         record = load_record(self.path)
         own = ("shape", "dtype", "method_number", "layers", "batch_size")  # of the array, not of what it was made from
         self.record = {key: record[key] for key in record if key not in own}
-        if not record:  # made by the published code: known by its content
-            self.record["effects"] = sampled_digest(self.array)
-        elif self.array.dtype != np.float32:
+        if record and self.array.dtype != np.float32:
             self.record["store_dtype"] = str(self.array.dtype)
+
+    def content(self):
+        """What tells these effects from others: a digest of all bytes of their files."""
+        files = [self.results.find(kind, **self.names) for kind in (self.main, *self.parts)]
+        now = digest_of_parts([digest.encode() for digest in digests_of_files(files)])
+        published = not load_record(self.path)  # known by a sample, in earlier versions
+        return Digest(now, sampled_digest(self.array) if published else None)
 
     def load(self, kind, mmap=False, **sizes):
         """Another part of the effects, of the same weights and images and of these sizes."""
@@ -103,7 +110,7 @@ class _Effects:
         """take(rows of the main array) for all blocks of rows, copied, in float32."""
         copied = np.empty((self.images, *take(self.array[:1]).shape[1:]), np.float32)
         for rows in self.row_blocks():
-            copied[rows] = take(np.load(self.path, mmap_mode="r", allow_pickle=False)[rows])
+            copied[rows] = take(read_array(self.path, mmap=True)[rows])
             if not np.isfinite(copied[rows]).all():
                 image = rows.start + np.argwhere(~np.isfinite(copied[rows]))[0][0]
                 raise UserError(f"{self.path} holds NaN or infinity, first for image {image}; make it again with: {self.again()}")
@@ -116,7 +123,7 @@ class _Effects:
 class FactorisedEffects(_Effects):
     """Effects as coefficients and directions; only a neuron's largest ones are formed."""
 
-    main = "coefficients"
+    main, parts = "coefficients", ("values", "outputs", "bias")
 
     def __init__(self, results, names, device):
         super().__init__(results, names, device)
@@ -151,7 +158,7 @@ class FactorisedEffects(_Effects):
 class DenseEffects(_Effects):
     """Effects as the published code stores them."""
 
-    main = "merged"
+    main, parts = "merged", ()
 
     def __init__(self, results, names, device):
         super().__init__(results, names, device)
@@ -173,7 +180,7 @@ class DenseEffects(_Effects):
 
     def mean(self):
         """Mean effects [N, D], summed in float64."""
-        blocks = (np.load(self.path, mmap_mode="r", allow_pickle=False)[rows] for rows in self.row_blocks())
+        blocks = (read_array(self.path, mmap=True)[rows] for rows in self.row_blocks())
         return (sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / self.images).astype(np.float32)
 
 
@@ -181,6 +188,7 @@ class TopEffects(_Effects):
     """Every neuron's mean effect, and its largest centred effects as coefficients."""
 
     main, has_norms = "top_coefficients", True
+    parts = ("values", "outputs", "bias", "top_images", "top_mean", "image_norms")
 
     def __init__(self, results, names, device):
         super().__init__(results, names, device)
@@ -197,7 +205,7 @@ class TopEffects(_Effects):
 
     def top(self, neurons, k):
         """As `FactorisedEffects.top`."""
-        x = self.tensor(np.load(self.path, mmap_mode="r", allow_pickle=False)[neurons])  # [n, kept, K]
+        x = self.tensor(read_array(self.path, mmap=True)[neurons])  # [n, kept, K]
         B_n = Directions(None, self.tensor(self.values[:, neurons]), self.outputs, None).B()
         bias = self.bias[self.top_images[neurons]] - self.bias.mean(axis=0)  # [n, kept, D]
         top = torch.bmm(x, B_n) + self.tensor(bias)

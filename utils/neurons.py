@@ -35,7 +35,7 @@ class NeuronLayer:
     def __init__(self, clip, results, images, layer, described, k=100, held_out="val"):
         self.clip, self.images, self.layer = clip, images, layer
         self.directions = fold(clip.vit, layer)
-        train, sizes, expected = train_set_of(images.dataset), clip.vit.sizes, {"fingerprint": clip.fingerprint}
+        train, sizes, expected = train_set_of(images.dataset), clip.vit.sizes, clip.expected
         names = {"dataset": train, "layer": layer, "k": k}
         self.statistics = load_statistics(results, train, [layer], k, clip=clip, coefficient=COEFFICIENT)[layer]
         self.norms, published = results.load("norm", sizes, expected, **names), not results.find("explained", **names).is_file()
@@ -57,6 +57,7 @@ class NeuronLayer:
             data = {**expected, "data": images.record["data"], "statistics": self.statistics.digest()}
             self._projections = results.load("projections", {**sizes, "images": len(images)}, data, mmap=True, **shown)
         names |= {"alpha": 1, **described}
+        expected = {"fingerprint": clip.fingerprint}  # all that descriptions say of a model
         self.descriptions = load_descriptions(results, sizes, {**expected, "targets": digest(self.statistics.pcas)}, **names)
         expected |= {"statistics": self.statistics.digest()}
         fires_on, graded = results.find("fires_on", **names).is_file(), {**names, "dataset": images.dataset, "split": held_out}

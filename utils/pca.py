@@ -4,6 +4,8 @@ import torch
 
 from utils.attention import double
 
+ROUNDING = 1e-5  # of a mean effect: ten times what equal pictures in batches of several sizes differ by
+
 
 def principal_directions(rows):
     """First right singular vector of every neuron's largest centred effects.
@@ -38,9 +40,13 @@ def statistics(effects, neurons, k):
     k: images per neuron.
 
     Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n]; image_norms [images, n] unless they are
-    stored already.
+    stored already. A neuron whose effects do not vary has zeros for all but the mean.
     """
     mean, top, norms = effects.top(neurons, k)
+    # effects that are equal on all images, as on copies of one picture: what is left of them is rounding
+    varies = top.norm(dim=-1).amax(dim=1) > ROUNDING * mean.norm(dim=-1)  # [n]
+    top = torch.where(varies[:, None, None], top, 0)
     r, explained = principal_directions(top)
+    r = torch.where(varies[:, None], r, 0)
     found = {"mean": mean, "pca": r, "norm": top.norm(dim=-1).sort(dim=1).values, "explained": explained}
-    return found if norms is None else found | {"image_norms": norms}
+    return found if norms is None else found | {"image_norms": torch.where(varies, norms, 0)}

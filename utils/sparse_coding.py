@@ -12,6 +12,7 @@ import torch
 from utils.runtime.distributed import barrier, is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest_of_texts, find_texts, one_line, read_texts, save_atomic, save_json
+from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import complete, is_made, load_record, record_path
 from utils.texts import text_vectors
@@ -201,10 +202,18 @@ def describe(path, texts, atoms, targets, record, overwrite=False):
     texts, atoms: the pool, [texts, D]. targets: [N, D]. record: what the descriptions are made from, components included.
     overwrite: discard finished descriptions and earlier progress.
     """
-    components, matrix = record["components"], path.with_suffix(".npz")
-    made = is_made(path, complete(record), overwrite) and matrix.is_file()
-    check_components(components, len(texts))
-    barrier()  # every process has looked before one of them writes
+    check_components(record["components"], len(texts))
+    with Lock(path):
+        barrier()  # nobody looks before the lock is taken
+        made = is_made(path, complete(record), overwrite) and path.with_suffix(".npz").is_file()
+        barrier()  # every process has looked before one of them writes
+        _describe(path, texts, atoms, targets, record=record, overwrite=overwrite, made=made)
+        barrier()
+
+
+def _describe(path, texts, atoms, targets, record, overwrite, made):
+    """The part of `describe` that the lock is for. made: whether the descriptions are there."""
+    components = record["components"]
     support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
     if not made:
         arrays = {support: ((len(targets), components), "int32"), weights: ((len(targets), components), "float32")}
@@ -216,7 +225,6 @@ def describe(path, texts, atoms, targets, record, overwrite=False):
             save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)
         for file in (support, weights, record_path(support), record_path(weights)):
             file.unlink(missing_ok=True)  # the descriptions hold them
-    barrier()
 
 
 def _first_of_equal(atoms):

@@ -35,6 +35,11 @@ def plot_ablations(table, path):
     save_figure(figure, path)
 
 
+def words(text):
+    """A text for a figure, in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure, path):
     """Write a figure as .png in one step, the same bytes for the same figure, and close it."""
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={"Software": None}))
@@ -84,7 +89,7 @@ def plot_maps(pictures, masks, maps, path):
             axes.imshow(panel)
             axes.set_axis_off()
             if axes in grid[0]:
-                axes.set_title(name, fontsize="small")
+                axes.set_title(words(name), fontsize="small")
     save_figure(figure, path)
 
 
@@ -96,14 +101,14 @@ def plot_attacks(rows, path):
     columns = max(len(pictures) for _, pictures in rows)
     figure = pyplot.figure(figsize=(2 * columns, 4.6 * len(rows)), layout="constrained")
     for part, (title, pictures) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows, strict=True):
-        part.suptitle(title, fontsize="small", fontweight="bold")
+        part.suptitle(words(title), fontsize="small", fontweight="bold")
         grid = part.subplots(2, columns, squeeze=False)
         limit = max(float(np.abs(heat).max()) for _, heat, _ in pictures)
         for axes in grid.flat:
             axes.set_axis_off()
         for i, (picture, heat, caption) in enumerate(pictures):
             grid[0, i].imshow(picture)
-            grid[0, i].set_title(textwrap.fill(caption, 24), fontsize="xx-small")
+            grid[0, i].set_title(textwrap.fill(words(caption), 24), fontsize="xx-small")
             grid[1, i].imshow(heat, cmap="seismic", vmin=-limit, vmax=limit)
     save_figure(figure, path)
 
@@ -120,7 +125,7 @@ def segmentation_table(rows):
 def plot_precision_recall(precision, recall, label, path):
     """The curve over all pixels, of `utils.segmentation.Scores.precision_recall`."""
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
-    axes.plot(recall[:-1], precision[:-1], label=label)
+    axes.plot(recall[:-1], precision[:-1], label=words(label))
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01))
     axes.legend(fontsize="small")
     save_figure(figure, path)
@@ -154,7 +159,7 @@ def plot_neuron(title, pictures, maps, sides, norms=None, threshold=None):
     columns, parts = min(len(pictures), 8), len(sides) + (norms is not None)
     rows = -(-len(pictures) // columns)
     figure = pyplot.figure(figsize=(1.1 * columns + 3.2 * parts, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(words(title), fontsize="medium")
     left, *middle = figure.subfigures(1, 1 + parts, width_ratios=[1.1 * columns, *[3.2] * parts])
     grid = left.subplots(rows, columns, squeeze=False).reshape(-1)
     top = float(maps.max()) or 1.0
@@ -163,11 +168,11 @@ def plot_neuron(title, pictures, maps, sides, norms=None, threshold=None):
     for axes, picture, heat in zip(grid, pictures, maps, strict=False):
         light = Image.fromarray((heat / top).astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BILINEAR)
         axes.imshow(picture * (0.3 + 0.7 * np.clip(np.asarray(light), 0, 1))[..., None])
-    for part, (name, words) in zip(middle, sides.items(), strict=False):
+    for part, (name, described) in zip(middle, sides.items(), strict=False):
         axes = part.subplots()
-        texts, coefficients = zip(*words[::-1], strict=True) if words else ((), ())
+        texts, coefficients = zip(*described[::-1], strict=True) if described else ((), ())
         axes.barh(range(len(texts)), coefficients, color=["C3" if c < 0 else "C0" for c in coefficients])
-        axes.set_yticks(range(len(texts)), texts, fontsize="x-small")
+        axes.set_yticks(range(len(texts)), map(words, texts), fontsize="x-small")
         axes.tick_params(axis="x", labelsize="x-small")
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_title(name, fontsize="small")

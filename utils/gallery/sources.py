@@ -34,7 +34,7 @@ class Sources(Inputs):
     def _look_at(self, layer):
         """Load a layer's grades and find its top images; what else it has is checked, and let go. Returns its digest."""
         of, described = self.statistics[layer], digest_of_sides(self.sides(layer, self.inputs))
-        expected = {**self.expected, "data": self.held_out.record["data"], "statistics": of.digest()}
+        expected = {**self.of_images(self.held_out), "statistics": of.digest()}
         expected |= {"share": self.share, "descriptions": described}
         names, found = {"layer": layer, **self.held_out_names}, [self.explained(layer)]
         self.graded[layer] = load_grades(self.inputs, {"N": self.clip.vit.N}, expected, **names)
@@ -60,20 +60,21 @@ class Sources(Inputs):
             place, self.class_names = {folder: i for i, folder in enumerate(names)}, list(names.values())
             self.labels = {split: [place[of.folders[i]] for i in of.labels] for split, of in self.splits.items()}
 
+    def of_images(self, images):
+        """What records of results about some `Images` must say."""
+        return {**self.expected, **self.clip.expected, "data": images.record["data"]}
+
     def projections(self, layer, split):
         """Every neuron's effects along its component, [images, N]."""
         images, names = self.splits[split], self.held_out_names if split != "train" else self.names
-        expected = self.expected | {"data": images.record["data"], "statistics": self.statistics[layer].digest()}
+        expected = {**self.of_images(images), "statistics": self.statistics[layer].digest()}
         return self.inputs.load("projections", {"images": len(images), "N": self.clip.vit.N}, expected, layer=layer, **names)
 
     @property
     def representations(self):
         """Of the training images, as evaluate_descriptions.py left them: a tensor [images, D]."""
-        sizes, expected = (
-            {"images": len(self.images), "D": self.clip.vit.D},
-            {**self.expected, "data": self.images.record["data"]},
-        )
-        return torch.from_numpy(self.inputs.load("representations", sizes, expected, **self.names))
+        sizes = {"images": len(self.images), "D": self.clip.vit.D}
+        return torch.from_numpy(self.inputs.load("representations", sizes, self.of_images(self.images), **self.names))
 
     def numbers(self, layer):
         """Of every neuron: share explained, mean norm of its largest effects."""

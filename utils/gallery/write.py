@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils import grading
 from utils.runtime.errors import UserError
-from utils.runtime.files import save_json, text_set
+from utils.runtime.files import read_array, save_json, text_set
 from utils.runtime.results import record_path
 
 HERE = Path(__file__).parent
@@ -305,7 +305,7 @@ def write_gallery(folder, sources, parts, earlier):
     save_script(data / "about.js", "about", about(sources))
     write_page(folder, f"Neurons of {sources.clip.record['model']}")
     for split in splits if sources.size else ():
-        write_sheets(folder / "pictures", split, np.load(parts / f"{split}_pictures.npy", mmap_mode="r"))
+        write_sheets(folder / "pictures", split, read_array(parts / f"{split}_pictures.npy", mmap=True))
     judge = grading.Judge(sources.representations, sources.vectors)
     held_out = len(sources.held_out)
     chance = round(grading.positives(held_out, sources.share) / held_out, 4)
@@ -313,7 +313,7 @@ def write_gallery(folder, sources, parts, earlier):
     for layer in tqdm(sources.layers, desc="pages", unit="layer"):
         of_splits = {}
         for split in splits:
-            maps = np.load(parts / f"{split}_{layer}_maps.npy", mmap_mode="r")
+            maps = read_array(parts / f"{split}_{layer}_maps.npy", mmap=True)
             pairs, projections = sources.pairs[layer, split], sources.projections(layer, split)
             of_splits[split] = {"projections": projections, "top": pairs.top, "maps": maps, "pairs": pairs}
             found = (np.load(parts / f"{split}_{layer}_{name}.npy") for name in ("neurons", "norms", "words", "scores"))

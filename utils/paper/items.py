@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from utils import adversarial
 from utils.ablation import accuracies
 from utils.concepts import concepts_of_images
-from utils.datasets import Images, Loader, is_image
+from utils.datasets import Images, Loader
 from utils.first_order import FirstOrder
+from utils.folders import find_pictures, tell
 from utils.neurons import NeuronLayer
 from utils.norms import CentredNorms
 from utils.paper import measures
@@ -29,7 +31,7 @@ from utils.paper.paper import TASKS, Row, here
 from utils.pca import principal_directions
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_json, save_atomic, save_json
+from utils.runtime.files import read_array, read_json, save_atomic, save_json
 from utils.runtime.passes import walk
 from utils.segmentation import METHODS, TOWARDS_CLASS, enlarge, row_name
 from utils.segmentation_set import IGNORED_VALUES, SegmentationSet
@@ -310,7 +312,10 @@ def fig8(paper):
 def own_images(paper):
     """The pictures of `--images`, as `measures.Images`."""
     root = paper.args.images
-    files = sorted(path for path in root.rglob("*") if is_image(path.relative_to(root)))
+    left_out = Counter()
+    [found] = find_pictures(root.parent, [str(root)], left_out)
+    files = sorted(map(Path, found))
+    tell(left_out)
     if not files:
         raise UserError(f"--images {root} has no pictures")
     images = Images([(str(path), 0) for path in files], ["images"], ["images"], paper.clip.transform, dataset="images")
@@ -393,7 +398,7 @@ def table4(paper):
         paper.stage("compute_segmentation.py", *words)
         scores[method], maps[method] = (
             json.loads(path.read_text()),
-            np.load(path.with_name(f"{path.stem}_maps.npy"), mmap_mode="r")[:4],
+            read_array(path.with_name(f"{path.stem}_maps.npy"), mmap=True)[:4],
         )
     rows = []
     for method, found in scores.items():

@@ -14,7 +14,7 @@ from utils.first_order import FirstOrder, direct_effects, fold_direct
 from utils.hooked_vit import HookedViT
 from utils.indirect import IndirectEffects, replaced
 from utils.prs import COEFFICIENT, SecondOrder, fold, second_order
-from utils.runtime.files import digest
+from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass, pieces_of
 
 EFFECTS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons, in this order
@@ -30,7 +30,7 @@ class Images(NamedTuple):
 
     @property
     def pieces(self):
-        return pieces_of(len(self.images), self.batch_size)
+        return pieces_of(self.images, self.batch_size)
 
 
 def scaled(representation):
@@ -144,7 +144,7 @@ def drawn_effects(clip, data, folder, layer, mean_p, neurons, overwrite=False):
                 own = direct_effects(vit, cache, direct, scale=COEFFICIENT / representation.norm(dim=-1))
                 found.insert(0, of_neurons(own, neurons))
             work[path][rows] = torch.stack(found, dim=1)
-    return np.load(path, mmap_mode="r")
+    return read_array(path, mmap=True)
 
 
 def of_neurons(phi, neurons):

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and reading what others wrote."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.runtime.errors import UserError
+from utils.runtime.locks import Lock, open_alone
 
+BLOCK = 2**23  # bytes of zeros that are written at a time
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # what a disk answers that cannot do it
+ADVICE = {  # what to do about errors of the system that are none of the disk
+    errno.EMFILE: "let this shell open more of them: ulimit -n 4096; then run the same command again",
+    errno.ENAMETOOLONG: "rename the files of --model, --pretrained or the texts, or take fewer layers at a time",
+}
 ROOT = Path(__file__).resolve().parent.parent.parent  # where the scripts and text_descriptions are
 
 
@@ -20,22 +28,49 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); what is finished is kept: fix this, then run the same command again"
-        ) from error
+        fix = ADVICE.get(error.errno, "fix this, then run the same command again")
+        raise UserError(f"{path} cannot be written ({error.strerror}); what is finished is kept: {fix}") from error
 
 
 def save_atomic(path, write, rename=os.replace):
     """Call write(file) on a temporary file beside `path`, then move it there in one step, with rename(from, to)."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
+    with open_alone(partial) as file:
+        try:
             write(file)
-        rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            file.flush()
+            rename(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def reserve(file, size):
+    """Make a file that is open for reading and writing `size` bytes long, and take room on the disk for all of it; rows in holes
+    are eight times slower, and a full disk would end a process that maps them."""
+    file.flush()
+    start = file.seek(0, os.SEEK_END)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    zeros = memoryview(bytes(BLOCK))
+    for place in range(start, size, BLOCK):
+        file.write(zeros[: size - place])
+    file.flush()
+
+
+def sync_file(file):
+    """Wait until the disk has what was written to an open file, where it can say so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:  # pipes, devices and some network disks cannot
+            raise
 
 
 def save_json(path, content):
@@ -57,15 +92,16 @@ def whole_folder(path):
         yield None
         return
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
-    except BaseException:
+    with Lock(path):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.mkdir()
+            yield partial
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def read_json(path, what, fix):
@@ -80,9 +116,17 @@ def read_json(path, what, fix):
 
 
 def read_array(path, mmap=False):
-    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else, whatever numpy raises."""
+    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else, whatever numpy raises.
+
+    mmap: map it. Where the disk cannot be mapped, the array is read.
+    """
     try:
-        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+        if mmap:
+            with contextlib.suppress(OSError):
+                array = np.load(path, mmap_mode="c", allow_pickle=False)  # private: some network disks map nothing else
+                array.flags.writeable = False
+                return array
+        return np.load(path, allow_pickle=False)
     except Exception as error:  # a damaged header is parsed as Python, which has errors of its own
         raise ValueError(one_line(error)[:200]) from error
 
@@ -99,18 +143,30 @@ def find_texts(given, directory):
 
 
 def read_texts(path):
-    """Texts of a file, one a line, without empty lines; only line ends divide them. Raises UserError when it is missing, empty or
-    not UTF-8."""
+    """Read the texts of a file, one a line, without empty lines; only line ends divide them.
+
+    Raises UserError when it is missing, empty, not UTF-8, or a json.
+    """
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
+        content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    texts = [line.strip() for line in lines if line.strip()]
+    texts = [line.strip() for line in content.replace("\r", "\n").split("\n") if line.strip()]
     if not texts:
         raise UserError(f"{path} holds no text; it needs one text a line")
+    if _is_json(content) or all(map(_is_json, texts)):
+        raise UserError(f"{path} is a json, and one text a line is needed; write its texts to a text file")
     return texts
+
+
+def _is_json(text):
+    """Whether a text is a list or an object in json. A line in brackets, such as [laughter], is neither."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def as_text(texts):

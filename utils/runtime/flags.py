@@ -1,9 +1,11 @@
 """The flags that the scripts share, and the frame in which every script runs."""
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from functools import partial
@@ -13,6 +15,7 @@ import torch
 
 from utils.runtime import distributed, memory
 from utils.runtime.errors import UserError
+from utils.runtime.files import ADVICE
 from utils.runtime.results import Results
 
 DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder")
@@ -174,11 +177,14 @@ def run(main, parser, parallel=False, written="output_dir"):
     parallel: whether the processes of torchrun share this stage's work. If not, rank 0 does it and the others leave.
     written: the flag of the folder that the stage writes into.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names may have letters that a terminal has not
     args = parser.parse_args()
     if not distributed.is_rank_zero():
         if not parallel:
             return
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip's notes; what matters is raised
     memory.manage()
     try:
@@ -194,13 +200,19 @@ def run(main, parser, parallel=False, written="output_dir"):
             args.device = choose_device(args.device)
         main(args)
         distributed.stop()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our lines has seen enough, as head has
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         _leave(f"error: {error}")
     except torch.cuda.OutOfMemoryError:
         _leave("error: the device has not enough memory; use a smaller --batch_size")
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        _leave(f"error: {error.strerror or error}{place}; check --output_dir, --data_path and the disk")
+        fix = ADVICE.get(error.errno, "check --output_dir, --data_path and the disk")
+        _leave(f"error: {error.strerror or error}{place}; {fix}")
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to resume")
 

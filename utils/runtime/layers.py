@@ -40,10 +40,10 @@ def stored_layers(results, kinds, layers, **names):
         return sorted({int(layer) for layer in layers})
     found = set()
     for kind in kinds:
-        pattern = results.path(kind, layer="*", **names).name
-        prefix, suffix = pattern.split("*")
-        paths = (path for folder in results.folders for path in folder.glob(pattern))
-        middles = (path.name.removeprefix(prefix).removesuffix(suffix) for path in paths)
+        prefix, suffix = results.path(kind, layer="\0", **names).name.split("\0")  # no name has this letter
+        files = (file.name for folder in results.folders if folder.is_dir() for file in folder.iterdir())
+        names_of_kind = (name for name in files if name.startswith(prefix) and name.endswith(suffix))
+        middles = (name.removeprefix(prefix).removesuffix(suffix) for name in names_of_kind)
         found |= {int(middle) for middle in middles if middle.isdecimal()}  # others are of weights with a longer name
     if not found:
         command = results.command(kinds[0], layer="all", **names)

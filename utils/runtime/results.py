@@ -4,7 +4,7 @@ Every array is a plain .npy in one folder. Beside `X.npy` lies its record `X.met
 The next stage compares it. A result without a record (made by the published code) is accepted after a look at its shape.
 """
 
-import json
+import errno
 import os
 import re
 import shlex
@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_array, read_json, save_atomic, save_json, text_set
+from utils.runtime.files import ADVICE, one_line, read_array, read_json, save_atomic, save_json, text_set
+from utils.runtime.records import ADDED, agrees, plain, tell_earlier, was
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt")
+NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes, so that there is room for the names of temporary files
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt", ".index.json")
 
 
 class Artifact(NamedTuple):
@@ -94,24 +96,42 @@ ARTIFACTS = {
 
 
 def model_name(model):
-    """`--model` as it stands in file names: a path's stem, a hub id with dashes, else the name itself."""
+    """`--model` as it stands in file names: a path's stem, a hub id with dashes, else the name itself.
+
+    An `open_clip_config.json` goes by its folder's name.
+    """
     if model.startswith(("hf-hub:", "hf:")):
         return model.split(":", 1)[1].replace("/", "-")
     if model.startswith("local-dir:"):
         return Path(model.removeprefix("local-dir:")).resolve().name
+    if Path(model).name == "open_clip_config.json":  # the hub's name for every model
+        return Path(model).resolve().parent.name
     return Path(model).stem if model.endswith(".json") else model.replace("/", "-")
 
 
 def pretrained_name(model, pretrained):
-    """`--pretrained` as it stands in file names: a path's stem, else the tag; the scheme where the model names its weights."""
+    """`--pretrained` as it stands in file names: STEM or STEM_KEY of a path, else the tag.
+
+    Where the model names its weights, it is the scheme.
+    """
     if model.startswith(("hf-hub:", "hf:", "local-dir:")):
         return model.split(":")[0]
-    return Path(pretrained).stem if is_checkpoint_path(pretrained) else pretrained
+    if not is_checkpoint_path(pretrained):
+        return pretrained
+    file, key = file_and_key(pretrained)
+    stem = Path(file.removesuffix(".index.json")).stem
+    return stem if key is None else f"{stem}_{key}".replace(os.sep, "-")
 
 
 def is_checkpoint_path(pretrained):
-    """Whether `--pretrained` is the path of a file and not a tag."""
-    return pretrained.endswith(CHECKPOINT_SUFFIXES) or os.sep in pretrained
+    """Whether `--pretrained` is the path of a file, or FILE::KEY, and not a tag."""
+    return file_and_key(pretrained)[0].endswith(CHECKPOINT_SUFFIXES) or os.sep in pretrained
+
+
+def file_and_key(pretrained):
+    """Split FILE::KEY: the weights under a key of a file. The key is None where none is given, or a file has that very name."""
+    file, colons, key = pretrained.rpartition("::")
+    return (file, key) if colons and not Path(pretrained).is_file() else (pretrained, None)
 
 
 class Results:
@@ -141,7 +161,11 @@ class Results:
             fields["alpha"] = float(names["alpha"])  # 1.0, as in the published names
         if names.get("normalise", "axis") != "axis":
             fields["variant"] = f"_{names['normalise']}"
-        return self.directory / ARTIFACTS[kind].file.format(**fields)
+        name = ARTIFACTS[kind].file.format(**fields)
+        if (length := len(os.fsencode(name))) > NAME_MAX:
+            fix = ADVICE[errno.ENAMETOOLONG]
+            raise UserError(f"the name {name} has {length} bytes, and disks take {NAME_MAX} of a result; {fix}")
+        return self.directory / name
 
     def find(self, kind, **names):
         """Path of a result that is to be read: where `path` says, or in the folder `also` if it is only there."""
@@ -227,8 +251,14 @@ class Results:
         """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
         record = load_record(path)
         for key, value in {**expected, "method_number": METHOD}.items():
-            if None not in (value, record.get(key)) and record[key] != value:
-                raise UserError(f"{path} was made with {key} {record[key]!r}, and here it is {value!r}; {again}")
+            found = record.get(key)
+            known = found is not None or (key in ADDED and "fingerprint" in record)
+            if value is None or not known:
+                continue
+            if not agrees(found, value):
+                raise UserError(f"{path} was made with {key} {found!r}, and here it is {value!r}; {again}")
+            if was(found, value):
+                tell_earlier(path.parent)
 
 
 def _list(value):
@@ -255,7 +285,7 @@ def load_record(path):
 def complete(record, shape=None, dtype=None):
     """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
     described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
-    return json.loads(json.dumps({**record, "method_number": METHOD, **described}))
+    return plain({**record, "method_number": METHOD, **described})
 
 
 def is_made(path, record, overwrite=False):
@@ -272,12 +302,15 @@ def is_made(path, record, overwrite=False):
         except ValueError:
             return False  # cut off or damaged
     found = load_record(path)
-    differing = [key for key in record if found.get(key) != record[key] and key not in NOTES]
+    compared = [key for key in record if key not in NOTES]
+    differing = [key for key in compared if not agrees(found.get(key), record[key])]
     if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
         return False  # of older mathematics
     if differing:
         how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
         raise UserError(f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it")
+    if any(was(found.get(key), record[key]) for key in compared):
+        tell_earlier(path.parent)
     return True
 
 

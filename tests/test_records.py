@@ -1,0 +1,232 @@
+"""A result is kept only if nothing that it was made from has changed; results of earlier versions are read as they were then."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY
+from tests.launcher import World, contents, the_line
+from utils.clip import load_clip
+from utils.datasets import load_images
+from utils.runtime.records import Digest, agrees, digest_of_file, digest_of_parts, plain, was
+
+NEW = ("preprocessing", "effects")  # keys that earlier versions did not write
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The stages up to the ablations, with weights in a file."""
+    root = tmp_path_factory.mktemp("records")
+    (root / "tiny.json").write_text(json.dumps(TINY))
+    torch.manual_seed(3)
+    save_file(open_clip.CLIP(**TINY).state_dict(), root / "weights.safetensors")
+    world = World(root, str(root / "tiny.json"), per_class=4)
+    world.model = ["--model", root / "tiny.json", "--pretrained", root / "weights.safetensors"]
+    world.base.mkdir()
+    for name in ("classifier", "representations", "full", "pcas", "ablations"):
+        world.run(name, world.base)
+    return world
+
+
+@pytest.fixture
+def changed(world):
+    """A copy of the world, whose inputs a test may change."""
+    number = len(list(world.root.glob("copy*")))
+    copy = World.__new__(World)
+    copy.root = world.root / f"copy{number}"
+    copy.base, copy.whole, copy.photos = copy.root / "base", copy.root / "whole", copy.root / "photos"
+    shutil.copytree(world.photos, copy.photos)
+    shutil.copytree(world.base, copy.base)
+    for name in ("tiny.json", "weights.safetensors", "words.txt"):
+        shutil.copy(world.root / name, copy.root / name)
+    copy.model = ["--model", copy.root / "tiny.json", "--pretrained", copy.root / "weights.safetensors"]
+    copy.data = ["--dataset", "folder", "--data_path", copy.photos, "--num_workers", 0, "--batch_size", 4]
+    copy.train, copy.val = [*copy.data, "--split", "train"], [*copy.data, "--split", "val"]
+    return copy
+
+
+# digests
+
+
+def test_every_byte_of_the_weights_counts(world):
+    """One entry of one tensor, wherever it is, is enough."""
+    original, rng = load_file(world.root / "weights.safetensors"), np.random.default_rng(0)
+    path, found = world.root / "edited.safetensors", set()
+    names = sorted(original)
+    for _ in range(20):
+        edited = {name: value.clone() for name, value in original.items()}
+        flat = edited[names[rng.integers(len(names))]].view(-1)
+        flat[rng.integers(len(flat))] += 1e-3
+        save_file(edited, path)
+        found.add(load_clip(str(world.root / "tiny.json"), str(path), "cpu").fingerprint)
+    found.add(load_clip(str(world.root / "tiny.json"), str(world.root / "weights.safetensors"), "cpu").fingerprint)
+    assert len(found) == 21 and all(len(fingerprint) == 16 for fingerprint in found)
+
+
+def test_digests_are_those_of_hashlib(tmp_path):
+    content = np.random.default_rng(0).bytes(40_000_000)  # more than is read at a time
+    (tmp_path / "file").write_bytes(content)
+    whole = hashlib.sha256(content).hexdigest()
+    assert digest_of_file(tmp_path / "file") == whole[:16]
+    assert digest_of_parts([content]) == hashlib.sha256(whole.encode()).hexdigest()[:16]
+    assert digest_of_parts([b"ab", b"c"]) != digest_of_parts([b"a", b"bc"])
+
+
+def data_of(root, **options):
+    return load_images("folder", str(root), "val", **options).record["data"]
+
+
+def test_images_that_were_copied_elsewhere_are_the_same(world, tmp_path):
+    shutil.copytree(world.photos / "val", tmp_path / "moved/val", copy_function=shutil.copyfile)  # with other times
+    assert data_of(tmp_path / "moved") == data_of(world.photos)
+
+
+@pytest.mark.parametrize("what", ["one bit", "swapped", "renamed", "removed"])
+def test_every_byte_of_the_images_counts(world, tmp_path, what):
+    shutil.copytree(world.photos, tmp_path / "photos")
+    first, second, *_ = sorted((tmp_path / "photos/val").rglob("*.JPEG"))
+    content, times = bytearray(first.read_bytes()), (first.stat().st_atime, first.stat().st_mtime)
+    if what == "one bit":
+        content[len(content) // 2] ^= 1
+        first.write_bytes(content)
+        os.utime(first, times)  # neither its size nor its time says so
+    elif what == "swapped":
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    elif what == "renamed":
+        first.rename(first.with_name("0.JPEG"))
+    else:
+        first.unlink()
+    assert data_of(tmp_path / "photos") != data_of(world.photos)
+
+
+def test_values_of_earlier_versions_agree_at_any_depth():
+    now = {"weights": Digest("new", "old"), "images": {"train": [Digest("b", "a")]}, "k": 5}
+    assert plain(now) == {"weights": "new", "images": {"train": ["b"]}, "k": 5}
+    stored = [{"weights": w, "images": {"train": [x]}, "k": 5} for w, x in (("new", "b"), ("old", "b"), ("old", "a"))]
+    assert [agrees(found, plain(now)) for found in stored] == [True] * 3
+    assert [was(found, plain(now)) for found in stored] == [False, True, True]
+    assert not agrees({**stored[0], "k": 6}, plain(now)) and not agrees({"weights": "new"}, plain(now))
+    assert agrees(None, Digest("new", None)) and not agrees(None, "new") and not agrees("other", Digest("new", None))
+
+
+# stages
+
+
+def edit_weights(world):
+    """What one neuron of one layer writes."""
+    path = world.root / "weights.safetensors"
+    state = {name: value.clone() for name, value in load_file(path).items()}
+    state["visual.transformer.resblocks.2.mlp.c_proj.weight"][:, 7] = 0
+    save_file(state, path)
+
+
+def edit_image(world):
+    image = sorted((world.photos / "train").rglob("*.JPEG"))[5]
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+
+
+def edit_effects(world):
+    """One number of one layer's coefficients, by hand."""
+    [path] = world.base.glob("*_2_coefficients.npy")
+    array = np.load(path, mmap_mode="r+")
+    array[3, 1, 4] += 1
+    array.flush()
+
+
+@pytest.mark.parametrize(
+    ("edit", "name", "differing"),
+    [
+        (edit_weights, "representations", "fingerprint"),
+        (edit_weights, "full", "fingerprint"),
+        (edit_weights, "ablations", "fingerprint"),
+        (edit_image, "representations", "data"),
+        (edit_image, "full", "data"),
+        (edit_effects, "pcas", "effects"),
+    ],
+)
+def test_what_is_made_from_something_that_changed_is_not_kept(changed, edit, name, differing):
+    world = changed
+    edit(world)
+    before = contents(world.base)
+    line = world.run(name, world.base, code=1).splitlines()[-1]
+    assert line.startswith("error: ")
+    assert f"made with other {differing}" in line or f"was made with {differing} " in line
+    assert contents(world.base) == before
+
+
+def test_nothing_changes_where_nothing_has_changed(world):
+    before = contents(world.base)
+    for name in ("classifier", "representations", "full", "pcas", "ablations"):
+        assert "kept" in world.run(name, world.base)
+    assert contents(world.base) == before
+
+
+# results of earlier versions
+
+
+def earlier_fingerprint(state):
+    """As commit 9d325f4 computed it: 1,024 evenly spaced entries of every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def earlier_data(root):
+    """As commit 9d325f4 computed it: names and sizes."""
+    digest, folders = hashlib.sha256(), sorted(path for path in root.iterdir())
+    for label, folder in enumerate(folders):
+        for image in sorted(folder.iterdir()):
+            digest.update(f"{image.parts[-2:]} {image.stat().st_size} {label}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def make_earlier(world):
+    """Turn all records into those that commit 9d325f4 wrote."""
+    fingerprint = earlier_fingerprint(load_file(world.root / "weights.safetensors"))
+    data = {split: earlier_data(world.photos / split) for split in ("train", "val")}
+    count = 0
+    for path in world.base.glob("*.meta.json"):
+        record = {key: value for key, value in json.loads(path.read_text()).items() if key not in NEW}
+        record |= {"fingerprint": fingerprint} if "fingerprint" in record else {}
+        record |= {"data": data[record["split"]]} if "data" in record else {}
+        path.write_text(json.dumps(record))
+        count += 1
+    assert count > 10
+
+
+def test_results_of_an_earlier_version_are_kept_and_a_line_says_so(changed):
+    make_earlier(changed)
+    before = contents(changed.base)
+    for name in ("representations", "full", "pcas", "ablations"):
+        printed = changed.run(name, changed.base)
+        assert "kept" in printed and printed.count("were made by an earlier version") == (name != "full" or 1), name
+    after = contents(changed.base)
+    assert [name for name in before if name.endswith(".npy") and after[name] != before[name]] == []
+
+
+def test_results_of_an_earlier_version_are_compared_as_they_were_then(changed):
+    make_earlier(changed)
+    image = sorted((changed.photos / "train").rglob("*.JPEG"))[5]
+    image.write_bytes(image.read_bytes() + b"\0")  # another size, which it saw
+    line = the_line(changed.run("full", changed.base, code=1))
+    assert "made with other data; choose another --output_dir, or add --overwrite" in line
+
+
+def test_later_stages_read_results_of_an_earlier_version(changed):
+    make_earlier(changed)
+    for path in [*changed.base.glob("*_pca.*"), *changed.base.glob("*_ablations*"), *changed.base.glob("*_norm.*")]:
+        path.unlink()
+    assert "kept" not in changed.run("pcas", changed.base)
+    assert "wrote" in changed.run("ablations", changed.base)

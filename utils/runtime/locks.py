@@ -1,0 +1,261 @@
+"""One run at a time for a set of files: a lock that dies with its process.
+
+    with Lock(path, files):
+        ...
+
+Beside `path` lies PATH.lock, which says which process of which machine works on which files, and since when. The operating
+system locks the file as well, and gives that up when the process ends, however it ends: a lock that was left by a killed
+process, or before a restart, is taken over. Where the file is of another machine, whose processes cannot be seen from
+here, the message says how to go on.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: every lock that is there counts, until a person removes it
+    fcntl = None
+
+from utils.runtime.distributed import is_rank_zero
+from utils.runtime.errors import UserError
+
+HELD = (errno.EAGAIN, errno.EACCES)  # what the system answers where another process holds a lock
+TRIES = 20  # a lock that is being taken, or looked at, is free again in a moment
+PAUSE = 0.05  # seconds between them
+_ours = set()  # the locks of this process: the system gives one up when any open file of it is closed
+
+
+class Lock:
+    """The right to make some files. Raises UserError, on entering, when another process has it.
+
+    path: what the lock is named after.
+    files: all files that it is about, in the folder of `path`; default: `path` alone. Another lock of the folder that is
+        about one of them counts as well.
+    """
+
+    def __init__(self, path, files=None):
+        path = Path(path)
+        self.path = path.absolute().with_name(f"{path.name}.lock")
+        self.files = sorted({Path(file).name for file in files or [path]})
+        self._file = None
+
+    def __enter__(self):
+        return self.take()
+
+    def __exit__(self, *_):
+        self.release()
+
+    def take(self):
+        """Take it, until `release`. Rank 0 does so for all processes of torchrun; nothing happens if this process has it."""
+        if not is_rank_zero() or self.path in _ours:
+            return self
+        for turn in range(TRIES):
+            reason = self._take(patient=turn < TRIES / 2) or self._overlap()
+            if reason is None:
+                return self
+            self.release()
+            time.sleep(PAUSE)
+        raise UserError(reason)
+
+    def release(self):
+        """Remove the lock, if it is ours."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a disk that has turned read-only
+                self.path.unlink()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+            _ours.discard(self.path)
+
+    def _take(self, patient):
+        """Take the lock file. Returns None, or why it cannot be taken. patient: whether an empty file may still be filled in."""
+        ours, file = True, None
+        try:
+            file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+b", buffering=0)
+        except FileExistsError:
+            ours = False
+        except OSError as error:
+            raise self._cannot(error) from error
+        try:
+            file = file or open(self.path, "r+b", buffering=0)
+            reason = self._reason(file, ours, patient)
+            if reason is None:
+                self._fill(file)
+                self._file = file
+                _ours.add(self.path)
+            return reason
+        except FileNotFoundError:
+            return _message(self.path, {}, known=True)  # it has just been released
+        except PermissionError:
+            return _message(self.path, _read(self.path), known=False)
+        finally:
+            if file is not None and self._file is not file:
+                file.close()
+
+    def _reason(self, file, ours, patient):
+        """Why an opened lock file is not ours to take; None if it is."""
+        held = _held(file)
+        content = _parsed(file.read())
+        if held:
+            return _message(self.path, content, known=True)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+            return _message(self.path, content, known=True)  # released, and taken by another, since it was opened
+        if ours or _is_over(content, held):
+            return None
+        if not content and not patient:  # its owner had no time to fill it in
+            return None
+        return _message(self.path, content, known=False)
+
+    def _fill(self, file):
+        """Write who has the lock."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        script = Path(sys.argv[0]).name or "python"
+        content = {**_here(), "since": since, "script": script, "files": self.files}
+        try:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps(content).encode())
+        except OSError as error:  # a full disk
+            self.path.unlink(missing_ok=True)
+            raise self._cannot(error) from error
+
+    def _cannot(self, error):
+        return UserError(
+            f"{self.path.with_suffix('')} cannot be written ({error.strerror}); what is finished is kept: fix this, then "
+            "run the same command again"
+        )
+
+    def _overlap(self):
+        """What to say of another lock in the folder that is about one of our files; None if there is none."""
+        for path in sorted(self.path.parent.glob("*.lock")):
+            if path in _ours:  # to open it once more would give it up
+                continue
+            content = _read(path)
+            if set(content.get("files", ())).isdisjoint(self.files):
+                continue
+            try:
+                with open(path, "r+b", buffering=0) as file:
+                    held = _held(file)
+                    if not held and _is_over(content, held):
+                        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                            path.unlink()
+                        continue
+            except FileNotFoundError:
+                continue
+            except PermissionError:
+                held = None
+            return _message(path, content, known=bool(held))
+        return None
+
+
+def is_locked(path):
+    """Whether there is a lock of this name, of a process that may have ended."""
+    return Path(path).with_name(f"{Path(path).name}.lock").exists()
+
+
+def open_alone(path):
+    """An empty file, open for writing and reading. Another process that writes the same one is waited for."""
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        with contextlib.suppress(OSError):  # a disk without locks
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # the other has given it its name
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate()
+                return file
+        file.close()
+
+
+def _here():
+    """Which process this is, on which machine, since which start of the machine."""
+    boot = _first_line("/proc/sys/kernel/random/boot_id")  # of containers, whose names change, the machine's
+    machine = f"{socket.gethostname()} {_first_line('/etc/machine-id')}".strip()
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")  # numbers of processes are those of a container
+    process = os.getpid()
+    started = _started(process)
+    return {"machine": machine, "boot": boot, "namespace": namespace, "process": process, "started": started}
+
+
+def _first_line(path):
+    """The first line of a file; "" where there is none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
+        return Path(path).read_text().splitlines()[0]
+    return ""
+
+
+def _started(process):
+    """What tells a process from a later one of the same number; "" if unknown, None if it is not there."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except (OSError, OverflowError):
+        pass
+    return ""
+
+
+def _held(file):
+    """Whether another process holds the system's lock of a file, which otherwise becomes ours; None if the system cannot say."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: processes that load images would inherit it
+    except OSError as error:
+        return True if error.errno in HELD else None
+    return False
+
+
+def _is_over(content, held):
+    """Whether the process that wrote a lock is known to have ended. held: as the system says of the lock."""
+    here = _here()
+    same_boot = here["boot"] != "" and content.get("boot") == here["boot"]
+    if not same_boot and content.get("machine") != here["machine"]:
+        return False
+    if held is False:
+        return True
+    if here["boot"] and not same_boot:
+        return True  # the machine was restarted
+    if fcntl is None or content.get("namespace") != here["namespace"]:
+        return False
+    return _started(content.get("process")) != content.get("started")
+
+
+def _parsed(text):
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read(path):
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _message(path, content, known):
+    """What to tell a user. known: whether the system says that the process is running."""
+    who = "another process"
+    if content:
+        machine = str(content.get("machine")).partition(" ")[0]
+        who = f"{content.get('script')} (process {content.get('process')} on {machine}) since {content.get('since')}"
+    end = "wait until it has ended, or end it, then run the same command again"
+    if not known:
+        end = f"wait until it has ended, or if it is not running any more, remove {path} and run the same command again"
+    return f"{path.with_suffix('')} is being made by {who}; {end}"
