@@ -12,13 +12,13 @@ FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from utils.clip import load_clip
-from utils.datasets import Loader, scale_of
+from utils.datasets import Loader
+from utils.preprocessing import describe
 from utils.runtime import distributed, flags
-from utils.runtime.files import whole_folder
+from utils.runtime.files import read_array, whole_folder
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of, walk
 from utils.runtime.results import Results
@@ -34,12 +34,15 @@ def main(args):
     open_set = partial(SegmentationSet, args.data_path, clip.transform, args.geometry, size=size, ignored=args.ignore_index)
     layers = parse_layers(args.mlp_layers, vit) if args.method in ("second_order", "random") else []
     data, settings = open_set(), settings_of(args, layers)
-    print(f"images of {data.path.stem}: {len(data)}{scale_of(clip.transform)}")
+    print(f"images of {data.path.stem}: {len(data)}")
+    print(describe(clip.transform))
     method, made_of = choose_method(settings, clip, inputs, classifiers, images=len(data))
+    data.check_masks()
 
     names = {"file": data.path.stem, "row": row_name(settings)}
     path, maps_path = results.path("segmentation", **names), results.path("maps", **names)
     record = {**clip.record, **data.record, **settings, "size": size, **made_of}
+    record["preprocessing"] = clip.transform.digest
     arrays = results.arrays(["maps"], {"images": len(data), "patches": vit.grid[0] * vit.grid[1]}, **names)
     pieces, loader = pieces_of(len(data), args.batch_size), Loader(data, args.device, args.num_workers)
     with torch.inference_mode(), Pass(arrays, record, pieces, {"batch_size": args.batch_size}, overwrite=args.overwrite) as work:
@@ -49,7 +52,7 @@ def main(args):
         return
     from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
 
-    maps, pictures = np.load(maps_path, mmap_mode="r"), path.with_name(path.stem + "_images") if args.save_img else None
+    maps, pictures = read_array(maps_path, mmap=True), path.with_name(path.stem + "_images") if args.save_img else None
     data = open_set(images=args.save_img)
     with whole_folder(pictures) as folder:
         for rows, (pixels, masks) in walk(pieces, Loader(data, num_workers=args.num_workers).with_targets, "scores"):
@@ -72,7 +75,7 @@ if __name__ == "__main__":
     group.add_argument("--data_path", "--dataset_path", default="imagenet_seg/gtsegs_ijcv.mat", help="the file, or its folder")
     group.add_argument("--image_size", type=flags.positive_int, help="side of the scored maps; default: the model's")
     group.add_argument("--geometry", choices=("paper", "aligned"), default="paper", help="squash masks, or crop them as images")
-    help = "values of mask pixels that do not count"
+    help = "values of mask pixels that do not count; NaN never does"
     group.add_argument("--ignore_index", nargs="+", type=int, default=list(IGNORED_VALUES), help=help)
     flags.add_workers(group)
     group = parser.add_argument_group("method")

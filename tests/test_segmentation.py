@@ -1,6 +1,7 @@
 """Maps show where the chosen neurons fire, and scores equal those of an independent computation."""
 
 import copy
+import hashlib
 import json
 import runpy
 import sys
@@ -526,6 +527,110 @@ def test_bad_input_is_reported_in_one_line_and_leaves_nothing(monkeypatch, tmp_p
     assert said.startswith("error: ") and message in said and "\n" not in said
     left = [path.name for path in output.iterdir()]  # an interrupted pass can be resumed
     assert all(name.endswith(".partial") or ".progress." in name for name in left), left
+
+
+def of_marks(monkeypatch, tmp_path, tiny_model, name, masks, *flags):
+    """What the script says, and its scores of attention maps of `discs` with these masks, or the files left."""
+    path = write_mat(tmp_path / f"{name}.mat", discs(7)[0], masks)
+    output = tmp_path / name
+    flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", "0", *flags]
+    flags += ["--method", "attention", "--data_path", str(path), "--output_dir", str(output)]
+    said = segment(monkeypatch, flags)
+    if said:
+        return said, list(output.iterdir())
+    [row] = [path for path in output.glob("*attention*.json") if ".meta" not in path.name]
+    return said, json.loads(row.read_text())["scores"]
+
+
+def numbered(mask, classes):
+    """The object of a mask, with numbers of classes from 1 in its place."""
+    return np.where(mask == 1, 1 + np.arange(mask.size).reshape(mask.shape) % classes, mask)
+
+
+OTHER_MARKS = {  # how else the masks of `discs` may be written: (a function of a mask, flags, what is told)
+    "unknown as 255": (lambda mask: np.where(mask == -1, 255, mask).astype(np.uint8), [], []),
+    "floats": (lambda mask: mask.astype(np.float32), [], []),
+    "NaN": (lambda mask: np.where(mask == -1, np.nan, mask), [], ["7 masks"]),
+    "object as 255": (lambda mask: np.where(mask == 1, 255, mask), ["--ignore_index", "-1"], ["hold 255;"]),
+    "3 classes": (lambda mask: numbered(mask, 3), [], ["hold 1, 2, 3;"]),
+    "30 classes": (lambda mask: numbered(mask, 30).astype(float), [], ["hold 1, 2, 3, 4, 5, 6, 7, ..., 30;"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MARKS)
+def test_masks_that_mean_the_same_have_the_same_scores(monkeypatch, tmp_path, tiny_model, capsys, kind):
+    change, flags, told = OTHER_MARKS[kind]
+    masks = discs(7)[1]
+    expected = of_marks(monkeypatch, tmp_path, tiny_model, "plain", masks)
+    assert expected[0] is None and "note:" not in capsys.readouterr().out
+    changed = [change(mask) for mask in masks]
+    assert of_marks(monkeypatch, tmp_path, tiny_model, "other", changed, *flags) == expected
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert len(notes) == len(told) and all(part in line for part, line in zip(told, notes, strict=True))
+
+
+def test_masks_may_be_booleans(monkeypatch, tmp_path, tiny_model):
+    masks = [(mask == 1).astype(np.uint8) for mask in discs(7)[1]]
+    expected = of_marks(monkeypatch, tmp_path, tiny_model, "plain", masks)
+    assert of_marks(monkeypatch, tmp_path, tiny_model, "booleans", [mask == 1 for mask in masks]) == expected
+
+
+UNCLEAR_MARKS = {  # (a function of a mask, what is said): all of these have an answer
+    "object as 255": (lambda mask: 255 * (mask == 1).astype(np.uint8), "hold 0 and 255 alone, and 255"),
+    "unknown as 65535": (lambda mask: mask.astype(np.uint16), "image 0 holds 65535"),  # of -1
+    "unknown as -100": (lambda mask: np.where(mask == -1, -100.0, mask), "image 0 holds -100"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCLEAR_MARKS)
+def test_other_masks_are_refused_with_the_flag_that_helps(monkeypatch, tmp_path, tiny_model, kind):
+    change, message = UNCLEAR_MARKS[kind]
+    masks = [change(mask) for mask in discs(7)[1]]
+    said, left = of_marks(monkeypatch, tmp_path, tiny_model, "other", masks)
+    assert said.startswith("error: ") and message in said and "\n" not in said and not left
+    unknown = 0 if kind == "object as 255" else -1
+    meant = [np.where(mask == -1, unknown, mask) for mask in discs(7)[1]]
+    expected = of_marks(monkeypatch, tmp_path, tiny_model, "plain", meant)
+    flags = said[said.index("--ignore_index") :].split()
+    assert of_marks(monkeypatch, tmp_path, tiny_model, "other", masks, *flags) == expected
+
+
+WRONG_MARKS = {
+    "halves": (lambda mask: np.where(mask == 1, 0.5, 0), "image 0 holds 0.5", "whole numbers"),
+    "infinity": (lambda mask: np.where(mask == -1, np.inf, mask), "image 0 holds inf", "whole numbers"),
+    "no object": (lambda mask: np.minimum(mask, 0), "hold -1 and 0 alone", "1 on the object"),
+    "nothing known": (lambda mask: np.full(mask.shape, np.nan), "hold NaN alone", "1 on the object"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_MARKS)
+def test_masks_without_a_meaning_are_refused(monkeypatch, tmp_path, tiny_model, kind):
+    change, *parts = WRONG_MARKS[kind]
+    said, left = of_marks(monkeypatch, tmp_path, tiny_model, "other", [change(mask) for mask in discs(7)[1]])
+    assert said.startswith("error: ") and all(part in said for part in parts)
+    assert "\n" not in said and not left
+
+
+def test_scores_of_a_changed_file_are_refused(monkeypatch, tmp_path, inputs, tiny_model):
+    """One pixel of a mask is changed in place: the file keeps its size."""
+    path = write_mat(tmp_path / "discs.mat", *discs(7))
+    flags = flags_of(inputs, tiny_model, tmp_path / "out", "--method", "attention", "--data_path", str(path))
+    size = path.stat().st_size
+    assert segment(monkeypatch, flags) is None and segment(monkeypatch, flags) is None
+    with h5py.File(path, "r+") as file:
+        file["refs/mask2"][0, 0] = 1 - file["refs/mask2"][0, 0]
+    assert path.stat().st_size == size and "made with other data" in segment(monkeypatch, flags)
+
+
+def test_scores_of_earlier_versions_are_recognised(monkeypatch, tmp_path, inputs, tiny_model):
+    flags = flags_of(inputs, tiny_model, tmp_path, "--method", "attention")
+    assert segment(monkeypatch, flags) is None
+    path = tmp_path / "discs_segmentation_tiny_random_attention_maps.meta.json"
+    record = json.loads(path.read_text())
+    assert len(record["data"]) == 16
+    size = (inputs / "discs.mat").stat().st_size
+    path.write_text(json.dumps({**record, "data": hashlib.sha256(f"7 {size}".encode()).hexdigest()[:12]}))
+    assert segment(monkeypatch, flags) is None
 
 
 def test_components_of_other_weights_are_refused(monkeypatch, tmp_path, inputs, tiny_model):

@@ -1,8 +1,13 @@
 """Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the object (section 5.2).
 
-A method is a function (images [B, 3, side, side], number of the first) -> maps over patches [B, T-1]. They are enlarged to the
-size of the masks, scaled to [0, 1], and scored. Letters as in `utils.prs`; M is the number of MLP layers whose neurons are taken
-together.
+A method makes maps over the patches of images. They are enlarged to the size of the masks, scaled to [0, 1],
+and scored. Letters as in `utils.prs`. M is the number of MLP layers whose neurons are taken together.
+
+The methods below speak of the class token's row of the attention. Where the output averages the patches, that
+is the average of their rows. It is weighted as the output weighs the patches in `AttentionMaps` and
+`FirstOrderMaps`, and uniform in the others; the two differ only where each patch is normalised before the
+average. Where the tokens are pooled by attention, it is the query's row in `AttentionMaps`. The other methods
+that look at attention are not defined there, and `choose_method` refuses them.
 """
 
 from pathlib import Path
@@ -57,20 +62,32 @@ def predicted(classifier):
     return lambda representation, image: (representation @ classifier).argmax(dim=-1)
 
 
-class _Maps:
-    """A method that needs recorded activations alone."""
+class _Method:
+    """What all methods share: `run` gives every token a value, [B, T], and a map has those of the patches."""
+
+    def __call__(self, pixels, image):
+        """Maps over patches [B, patches] of images [B, 3, side, side]. image: number of the first of them."""
+        return self.patches(self.run(pixels, image))
+
+    def patches(self, x):
+        """The patches' part of x [..., T], which begins after the class token where the tower has one."""
+        return x[..., self.vit.prefix :]
+
+
+class _RecordedMaps(_Method):
+    """A method that needs recorded activations alone. `of_tokens` makes [B, T] of them."""
 
     def __init__(self, vit, activations):
         self.vit, self.activations = vit, activations
 
-    def __call__(self, pixels, image):
-        """Maps over patches [B, T-1] of images [B, 3, side, side]. image: number of the first of them."""
+    def run(self, pixels, image):
+        """As `_Method`."""
         with self.vit.record(*self.activations) as cache:
             representation = self.vit(pixels)
-        return self.maps(cache, representation, image)
+        return self.of_tokens(cache, representation, image)
 
 
-class NeuronMaps(_Maps):
+class NeuronMaps(_RecordedMaps):
     """Method: the mean post-GELU activation of some neurons at every patch.
 
     vit, layers: HookedViT; M MLP layers.
@@ -83,42 +100,42 @@ class NeuronMaps(_Maps):
         super().__init__(vit, [f"blocks.{layer}.mlp.post" for layer in layers])
         self.neurons, self.weights, self.row_of = neurons, weights, row_of
 
-    def maps(self, cache, representation, image):
+    def of_tokens(self, cache, representation, image):
         rows = self.row_of(representation, image)
         mean = representation.new_zeros(len(rows), len(self.activations) * self.vit.N)
         mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
         layers = zip(self.activations, mean.split(self.vit.N, dim=1), strict=True)  # weights [B, N] of each layer
-        return sum(torch.einsum("btn,bn->bt", cache[name][:, self.vit.prefix :], weights) for name, weights in layers)
+        return sum(torch.einsum("btn,bn->bt", cache[name], weights) for name, weights in layers)
 
 
-class AttentionMaps(_Maps):
+class AttentionMaps(_RecordedMaps):
     """Method: the class token's attention to every patch in the last layer, averaged over heads."""
 
     def __init__(self, vit):
         super().__init__(vit, vit.path(vit.last_attention))
 
-    def maps(self, cache, representation, image):
+    def of_tokens(self, cache, representation, image):
         self.vit.read_rows(cache)
-        return cache[f"blocks.{self.vit.last_attention}.attn.row"][:, :, self.vit.prefix :].mean(dim=1)
+        return cache[f"blocks.{self.vit.last_attention}.attn.row"].mean(dim=1)
 
 
-class RolloutMaps(_Maps):
+class RolloutMaps(_RecordedMaps):
     """Method: attention rollout (Abnar and Zuidema, 2020), the class token's row of the product over all layers of (A + 1) / 2,
     with A averaged over heads. Only the row is carried, from the last layer down: one layer's A exists at a time."""
 
     def __init__(self, vit):
         super().__init__(vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)])
 
-    def maps(self, cache, representation, image):
+    def of_tokens(self, cache, representation, image):
         x = cache[self.activations[0]]
         reached = self.vit.token_weights(x).expand(len(x), -1)  # [B, T]
         for block, name in zip(reversed(self.vit.blocks), reversed(self.activations), strict=True):
             A = attention_pattern(block.attn, cache[name]).mean(dim=1)  # [B, T, T]
             reached = (reached + torch.einsum("bi,bij->bj", reached, A)) / 2
-        return reached[:, 1:]
+        return reached
 
 
-class FirstOrderMaps(_Maps):
+class FirstOrderMaps(_RecordedMaps):
     """Method: what all heads take from a patch along the class (TextSpan: Gandelsman, Efros and Steinhardt, 2024).
 
     vit, classifier, row_of: HookedViT; [D, classes]; each image's class, as `given` or `predicted` says.
@@ -128,13 +145,14 @@ class FirstOrderMaps(_Maps):
         self.first_order, self.classifier, self.row_of = FirstOrder(vit), classifier, row_of
         super().__init__(vit, self.first_order.of_heads)
 
-    def maps(self, cache, representation, image):
+    def of_tokens(self, cache, representation, image):
         direction = self.classifier.T[self.row_of(representation, image)]  # [B, D]
-        return self.first_order.tokens(cache, representation, direction).sum(dim=(1, 2))[:, 1:]
+        return self.first_order.tokens(cache, representation, direction).sum(dim=(1, 2))
 
 
-class _GradientMaps:
-    """A method that needs the gradient of the class score (the cosine with the class) by the attention probabilities.
+class _GradientMaps(_Method):
+    """A method that needs the gradient of the class score (the cosine with the class) by the attention
+    probabilities. `of_tokens` makes [B, T] of both.
 
     vit, classifier, row_of: as in `FirstOrderMaps`.
     layers: whose attention.
@@ -143,8 +161,8 @@ class _GradientMaps:
     def __init__(self, vit, classifier, row_of, layers):
         self.vit, self.classifier, self.row_of, self.layers = vit, classifier, row_of, layers
 
-    def __call__(self, pixels, image):
-        """As `_Maps`."""
+    def run(self, pixels, image):
+        """As `_Method`."""
         patterns = []  # A of each layer, [B, H, T, T]
 
         def keep(A):
@@ -157,7 +175,7 @@ class _GradientMaps:
             direction = self.classifier.T[self.row_of(representation.detach(), image)]
             score = torch.nn.functional.cosine_similarity(representation, direction).sum()
             gradients = torch.autograd.grad(score, patterns)
-        return self.maps([A.detach() for A in patterns], gradients)
+        return self.of_tokens([A.detach() for A in patterns], gradients)
 
 
 class GradCAMMaps(_GradientMaps):
@@ -167,10 +185,12 @@ class GradCAMMaps(_GradientMaps):
     def __init__(self, vit, classifier, row_of):
         super().__init__(vit, classifier, row_of, [vit.L - 1])
 
-    def maps(self, patterns, gradients):
+    def of_tokens(self, patterns, gradients):
         weights = self.vit.token_weights(patterns[0][:, 0])
-        A, gradient = (torch.einsum("bhij,i->bhj", each[0], weights)[:, :, 1:] for each in (patterns, gradients))  # [B, H, T-1]
-        return (gradient.mean(dim=-1, keepdim=True) * A).mean(dim=1).clamp_min(0)
+        A = torch.einsum("bhij,i->bhj", patterns[0], weights)  # [B, H, T]
+        gradient = torch.einsum("bhij,i->bhj", gradients[0], weights)
+        of_heads = self.patches(gradient).mean(dim=-1, keepdim=True)
+        return (of_heads * A).mean(dim=1).clamp_min(0)
 
 
 class CheferMaps(_GradientMaps):
@@ -180,11 +200,11 @@ class CheferMaps(_GradientMaps):
     def __init__(self, vit, classifier, row_of):
         super().__init__(vit, classifier, row_of, range(vit.L))
 
-    def maps(self, patterns, gradients):
+    def of_tokens(self, patterns, gradients):
         reached = self.vit.token_weights(patterns[0][:, 0]).expand(len(patterns[0]), -1)  # [B, T]
         for A, gradient in zip(reversed(patterns), reversed(gradients), strict=True):
             reached = reached + torch.einsum("bi,bij->bj", reached, (gradient * A).clamp_min(0).mean(dim=1))
-        return reached[:, 1:]
+        return reached
 
 
 TOWARDS_CLASS = {"first_order": FirstOrderMaps, "gradcam": GradCAMMaps, "chefer": CheferMaps}
@@ -234,6 +254,7 @@ def choose_method(settings, clip, results, classifiers, images):
         row_of, used = given(rows), [classifier, rows]
     if name in TOWARDS_CLASS:
         return TOWARDS_CLASS[name](vit, classifier, row_of), {"inputs": digest(*used)}
+    read["expected"] = clip.expected
     pcas = np.concatenate([results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers])
     pcas = torch.from_numpy(pcas).to(clip.device, torch.float32)
     neurons, weights = neurons_of_classes(pcas, classifier, top, settings["neuron_sign"])
@@ -241,8 +262,8 @@ def choose_method(settings, clip, results, classifiers, images):
 
 
 def enlarge(maps, grid, size):
-    """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels: maps over patches [B, T-1] -> [B, *size]. A constant
-    map becomes 0.
+    """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels: maps over patches [B, patches] ->
+    [B, *size]. A constant map becomes 0.
 
     In float64 inside: pixels beyond the outermost patch centres are equal then, and are not ranked by rounding.
     """
