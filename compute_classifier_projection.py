@@ -21,7 +21,7 @@ def main(args):
     dataset = train_set_of(args.dataset)
     names = classes["class_names"]
     arrays = results.arrays(["classifier"], {"D": clip.vit.D, "classes": len(names)}, dataset=dataset)
-    [path], record = arrays, {**clip.record, "dataset": dataset, **classes}
+    [path], record = arrays, {**clip.text_record, "dataset": dataset, **classes}
     with Pass(arrays, record, pieces_of(len(names), CLASSES), overwrite=args.overwrite) as work:
         for columns, _ in work.over(description="classes", unit="class"):
             work[path][:, columns] = zero_shot_classifier(clip, names[columns], args.batch_size)

@@ -21,7 +21,7 @@ def main(args):
     clip = load_clip(args.model, args.pretrained, args.device)
     results = Results(args.output_dir, args.model, args.pretrained)
     arrays = results.arrays(["texts"], {"texts": len(texts), "D": clip.vit.D}, texts=given)
-    [path], record = arrays, {**clip.record, "texts": len(texts), "content": digest_of_texts(texts)}
+    [path], record = arrays, {**clip.text_record, "texts": len(texts), "content": digest_of_texts(texts)}
     record["coefficient"] = args.coefficient
     if cut := too_long(clip, texts):
         print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")

@@ -27,6 +27,7 @@ from utils import adversarial as attack
 from utils.clip import load_clip
 from utils.datasets import train_set_of
 from utils.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
+from utils.preprocessing import describe
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
@@ -47,6 +48,12 @@ def main(args):
         columns, keep = attack.read_table(run.folder / "files.csv")
         return attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
     options = parse_options(args.image_options)
+    with run.lock():
+        attack_with(args, run, options, class_0, class_1, blocked)
+
+
+def attack_with(args, run, options, class_0, class_1, blocked):
+    """The five steps, in the folder of a `Run`."""
     run.prepare(args.overwrite)
     clip, names = load_clip(args.model, args.pretrained, args.device), {"model": args.model, "pretrained": args.pretrained}
     results = Results(args.input_dir, **names, also=args.dataset_path, descriptions_dir=args.descriptions_dir)
@@ -77,6 +84,7 @@ def main(args):
     attack.draw(run.folder, drawings, lambda: load_image_model(args.image_model, args.device, options, args.offload))
     classifiers = Results(args.classifier_dir or args.input_dir, **names, also=args.dataset_path)
     classifier = attack.find_classifier(classifiers, args.dataset, clip, (class_0, class_1))
+    print(describe(clip.transform))
     vectors = attack.representations(run.folder, drawings, clip, CLIP_BATCH)
     columns = {"black": attack.blacked_out(run.folder, drawings), **attack.judge(vectors, texts, (class_0, class_1), *classifier)}
     keep = attack.write_table(run.folder / "files.csv", drawings, columns)

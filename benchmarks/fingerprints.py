@@ -2,8 +2,8 @@
 
     python -m benchmarks.fingerprints [--model ViT-L-14] [--images 5124] [--side 500] [--quick]
 
-The photos are JPEG files of `--side` pixels, about ImageNet's. The alternative is what earlier versions looked at: 1,024 entries of
-every tensor, and the sizes of the files.
+The photos are JPEG files of `--side` pixels, about ImageNet's. The alternative is what earlier versions looked at: 1,024
+entries of every tensor, and the sizes of the files.
 """
 
 import hashlib

@@ -88,16 +88,27 @@ REFUSED = {
     "code": (lambda state: {"state_dict": print}, "holds a .*print, and nothing but tensors"),
     "no weights": (
         lambda state: {"epoch": 3, "optimizer": {}},
-        "has no state dict under .*; it has epoch, optimizer",
+        "has no state dict; it has epoch, optimizer",
     ),
     "two prefixes": (
         lambda state: {f"{'a' if i % 2 else 'b'}.{name}": value for i, (name, value) in enumerate(state.items())},
         "does not fit the model: .* is missing",
     ),
-    "more than a CLIP": (lambda state: {**state, "lora.A": torch.ones(2)}, "does not fit the model: it has lora.A"),
+    "more layers": (
+        lambda state: {**state, "visual.transformer.resblocks.5.ln_1.bias": torch.ones(48)},
+        "does not fit the model: it has visual.transformer.resblocks.5.ln_1.bias",
+    ),
     "the image tower alone": (
         lambda state: {name: value for name, value in state.items() if name.startswith("visual.")},
-        "does not fit the model: .* is missing",
+        "has no text tower, and texts are embedded here; give a checkpoint that has one",
+    ),
+    "a part of the image tower": (
+        lambda state: {name: value for name, value in state.items() if name != "visual.proj"},
+        "does not fit the model: visual.proj is missing",
+    ),
+    "a part of the text tower": (
+        lambda state: {name: value for name, value in state.items() if name != "text_projection"},
+        "does not fit the model: text_projection is missing",
     ),
     "NaN": (lambda state: {**state, "visual.proj": state["visual.proj"] * torch.nan}, "hold NaN or infinity"),
 }
@@ -179,17 +190,19 @@ def assert_same_embeddings(clip, model, shape):
 @pytest.mark.parametrize("name", HF_SHAPES)
 def test_a_folder_of_a_hugging_face_clip_is_loaded_into_open_clips_towers(tmp_path, name):
     shape, preprocess = HF_SHAPES[name], {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2}
+    preprocess |= {"size": shape["side"], "crop_size": shape["side"]}
     model = save_hugging_face(tmp_path / "mine", shape, preprocess)
     clip = load_clip(f"local-dir:{tmp_path / 'mine'}", "ignored", "cpu")
     assert_same_embeddings(clip, model, shape)
     steps = clip.transform.transforms
-    assert tuple(steps[-1].mean) == (0.1, 0.2, 0.3) and steps[0].interpolation.value == "bilinear"
+    assert tuple(steps[-1].mean) == (0.1, 0.2, 0.3) and steps[1].interpolation.value == "bilinear"
     assert clip.record["model"] == "mine" and clip.record["pretrained"] == "local-dir"
 
 
 def test_weights_of_a_hugging_face_clip_fit_an_open_clip_model_of_their_shape(tmp_path):
     shape = HF_SHAPES["narrow"]
-    model = save_hugging_face(tmp_path / "hf", shape, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]})
+    preprocess = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "size": 24, "crop_size": 24}
+    model = save_hugging_face(tmp_path / "hf", shape, preprocess)
     config = {"embed_dim": 16, "vision_cfg": {"image_size": 24, "patch_size": 6, "width": 48, "head_width": 16, "layers": 3}}
     config["vision_cfg"]["mlp_ratio"] = 2.0
     config["text_cfg"] = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2, "mlp_ratio": 3.0}

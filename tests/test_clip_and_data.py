@@ -264,8 +264,11 @@ def test_the_line_about_images_says_what_was_read(tmp_path, clip, capsys):
     write_photos(tmp_path, splits=("val",), classes=("a_cat", "sea"), per_class=2, side=32)
     Image.new("L", (40, 40), 200).save(tmp_path / "val" / "sea" / "grey.png")
     load_images("folder", tmp_path, "val", clip.transform)
-    line = "images of folder val: 5 of 2 classes (a_cat = a cat, ..., sea = sea); 1 of mode L are converted; "
-    assert capsys.readouterr().out == line + "mean 0.481 0.458 0.408, std 0.269 0.261 0.276\n"
+    assert capsys.readouterr().out == (
+        "images of folder val: 5 of 2 classes (a_cat = a cat, ..., sea = sea); 1 of mode L are converted\n"
+        "preprocessing: shortest edge to 32 (bicubic), crop 32 x 32, mean 0.481 0.458 0.408, std 0.269 0.261 0.276; "
+        "from open_clip's default (random weights)\n"
+    )
 
 
 def test_pictures_of_other_modes_look_like_their_8_bit_version(tmp_path, clip):

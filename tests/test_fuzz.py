@@ -32,6 +32,7 @@ from sklearn.decomposition import SparseCoder
 from tests import definition
 from tests.browser import received
 from tests.conftest import ROOT, TINY
+from tests.launcher import start
 from tests.photos import discs, write_mat, write_photos
 from tests.test_segmentation import activations_of, reference_scores
 
@@ -711,6 +712,96 @@ def change_folder(rng, path, _):
         shutil.copytree(root / name, root / "more" / "deep")
 
 
+# Circumstances. Each changes names, links or rights, or starts the stage twice, and says what it did; what has to come out is
+# the same.
+
+ODD = ("weights[1]", "run [lr=1e-5]", "a{b}{", "x*?", "ün 猫", "e\u0301", "$w$ 100%", "-dash", "two  spaces", "quote'\"")
+ODD += ("n" * 243,)
+
+
+def rename_all(folder, files):
+    """Rename {old: new} in the names of inputs and results; what has no room for its new name stays."""
+    for place in (folder, folder / "in", folder / "out"):
+        for path in sorted(place.iterdir()):
+            for old, new in files.items():
+                if old in path.name and path.is_file():
+                    with contextlib.suppress(OSError):
+                        path.rename(path.with_name(path.name.replace(old, new)))
+
+
+@contextlib.contextmanager
+def odd_weights(rng, folder, command):
+    odd = str(rng.choice(ODD))
+    there = {"weights.safetensors": f"{odd}.safetensors", "tiny_weights": f"tiny_{odd}"}
+    rename_all(folder, there)
+    yield [str(word).replace("./weights", f"./{odd}") for word in command]
+    rename_all(folder, {new: old for old, new in there.items()})
+
+
+@contextlib.contextmanager
+def odd_model(rng, folder, command):
+    odd = str(rng.choice(ODD))
+    there = {"tiny.json": f"{odd}.json", "tiny_weights": f"{odd}_weights"}
+    rename_all(folder, there)
+    yield [f"./{odd}.json" if word == "tiny.json" else word for word in command]
+    rename_all(folder, {new: old for old, new in there.items()})
+
+
+@contextlib.contextmanager
+def odd_picture(rng, folder, command):
+    path = rng.choice(sorted((folder / "photos" / rng.choice(["train", "val"])).rglob("*.JPEG")))
+    path.rename(path.with_name(f"{rng.choice(ODD)}.JPEG"))
+    yield command
+
+
+@contextlib.contextmanager
+def linked(rng, folder, command):
+    path = rng.choice(sorted((folder / "photos" / rng.choice(["train", "val"])).rglob("*.JPEG")))
+    kind, place = int(rng.integers(5)), folder / "elsewhere"
+    if kind == 0:
+        path.rename(place)
+        path.symlink_to(place)
+    elif kind == 1:
+        path.parent.rename(place)
+        path.parent.symlink_to(place)
+    elif kind == 2:
+        (path.parent / "again").symlink_to(rng.choice([path.parent, path.parents[1], path.parents[2]]))
+    elif kind == 3:
+        place.mkdir()
+        (folder / "out").rmdir()
+        (folder / "out").symlink_to(place)
+    else:
+        (folder / "weights.safetensors").rename(place)
+        (folder / "weights.safetensors").symlink_to(place)
+    yield command
+
+
+@contextlib.contextmanager
+def not_allowed(rng, folder, command):
+    """Rights of an input or of the folder of results; they do not bind root."""
+    inputs = [path for path in folder.rglob("*") if path.is_dir() and path != folder]
+    path = rng.choice(sorted(inputs))
+    before = path.stat().st_mode
+    path.chmod(rng.choice([0o000, 0o555]))
+    yield command
+    path.chmod(before)
+
+
+@contextlib.contextmanager
+def twice(rng, folder, command):
+    """The same command in another process, at nearly the same time."""
+    constants = {"folder": str(folder), "templates": TEMPLATES}
+    process = start(*command, log=folder / "twice.log", constants=constants)
+    process.join(float(rng.uniform(0, 2)))
+    yield command
+    process.join()
+    said = [line for line in (folder / "twice.log").read_text().splitlines() if line.startswith("error: ")]
+    assert process.exitcode == len(said) and all("is being made by" in line for line in said), said
+
+
+CIRCUMSTANCES = [odd_weights, odd_model, odd_picture, linked, not_allowed, twice]
+
+
 OF_FILES = [flip, flip_early, cut, empty, garbage, remove, foreign, foreign_pair]
 OF_ARRAYS = [change_array(c) for c in (poison, transpose, flatten, shorten, widen, retype, fortran, enlarge, shuffle, pickled)]
 
@@ -783,6 +874,29 @@ def test_a_mutated_input_gives_the_right_result_or_one_line(world, name):
             failures.append(f"seed {seed}: {change} {path}: {type(error).__name__} {str(error)[:300]}")
     assert not failures, "\n".join([f"{len(failures)} of {MUTATIONS}", *failures])
     assert MUTATIONS < 25 or right >= MUTATIONS // 20  # not all of them do harm
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_odd_names_links_rights_and_a_second_start_give_the_right_result_or_one_line(world, name):
+    right, failures = 0, []
+    for seed in range(max(MUTATIONS // 4, len(CIRCUMSTANCES))):
+        rng, folder = np.random.default_rng((seed, len(name), 1)), world.case(name)
+        circumstance = CIRCUMSTANCES[seed % len(CIRCUMSTANCES)]
+        try:
+            with circumstance(rng, folder, world.command(name)) as command:
+                code, said = run(folder, *command)
+            if code == 0:
+                CHECKS[name](world, folder)
+                right += 1
+            else:
+                last = said.strip().splitlines()
+                assert code == 1 and len(last) == 1 and last[0].startswith("error: "), said
+                finished = [file for file in final_files(folder) if not allowed(name, file)]
+                assert circumstance is twice or not finished, finished
+        except (Exception, AssertionError) as error:
+            failures.append(f"seed {seed}: {circumstance.__name__}: {type(error).__name__} {str(error)[:300]}")
+    assert not failures, "\n".join([f"{len(failures)} failures", *failures])
+    assert right >= 4
 
 
 def allowed(name, file):

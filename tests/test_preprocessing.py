@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests.conftest import TINY
 from tests.photos import write_mat
 from utils.clip import load_clip
+from utils.datasets import load_images
 from utils.preprocessing import PROCESSORS, choose, describe, record_of
 from utils.runtime.errors import UserError
 from utils.segmentation_set import SegmentationSet
@@ -118,6 +119,23 @@ def test_the_pixels_are_those_of_the_folders_image_processor(transformers, tmp_p
         transform = of_fields(tmp_path, fields)
         processor = getattr(transformers, f"{kind}Pil").from_pretrained(tmp_path)
         assert_same_pixels(transform, processor, images if values.get("do_convert_rgb", True) else pictures())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
+def test_pictures_of_a_data_set_get_there_with_their_transparency(transformers, tmp_path, mode):
+    """A folder's image processor puts them on white; open_clip drops what is transparent."""
+    (tmp_path / "photos/val/a").mkdir(parents=True)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 4), dtype=np.uint8), "RGBA")
+    image = image.quantize(32) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "photos/val/a/0.png")
+    fields = GEOMETRIES["shortest edge, crop"]
+    transform = of_fields(tmp_path / "model", fields)
+    processor = transformers.CLIPImageProcessorPil(**fields)
+    loaded = Image.open(tmp_path / "photos/val/a/0.png")
+    found, _ = load_images("folder", tmp_path / "photos", "val", transform)[0]
+    assert_allclose(found, processor(loaded, return_tensors="pt")["pixel_values"][0], atol=1e-5)
+    plain, _ = load_images("folder", tmp_path / "photos", "val", beside(tmp_path, {}))[0]
+    assert_allclose(plain, open_clips()(loaded.convert("RGB")), atol=1e-5)
 
 
 @pytest.mark.parametrize("resample", range(6))

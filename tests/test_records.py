@@ -15,7 +15,7 @@ from tests.conftest import TINY
 from tests.launcher import World, contents, the_line
 from utils.clip import load_clip
 from utils.datasets import load_images
-from utils.runtime.records import Digest, agrees, digest_of_file, digest_of_parts, plain, was
+from utils.runtime.records import Digest, agrees, digest_of_file, digest_of_parts, like_json, was
 
 NEW = ("preprocessing", "effects")  # keys that earlier versions did not write
 
@@ -109,11 +109,11 @@ def test_every_byte_of_the_images_counts(world, tmp_path, what):
 
 def test_values_of_earlier_versions_agree_at_any_depth():
     now = {"weights": Digest("new", "old"), "images": {"train": [Digest("b", "a")]}, "k": 5}
-    assert plain(now) == {"weights": "new", "images": {"train": ["b"]}, "k": 5}
+    assert like_json(now) == {"weights": "new", "images": {"train": ["b"]}, "k": 5}
     stored = [{"weights": w, "images": {"train": [x]}, "k": 5} for w, x in (("new", "b"), ("old", "b"), ("old", "a"))]
-    assert [agrees(found, plain(now)) for found in stored] == [True] * 3
-    assert [was(found, plain(now)) for found in stored] == [False, True, True]
-    assert not agrees({**stored[0], "k": 6}, plain(now)) and not agrees({"weights": "new"}, plain(now))
+    assert [agrees(found, like_json(now)) for found in stored] == [True] * 3
+    assert [was(found, like_json(now)) for found in stored] == [False, True, True]
+    assert not agrees({**stored[0], "k": 6}, like_json(now)) and not agrees({"weights": "new"}, like_json(now))
     assert agrees(None, Digest("new", None)) and not agrees(None, "new") and not agrees("other", Digest("new", None))
 
 
@@ -222,6 +222,28 @@ def test_results_of_an_earlier_version_are_compared_as_they_were_then(changed):
     image.write_bytes(image.read_bytes() + b"\0")  # another size, which it saw
     line = the_line(changed.run("full", changed.base, code=1))
     assert "made with other data; choose another --output_dir, or add --overwrite" in line
+
+
+def test_results_of_a_version_with_fewer_keys_are_compared_by_those_it_has(changed):
+    """Records of commit 91c760d have no number of the method, no classes and no content of texts."""
+    make_earlier(changed)
+    arrays = {name: content for name, content in contents(changed.base).items() if name.endswith(".npy")}
+    for path in changed.base.glob("*.meta.json"):
+        record = json.loads(path.read_text())
+        kept = {key: record[key] for key in record if key not in ("method_number", "folders", "class_names")}
+        path.write_text(json.dumps(kept))
+    for name in ("representations", "classifier", "pcas", "full", "pcas", "ablations"):
+        changed.run(name, changed.base)
+    after = contents(changed.base)
+    assert [name for name in arrays if after[name] != arrays[name]] == []
+
+
+def test_statistics_of_an_earlier_version_are_kept_beside_effects_that_were_made_again(changed):
+    """The new effects' records say what the earlier version would have written."""
+    make_earlier(changed)
+    changed.run("full", changed.base, "--overwrite")
+    printed = changed.run("pcas", changed.base)
+    assert printed.count("kept") == 4 and "made by an earlier version" in printed
 
 
 def test_later_stages_read_results_of_an_earlier_version(changed):

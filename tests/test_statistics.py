@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 import compute_pcas
+from tests.conftest import run_script
 from utils.ablation import ABLATIONS, Ablations, Rebuilt, Statistics, accuracies
 from utils.effects import FORMS, open_effects
 from utils.norms import CentredNorms
@@ -131,6 +134,24 @@ def test_directions_agree_with_numpy_whichever_side_is_longer(k, D):
 def test_a_neuron_without_effects_has_no_direction_and_no_nan():
     r, explained = principal_directions(torch.zeros(2, 5, 8))
     assert torch.isfinite(r).all() and torch.isfinite(explained).all()
+
+
+@pytest.mark.parametrize("keep", ["full", "top"])
+def test_copies_of_one_picture_leave_zeros_as_one_picture_does(tmp_path, tiny_model, keep):
+    """What is left of their effects is rounding, whose directions would be described."""
+    folder, output = tmp_path / "photos/train/a", tmp_path / "out"
+    folder.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(load_sample_images().images[0]).resize((40, 40)).save(folder / f"{i:02d}.png")
+    model = ["--model", tiny_model, "--pretrained", "random", "--output_dir", output, "--device", "cpu"]
+    layer = ["--dataset", "folder", "--mlp_layer", 1, "--top_k_pca", 5]
+    images = ["--data_path", tmp_path / "photos", "--num_workers", 0, "--batch_size", 5]  # the last batch is smaller
+    run_script("compute_second_order_neuron_prs.py", *model, *layer, *images, "--keep", keep)
+    printed = run_script("compute_pcas.py", *model, *layer).stdout
+    assert "the first component explains 0.0 %" in printed
+    found = {kind: np.load(next(output.glob(f"*_1_{kind}.npy"))) for kind in ("5_pca", "5_norm", "5_explained", "mean")}
+    assert not found["5_pca"].any() and not found["5_norm"].any() and not found["5_explained"].any()
+    assert (np.linalg.norm(found["mean"], axis=1) > 0).all()
 
 
 def test_too_few_images_for_the_components_are_refused(store, tmp_path):

@@ -7,7 +7,6 @@ classes are any two texts.
 
 import csv
 import io
-import json
 import random
 import re
 from pathlib import Path
@@ -21,7 +20,9 @@ from utils.concepts import word_scores
 from utils.datasets import IMAGENET, Images, Loader, classes_of, train_set_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json, save_atomic, save_json
+from utils.runtime.locks import Lock
 from utils.runtime.passes import pieces_of, walk
+from utils.runtime.records import agrees, like_json
 from utils.runtime.results import load_record
 from utils.sparse_coding import load_descriptions, load_texts
 
@@ -65,6 +66,11 @@ class Run:
         name = "_".join(re.sub(r"[^\w-]+", "-", part) for part in parts)
         self.folder = Path(place) / f"{name}_seed{seed}"
 
+    def lock(self):
+        """Keep other runs from the folder, inside a `with`."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return Lock(self.folder)
+
     def prepare(self, overwrite=False):
         """Make the folder. overwrite: delete all earlier results."""
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -86,8 +92,8 @@ class Run:
         content = read_json(path, "", f"remove it, or {scratch}")
         if not isinstance(content, dict) or "settings" not in content:
             raise UserError(f"{path} is damaged (it has no settings); remove it, or {scratch}")
-        earlier, settings = content["settings"], json.loads(json.dumps(settings))
-        differing = [key for key in settings | earlier if settings.get(key) != earlier.get(key)]
+        earlier, settings = content["settings"], like_json(settings)
+        differing = [key for key in settings | earlier if not agrees(earlier.get(key), settings.get(key))]
         if differing:
             raise UserError(f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --dataset_path")
         print(f"kept {path}")
@@ -187,9 +193,9 @@ class NeuronWords:
     @classmethod
     def load(cls, results, clip, layers, **names):
         """Read those of some layers. results: `Results`. names: dataset, texts, components, alpha, k: in the files' names."""
-        sizes, expected = clip.vit.sizes, {"fingerprint": clip.fingerprint}
-        pcas = {layer: results.load("pca", sizes, expected, layer=layer, **names) for layer in layers}
-        expected = {**expected, "top_k_pca": names["k"]}
+        sizes = clip.vit.sizes
+        pcas = {layer: results.load("pca", sizes, clip.expected, layer=layer, **names) for layer in layers}
+        expected = {"fingerprint": clip.fingerprint, "top_k_pca": names["k"]}
         return cls(pcas, {layer: load_descriptions(results, sizes, expected, layer=layer, **names) for layer in layers})
 
     def mine(self, v, neurons_num, seed=None, shares=None):

@@ -1,13 +1,17 @@
-"""Weights as people have them: wrapped state dicts, common prefixes, other layouts, and Hugging Face's `CLIPModel`.
+"""Weights as people have them: wrapped state dicts, prefixes, shards, and Hugging Face's `CLIPModel`.
 
 Files are judged by their content. Nothing that they contain is run.
 """
 
+import codecs
 import contextlib
 import json
+import os
 import re
+import shlex
 import zipfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +19,33 @@ import open_clip
 import torch
 from open_clip.factory import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed, set_model_preprocess_cfg
-from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
+from utils.runtime.results import file_and_key
+from utils.tokenizers import load_tokenizer
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "model_ema", "net", "module")  # keys under which weights may lie
+# Keys under which weights may lie. Of several the first is taken: trained weights before averaged ones
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "ema", "model_ema")
+FOLDER = (  # files of a folder that may hold its weights, or say which do
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+MARK = re.compile(r"(?:(.*)\.)?((?:visual|vision_model)\..+)")  # a prefix, and a name of a CLIP's image tower
+BUFFERS = re.compile(
+    r"(^|\.)(position_ids|attn_mask|num_batches_tracked|inv_freq|freqs_(cos|sin)|(rope|rotary_emb)\.\w+)$",
+)
+CUT_OFF = re.compile("incomplete|header length|header too|central directory|not a zip|EOF|truncated|Ran out")
+KEEP = (  # for a user who trusts a file: saves its tensors, in the dicts where they lie
+    "import torch; keep = lambda x: {k: v if torch.is_tensor(v) else keep(v) "
+    "for k, v in (x.state_dict() if isinstance(x, torch.nn.Module) else x).items() "
+    "if isinstance(v, (dict, torch.Tensor, torch.nn.Module))}; "
+    'torch.save(keep(torch.load(%s, map_location="cpu", weights_only=False)), "tensors.pt")'
+)
 CORE = getattr(np, "_core", None) or np.core  # its name since numpy 2
 NUMPY = [CORE.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?"))]
 
@@ -47,63 +70,204 @@ HF_PARTS = (  # patterns, in order; what is left of the name stays
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
     (r"\.mlp\.fc2\.", ".mlp.c_proj."),
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+    (r"^vision_model\.", "visual."),
+    (r"^text_model\.", "transformer."),
 )
 TRANSPOSED = ("visual.proj", "text_projection")
 
 
-def read_checkpoint(path):
-    """The tensors of a file {name: tensor}, on the CPU, wherever they lie in it. Raises UserError when it has none."""
-    path = Path(path)
+def read_checkpoint(pretrained):
+    """The tensors of a checkpoint {name: tensor}, on the CPU, wherever they lie in it.
+
+    pretrained: FILE, or FILE::KEY for one of several state dicts. FILE may be an index of shards.
+
+    Raises UserError when there are none, or several among which only the user can choose.
+    """
+    file, key = file_and_key(str(pretrained))
+    path = Path(file)
     if path.is_dir():
         raise UserError(f"--pretrained {path} is a folder; for a folder with a config use --model local-dir:{path}")
     if not path.is_file():
         raise UserError(f"--pretrained {path}: there is no such file")
-    return weights_in(_read(path), path)
+    content = read_file(path)
+    found = state_dicts(content)
+    if not found:
+        names = list(map(str, content)) if isinstance(content, dict) else [f"a {type(content).__name__}"]
+        raise UserError(f"{path} has no state dict; it has {', '.join(names[:8]) or 'nothing'}")
+    towers = {name: state for name, state in found.items() if any(map(MARK.match, state))}
+    state = choose(towers or found, key, path)
+    if path.name.startswith("adapter_model.") or any("lora_" in name for name in state):
+        raise UserError(
+            f"{path} holds a LoRA adapter, which only changes the weights of another model; merge it into "
+            "that one (peft: merge_and_unload), save the result, and give that file"
+        )
+    return state
 
 
-def _read(path):
-    """What a file holds, by its first bytes: safetensors begin with the length of a json header."""
+def read_file(path, shards=True):
+    """Read what a file holds, judged by its first bytes.
+
+    shards: whether it may be an index of others, which are read then.
+
+    Raises UserError, which calls it by its name, for what is no weights file.
+    """
     with open(path, "rb") as file:
-        start = file.read(9)
+        start = file.read(1024)
+    text = as_text(start)
+    if text is not None:
+        return read_text(path, text, shards)
     try:
-        if start[8:9] == b"{":
+        if start[8:9] == b"{":  # safetensors begin with the length of a json header
             return load_file(path)
-        if start.startswith(b"PK") and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        inside = zipfile.ZipFile(path).namelist() if start.startswith(b"PK") else []
+        if any(name.endswith("constants.pkl") for name in inside):
             raise UserError(
-                f"{path} is a TorchScript archive, and no code that a file holds is run; for OpenAI's weights use --pretrained "
-                "openai, or save the state dict alone: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+                f"{path} is a TorchScript archive, and no code that a file holds is run; for OpenAI's weights "
+                "use --pretrained openai, or save the state dict alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
             )
-        with torch.serialization.safe_globals(NUMPY), open(path, "rb") as file:  # by its path torch would go by the ending
+        # Opened here, because torch would go by the ending of a path
+        with torch.serialization.safe_globals(NUMPY), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch, zipfile, pickle and safetensors each raise their own
-        refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"global (\S+)", str(error))
-        if refused:
-            raise UserError(
-                f"{path} holds a {refused[1]}, and nothing but tensors and numbers is read from a file; where you trust it, save "
-                "the weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
-            ) from error
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", one_line(error))[:120]
-        why = f"{path} cannot be read as a checkpoint ({reason})"
-        raise UserError(f"{why}; it has to be a state dict, as safetensors or from torch.save") from error
+        raise UserError(why_unreadable(path, error)) from error
 
 
-def weights_in(content, path):
-    """Find the state dict in what a file holds: itself, or under one of WRAPPERS. Without a prefix common to all its names."""
-    found = content
-    for _ in range(len(WRAPPERS)):
-        if isinstance(found, dict) and any(isinstance(value, torch.Tensor) and "." in str(name) for name, value in found.items()):
-            break
-        inner = [found[key] for key in WRAPPERS if isinstance(found, dict) and isinstance(found.get(key), dict)]
-        if not inner:
-            has = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else f"a {type(content).__name__}"
-            raise UserError(f"{path} has no state dict under {', '.join(WRAPPERS)}; it has {has or 'nothing'}")
-        found = inner[0]
-    state = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    while len({name.split(".")[0] for name in state}) == 1 and all("." in name for name in state):
-        state = {name.split(".", 1)[1]: value for name, value in state.items()}
-    return state
+def as_text(start):
+    """The first bytes of a file as text, None where they are not."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(start)
+    except UnicodeDecodeError:
+        return None
+    return text if "".join(text.split()).isprintable() else None
+
+
+def read_text(path, text, shards):
+    """The weights to which an index of shards points; UserError for any other text. text: its beginning."""
+    text = text.strip()
+    what = f"it is text, and begins with {text[:20]!r}; give the weights file"
+    if not text:
+        what = "it is empty; download it again"
+    elif text.startswith("version https://git-lfs"):
+        what = "it is a Git LFS pointer and not the file itself; run git lfs pull in its folder"
+    elif text.startswith("<"):
+        what = "it is a web page and not the file itself; download that by its direct link"
+    elif text.startswith(("{", "[")):
+        what = "it is a json file without an index of shards; give the weights file"
+        with contextlib.suppress(ValueError):
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            if shards and isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
+                return read_shards(path, content["weight_map"])
+    raise UserError(f"{path} cannot be read as a checkpoint: {what}")
+
+
+def read_shards(path, places):
+    """The tensors of all shards of an index. places: {name: file beside the index}."""
+    weights = {}
+    for name in sorted(set(map(str, places.values()))):
+        shard = path.parent / name
+        if Path(name).name != name or "\\" in name:
+            raise UserError(f"{path} names the shard {name!r}, and shards have to lie beside it; correct it")
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing, which {path.name} names; download it, too")
+        content = read_file(shard, shards=False)
+        if not isinstance(content, dict):
+            raise UserError(f"{shard} holds a {type(content).__name__} and no state dict; download it again")
+        weights |= content
+    return weights
+
+
+def why_unreadable(path, error):
+    """What a user should know of an error that torch, zipfile, pickle or safetensors raised."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    refused = re.search(r"GLOBAL (\S+)", text) or re.search(r"global (\S+)", text)
+    if refused:
+        command = shlex.join(["python", "-c", KEEP % json.dumps(str(path), ensure_ascii=False)])
+        return (
+            f"{path} holds a {refused[1]}, and nothing but tensors and numbers is read from a file; where "
+            f"you trust it, save the weights alone, as tensors.pt: {command}"
+        )
+    if CUT_OFF.search(f"{type(error).__name__} {text}"):
+        return f"{path} cannot be read as a checkpoint: it is cut off or damaged; download it again"
+    reason = one_line(text.rpartition("WeightsUnpickler error: ")[2])
+    reason = "" if "weights_only" in reason else f" ({reason[:120]})"  # a flag of torch that nobody gave
+    fix = "it has to be a state dict, as safetensors or from torch.save"
+    return f"{path} cannot be read as a checkpoint{reason}; {fix}"
+
+
+def state_dicts(content, key="", depth=4):
+    """Find every state dict in what a file holds: {key: {name: tensor}}.
+
+    The key of a dict inside of another one is KEY.KEY. Names have no prefix before those of a CLIP; where
+    several prefixes share names, each is a key of its own.
+    """
+    if not isinstance(content, dict):
+        return {}
+    found = {}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if any("." in name for name in tensors):
+        for prefix, state in without_prefix(tensors).items():
+            found[".".join(filter(None, [key, prefix]))] = state
+    for name, value in content.items() if depth else ():
+        found |= state_dicts(value, f"{key}.{name}" if key else str(name), depth - 1)
+    return found
+
+
+def without_prefix(tensors):
+    """Take the prefixes off the names of a state dict: {prefix: {name: tensor}}.
+
+    Each has also what is under none of them. {"": {name: tensor}} where all have the same prefix, or none.
+    """
+    names = {}  # prefix: those of the image tower
+    for name in tensors:
+        if mark := MARK.match(name):
+            names.setdefault(mark[1] or "", set()).add(mark[2])
+    if not names:  # another layout
+        while len({name.split(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+            tensors = {name.split(".", 1)[1]: value for name, value in tensors.items()}
+        return {"": tensors}
+    main = max(names.values(), key=len)
+    prefixes = sorted((prefix for prefix, those in names.items() if those & main), key=len, reverse=True)
+    found = {prefix: {} for prefix in reversed(prefixes)}
+    for name, value in tensors.items():
+        prefix = next((prefix for prefix in prefixes if not prefix or name.startswith(f"{prefix}.")), None)
+        for own in prefixes if prefix is None else [prefix]:
+            found[own][name if prefix is None else name.removeprefix(f"{prefix}.")] = value
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
+
+
+def choose(found, key, path):
+    """Take one of {key: state dict}: that of a key, the only one, or the first in the order of WRAPPERS.
+
+    Raises UserError for an unknown key, and where WRAPPERS has none of several.
+    """
+    under = " and ".join(name or "the top level" for name in found)
+    first = next(iter(found))
+    if key is not None:
+        those = [name for name in found if f"{name}.".startswith(f"{key}.")]  # KEY, or the only KEY.KEY below it
+        if len(those) != 1 and key not in found:
+            raise UserError(f"{path} has no weights under {key}, but under {under}: {_flag(path, first)}")
+        return found[key if key in found else those[0]]
+    if len(found) == 1:
+        return found[first]
+    parts = [name.split(".") for name in found]
+    shared = len(os.path.commonprefix(parts))
+    differing = [".".join(part[shared:]).split(".")[0] for part in parts]  # "" for one around the others
+    taken = []
+    for wrapper in ("", *WRAPPERS):
+        taken = taken or [name for name, part in zip(found, differing, strict=True) if part == wrapper]
+    if len(taken) != 1:
+        raise UserError(f"{path} has weights under {under}; choose one of them: {_flag(path, first)}")
+    others = [name for name in found if name not in taken]
+    other = f"for {'the other' if len(others) == 1 else 'another'}: {_flag(path, others[0])}"
+    print(f"note: {path} has weights under {under}; {taken[0] or 'the top level'} is taken; {other}")
+    return found[taken[0]]
+
+
+def _flag(path, key):
+    return f"--pretrained {path}::{key}" if key else f"--pretrained {path}"
 
 
 def is_hugging_face(state):
@@ -129,32 +293,47 @@ def convert_hugging_face(state):
     }
 
 
-def load_weights(model, path):
-    """Load a checkpoint into an open_clip model, in float32. Preprocessing comes from a config beside the file, if there is one.
-
-    Raises UserError when the weights do not fit, or when the config says that they were trained with another activation.
-    """
-    state, own = {name: value.float() for name, value in read_checkpoint(path).items()}, model.state_dict()
+def renamed(model, state):
+    """The weights of any known layout under the names of an open_clip model."""
+    own = model.state_dict()
     if is_hugging_face(state):
         state = convert_hugging_face(state)
-    quick, preprocess = read_beside(Path(path).parent)
-    has_quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.visual.modules())
-    if quick not in (None, has_quick):
-        trained, right = ("QuickGELU", "with") if quick else ("GELU", "without")
-        raise UserError(f"{path} was trained with {trained}, says the config beside it; use the --model {right} -quickgelu")
-    set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, **preprocess})
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
     elif "positional_embedding" in own and "text.positional_embedding" in state:
         state = {name.removeprefix("text."): value for name, value in state.items()}
-    state = convert_state_dict(model, state)
+    return convert_state_dict(model, state)
+
+
+def load_weights(model, path, image_only=False):
+    """Load a checkpoint into an open_clip model, in float32.
+
+    path: as `read_checkpoint` takes it.
+    image_only: whether the text tower may be missing; then it is removed from the model.
+
+    Raises UserError when the weights do not fit, or when the config says that they were trained with another activation.
+    """
+    state = {name: value.float() for name, value in read_checkpoint(path).items()}
+    own = model.state_dict()
+    path = file_and_key(str(path))[0]
+    quick = read_beside(Path(path).parent)
+    has_quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.visual.modules())
+    if quick not in (None, has_quick):
+        trained, right = ("QuickGELU", "with") if quick else ("GELU", "without")
+        raise UserError(f"{path} was trained with {trained}, says the config beside it; use the --model {right} -quickgelu")
+    state = renamed(model, state)
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
         elif name in own:
             state[name] = torch.zeros_like(own[name])  # no effect on what is embedded
-    refuse([f"{name} is missing" for name in own if name not in state and not name.endswith("position_ids")], path)
-    refuse([f"it has {name}" for name in state if name not in own], path)
+    if lacks_text(own, state):
+        remove_text(model, path, image_only)
+        own = model.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("position_ids")]
+    refuse([f"{name} is missing" for name in missing], path)
+    leave([name for name in state if name not in own], {name.split(".")[0] for name in own}, path)
+    state = {name: value for name, value in state.items() if name in own}
     with contextlib.suppress(AssertionError):  # of another width: refused below
         resize_pos_embed(state, model)
         resize_text_pos_embed(state, model)
@@ -163,70 +342,104 @@ def load_weights(model, path):
     model.load_state_dict(state, strict=False)
 
 
+def lacks_text(own, state):
+    """Whether a state dict has a whole image tower and no layer of the text tower. own: that of the model."""
+    of_text = [name for name in own if "transformer." in name and not name.startswith("visual.")]
+    whole = all(name in state for name in own if name.startswith("visual."))
+    return whole and not any(name in state for name in of_text)
+
+
+def remove_text(model, path, image_only):
+    """Remove the text tower of a model, so that no random weights are taken for those of its checkpoint."""
+    if not image_only:
+        raise UserError(
+            f"{path} has no text tower, and texts are embedded here; give a checkpoint that has one, such as "
+            "that of the model from which it was tuned"
+        )
+    print(f"note: {path} has no text tower; stages that embed texts need a checkpoint with one")
+    for name in {name.split(".")[0] for name in model.state_dict()} - {"visual", "logit_scale", "logit_bias"}:
+        delattr(model, name)
+
+
+def leave(names, towers, path):
+    """Name what a checkpoint has besides the model's weights. Raises UserError when it belongs to a tower.
+
+    towers: the first parts of the names of their weights.
+    """
+    weights = [name for name in names if not BUFFERS.search(name)]
+    refuse([f"it has {name}" for name in weights if name.split(".")[0] in towers], path)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        first = ", ".join(names[:3])
+        print(f"note: {path} also holds {first}{more}, which are no weights of the towers; left")
+
+
+def weights_file(folder):
+    """The file with the weights of a `CLIPModel`'s folder, or the index of their shards; None without one."""
+    return next((folder / name for name in FOLDER if (folder / name).is_file()), None)
+
+
 def refuse(problems, path):
     """Raise UserError if there are differences between a checkpoint and the model, with the first of them."""
     if problems:
         more = f" and {len(problems) - 1} more differences" if len(problems) > 1 else ""
-        raise UserError(f"{path} does not fit the model: {problems[0]}{more}; choose another --model or --pretrained")
+        fix = "choose another model or other weights"
+        raise UserError(f"{path} does not fit the model: {problems[0]}{more}; {fix}")
 
 
 def read_beside(folder):
-    """What the configs beside a weights file say: whether the activation is QuickGELU, None if they do not; preprocessing."""
+    """Whether the activation is QuickGELU, as the configs beside a weights file say; None if they do not."""
     if config := read_config(folder):
-        return quick_gelu_of(config), preprocessing_of(config)
+        return quick_gelu_of(config)
     try:
         config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        known = {key: config.get("preprocess_cfg", {}).get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
-        return config["model_cfg"].get("quick_gelu", False), {key: value for key, value in known.items() if value is not None}
+        return config["model_cfg"].get("quick_gelu", False) if "model_cfg" in config else None
     except FileNotFoundError:
-        return None, {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/open_clip_config.json is damaged ({one_line(error)[:100]})") from error
 
 
 def read_config(folder):
-    """The config of a `CLIPModel` in a folder, with its preprocessing under "preprocess"; {} if there is none."""
+    """The config of a `CLIPModel` in a folder; {} if there is none."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        preprocess = Path(folder) / "preprocessor_config.json"
-        config["preprocess"] = json.loads(preprocess.read_text(encoding="utf-8")) if preprocess.is_file() else {}
+        return config if config.get("model_type") == "clip" and "vision_config" in config else {}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder}/config.json or preprocessor_config.json is damaged ({one_line(error)[:100]})") from error
-    return config if config.get("model_type") == "clip" and "vision_config" in config else {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json is damaged ({one_line(error)[:100]})") from error
 
 
-def model_of_config(config):
-    """An open_clip model of the shape, activation and preprocessing of a `CLIPModel`'s config, and a maker of its tokenizer."""
+def model_of_config(config, folder):
+    """An open_clip model of the shape and activation of a `CLIPModel`'s config, and a maker of its tokenizer.
+
+    folder: where its tokenizer's files are.
+    """
     vision, text = config["vision_config"], config["text_config"]
     D = config.get("projection_dim", 512)
     side = vision.get("image_size", 224)
 
     def tower(part, width, heads, layers):
         width, heads = part.get("hidden_size", width), part.get("num_attention_heads", heads)
-        return width, heads, part.get("num_hidden_layers", layers), part.get("intermediate_size", 4 * width) / width
+        ratio = (part.get("intermediate_size", 4 * width) + 0.5) / width  # open_clip rounds the product down
+        return width, heads, part.get("num_hidden_layers", layers), ratio
 
     width, heads, layers, ratio = tower(vision, 768, 12, 12)
     towers = {"vision_cfg": {"image_size": side, "patch_size": vision.get("patch_size", 32), "width": width, "layers": layers}}
     towers["vision_cfg"] |= {"head_width": width // heads, "mlp_ratio": ratio}
     width, heads, layers, ratio = tower(text, 512, 8, 12)
-    context = text.get("max_position_embeddings", 77)
-    towers["text_cfg"] = {"context_length": context, "vocab_size": text.get("vocab_size", 49408), "width": width, "heads": heads}
-    towers["text_cfg"] |= {"layers": layers, "mlp_ratio": ratio}
+    towers["text_cfg"] = {"width": width, "heads": heads, "layers": layers, "mlp_ratio": ratio}
+    towers["text_cfg"]["context_length"] = text.get("max_position_embeddings", 77)
+    towers["text_cfg"]["vocab_size"] = text.get("vocab_size", 49408)
+    end = text.get("eos_token_id", 49407)
+    if end != 2:  # old configs have 2 whatever the end token is; then transformers reads at the largest one
+        towers["text_cfg"] |= {"pool_type": "eos", "eos_id": end}
     model = open_clip.CLIP(D, **towers, quick_gelu=quick_gelu_of(config))
     set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
-    return model, lambda: SimpleTokenizer(context_length=context)
+    return model, partial(load_tokenizer, Path(folder), text)
 
 
 def quick_gelu_of(config):
     """Whether a `CLIPModel`'s config has the activation QuickGELU."""
     return config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
-
-
-def preprocessing_of(config):
-    """Mean, deviation and interpolation of a `CLIPModel`'s preprocessing, under open_clip's names."""
-    given = config["preprocess"]
-    chosen = {"mean": given.get("image_mean"), "std": given.get("image_std")}
-    chosen["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(given.get("resample"))
-    return {key: value for key, value in chosen.items() if value is not None}

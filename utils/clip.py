@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import snapshot_download
-from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from utils import checkpoints
+from utils import checkpoints, preprocessing, tokenizers
 from utils.hooked_vit import HookedViT
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
+from utils.runtime.records import Digest, digest_of_parts
 from utils.runtime.results import is_checkpoint_path, model_name, pretrained_name
 
 
@@ -29,7 +30,7 @@ class Clip:
 
     vit, device: the image tower; where the model is.
     text: the open_clip model, which embeds texts; None where only the image tower was asked for.
-    transform: PIL image -> [3, side, side], as in open_clip's validation.
+    transform: PIL image -> [3, height, width], as `utils.preprocessing.choose` gives it.
     load_tokenizer: () -> `tokenizer`; some come from the hub, so it is asked for where texts are.
     record: what results say about the model: names, precision where it is not float32, fingerprint of the weights.
     """
@@ -46,14 +47,29 @@ class Clip:
         """List of texts -> tokens [texts, context]. Raises UserError when it can neither be found nor fetched."""
         try:
             return self.load_tokenizer()
+        except UserError:
+            raise
         except Exception as error:  # the hub and transformers raise their own
             why = f"the tokenizer of --model {self.record['model']} could not be loaded: {one_line(error)[:160]}"
             raise UserError(why) from error
 
     @property
+    def text_record(self):
+        """What results about texts say about the model: `record`, and a digest of a folder's own tokenizer, if it has one."""
+        digest = getattr(self.tokenizer, "digest", None)
+        if digest is None:
+            return self.record
+        return {**self.record, "tokenizer": Digest(digest, None) if self.tokenizer.is_openais() else digest}
+
+    @property
     def fingerprint(self):
         """As `weights_fingerprint` gives it."""
         return self.record["fingerprint"]
+
+    @property
+    def expected(self):
+        """What records of results about images must agree with: weights and preprocessing."""
+        return {"fingerprint": self.fingerprint, "preprocessing": self.transform.digest}
 
 
 def load_clip(model, pretrained, device, seed=0, precision="float32", image_only=False):
@@ -71,32 +87,39 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     device = torch.device(device)
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a mode of CUDA GPUs; use float32 or bfloat16")
+    given = f"--model {model}"
+    if not model.startswith(("hf-hub:", "hf:", "local-dir:")):
+        given += f" --pretrained {pretrained}"
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            clip, load_tokenizer = _create(model, pretrained)
+            folder = _hugging_face_folder(model)
+            clip, load_tokenizer = _create(model, pretrained, folder, image_only)
             clip = clip.to(device).eval().requires_grad_(False)
     except UserError:
         raise
     except Exception as error:  # open_clip, torch, safetensors and the hub each raise their own
-        raise UserError(f"--model {model} --pretrained {pretrained} could not be loaded: {one_line(error)[:200]}") from error
+        raise UserError(f"{given} could not be loaded: {one_line(error)[:200]}") from error
     if not all(parameter.isfinite().all() for parameter in clip.parameters()):
-        raise UserError(f"the weights of --model {model} --pretrained {pretrained} hold NaN or infinity; use another checkpoint")
+        raise UserError(f"the weights of {given} hold NaN or infinity; use another checkpoint")
     vit = HookedViT(clip.visual, precision)
-    transform = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    transform = preprocessing.choose(model, pretrained, clip.visual, folder)
     record = {"model": model_name(model), "pretrained": pretrained_name(model, pretrained)}
     record |= {} if precision == "float32" else {"precision": precision}
     record["fingerprint"] = weights_fingerprint(clip)
     return Clip(vit, None if image_only else clip, transform, load_tokenizer, record=record, device=device)
 
 
-def _create(model, pretrained):
-    """The open_clip model on the CPU, and a function that makes its tokenizer."""
+def _create(model, pretrained, folder, image_only):
+    """The open_clip model on the CPU, and a function that makes its tokenizer. folder: of a `CLIPModel`; else None."""
     name = _register_config(model) if model.endswith(".json") else model
-    folder = _hugging_face_folder(name)
     if folder is not None:
-        clip, load_tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder))
-        checkpoints.load_weights(clip, folder / "model.safetensors")
+        weights = checkpoints.weights_file(folder)
+        if weights is None:
+            files = ", ".join(checkpoints.FOLDER)
+            raise UserError(f"--model {name}: {folder} has no weights; put one of {files} there")
+        clip, load_tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder), folder)
+        checkpoints.load_weights(clip, weights, image_only)
         return clip, load_tokenizer
     if name.startswith(("hf-hub:", "local-dir:")):
         return open_clip.create_model(name, require_pretrained=True), partial(open_clip.get_tokenizer, name)
@@ -105,7 +128,7 @@ def _create(model, pretrained):
         with _without_notes():
             clip = open_clip.create_model(name, pretrained_text=False)  # else the hub is asked for a text tower's weights
         if pretrained != "random":
-            checkpoints.load_weights(clip, pretrained)
+            checkpoints.load_weights(clip, pretrained, image_only)
     else:
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         clip = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
@@ -132,24 +155,34 @@ def _hugging_face_folder(name):
         return folder if checkpoints.read_config(folder) else None
     if not name.startswith("hf:"):
         return None
-    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    files = ["config.json", "preprocessor_config.json", "processor_config.json"]
+    files += [*tokenizers.WHOLE, *tokenizers.PARTS]
     try:
-        folder = Path(snapshot_download(name.removeprefix("hf:"), allow_patterns=files))
+        for form in ("model{}.safetensors", "pytorch_model{}.bin"):  # .bin only where there is nothing else
+            files += [form.format(""), form.format("-*"), form.format("") + ".index.json"]
+            folder = Path(snapshot_download(name.removeprefix("hf:"), allow_patterns=files))
+            if checkpoints.weights_file(folder):
+                break
     except Exception as error:  # the hub has many
         raise UserError(
             f"--model {name} is neither in the local cache nor could it be fetched: {one_line(error)[:160]}"
         ) from error
-    if not checkpoints.read_config(folder) or not (folder / "model.safetensors").is_file():
+    if not checkpoints.read_config(folder) or not checkpoints.weights_file(folder):
         raise UserError(
-            f"--model {name} is no CLIPModel with a model.safetensors; for open_clip's own models use hf-hub:ORG/NAME"
+            f"--model {name} is no CLIPModel of the transformers library with its weights; for open_clip's own "
+            "models use hf-hub:ORG/NAME"
         )
     return folder
 
 
 def _register_config(path):
-    """Make a model-config json known to open_clip; returns the name that it has there."""
+    """Make a model-config json known to open_clip; returns the name that it has there.
+
+    The hub's has the config under `model_cfg`, and `utils.preprocessing` reads what is beside that.
+    """
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = config["model_cfg"] if "model_cfg" in config else config
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     except FileNotFoundError as error:
         raise UserError(f"--model {path}: there is no such file; give an open_clip name or the path of a config json") from error
@@ -159,8 +192,12 @@ def _register_config(path):
         folder = Path(path).parent
         instead = f"; it is one of the transformers library: use --model local-dir:{folder}" if "vision_config" in config else ""
         raise UserError(f"--model {path} is not an open_clip model config: it has no {', '.join(missing)}{instead}")
-    open_clip.add_model_config(path)
-    return Path(path).stem
+    name = model_name(path)
+    with tempfile.TemporaryDirectory() as folder:  # open_clip reads configs from files alone
+        file = Path(folder) / f"{name}.json"
+        file.write_text(json.dumps(config))
+        open_clip.add_model_config(file)
+    return name
 
 
 def _check_names(name, pretrained):
@@ -188,9 +225,13 @@ def _near(word, choices):
 
 
 def weights_fingerprint(model):
-    """Twelve hex digits that change when the weights do: a hash over 1,024 evenly spaced entries of every tensor."""
-    digest = hashlib.sha256()
+    """A `Digest` of all bytes of all weights, in float32. Earlier versions took 1,024 evenly spaced entries of every tensor."""
+    now, earlier = hashlib.sha256(), hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+        header = f"{name}{tuple(tensor.shape)}".encode()
+        entries = tensor.reshape(-1).float().cpu()
+        now.update(header)
+        now.update(digest_of_parts([block.numpy() for block in entries.split(2**20)]).encode())
+        earlier.update(header)
+        earlier.update(entries[:: max(1, len(entries) // 1024)].numpy().tobytes())
+    return Digest(now.hexdigest()[:16], earlier.hexdigest()[:12])

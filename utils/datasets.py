@@ -4,9 +4,11 @@ import gc
 import hashlib
 import os
 import re
+import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,16 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
+from utils.folders import BESIDE, entries, find_pictures, is_folder, is_picture, reading, tell
+from utils.preprocessing import Preprocessing, describe, on_white
 from utils.runtime import memory
+from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_texts
+from utils.runtime.records import Digest, digests_of_files
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, in the order of the classes
 STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}  # the paper's 5,124 and 5,000 images
@@ -60,8 +65,10 @@ class Images(Dataset):
         if not isinstance(image, str):
             return image
         try:
-            return to_rgb(Image.open(image))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            opened = Image.open(image)
+            white = isinstance(self.transform, Preprocessing) and self.transform.record["transparent"] == "white"
+            return to_rgb(on_white(opened) if white else opened)
+        except Exception as error:  # what a damaged file raises depends on its format
             what = f"the image {image} cannot be read ({one_line(error)[:100]})"
             raise UserError(f"{what}; fix or remove it, and run the same command again") from error
 
@@ -70,16 +77,39 @@ class Images(Dataset):
         """int64 [images]."""
         return torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy()
 
-    @property
+    @cached_property
+    def digests(self):
+        """What tells each image from others: 16 hex digits over all its bytes, its name and its label.
+
+        Raises UserError for a file that cannot be read.
+        """
+        files = digests_of_files([image for image, _ in self.samples if isinstance(image, str)])
+        found = []
+        for image, label in tqdm(self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero()):
+            if not isinstance(image, str):
+                item = f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+            else:
+                try:
+                    item = f"{Path(image).parts[-2:]} {next(files)}"
+                except OSError as error:
+                    what = f"the image {error.filename} cannot be read ({error.strerror})"
+                    raise UserError(f"{what}; fix or remove it, and run the same command again") from error
+            found.append(hashlib.sha256(f"{item} {label}".encode("utf-8", "surrogateescape")).hexdigest()[:16])
+        return found
+
+    @cached_property
     def record(self):
-        """What results say about the images. `data` changes when images come, go, or change name or bytes; not with the root,
-        which is noted as `data_path`."""
-        digest = hashlib.sha256()
+        """What results say about the images and how they are read. `data` changes when images come, go, or change name or bytes;
+        not with the root, which is noted as `data_path`."""
+        earlier = hashlib.sha256()  # as versions did that looked at sizes
         for image, label in self.samples:
-            item = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
-            digest.update(f"{item} {label}\n".encode())
+            size = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
+            earlier.update(f"{size} {label}\n".encode())
+        now = hashlib.sha256("".join(self.digests).encode())
+        data = Digest(now.hexdigest()[:16], earlier.hexdigest()[:12])
         where = {"data_path": os.path.abspath(self.data_path)} if self.data_path else {}
-        return {"dataset": self.dataset, "split": self.split, "data": digest.hexdigest()[:12], **where}
+        how = {"preprocessing": self.transform.digest} if isinstance(self.transform, Preprocessing) else {}
+        return {"dataset": self.dataset, "split": self.split, "data": data, **how, **where}
 
     @property
     def classes(self):
@@ -87,24 +117,18 @@ class Images(Dataset):
         return {"folders": self.folders, "class_names": self.class_names}
 
     def summary(self):
-        """One line to see at a glance whether these are the images that were meant."""
+        """Lines to see at a glance whether these are the images that were meant, and what the model gets of them."""
         modes = Counter(mode_of(image) for image, _ in self.samples)
         other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB")
         counts = f"{len(self)} of {pairing(**self.classes)}"
-        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{scale_of(self.transform)}"
+        how = f"\n{describe(self.transform)}" if isinstance(self.transform, Preprocessing) else ""
+        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{how}"
 
 
 def pairing(folders, class_names):
     """How many classes there are, and which name the first and the last folder have."""
     first, last = (f"{folders[i]} = {class_names[i]}" for i in (0, -1))
     return f"{len(folders)} classes ({first}, ..., {last})"
-
-
-def scale_of(transform):
-    """Mean and deviation that a transform takes off, in words; nothing if it does not."""
-    normal = next((step for step in getattr(transform, "transforms", ()) if hasattr(step, "mean")), None)
-    words = (" ".join(f"{float(value):.3f}" for value in values) for values in (normal.mean, normal.std)) if normal else ()
-    return "; mean {}, std {}".format(*words) if normal else ""
 
 
 def mode_of(image):
@@ -116,7 +140,7 @@ def mode_of(image):
             warnings.simplefilter("ignore")  # they are counted when the picture is read
             with Image.open(image) as opened:
                 return opened.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # as in `picture`
         return "RGB"
 
 
@@ -215,22 +239,22 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     data_path, split: ROOT; train or val, for `folder` the name of a folder.
     transform: PIL image -> [3, side, side].
     subsample: stride, None for the paper's.
-    class_names: a text file for `folder`, a name a line.
+    class_names: a text file for `folder`, a name a line, as in `names_for`.
 
-    Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there). Raises UserError for missing or
-    empty folders, an unknown split, a wrong number of names, or fewer images than the stride.
+    Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there). With a
+    transform, prints what was found and what was left out. Raises UserError for missing or empty folders, an
+    unknown split, names that do not fit the folders, or fewer images than the stride.
     """
+    left_out = Counter()
     if dataset in CIFAR:
         samples, folders = _cifar(dataset, data_path, split)
         names = folders
     elif dataset in IMAGENET:
-        samples, folders, names = _imagenet(dataset, data_path, split), WNIDS, list(IMAGENET_CLASSNAMES)
+        samples, left_out = _imagenet(dataset, data_path, split)
+        folders, names = WNIDS, list(IMAGENET_CLASSNAMES)
     else:
-        samples, folders = _class_folders(Path(data_path) / split, data_path, split)
-        names = [folder.replace("_", " ") for folder in folders] if class_names is None else read_texts(class_names)
-        if len(names) != len(folders):
-            counts = f"{len(names)} names, and the data set has {len(folders)} class folders"
-            raise UserError(f"--class_names {class_names} has {counts}")
+        samples, folders, left_out = _class_folders(Path(data_path) / split, data_path, split)
+        names = names_for(folders, class_names)
     stride = subsample or STRIDES.get((dataset, split), 1)
     count = len(samples) // stride
     if count == 0:
@@ -239,6 +263,7 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     images = Images(taken, list(folders), names, transform, **where)
     if transform is not None:
         print(images.summary())
+        tell(left_out)
     return images
 
 
@@ -253,56 +278,92 @@ def classes_of(dataset, data_path=None, split="val", class_names=None):
     return load_images(dataset, data_path, split, class_names=class_names).classes
 
 
-class _ClassFolders(ImageFolder):
-    """Class folders by name, or by value where all names are whole numbers. Hidden files and folders do not exist."""
+def names_for(folders, file=None):
+    """Name every folder: by itself without underscores, or by its line in a text file.
 
-    def __init__(self, root):
-        super().__init__(root, is_valid_file=lambda path: is_image(Path(path).relative_to(root)))
-        self.samples.sort(key=lambda sample: sample[1])  # torchvision lists folders by name
+    Where the lines are the names of the folders, each folder gets its own line, whatever their order. Else they
+    name the folders in order. Raises UserError where there are more or fewer lines than folders, or a folder's
+    name stands at another folder's place.
+    """
+    if file is None:
+        return [folder.replace("_", " ") for folder in folders]
+    lines = read_texts(file)
+    if len(lines) != len(folders):
+        counts = f"{len(lines)} names, and the data set has {len(folders)} class folders"
+        raise UserError(f"--class_names {file} has {counts}")
+    own = _lines_of(folders, lines)
+    if all(len(each) == 1 for each in own):
+        return [lines[i] for [i] in own]
+    for place, each in enumerate(own):
+        if each and place not in each:
+            what = f"name {each[0] + 1}, {lines[each[0]]}, is that of folder {folders[place]}"
+            why = f"{what} and stands at the place of folder {folders[each[0]]}"
+            fix = "list the names in the order of the sorted folders, or use the name of every folder"
+            raise UserError(f"--class_names {file}: {why}; {fix}")
+    return lines
 
-    def find_classes(self, directory):
-        names = [entry.name for entry in os.scandir(directory) if entry.is_dir() and not _is_hidden(entry.name)]
-        if not names:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        names.sort(key=(lambda name: (int(name), name)) if all(name.isdecimal() for name in names) else None)
-        return names, {name: i for i, name in enumerate(names)}
+
+def _lines_of(folders, lines):
+    """List for each folder the places of its name among the lines: the same name, or else one that is alike,
+    unless another folder's name is so too."""
+    exact = defaultdict(list)
+    near = defaultdict(list)
+    for i, line in enumerate(lines):
+        exact[line].append(i)
+        near[_plain(line)].append(i)
+    alike = Counter(map(_plain, folders))
+    return [exact[name] or (near[_plain(name)] if alike[_plain(name)] == 1 else []) for name in folders]
 
 
-def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def is_image(path):
-    """Whether a path (from its root) is that of a picture and not hidden."""
-    return path.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, path.parts))
+def _plain(name):
+    """A name in small letters, with spaces between its words, and its accents composed."""
+    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", name).strip().casefold())
 
 
 def _class_folders(root, data_path, split):
-    if not root.is_dir():
+    """List the samples and the names of the class folders; count what is left out."""
+    with reading(data_path):
         if not Path(data_path).is_dir():
             raise UserError(f"--data_path {data_path}: there is no such folder")
-        there = ", ".join(sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())[:8]) or "no folders"
-        raise UserError(f"--data_path {data_path} has no folder for --split {split}; it has {there}")
-    try:
-        found = _ClassFolders(str(root))
-    except FileNotFoundError as error:  # torchvision's word for no class folders, and for class folders without images
-        raise UserError(f"{root} must hold a folder of images for every class: {one_line(error)[:140]}") from error
-    for name in found.classes:
+        if not root.is_dir():
+            folders = sorted(path.name for path in Path(data_path).iterdir() if path.is_dir())
+            there = ", ".join(folders[:8]) or "no folders"
+            raise UserError(f"--data_path {data_path} has no folder for --split {split}; it has {there}")
+    names, left_out = _class_names(root)
+    found = find_pictures(root, [os.path.join(root, name) for name in names], left_out)
+    empty = [name for name, paths in zip(names, found, strict=True) if not paths]
+    if empty or not names:
+        what = f"there are none in {', '.join(empty)}"[:140] if names else "it has no folders"
+        raise UserError(f"{root} must hold a folder of images for every class: {what}")
+    return [(path, label) for label, paths in enumerate(found) for path in paths], names, left_out
+
+
+def _class_names(root):
+    """List the class folders, by name, or by value if all are whole numbers; count the pictures beside them."""
+    there = entries(root)
+    names = [entry.name for entry in there if is_folder(entry)]
+    for entry in there:
+        if not os.path.exists(entry.path):
+            raise UserError(f"{entry.path} is a link to nothing; fix or remove it")
+    for name in names:
         if name != name.encode("utf-8", "replace").decode():
-            raise UserError(f"{root} has a class folder whose name is not valid text, {ascii(name)[:100]}; rename it")
-    return found.samples, found.classes
+            what = f"{root} has a class folder whose name is not valid text, {ascii(name)[:100]}"
+            raise UserError(f"{what}; rename it")
+    if all(name.isdecimal() for name in names):
+        names.sort(key=lambda name: (int(name), name))
+    return names, Counter(BESIDE for entry in there if is_picture(entry.name) and not is_folder(entry))
 
 
 def _imagenet(dataset, data_path, split):
     if split not in IMAGENET[dataset]:
         raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
     root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
-    samples, wnids = _class_folders(root, data_path, split)
+    samples, wnids, left_out = _class_folders(root, data_path, split)
     index = {wnid: i for i, wnid in enumerate(WNIDS)}
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
         raise UserError(f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder")
-    return [(path, index[wnids[label]]) for path, label in samples]
+    return [(path, index[wnids[label]]) for path, label in samples], left_out
 
 
 def _cifar(dataset, data_path, split):

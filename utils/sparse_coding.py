@@ -14,6 +14,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest_of_texts, find_texts, one_line, read_texts, save_atomic, save_json
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.records import to_json
 from utils.runtime.results import complete, is_made, load_record, record_path
 from utils.texts import text_vectors
 
@@ -85,7 +86,7 @@ def save_descriptions(path, support, coefficients, texts, record):
     matrix = decomposition_matrix(support, coefficients, len(texts))
     path.unlink(missing_ok=True)  # the json comes last: where it is, all of it is there
     save_atomic(path.with_suffix(".npz"), lambda file: file.write(matrix_and_order(matrix, chosen_first)))
-    save_json(record_path(path), {**complete(record), "shape": list(matrix.shape)})
+    save_json(record_path(path), to_json({**complete(record), "shape": list(matrix.shape)}))
     save_atomic(path, lambda file: file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode()))
 
 

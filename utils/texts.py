@@ -5,6 +5,8 @@ import open_clip
 import torch
 from open_clip.transformer import TextTransformer
 
+from utils.runtime.errors import UserError
+
 TEXTS, CLASSES = 4096, 50  # that are embedded, and so saved, at a time
 
 
@@ -21,8 +23,11 @@ def text_vectors(clip, texts, batch_size):
     """Unit text vectors, without a template: list of texts -> float32 array [texts, D].
 
     Texts are sorted by length, and each batch is cut to its longest, where nothing after a text's end token matters.
+
+    Raises UserError for tokens that the model does not have.
     """
     tokens, tower = clip.tokenizer(list(texts)), causal_tower(clip.text)
+    refuse_unknown(clip.text, tokens)
     ends = end_tokens(tower, tokens)
     order, vectors = ends.argsort(stable=True), None
     for rows in order.split(batch_size):
@@ -44,6 +49,18 @@ def zero_shot_classifier(clip, class_names, batch_size):
     prompts = text_vectors(clip, [template(name) for name in class_names for template in templates], batch_size)
     columns = prompts.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return (columns / np.linalg.norm(columns, axis=1, keepdims=True)).T
+
+
+def refuse_unknown(model, tokens):
+    """Raise UserError when an open_clip model's vocabulary does not have all of some tokens."""
+    tower = getattr(model, "text", model)
+    known = getattr(tower, "token_embedding", None) or tower.transformer.get_input_embeddings()
+    if int(tokens.max()) >= known.num_embeddings:
+        raise UserError(
+            f"the tokenizer gives token {int(tokens.max())}, and the model has {known.num_embeddings} tokens: they "
+            "do not belong together; put the model's own tokenizer into its folder and use --model "
+            "local-dir:FOLDER, or name it as hf_tokenizer_name in the config's text_cfg"
+        )
 
 
 def causal_tower(model):

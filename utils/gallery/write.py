@@ -20,6 +20,7 @@ from tqdm import tqdm
 from utils import grading
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, text_set
+from utils.runtime.records import to_json
 from utils.runtime.results import record_path
 
 HERE = Path(__file__).parent
@@ -339,7 +340,7 @@ def write_gallery(folder, sources, parts, earlier):
         of.write(data / str(layer))
         files.append(of)
     write_parquet(folder / "neurons.parquet", files)
-    save_json(record_path(folder / "index.html"), sources.record)
+    save_json(record_path(folder / "index.html"), to_json(sources.record))
 
 
 def about(sources):

@@ -30,14 +30,28 @@ class Digest(str):
         return str(self), self.earlier
 
 
-def plain(value):
+def to_json(record):
+    """A record as it is written: the values of earlier versions stand under "earlier"."""
+    earlier = {key: value.earlier for key, value in record.items() if isinstance(value, Digest)}
+    return {**record, "earlier": earlier} if earlier else record
+
+
+def from_json(content):
+    """A record as it was before `to_json`."""
+    earlier = content.pop("earlier", None)
+    known = earlier if isinstance(earlier, dict) else {}
+    digests = {key for key, value in content.items() if key in known and isinstance(value, str)}
+    return {key: Digest(value, known[key]) if key in digests else value for key, value in content.items()}
+
+
+def like_json(value):
     """A value as json gives it back, in which a `Digest` stays what it is."""
     if isinstance(value, Digest):
         return value
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): like_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [like_json(item) for item in value]
     return json.loads(json.dumps(value))
 
 

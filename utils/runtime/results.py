@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import ADVICE, one_line, read_array, read_json, save_atomic, save_json, text_set
-from utils.runtime.records import ADDED, agrees, plain, tell_earlier, was
+from utils.runtime.records import ADDED, agrees, from_json, like_json, tell_earlier, to_json, was
 
 METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
@@ -279,13 +279,13 @@ def load_record(path):
         return {}
     if not isinstance(record, dict):
         raise UserError(f"{record_path(path)} is damaged (it is no record); {fix}")
-    return record
+    return from_json(record)
 
 
 def complete(record, shape=None, dtype=None):
     """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
     described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
-    return plain({**record, "method_number": METHOD, **described})
+    return like_json({**record, "method_number": METHOD, **described})
 
 
 def is_made(path, record, overwrite=False):
@@ -303,6 +303,8 @@ def is_made(path, record, overwrite=False):
             return False  # cut off or damaged
     found = load_record(path)
     compared = [key for key in record if key not in NOTES]
+    if found and "method_number" not in found:  # of a version whose records had fewer keys
+        compared = [key for key in compared if key in found or key == "method_number"]
     differing = [key for key in compared if not agrees(found.get(key), record[key])]
     if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
         return False  # of older mathematics
@@ -317,7 +319,7 @@ def is_made(path, record, overwrite=False):
 def publish(partial, path, record):
     """Give a finished file its name, and write its record. A result never stands beside the record of another one."""
     Path(path).unlink(missing_ok=True)
-    save_json(record_path(path), record)
+    save_json(record_path(path), to_json(record))
     os.replace(partial, path)
 
 
