@@ -35,6 +35,6 @@ if __name__ == "__main__":
     flags.add_dataset(parser)
     parser.add_argument("--data_path", help="root folder, where the class names are folder names (CIFAR, folder)")
     parser.add_argument("--split", default="val", help="the folder in the root whose sub-folders are the classes")
-    parser.add_argument("--class_names", help="a text file with one class name a line, in the order of the sorted folders")
+    parser.add_argument("--class_names", help="a text file, a class a line: folders, or names in their order")
     flags.add_compute(parser, batch_size=800)
     flags.run(main, parser, parallel=True)

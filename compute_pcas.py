@@ -51,6 +51,7 @@ def main(args):
             for neurons, _ in work.over(description=f"layer {layer}", unit="neuron"):
                 for kind, values in statistics(effects, neurons, k).items():
                     work[path(kind)][(slice(None), neurons) if kind == "image_norms" else neurons] = values
+            effects.check_unchanged()  # or nothing is published
         share = 100 * float(np.load(path("explained")).mean())
         print(f"wrote {', '.join(file.name for file in arrays[layer])}")
         print(f"layer {layer}: the first component explains {share:.1f} % of the effects on the top images")

@@ -25,7 +25,7 @@ def main(args):
     classes = results.path("classes", dataset=args.dataset, split=args.split)
     of_labels = {**data, **images.classes}
     of_labels.pop("preprocessing")  # labels are the same for all models
-    is_made(classes, complete(of_labels), args.overwrite)  # or raises, before the pass
+    labels_made = is_made(classes, complete(of_labels), args.overwrite)
 
     record = {**clip.record, **data, "coefficient": args.coefficient}
     arrays = {path: ((len(images), clip.vit.D), "float32")}
@@ -35,9 +35,10 @@ def main(args):
             work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
 
     if distributed.is_rank_zero():
-        with Lock(classes):  # other models have the same labels
-            if not is_made(classes, complete(of_labels), args.overwrite):
-                save_array(classes, images.labels, of_labels)
+        if not labels_made:
+            with Lock(classes):  # other models have the same labels
+                if not is_made(classes, complete(of_labels), args.overwrite):
+                    save_array(classes, images.labels, of_labels)
         print(f"wrote {path} {arrays[path][0]} and {classes}")
         print(f"next: {results.command('classifier', dataset=args.dataset)}")
 

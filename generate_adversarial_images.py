@@ -30,6 +30,7 @@ from utils.generators import LanguageModel, load_image_model, load_similarity, p
 from utils.preprocessing import describe
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
+from utils.runtime.records import Digest
 from utils.runtime.results import Results
 from utils.texts import text_vectors
 
@@ -59,7 +60,9 @@ def attack_with(args, run, options, class_0, class_1, blocked):
     results = Results(args.input_dir, **names, also=args.dataset_path, descriptions_dir=args.descriptions_dir)
     texts = text_vectors(clip, [class_0, class_1], 2)
     mining = mining_settings(args, clip, {"class_0": class_0, "class_1": class_1, "seed": args.seed})
-    mined = run.step("candidates.json", mining, lambda: mine(args, clip, results, mining, v=texts[0] - texts[1]))
+    sources = load_sources(args, clip, results, mining)
+    mining |= {"inputs": Digest(" ".join(of.digest() for of in sources.values()), None)} if sources else {}
+    mined = run.step("candidates.json", mining, lambda: mine(args, sources, mining, v=texts[0] - texts[1]))
 
     threshold = CLIP_THRESHOLD if args.similarity_model == "clip" else SENTENCE_THRESHOLD
     threshold = threshold if args.cosim_similarity is None else args.cosim_similarity
@@ -103,19 +106,28 @@ def mining_settings(args, clip, chosen):
     return settings
 
 
-def mine(args, clip, results, settings, v):
+def load_sources(args, clip, results, settings):
+    """Where words come from: {"pool": `PoolWords`, "neurons": `NeuronWords`}, those that the word source needs."""
+    found = {}
+    if args.word_source in ("weighted", "similar", "random_words"):
+        found["pool"] = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
+    if args.word_source in ("second_order", "weighted", "random"):
+        names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
+        names |= {"components": args.components, "alpha": args.transform_alpha}
+        found["neurons"] = attack.NeuronWords.load(results, clip, settings["mlp_layers"], **names)
+    return found
+
+
+def mine(args, sources, settings, v):
     """Words by score and, where they come from neurons, the neurons. v: [D], the difference of the classes' text vectors."""
     if args.word_source == "file":
         return {"words": settings["words"]}
-    if args.word_source in ("weighted", "similar", "random_words"):
-        pool = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
-        if args.word_source != "weighted":
-            return pool.similar(v) if args.word_source == "similar" else pool.random(args.seed)
-    names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
-    names |= {"components": args.components, "alpha": args.transform_alpha}
-    neurons = attack.NeuronWords.load(results, clip, settings["mlp_layers"], **names)
-    shares = pool.shares(v) if args.word_source == "weighted" else None
-    return neurons.mine(v, args.neurons_num, seed=args.seed if args.word_source == "random" else None, shares=shares)
+    if args.word_source in ("similar", "random_words"):
+        pool = sources["pool"]
+        return pool.similar(v) if args.word_source == "similar" else pool.random(args.seed)
+    shares = sources["pool"].shares(v) if args.word_source == "weighted" else None
+    seed = args.seed if args.word_source == "random" else None
+    return sources["neurons"].mine(v, args.neurons_num, seed=seed, shares=shares)
 
 
 def write(args, run, settings, words):

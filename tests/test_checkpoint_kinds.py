@@ -61,7 +61,11 @@ def test_what_lies_beside_the_weights_is_named_and_left(tiny_model, state, tmp_p
     torch.save({**state, **numbers}, tmp_path / "openai.pt")
     assert_loads(tiny_model, tmp_path / "openai.pt", state)
     named = "input_resolution, context_length, vocab_size, which are no weights of the towers; left"
-    assert capsys.readouterr().out == f"note: {tmp_path}/openai.pt also holds {named}\n"
+    quick, left = capsys.readouterr().out.splitlines()
+    assert quick == (
+        f"note: {tmp_path}/openai.pt looks like a file of OpenAI's; if it is, its weights need a --model with -quickgelu"
+    )
+    assert left == f"note: {tmp_path}/openai.pt also holds {named}"
     buffers = ("attn_mask", "visual.rope.freqs_cos", "visual.bn.num_batches_tracked")
     more = {name: torch.ones(3) for name in ("text_decoder.ln.weight", "head.bias", *buffers)}
     save_file({**state, **more}, tmp_path / "more.safetensors")

@@ -109,6 +109,28 @@ def test_who_waits_for_a_process_that_died_says_so(world):
     assert_same_files(world.root / "waiting", world.whole / "full")
 
 
+def test_a_process_that_outlives_rank_0_keeps_others_from_its_files(world):
+    """It would write into the files of the next run, where a state is kept, with other content."""
+    output = world.root / "outlives"
+    first, second = start_held(world, "top", output, 2)
+    kill(first)
+    for size in (1, 2):
+        line = the_line(world.run("top", output, size=size, code=1) if size == 1 else refused(world, output))
+        assert f"is being made by compute_second_order_neuron_prs.py (process {second.pid} on " in line
+    kill(second)
+    world.run("top", output, size=2)
+    assert_same_files(output, world.whole / "top")
+
+
+def refused(world, output):
+    """What the first of two processes says that are refused."""
+    arguments, constants = world.command("top", output)
+    first, second = start_ranks(2, *arguments, log=world.root / "refused.log", constants=constants)
+    said = finish(first, code=1)
+    kill(second)
+    return said
+
+
 def torchrun(*options, arguments, constants, log):
     """Start a stage by torchrun, as a user does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
 from utils.clip import load_clip
-from utils.datasets import classes_of, load_images
+from utils.datasets import classes_of, load_images, names_for
 from utils.folders import endings
 from utils.paper.items import own_images
 from utils.runtime.errors import UserError
@@ -373,8 +373,51 @@ PLAIN = (
     ('"a dog"\n', ['"a dog"']),
     ("7\n8\n", ["7", "8"]),
     ("7\n", ["7"]),
-    ("[" * 100_000, ["[" * 100_000]),
 )
+OTHERS = {
+    "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n": "a Git LFS pointer",
+    "<!DOCTYPE html>\n<html><body>404</body></html>\n": "a web page",
+    '<?xml version="1.0"?>\n<Error/>\n': "a web page",
+    "a\0 \0c\0a\0t\0\n\0": "no plain text",
+    '{"a": "cut': "a json",
+    '[\n "a dog",\n "cut': "a json",
+    "['a dog', 'a cat']\n": "a json",
+    "[" * 100_000: "a json",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS)
+def test_what_is_no_text_file_is_called_by_its_name(tmp_path, content):
+    path = tmp_path / "words.txt"
+    path.write_bytes(content.encode())
+    assert f"is {OTHERS[content]}" in one_line_of(read_texts, path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "lines"),
+    [
+        (["cat", "dog"], ["dog/", "cat/"]),
+        (["cat", "dog"], ['"dog"', '"cat"']),
+        (["class1", "class10", "class2"], ["class 1", "class 2", "class 10"]),
+        (["GoldenRetriever", "tabbyCat"], ["tabby cat", "golden retriever"]),
+        (["stop.sign", "traffic.light"], ["traffic light", "stop sign"]),
+        (["001.cat", "002.dog", "003.star"], ["star", "dog", "cat"]),
+    ],
+)
+def test_other_spellings_of_the_folders_are_matched_by_name(tmp_path, folders, lines):
+    (tmp_path / "names.txt").write_text("\n".join(lines) + "\n")
+    letters = [re.sub(r"^\d+|\W", "", folder).lower() for folder in folders]
+    found = names_for(folders, tmp_path / "names.txt")
+    assert [re.sub(r"\W", "", name).lower() for name in found] == letters
+    assert not [name for name in found if set(name) & set('/"')]
+
+
+@pytest.mark.parametrize("lines", [["n02 dog", "n01 cat"], ["n02\tdog", "n01\tcat"], ["n02: dog", "n01: cat"]])
+def test_lines_that_begin_with_another_folders_name_are_refused(tmp_path, lines):
+    (tmp_path / "names.txt").write_text("\n".join(lines) + "\n")
+    assert "stands at the place of folder" in one_line_of(names_for, ["n01", "n02"], tmp_path / "names.txt")
+    (tmp_path / "names.txt").write_text("\n".join(lines[::-1]) + "\n")
+    assert names_for(["n01", "n02"], tmp_path / "names.txt") == lines[::-1]
 
 
 @pytest.mark.parametrize("content", JSONS)

@@ -125,6 +125,22 @@ def test_a_lock_that_was_never_filled_in_is_taken_over(tmp_path):
         assert content_of(tmp_path / "a.npy")["process"] == os.getpid()
 
 
+@pytest.mark.parametrize("content", ['{"files": null}', "5", '[["a.npy"]]', '{"files": ["a.npy", 3]}', "[" * 100_000, "é\0"])
+def test_other_programs_locks_do_not_count(tmp_path, content):
+    (tmp_path / "conda.lock").write_text(content)
+    with Lock(tmp_path / "a.npy"):
+        assert content_of(tmp_path / "a.npy")["process"] == os.getpid()
+    assert (tmp_path / "conda.lock").read_text() == content
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link to nothing"])
+def test_what_cannot_be_a_lock_is_to_be_removed(tmp_path, what):
+    lock = tmp_path / "a.npy.lock"
+    lock.mkdir() if what == "a folder" else lock.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=f"a.npy.lock is {what}; remove it"), Lock(tmp_path / "a.npy"):
+        pass
+
+
 def test_a_lock_on_a_disk_without_room_leaves_nothing(tmp_path):
     folder = tmp_path / "full"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """A result is kept only if nothing that it was made from has changed; results of earlier versions are read as they were then."""
 
+import copy
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY
-from tests.launcher import World, contents, the_line
+from tests.launcher import World, contents, finish, release, run, the_line
 from utils.clip import load_clip
 from utils.datasets import load_images
 from utils.runtime.records import Digest, agrees, digest_of_file, digest_of_parts, like_json, was
@@ -39,17 +40,17 @@ def world(tmp_path_factory):
 def changed(world):
     """A copy of the world, whose inputs a test may change."""
     number = len(list(world.root.glob("copy*")))
-    copy = World.__new__(World)
-    copy.root = world.root / f"copy{number}"
-    copy.base, copy.whole, copy.photos = copy.root / "base", copy.root / "whole", copy.root / "photos"
-    shutil.copytree(world.photos, copy.photos)
-    shutil.copytree(world.base, copy.base)
+    other = World.__new__(World)
+    other.root = world.root / f"copy{number}"
+    other.base, other.whole, other.photos = other.root / "base", other.root / "whole", other.root / "photos"
+    shutil.copytree(world.photos, other.photos)
+    shutil.copytree(world.base, other.base)
     for name in ("tiny.json", "weights.safetensors", "words.txt"):
-        shutil.copy(world.root / name, copy.root / name)
-    copy.model = ["--model", copy.root / "tiny.json", "--pretrained", copy.root / "weights.safetensors"]
-    copy.data = ["--dataset", "folder", "--data_path", copy.photos, "--num_workers", 0, "--batch_size", 4]
-    copy.train, copy.val = [*copy.data, "--split", "train"], [*copy.data, "--split", "val"]
-    return copy
+        shutil.copy(world.root / name, other.root / name)
+    other.model = ["--model", other.root / "tiny.json", "--pretrained", other.root / "weights.safetensors"]
+    other.data = ["--dataset", "folder", "--data_path", other.photos, "--num_workers", 0, "--batch_size", 4]
+    other.train, other.val = [*other.data, "--split", "train"], [*other.data, "--split", "val"]
+    return other
 
 
 # digests
@@ -77,6 +78,31 @@ def test_digests_are_those_of_hashlib(tmp_path):
     assert digest_of_file(tmp_path / "file") == whole[:16]
     assert digest_of_parts([content]) == hashlib.sha256(whole.encode()).hexdigest()[:16]
     assert digest_of_parts([b"ab", b"c"]) != digest_of_parts([b"a", b"bc"])
+
+
+OPTIONS = {
+    "quick_gelu": lambda config: config.update(quick_gelu=True),
+    "heads": lambda config: config["vision_cfg"].update(head_width=24),
+    "heads of texts": lambda config: config["text_cfg"].update(heads=4),
+    "eps": lambda config: config["vision_cfg"].update(norm_kwargs={"eps": 1e-3}),
+    "activation": lambda config: config["text_cfg"].update(act_kwargs={"approximate": "tanh"}),
+    "pooling": lambda config: config["vision_cfg"].update(pool_type="avg"),
+    "causal": lambda config: config["text_cfg"].update(no_causal_mask=True),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_a_config_says_counts_where_no_weight_does(world, tmp_path, option):
+    """The same file of weights computes something else."""
+    weights, config = str(world.root / "weights.safetensors"), copy.deepcopy(TINY)
+    OPTIONS[option](config)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    clips = [load_clip(str(folder / "tiny.json"), weights, "cpu") for folder in (world.root, tmp_path)]
+    images, tokens = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), clips[0].tokenizer(["a cat", "two"])
+    with torch.inference_mode():
+        found = [torch.cat([clip.vit(images).flatten(), clip.text.encode_text(tokens).flatten()]) for clip in clips]
+    assert not torch.allclose(*found, atol=1e-6)
+    assert clips[0].fingerprint != clips[1].fingerprint
 
 
 def data_of(root, **options):
@@ -169,6 +195,23 @@ def test_nothing_changes_where_nothing_has_changed(world):
     for name in ("classifier", "representations", "full", "pcas", "ablations"):
         assert "kept" in world.run(name, world.base)
     assert contents(world.base) == before
+
+
+def test_effects_of_two_settings_do_not_pass_for_one(changed):
+    """--keep top replaces the bias and the directions beside the coefficients of --keep full."""
+    top = ["--mlp_layer", 2, "--keep", "top", "--top_k_pca", 5, "--coefficient", 10, "--overwrite"]
+    run(*changed.command("full", changed.base, *top)[0], log=changed.root / "top.log")
+    line = changed.run("pcas", changed.base, "--overwrite", code=1).splitlines()[-1]
+    assert "was made with coefficient 10.0, and" in line and "with 100.0; remove the one that is not meant" in line
+
+
+def test_effects_that_are_replaced_while_they_are_read_are_noticed(changed):
+    process = changed.start_held("pcas", changed.root / "new", "--input_dir", changed.base, pieces=1)
+    changed.run("full", changed.base, "--coefficient", 10, "--overwrite")
+    release(process)
+    line = finish(process, code=1).splitlines()[-1]
+    assert "have changed while they were read; run the same command again" in line
+    assert not list((changed.root / "new").glob("*_pca.npy"))
 
 
 # results of earlier versions

@@ -7,6 +7,7 @@ classes are any two texts.
 
 import csv
 import io
+import json
 import random
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from utils.concepts import word_scores
 from utils.datasets import IMAGENET, Images, Loader, classes_of, train_set_of
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_json, save_atomic, save_json
+from utils.runtime.files import as_text, digest, read_json, save_atomic, save_json
 from utils.runtime.locks import Lock
 from utils.runtime.passes import pieces_of, walk
 from utils.runtime.records import agrees, like_json
@@ -195,8 +196,16 @@ class NeuronWords:
         """Read those of some layers. results: `Results`. names: dataset, texts, components, alpha, k: in the files' names."""
         sizes = clip.vit.sizes
         pcas = {layer: results.load("pca", sizes, clip.expected, layer=layer, **names) for layer in layers}
-        expected = {"fingerprint": clip.fingerprint, "top_k_pca": names["k"]}
-        return cls(pcas, {layer: load_descriptions(results, sizes, expected, layer=layer, **names) for layer in layers})
+        described = {}
+        for layer in layers:
+            expected = {"fingerprint": clip.fingerprint, "top_k_pca": names["k"], "targets": digest(pcas[layer])}
+            described[layer] = load_descriptions(results, sizes, expected, layer=layer, **names)
+        return cls(pcas, described)
+
+    def digest(self):
+        """Twelve hex digits of all components and descriptions."""
+        content = json.dumps(list(self.descriptions.items()))
+        return digest(*self.pcas.values(), np.frombuffer(content.encode(), np.uint8))
 
     def mine(self, v, neurons_num, seed=None, shares=None):
         """Score the words of some neurons: the sum of coefficient * <r_n, v> over the neurons (eq. 6).
@@ -230,6 +239,10 @@ class PoolWords:
     def __init__(self, results, texts, descriptions_dir, clip):
         results.load("texts", clip.vit.sizes, {"fingerprint": clip.fingerprint}, mmap=True, texts=texts)  # or raises
         self.texts, self.vectors, _ = load_texts(results, texts, descriptions_dir, lambda: clip)
+
+    def digest(self):
+        """Twelve hex digits of all texts and their vectors."""
+        return digest(self.vectors, np.frombuffer(as_text(self.texts), np.uint8))
 
     def similar(self, v):
         """All texts, sorted by the cosine of their vectors with v [D], the difference of the classes' text vectors."""

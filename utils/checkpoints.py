@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.results import file_and_key
-from utils.tokenizers import load_tokenizer
+from utils.tokenizers import OPENAI, load_tokenizer
 
 # Keys under which weights may lie. Of several the first is taken: trained weights before averaged ones
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "ema", "model_ema")
@@ -37,13 +37,20 @@ FOLDER = (  # files of a folder that may hold its weights, or say which do
 )
 MARK = re.compile(r"(?:(.*)\.)?((?:visual|vision_model)\..+)")  # a prefix, and a name of a CLIP's image tower
 BUFFERS = re.compile(
-    r"(^|\.)(position_ids|attn_mask|num_batches_tracked|inv_freq|freqs_(cos|sin)|(rope|rotary_emb)\.\w+)$",
+    r"(^|\.)(position_ids|attn_mask|num_batches_tracked|inv_freq|freqs_(cos|sin)|(rope|rotary_emb)\.\w+)$"
+    r"|^visual\.image_(mean|std)$",
 )
+INNER = re.compile(  # what compiling, checkpointing and sharding put into the middle of names
+    r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|(?<=visual\.)module|(?<=transformer\.)module)\."
+)
+SHARD = re.compile(r"(.+)-\d{5}-of-(?!00001)\d{5}(\.\w+)")
+OPENAIS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in its own files
 CUT_OFF = re.compile("incomplete|header length|header too|central directory|not a zip|EOF|truncated|Ran out")
 KEEP = (  # for a user who trusts a file: saves its tensors, in the dicts where they lie
-    "import torch; keep = lambda x: {k: v if torch.is_tensor(v) else keep(v) "
-    "for k, v in (x.state_dict() if isinstance(x, torch.nn.Module) else x).items() "
-    "if isinstance(v, (dict, torch.Tensor, torch.nn.Module))}; "
+    "import torch, numpy; parts = lambda x: x.state_dict() if isinstance(x, torch.nn.Module) else x "
+    "if isinstance(x, dict) else dict(enumerate(x)) if isinstance(x, (list, tuple)) else getattr(x, '__dict__', {}); "
+    "keep = lambda x: torch.as_tensor(x) if isinstance(x, (torch.Tensor, numpy.ndarray)) else "
+    "{str(k): w for k, v in parts(x).items() for w in [keep(v)] if torch.is_tensor(w) or w}; "
     'torch.save(keep(torch.load(%s, map_location="cpu", weights_only=False)), "tensors.pt")'
 )
 CORE = getattr(np, "_core", None) or np.core  # its name since numpy 2
@@ -89,6 +96,9 @@ def read_checkpoint(pretrained):
         raise UserError(f"--pretrained {path} is a folder; for a folder with a config use --model local-dir:{path}")
     if not path.is_file():
         raise UserError(f"--pretrained {path}: there is no such file")
+    if shard := SHARD.fullmatch(path.name):
+        index = path.with_name(f"{shard[1]}{shard[2]}.index.json")
+        raise UserError(f"{path} is one of several shards; give the index beside them: --pretrained {index}")
     content = read_file(path)
     found = state_dicts(content)
     if not found:
@@ -96,11 +106,13 @@ def read_checkpoint(pretrained):
         raise UserError(f"{path} has no state dict; it has {', '.join(names[:8]) or 'nothing'}")
     towers = {name: state for name, state in found.items() if any(map(MARK.match, state))}
     state = choose(towers or found, key, path)
-    if path.name.startswith("adapter_model.") or any("lora_" in name for name in state):
-        raise UserError(
-            f"{path} holds a LoRA adapter, which only changes the weights of another model; merge it into "
-            "that one (peft: merge_and_unload), save the result, and give that file"
-        )
+    layers = [name for name in state if re.search(r"(^|\.)(lora_|ia3_|hada_|lokr_)", name)]
+    if layers or path.name.startswith("adapter_model."):
+        whole = len(layers) < len(state) / 2 and not path.name.startswith("adapter_model.")
+        what = "a LoRA adapter, which only changes the weights of another model"
+        what = "a LoRA adapter in the layers of a model, which are not merged" if whole else what
+        fix = "merge it into its model (peft: merge_and_unload), save the result, and give that file"
+        raise UserError(f"{path} holds {what}; {fix}")
     return state
 
 
@@ -126,6 +138,10 @@ def read_file(path, shards=True):
                 "use --pretrained openai, or save the state dict alone: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
             )
+        packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if start[257:262] == b"ustar" else ""
+        packed = packed or ("zip" if inside and not any(name.endswith("data.pkl") for name in inside) else "")
+        if packed:
+            raise UserError(f"{path} is a {packed} archive; unpack it, and give the weights file that is in it")
         # Opened here, because torch would go by the ending of a path
         with torch.serialization.safe_globals(NUMPY), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -203,10 +219,12 @@ def state_dicts(content, key="", depth=4):
     The key of a dict inside of another one is KEY.KEY. Names have no prefix before those of a CLIP; where
     several prefixes share names, each is a key of its own.
     """
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
     if not isinstance(content, dict):
         return {}
     found = {}
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {INNER.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if any("." in name for name in tensors):
         for prefix, state in without_prefix(tensors).items():
             found[".".join(filter(None, [key, prefix]))] = state
@@ -298,6 +316,11 @@ def renamed(model, state):
     own = model.state_dict()
     if is_hugging_face(state):
         state = convert_hugging_face(state)
+    if not any(name.startswith("visual.") for name in state):  # an image tower alone
+        for prefix in ("visual.", "visual.trunk."):
+            alone = [name for name in state if prefix + name in own]
+            if {"conv1.weight", "patch_embed.proj.weight"} & set(alone):
+                state = {prefix + name: value for name, value in state.items()}
     if "positional_embedding" in state and "positional_embedding" not in own:
         state = convert_to_custom_text_state_dict(state)
     elif "positional_embedding" in own and "text.positional_embedding" in state:
@@ -313,15 +336,13 @@ def load_weights(model, path, image_only=False):
 
     Raises UserError when the weights do not fit, or when the config says that they were trained with another activation.
     """
-    state = {name: value.float() for name, value in read_checkpoint(path).items()}
+    state = read_checkpoint(path)
     own = model.state_dict()
     path = file_and_key(str(path))[0]
-    quick = read_beside(Path(path).parent)
-    has_quick = any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.visual.modules())
-    if quick not in (None, has_quick):
-        trained, right = ("QuickGELU", "with") if quick else ("GELU", "without")
-        raise UserError(f"{path} was trained with {trained}, says the config beside it; use the --model {right} -quickgelu")
-    state = renamed(model, state)
+    check_beside(model, path)
+    if OPENAIS <= state.keys() and not has_quick_gelu(model):
+        print(f"note: {path} looks like a file of OpenAI's; if it is, its weights need a --model with -quickgelu")
+    state = renamed(model, {name: as_floats(name, value, path) for name, value in state.items()})
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
@@ -340,6 +361,49 @@ def load_weights(model, path, image_only=False):
     sizes = ((name, list(value.shape), list(own[name].shape)) for name, value in state.items())
     refuse([f"size mismatch for {name}, {found} for {wanted}" for name, found, wanted in sizes if found != wanted], path)
     model.load_state_dict(state, strict=False)
+
+
+def as_floats(name, value, path):
+    """A tensor of a checkpoint in float32. Raises UserError for weights of another kind, such as quantised ones."""
+    if value.is_floating_point() or value.ndim == 0 or BUFFERS.search(name):
+        return value.float()
+    raise UserError(f"{path} holds {name} as {value.dtype}, and weights are floating-point numbers; convert them first")
+
+
+def has_quick_gelu(model):
+    """Whether the image tower's activation is QuickGELU."""
+    return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.visual.modules())
+
+
+def check_beside(model, path):
+    """Raise UserError when the config beside a checkpoint says that the model is another one than --model."""
+    folder = Path(path).parent
+    quick = read_beside(path)
+    if quick not in (None, has_quick_gelu(model)):
+        trained, right = ("QuickGELU", "with") if quick else ("GELU", "without")
+        of_config = f'"quick_gelu": {"true" if quick else "false"} in its config'
+        fix = f"use the --model {right} -quickgelu, or {of_config}"
+        raise UserError(f"{path} was trained with {trained}, says the config beside it; {fix}")
+    config = read_config(folder)
+    if not config or Path(path).name.startswith("open_clip"):
+        return
+    of_config = parse_config(config, folder)
+    towers = {"image": (of_config.vision_config, getattr(model.visual, "transformer", None))}
+    towers["text"] = (of_config.text_config, getattr(model, "transformer", None))
+    for tower, (said, transformer) in towers.items():
+        if transformer is None:
+            continue
+        block = transformer.resblocks[0]
+        found = {"heads": block.attn.num_heads, "layer_norm_eps": block.ln_1.eps, "activation": repr(block.mlp.gelu)}
+        wanted = {"heads": said.num_attention_heads, "layer_norm_eps": said.layer_norm_eps}
+        wanted["activation"] = repr(activation(said.hidden_act, folder))
+        for key in [key for key in wanted if wanted[key] != found[key]]:
+            what = f"{key} {wanted[key]} of the {tower} tower, and --model has {found[key]}"
+            raise UserError(f"{path}: the config beside it says {what}; use --model local-dir:{folder}")
+    end = of_config.text_config.eos_token_id
+    if end not in (2, OPENAI - 1) and getattr(model, "text_pool_type", "") == "argmax":
+        what = f"the token {end} ends a text, which --model does not read"
+        raise UserError(f"{path}: the config beside it says that {what}; use --model local-dir:{folder}")
 
 
 def lacks_text(own, state):
@@ -387,12 +451,14 @@ def refuse(problems, path):
         raise UserError(f"{path} does not fit the model: {problems[0]}{more}; {fix}")
 
 
-def read_beside(folder):
+def read_beside(path):
     """Whether the activation is QuickGELU, as the configs beside a weights file say; None if they do not."""
-    if config := read_config(folder):
-        return quick_gelu_of(config)
+    folder = Path(path).parent
+    config = read_config(folder, ("clip", "clip_vision_model"))
+    if config and not Path(path).name.startswith("open_clip"):
+        return config.get("vision_config", config).get("hidden_act", "quick_gelu") == "quick_gelu"
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8-sig"))
         return config["model_cfg"].get("quick_gelu", False) if "model_cfg" in config else None
     except FileNotFoundError:
         return None
@@ -400,46 +466,76 @@ def read_beside(folder):
         raise UserError(f"{folder}/open_clip_config.json is damaged ({one_line(error)[:100]})") from error
 
 
-def read_config(folder):
-    """The config of a `CLIPModel` in a folder; {} if there is none."""
+def read_config(folder, kinds=("clip",)):
+    """The config of a `CLIPModel` in a folder; {} if there is none. kinds: values of model_type that count."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return config if config.get("model_type") == "clip" and "vision_config" in config else {}
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig"))
+        return config if config.get("model_type") in kinds else {}
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder}/config.json is damaged ({one_line(error)[:100]})") from error
 
 
+def model_type(folder):
+    """What the config.json in a folder says the model is, None without one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig")).get("model_type")
+    return None
+
+
+def parse_config(config, folder):
+    """The `CLIPConfig` of the transformers library, which knows what a config.json leaves out."""
+    from transformers import CLIPConfig  # takes a second
+
+    try:
+        return CLIPConfig.from_dict(config)
+    except Exception as error:  # it has many
+        raise UserError(f"{folder}/config.json is damaged ({one_line(error)[:100]})") from error
+
+
+def activation(name, folder):
+    """The module of an activation, by its name in a config of the transformers library. Raises UserError for an unknown one."""
+    if name in ("quick_gelu", "gelu"):
+        return open_clip.transformer.QuickGELU() if name == "quick_gelu" else torch.nn.GELU()
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise UserError(f"{folder}/config.json: hidden_act is {name!r}, which the transformers library does not have")
+    return ACT2FN[name]
+
+
 def model_of_config(config, folder):
-    """An open_clip model of the shape and activation of a `CLIPModel`'s config, and a maker of its tokenizer.
+    """An open_clip model of the shape and activations of a `CLIPModel`'s config, and a maker of its tokenizer.
 
     folder: where its tokenizer's files are.
     """
-    vision, text = config["vision_config"], config["text_config"]
-    D = config.get("projection_dim", 512)
-    side = vision.get("image_size", 224)
-
-    def tower(part, width, heads, layers):
-        width, heads = part.get("hidden_size", width), part.get("num_attention_heads", heads)
-        ratio = (part.get("intermediate_size", 4 * width) + 0.5) / width  # open_clip rounds the product down
-        return width, heads, part.get("num_hidden_layers", layers), ratio
-
-    width, heads, layers, ratio = tower(vision, 768, 12, 12)
-    towers = {"vision_cfg": {"image_size": side, "patch_size": vision.get("patch_size", 32), "width": width, "layers": layers}}
-    towers["vision_cfg"] |= {"head_width": width // heads, "mlp_ratio": ratio}
-    width, heads, layers, ratio = tower(text, 512, 8, 12)
-    towers["text_cfg"] = {"width": width, "heads": heads, "layers": layers, "mlp_ratio": ratio}
-    towers["text_cfg"]["context_length"] = text.get("max_position_embeddings", 77)
-    towers["text_cfg"]["vocab_size"] = text.get("vocab_size", 49408)
-    end = text.get("eos_token_id", 49407)
-    if end != 2:  # old configs have 2 whatever the end token is; then transformers reads at the largest one
-        towers["text_cfg"] |= {"pool_type": "eos", "eos_id": end}
-    model = open_clip.CLIP(D, **towers, quick_gelu=quick_gelu_of(config))
+    parsed = parse_config(config, folder)
+    vision, text = parsed.vision_config, parsed.text_config
+    image = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    image |= {**_shape(vision), "head_width": vision.hidden_size // vision.num_attention_heads}
+    words = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size}
+    words |= {**_shape(text), "heads": text.num_attention_heads}
+    if text.eos_token_id != 2:  # old configs have 2 whatever the end token is; then transformers reads at the largest one
+        words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
+    model = open_clip.CLIP(parsed.projection_dim, vision_cfg=image, text_cfg=words)
+    towers = ((vision, [model.visual]), (text, [model.transformer, model.ln_final]))
+    for of, parts in towers:
+        for part in parts:
+            _set(part, of, folder)
     set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
     return model, partial(load_tokenizer, Path(folder), text)
 
 
-def quick_gelu_of(config):
-    """Whether a `CLIPModel`'s config has the activation QuickGELU."""
-    return config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
+def _shape(config):
+    ratio = (config.intermediate_size + 0.5) / config.hidden_size  # open_clip rounds the product down
+    return {"width": config.hidden_size, "layers": config.num_hidden_layers, "mlp_ratio": ratio}
+
+
+def _set(part, config, folder):
+    """Give the LayerNorms of a part of a model their eps, and its MLPs their activation."""
+    for name, module in list(part.named_modules()):
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = config.layer_norm_eps
+        if name.endswith(".mlp"):
+            module.gelu = activation(config.hidden_act, folder)

@@ -15,13 +15,20 @@ from typing import Any
 import open_clip
 import torch
 from huggingface_hub import snapshot_download
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import merge_preprocess_dict
 
 from utils import checkpoints, preprocessing, tokenizers
 from utils.hooked_vit import HookedViT
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.records import Digest, digest_of_parts
-from utils.runtime.results import is_checkpoint_path, model_name, pretrained_name
+from utils.runtime.results import file_and_key, is_checkpoint_path, model_name, pretrained_name
+
+OPEN_CLIPS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # weights in a folder
+ACTIVATIONS = ("GELU", "ReLU", "SiLU", "Tanh", "Sigmoid", "Activation", "Mish", "SquaredReLU")  # in names of classes
+STRUCTURE = ("num_heads", "eps", "pool_type", "text_pool_type", "eos_id", "text_eos_id", "final_ln_after_pool", "attn_pool_type")
+STRUCTURAL = (int, float, str, bool)
 
 
 @dataclass
@@ -56,10 +63,12 @@ class Clip:
     @property
     def text_record(self):
         """What results about texts say about the model: `record`, and a digest of a folder's own tokenizer, if it has one."""
-        digest = getattr(self.tokenizer, "digest", None)
-        if digest is None:
-            return self.record
-        return {**self.record, "tokenizer": Digest(digest, None) if self.tokenizer.is_openais() else digest}
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, tokenizers.FolderTokenizer):
+            same = tokenizer.is_openais()
+            return {**self.record, "tokenizer": Digest(tokenizer.digest, None) if same else tokenizer.digest}
+        of_library = getattr(tokenizer, "tokenizer", None)  # of a config that names one
+        return {**self.record, "tokenizer": Digest(tokenizers.digest_of(of_library), None)} if of_library else self.record
 
     @property
     def fingerprint(self):
@@ -121,7 +130,9 @@ def _create(model, pretrained, folder, image_only):
         clip, load_tokenizer = checkpoints.model_of_config(checkpoints.read_config(folder), folder)
         checkpoints.load_weights(clip, weights, image_only)
         return clip, load_tokenizer
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith("local-dir:"):
+        return _of_open_clips_folder(name, image_only), partial(open_clip.get_tokenizer, name)
+    if name.startswith("hf-hub:"):
         return open_clip.create_model(name, require_pretrained=True), partial(open_clip.get_tokenizer, name)
     _check_names(name, pretrained)
     if pretrained == "random" or is_checkpoint_path(pretrained):
@@ -129,10 +140,34 @@ def _create(model, pretrained, folder, image_only):
             clip = open_clip.create_model(name, pretrained_text=False)  # else the hub is asked for a text tower's weights
         if pretrained != "random":
             checkpoints.load_weights(clip, pretrained, image_only)
+            folder = Path(file_and_key(pretrained)[0]).parent
+            if config := checkpoints.read_config(folder):
+                text = checkpoints.parse_config(config, folder).text_config
+                return clip, partial(tokenizers.load_tokenizer, folder, text)
     else:
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         clip = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick)
     return clip, partial(open_clip.get_tokenizer, name)
+
+
+def _of_open_clips_folder(name, image_only):
+    """The model of `local-dir:PATH`, a folder with open_clip's config and weights."""
+    folder = Path(name.removeprefix("local-dir:"))
+    config = folder / preprocessing.CONFIG
+    if not config.is_file():
+        kind = checkpoints.model_type(folder)
+        what = f"its config.json says model_type {kind!r}, and clip is covered" if kind else f"it has no {preprocessing.CONFIG}"
+        raise UserError(f"--model {name} could not be loaded: {what}; give the folder of a CLIP")
+    weights = next((folder / file for file in (*OPEN_CLIPS, *checkpoints.FOLDER) if (folder / file).is_file()), None)
+    if weights is None:
+        raise UserError(f"--model {name} could not be loaded: it has no weights; put one of {', '.join(OPEN_CLIPS)} there")
+    with _without_notes():
+        clip = open_clip.create_model(_register_config(str(config)), pretrained_text=False)
+    checkpoints.load_weights(clip, weights, image_only)
+    fields = json.loads(config.read_text(encoding="utf-8-sig")).get("preprocess_cfg")
+    if isinstance(fields, dict):
+        set_model_preprocess_cfg(clip, merge_preprocess_dict(clip.visual.preprocess_cfg, fields))
+    return clip
 
 
 @contextlib.contextmanager
@@ -152,7 +187,8 @@ def _hugging_face_folder(name):
     """The folder of a `CLIPModel` of the transformers library: `local-dir:PATH` of one, or `hf:ORG/NAME`; else None."""
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
-        return folder if checkpoints.read_config(folder) else None
+        of_library = checkpoints.read_config(folder) and checkpoints.weights_file(folder)
+        return folder if of_library or not (folder / preprocessing.CONFIG).is_file() and checkpoints.read_config(folder) else None
     if not name.startswith("hf:"):
         return None
     files = ["config.json", "preprocessor_config.json", "processor_config.json"]
@@ -181,7 +217,7 @@ def _register_config(path):
     The hub's has the config under `model_cfg`, and `utils.preprocessing` reads what is beside that.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         config = config["model_cfg"] if "model_cfg" in config else config
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     except FileNotFoundError as error:
@@ -224,9 +260,23 @@ def _near(word, choices):
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(choices)[:12])}, ..."
 
 
+def structure(model):
+    """What of a model is in no weight and changes what it computes: lines of text."""
+    lines = []
+    for name, module in model.named_modules():
+        found = {key: getattr(module, key) for key in STRUCTURE if isinstance(getattr(module, key, None), STRUCTURAL)}
+        found |= {"causal": True} if getattr(module, "attn_mask", None) is not None else {}
+        if any(kind in type(module).__name__ for kind in ACTIVATIONS):
+            found["activation"] = repr(module)
+        if found:
+            lines.append(f"{name} {sorted(found.items())}")
+    return lines
+
+
 def weights_fingerprint(model):
-    """A `Digest` of all bytes of all weights, in float32. Earlier versions took 1,024 evenly spaced entries of every tensor."""
-    now, earlier = hashlib.sha256(), hashlib.sha256()
+    """A `Digest` of all bytes of all weights, in float32, and of what the config says of heads, activations and the like. Earlier
+    versions took 1,024 evenly spaced entries of every tensor."""
+    now, earlier = hashlib.sha256("\n".join(structure(model)).encode()), hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         header = f"{name}{tuple(tensor.shape)}".encode()
         entries = tensor.reshape(-1).float().cpu()

@@ -293,7 +293,11 @@ def names_for(folders, file=None):
         raise UserError(f"--class_names {file} has {counts}")
     own = _lines_of(folders, lines)
     if all(len(each) == 1 for each in own):
-        return [lines[i] for [i] in own]
+        return [lines[i].strip("\"'").rstrip("/") or lines[i] for [i] in own]  # as ls -Q and ls -p list folders
+    first_words = [re.split(r"[\s:;,=]", line, maxsplit=1)[0] for line in lines]  # of lines such as "n01440764 tench"
+    for place, folder in enumerate(folders):
+        if folder in first_words and first_words[place] != folder and not own[place]:
+            own[place] = [first_words.index(folder)]
     for place, each in enumerate(own):
         if each and place not in each:
             what = f"name {each[0] + 1}, {lines[each[0]]}, is that of folder {folders[place]}"
@@ -316,8 +320,9 @@ def _lines_of(folders, lines):
 
 
 def _plain(name):
-    """A name in small letters, with spaces between its words, and its accents composed."""
-    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", name).strip().casefold())
+    """The letters and digits of a name, small, with composed accents; a number before the name does not count."""
+    letters = "".join(letter for letter in unicodedata.normalize("NFC", name.casefold()) if letter.isalnum())
+    return re.sub(r"^\d+(?=\D)", "", letters) or letters or name
 
 
 def _class_folders(root, data_path, split):

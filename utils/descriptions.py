@@ -18,7 +18,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, one_line, read_array, save_atomic, save_json
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.records import agrees
+from utils.runtime.records import Digest, agrees
 from utils.runtime.results import complete, is_made, load_record
 from utils.sparse_coding import describe, load_descriptions, load_support, load_texts
 
@@ -159,10 +159,12 @@ class Evaluation(Inputs):
     def fit(self, judge, layer):
         """Find what a layer's neurons fire on; returns the layer's `Described`."""
         args, effects = self.args, torch.from_numpy(np.load(self.path("projections", layer=layer)))
-        # the inputs and not what is computed from them, which another number of threads rounds differently
+        # atoms and targets are left out: another number of threads rounds them differently
         record = {**self.clip.record, **self.images.record, "layer": layer, "text_descriptions": args.text_descriptions}
         record |= {"coefficient": args.coefficient, "statistics": self.statistics[layer].digest()}
         record |= {"judge": digest(self.truth[0]) if self.truth else digest(self.vectors)}
+        looked_at = [effects] if self.truth else [effects, np.load(self.path("representations"))]
+        record["looked_at"] = Digest(digest(*looked_at), None)
         atoms, targets = (x.to(args.device) for x in (judge.atoms, judge.targets(effects)))
         of_texts = {**record, "components": args.components}
         describe(self.path("fires_on", layer=layer), self.texts, atoms, targets, record=of_texts, overwrite=args.overwrite)

@@ -22,6 +22,7 @@ from utils.runtime.records import Digest, digest_of_parts, digests_of_files
 from utils.runtime.results import load_record, publish
 
 READ_IMAGES = 512  # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's memory
+SAME = ("fingerprint", "data", "coefficient", "preprocessing", "precision")  # what all parts of effects have to agree in
 FORMS = ("coefficients", "top_coefficients", "merged")
 
 
@@ -58,6 +59,15 @@ def copy_norms(effects, results):
             save_atomic(target, lambda out: shutil.copyfileobj(file, out), partial(publish, record=load_record(source)))
 
 
+def identity_of(path):
+    """What changes when a file is replaced or written to; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def slices(neurons, floats, memory):
     """Slices of a number of neurons, each of about `memory` bytes at `floats` numbers a neuron."""
     block = max(1, int(memory / (4 * floats)))
@@ -76,6 +86,7 @@ class _Effects:
 
     def __init__(self, results, names, device):
         self.results, self.names, self.device = results, names, device
+        self.seen = [identity_of(path) for path in self.files()]
         self.path, self.array = results.find(self.main, **names), results.load(self.main, mmap=True, **names)
         record = load_record(self.path)
         own = ("shape", "dtype", "method_number", "layers", "batch_size")  # of the array, not of what it was made from
@@ -85,15 +96,33 @@ class _Effects:
 
     def content(self):
         """What tells these effects from others: a digest of all bytes of their files."""
-        files = [self.results.find(kind, **self.names) for kind in (self.main, *self.parts)]
-        now = digest_of_parts([digest.encode() for digest in digests_of_files(files)])
+        now = digest_of_parts([digest.encode() for digest in digests_of_files(self.files())])
         published = not load_record(self.path)  # known by a sample, in earlier versions
         return Digest(now, sampled_digest(self.array) if published else None)
 
     def load(self, kind, mmap=False, **sizes):
-        """Another part of the effects, of the same weights and images and of these sizes."""
-        expected = {key: self.record.get(key) for key in ("fingerprint", "data")}
-        return self.results.load(kind, sizes, expected, mmap=mmap, **self.names)
+        """Another part of the effects, of the same weights, images and settings, and of these sizes."""
+        path = self.results.find(kind, **self.names)
+        record = load_record(path)
+        for key in SAME if record and self.record else ():
+            if record.get(key) != self.record.get(key):
+                found, wanted = record.get(key), self.record.get(key)
+                raise UserError(
+                    f"{path} was made with {key} {found!r}, and {self.path.name} with {wanted!r}; remove the one that is not "
+                    f"meant, or make all of them again with: {self.again()}"
+                )
+        return self.results.load(kind, sizes, mmap=mmap, **self.names)
+
+    def files(self):
+        """All files of the effects."""
+        return [self.results.find(kind, **self.names) for kind in (self.main, *self.parts)]
+
+    def check_unchanged(self):
+        """Raise UserError when a file of the effects was replaced since they were opened."""
+        if self.seen != [identity_of(path) for path in self.files()]:
+            raise UserError(
+                f"the effects of {self.path} have changed while they were read; run the same command again with --overwrite"
+            )
 
     def tensor(self, array):
         """A copy on the device, in float32. Raises UserError when it is not finite."""
@@ -109,6 +138,7 @@ class _Effects:
     def read_rows(self, take):
         """take(rows of the main array) for all blocks of rows, copied, in float32."""
         copied = np.empty((self.images, *take(self.array[:1]).shape[1:]), np.float32)
+        self.check_unchanged()
         for rows in self.row_blocks():
             copied[rows] = take(read_array(self.path, mmap=True)[rows])
             if not np.isfinite(copied[rows]).all():

@@ -12,12 +12,14 @@ from utils.runtime.errors import UserError
 
 # What systems and storage boxes leave in folders, beside what is hidden (.DS_Store, ._x.jpg)
 RUBBISH = {
-    *("__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
+    *("thevolumesettingsfolder", "thefindbycontentfolder"),
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini"),  # Windows
-    *("$recycle.bin", "system volume information", "found.000", "dfsrprivate"),
-    *("@eadir", "@tmp", "#recycle", "#snapshot"),  # Synology
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "dfsrprivate"),
+    "_gsdata_",  # GoodSync
+    *("@eadir", "@tmp", "@appstore", "#recycle", "#snapshot"),  # Synology
     *("@recycle", "@recently-snapshot", "~snapshot"),  # QNAP, NetApp
-    *("lost+found", "__pycache__"),
+    *("lost+found", "__pycache__", "cvs"),
 }
 STREAMS = (":zone.identifier", ":encryptable", "@synoeastream", "@synoresource")  # of a file, copied as files
 

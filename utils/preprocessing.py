@@ -173,7 +173,8 @@ def choose(model, pretrained, visual, folder=None):
     if folder is not None:
         chosen = _of_folder(folder, shown, size) or _without_config(model, size)
     elif model.startswith(("hf-hub:", "local-dir:")):
-        chosen = _of_fields(visual.preprocess_cfg, size, f"{shown}/{CONFIG}")
+        chosen = _of_config(Path(shown) / CONFIG, f"{shown}/{CONFIG}", size)
+        chosen = chosen or _of_fields(visual.preprocess_cfg, size, f"{shown}/{CONFIG}")
     elif is_checkpoint_path(pretrained):
         beside = Path(file_and_key(pretrained)[0]).parent
         chosen = _of_config(beside / CONFIG, f"{beside}/{CONFIG}", size) or _of_folder(beside, beside, size)
@@ -298,6 +299,8 @@ def _of_folder(folder, shown, size):
         file = "preprocessor_config.json"
         fields = _read(folder / file)
     where = f"{shown}/{file}"
+    if fields is not None and not isinstance(fields, dict):
+        raise UserError(f"the config {where} is damaged (it holds no fields); correct or remove it")
     return None if fields is None else Preprocessing(_processor_steps(fields, size, where), where)
 
 
@@ -313,7 +316,7 @@ def _processor(fields, where):
     import transformers  # takes a second
 
     kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or PROCESSORS[0]
-    name = str(kind).removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    name = str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in PROCESSORS:
         raise UserError(f"{where}: image_processor_type is {kind}; it has to be {' or '.join(PROCESSORS)}")
     for field, value in fields.items():

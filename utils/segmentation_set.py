@@ -25,6 +25,8 @@ IGNORED = -1  # mask pixels that do not count
 IGNORED_VALUES = (-1, 255)  # what says so in a file
 LARGEST = 255  # of the values that may name an object or class
 SHOWN = 8  # values in a note, at most
+FEW = 0.2  # share of masks that may have unknown pixels and no object without a note
+MANY = 64  # values of one mask; more are no classes
 UNREADABLE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises
 
 
@@ -111,9 +113,18 @@ class SegmentationSet(Dataset):
         objects = [value for value in held if value != 0 and value not in self.ignored]
         if not objects:
             raise UserError(f"masks of {self.path} {self._without_object(held)}")
+        if 0 not in held:
+            fix = "give masks with 0 on the background"
+            raise UserError(f"masks of {self.path} hold {_listed(held, ' and ')} alone, so no pixel is background; {fix}")
+        hidden = [value for value in held if value > 0 and value in self.ignored]
         if objects[-1] > 1:
             shown = objects if len(objects) <= SHOWN else [*objects[: SHOWN - 1], "...", objects[-1]]
-            print(f"note: masks of {self.path} hold {_listed(shown)}; each of these counts as object")
+            others = f", and {_listed(hidden)} as unknown" if hidden else ""
+            print(f"note: masks of {self.path} hold {_listed(shown)}; each of these counts as object{others}")
+        without = sum(bool({*hidden} & {*each}) and {*objects}.isdisjoint(each) for each in values)
+        if without > FEW * len(self):
+            what = f"note: {without} of {len(self)} masks of {self.path} hold {_listed(hidden)} and no object"
+            print(f"{what}; {_listed(hidden)} counts as unknown, and as object without it in --ignore_index")
 
     def _values(self, index):
         """The values of a mask. Raises UserError for one that is not ignored and no class either."""
@@ -122,6 +133,9 @@ class SegmentationSet(Dataset):
                 values = [_plain(value) for value in np.unique(_mask_in(file, index)).tolist()]
         except UNREADABLE as error:
             raise self._unreadable(index, error) from error
+        if len(values) > MANY:
+            what = f"the mask of image {index} holds {len(values)} values, as soft edges or a picture do"
+            raise UserError(f"{self.path}: {what}; give masks of classes, 0 on the background and 1 on the object")
         for value in values:
             of_class = isinstance(value, int) and 0 <= value <= LARGEST
             if of_class or value in self.ignored or math.isnan(value):

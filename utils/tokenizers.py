@@ -8,6 +8,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from open_clip.tokenizer import SimpleTokenizer
 
 from utils.runtime.errors import UserError
+from utils.runtime.files import one_line
 
 SPECIAL_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the second is the newer one and wins
 WHOLE = ("tokenizer.json", *SPECIAL_FILES)
@@ -48,19 +49,25 @@ class FolderTokenizer:
 def load_tokenizer(folder, text):
     """Load the tokenizer of a `CLIPModel`'s folder; open_clip's where it has none, for OpenAI's vocabulary.
 
-    text: the config of the text tower.
+    text: the config of the text tower, a `CLIPTextConfig`.
 
     Raises UserError when files are missing, or texts do not end with the token at which the model reads them.
     """
-    context = text.get("max_position_embeddings", 77)
-    size = text.get("vocab_size", OPENAI)
-    end = text.get("eos_token_id", OPENAI - 1)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _whole(folder)
-        files = WHOLE
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = _parts(folder)
-        files = PARTS
+    context, size, end = text.max_position_embeddings, text.vocab_size, text.eos_token_id
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _whole(folder)
+            files = WHOLE
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = _parts(folder)
+            files = PARTS
+        else:
+            tokenizer = None
+    except Exception as error:  # the library has many
+        what = f"the tokenizer's files in {folder} cannot be read ({one_line(error)[:120]})"
+        raise UserError(f"{what}; download them again") from error
+    if tokenizer is not None:
+        pass
     elif size == OPENAI and end in (2, OPENAI - 1):  # old configs say 2 whatever the end token is
         return SimpleTokenizer(context_length=context)
     else:
@@ -93,12 +100,19 @@ def _special_tokens(folder):
     """What the files beside a tokenizer.json say about its special tokens: {"eos_token": text, ...}."""
     given = {}
     for name in SPECIAL_FILES:
-        content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+        content = json.loads((folder / name).read_text(encoding="utf-8-sig")) if (folder / name).is_file() else {}
         for key in SPECIAL:
             token = content.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             given |= {key: token} if isinstance(token, str) else {}
     return given
+
+
+def digest_of(tokenizer):
+    """Sixteen hex digits of a tokenizer of the transformers library: its vocabulary and rules."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _digest(folder, names):

@@ -8,6 +8,7 @@ from utils.datasets import train_set_of
 from utils.descriptions import Inputs, digest_of_sides, load_grades
 from utils.gallery.collect import ACTIVE, TOP, WORDS, Pairs, top_rows
 from utils.runtime.files import digest
+from utils.runtime.records import Digest
 from utils.runtime.results import complete, load_record
 
 
@@ -42,7 +43,9 @@ class Sources(Inputs):
             projections = self.projections(layer, split)
             self.pairs[layer, split] = Pairs(top_rows(projections, min(TOP, len(images))), len(images))
             found.append(np.frombuffer(bytes.fromhex(digest(projections)), np.uint8))
-        return [of.digest(), described, digest(self.graded[layer].values, *found)]
+        looked_at = [self.graded[layer].values, *found]
+        more = digest(*looked_at, self.numbers(layer)["norm"])  # earlier versions did not look at the norms
+        return [of.digest(), described, Digest(more, digest(*looked_at))]
 
     def _find_classes(self):
         """Labels are places of classes in the zero-shot classifier where there is one, else in all folders of both splits."""

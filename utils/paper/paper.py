@@ -44,7 +44,7 @@ def add_flags(parser):
     """The flags of reproduce_paper.py."""
     flags.add_data(parser, required=False)
     add = parser.add_argument_group("more data").add_argument
-    add("--class_names", help="a text file with one class name a line (--dataset folder)")
+    add("--class_names", help="a text file with one class name a line (--dataset folder), as in compute_classifier_projection.py")
     add("--imagenet_r", help="ImageNet-R's root folder (Fig. 10)")
     add("--segmentation", help="gtsegs_ijcv.mat (Table 4, Fig. 7)")
     add("--class_source", help="the class of each of its images, as in compute_segmentation.py")

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def read_json(path, what, fix):
     Raises FileNotFoundError when it is not there and UserError when it is damaged.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{what} {path} is damaged ({one_line(error)[:100]}); {fix}".strip()) from error
 
@@ -156,9 +157,23 @@ def read_texts(path):
     texts = [line.strip() for line in content.replace("\r", "\n").split("\n") if line.strip()]
     if not texts:
         raise UserError(f"{path} holds no text; it needs one text a line")
-    if _is_json(content) or all(map(_is_json, texts)):
-        raise UserError(f"{path} is a json, and one text a line is needed; write its texts to a text file")
+    if what := _other_than_texts(content, texts):
+        raise UserError(f"{path} is {what}, and one text a line is needed; write its texts to a text file")
     return texts
+
+
+def _other_than_texts(content, texts):
+    """What a file is that does not hold one text a line, "" if it may. texts: its lines."""
+    if texts[0].startswith("version https://git-lfs"):
+        return "a Git LFS pointer (git lfs pull fetches the file itself)"
+    if re.match(r"\s*<(!doctype|html|\?xml)", content, re.IGNORECASE):
+        return "a web page"
+    if re.search("[\0-\x08\x0e-\x1b]", content):
+        return "no plain text in UTF-8"
+    cut_off = re.match(r"""[\[{]\s*(["'{\[]|$)""", texts[0]) and not _is_json(texts[0])
+    if cut_off or _is_json(content) or all(map(_is_json, texts)):
+        return "a json"
+    return ""
 
 
 def _is_json(text):

@@ -31,7 +31,7 @@ def stage_parser(description, reads=True):
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="ViT-B-32", help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json")
-    help = "open_clip tag, path of a .safetensors or .pt file (the activation is then --model's), or 'random'"
+    help = "open_clip tag, path of a weights file (its activation is --model's; FILE::KEY for one of several), or 'random'"
     add("--pretrained", default="openai", help=help)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="./output_dir", help="where results are written")

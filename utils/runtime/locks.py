@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -23,7 +24,7 @@ try:
 except ImportError:  # Windows: every lock that is there counts, until a person removes it
     fcntl = None
 
-from utils.runtime.distributed import is_rank_zero
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
 
 HELD = (errno.EAGAIN, errno.EACCES)  # what the system answers where another process holds a lock
@@ -38,12 +39,15 @@ class Lock:
     path: what the lock is named after.
     files: all files that it is about, in the folder of `path`; default: `path` alone. Another lock of the folder that is
         about one of them counts as well.
+    rank: which of torchrun's processes takes it; for the others nothing happens. Rank 0 takes it for all. What others take
+        besides, after it, says whether one of them still runs when rank 0 has died.
     """
 
-    def __init__(self, path, files=None):
-        path = Path(path)
-        self.path = path.absolute().with_name(f"{path.name}.lock")
+    def __init__(self, path, files=None, rank=0):
+        self.target, self.rank = Path(path).absolute(), rank
+        self.path = _lock_of(self.target, rank)
         self.files = sorted({Path(file).name for file in files or [path]})
+        self.run = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
         self._file = None
 
     def __enter__(self):
@@ -53,9 +57,11 @@ class Lock:
         self.release()
 
     def take(self):
-        """Take it, until `release`. Rank 0 does so for all processes of torchrun; nothing happens if this process has it."""
-        if not is_rank_zero() or self.path in _ours:
+        """Take it, until `release`; nothing happens if this process has it."""
+        if distributed.rank() != self.rank or self.path in _ours:
             return self
+        if self.rank:
+            self.run = _read(_lock_of(self.target)).get("run", self.run)
         for turn in range(TRIES):
             reason = self._take(patient=turn < TRIES / 2) or self._overlap()
             if reason is None:
@@ -92,7 +98,11 @@ class Lock:
                 _ours.add(self.path)
             return reason
         except FileNotFoundError:
+            if self.path.is_symlink():
+                raise UserError(f"{self.path} is a link to nothing; remove it, and run the same command again") from None
             return _message(self.path, {}, known=True)  # it has just been released
+        except IsADirectoryError:
+            raise UserError(f"{self.path} is a folder; remove it, and run the same command again") from None
         except PermissionError:
             return _message(self.path, _read(self.path), known=False)
         finally:
@@ -117,7 +127,7 @@ class Lock:
         """Write who has the lock."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         script = Path(sys.argv[0]).name or "python"
-        content = {**_here(), "since": since, "script": script, "files": self.files}
+        content = {**_here(), "since": since, "script": script, "run": self.run, "files": self.files}
         try:
             file.seek(0)
             file.truncate()
@@ -128,7 +138,7 @@ class Lock:
 
     def _cannot(self, error):
         return UserError(
-            f"{self.path.with_suffix('')} cannot be written ({error.strerror}); what is finished is kept: fix this, then "
+            f"{self.target} cannot be written ({error.strerror}); what is finished is kept: fix this, then "
             "run the same command again"
         )
 
@@ -138,7 +148,7 @@ class Lock:
             if path in _ours:  # to open it once more would give it up
                 continue
             content = _read(path)
-            if set(content.get("files", ())).isdisjoint(self.files):
+            if set(content.get("files", ())).isdisjoint(self.files) or content.get("run") == self.run:
                 continue
             try:
                 with open(path, "r+b", buffering=0) as file:
@@ -155,9 +165,20 @@ class Lock:
         return None
 
 
-def is_locked(path):
-    """Whether there is a lock of this name, of a process that may have ended."""
-    return Path(path).with_name(f"{Path(path).name}.lock").exists()
+def _lock_of(path, rank=0):
+    return path.with_name(f"{path.name}.{rank}.lock" if rank else f"{path.name}.lock")
+
+
+def _target_of(lock):
+    """What a lock is named after."""
+    return re.sub(r"(\.\d+)?\.lock$", "", str(lock))
+
+
+def is_locked(paths):
+    """Whether one of some files in one folder has a lock, be it of processes that have ended."""
+    names = {Path(path).name for path in paths}
+    folder = Path(next(iter(paths))).parent
+    return any(Path(_target_of(lock)).name in names for lock in folder.glob("*.lock"))
 
 
 def open_alone(path):
@@ -235,11 +256,13 @@ def _is_over(content, held):
 
 
 def _parsed(text):
+    """What a lock says, {} for anything else."""
     try:
         content = json.loads(text)
-    except ValueError:
+        files = content["files"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(files, list) and all(isinstance(file, str) for file in files) else {}
 
 
 def _read(path):
@@ -258,4 +281,4 @@ def _message(path, content, known):
     end = "wait until it has ended, or end it, then run the same command again"
     if not known:
         end = f"wait until it has ended, or if it is not running any more, remove {path} and run the same command again"
-    return f"{path.with_suffix('')} is being made by {who}; {end}"
+    return f"{_target_of(path)} is being made by {who}; {end}"

@@ -37,7 +37,7 @@ COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take
 TRIM = 32  # turns after which free memory is given back
 QUEUE = 2**27  # bytes that may wait for the writing thread
 OPEN = 64  # files that are open at a time; some systems allow 256
-TEMPORARY = re.compile(r"(?P<array>.+)\.(?P<tag>[0-9a-f]{12})\.(?P<rest>.+)")  # the name of a file beside an array
+TEMPORARY = re.compile(r"(?P<array>.+)\.(?P<tag>[0-9a-f]{12})\.(?P<rest>.+)", re.DOTALL)  # the name of a file beside an array
 
 
 class Pieces(list):
@@ -169,6 +169,7 @@ class Pass:
             distributed.barrier()
             self.finished = self.finished or self._is_made()  # by another run, meanwhile
             if not self.finished:
+                self._lock = self._lock or self._take_lock()
                 self._resume()
         except BaseException:
             self._thread.shutdown()
@@ -180,17 +181,21 @@ class Pass:
         """Whether all arrays are there. Raises UserError when one is there that was made from something else."""
         return all([is_made(file.path, file.record, self.overwrite) for file in self.files.values()])  # looks at each
 
+    def _take_lock(self):
+        """Take the lock of the arrays that are not there yet."""
+        to_make = [file.path for file in self.files.values() if not is_made(file.path, file.record, self.overwrite)]
+        return Lock((to_make or [self.first])[0], to_make, distributed.rank()).take()
+
     def _prepare(self):
         """Take the lock, and create the files or check those of an interrupted run."""
         if not self.finished:
             scratch = distributed.world_size() * sum(_bytes(*spec) for spec in self.scratch.values())
             require_space(self.arrays, scratch, self.overwrite)
-            to_make = [file.path for file in self.files.values() if not is_made(file.path, file.record, self.overwrite)]
-            self._lock = Lock((to_make or [self.first])[0], to_make).take()
+            self._lock = self._take_lock()
             self.finished = self._is_made()
         if self.finished:
             print(f"kept {self.first.name}: made from the same inputs with the same flags (--overwrite makes it again)")
-            if _temporary(self.arrays, self.tag) or any(is_locked(path) for path in self.arrays):
+            if _temporary(self.arrays, self.tag) or is_locked(self.arrays):
                 with contextlib.suppress(UserError):  # another run makes them again
                     self._lock = self._lock or Lock(self.first, self.arrays).take()
                     self._clean()
@@ -371,7 +376,7 @@ class Pass:
 
     def _progress_files(self, every_tag=False):
         files = _temporary([self.first], None if every_tag else self.tag)
-        return [path for path in files if re.fullmatch(r".+\.progress\.\d+", path.name)]
+        return [path for path in files if re.search(r"\.progress\.\d+\Z", path.name)]
 
     def _clean(self, every_tag=False):
         """Remove what is no result; on demand also what other interrupted passes have left for these arrays."""
