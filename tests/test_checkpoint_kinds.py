@@ -202,6 +202,9 @@ MODULES = {
     "a module in a dict": lambda model: {"model": model, "args": ARGS, "epoch": 3},
     "a dict with an object": lambda model: {"state_dict": model.state_dict(), "args": ARGS},
     "an object deeper inside": lambda model: {"model": model.state_dict(), "cfg": {"args": ARGS}},
+    "an object around": lambda model: argparse.Namespace(model=model.state_dict()),
+    "a list": lambda model: [model.state_dict(), ARGS],
+    "numpy arrays": lambda model: {**{name: value.numpy() for name, value in model.state_dict().items()}, "args": ARGS},
 }
 
 
@@ -292,6 +295,136 @@ def save_model(folder, **text):
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
+
+
+def save_other(folder, vision=(), text=()):
+    """A random CLIPModel of another config, and the model."""
+    torch.manual_seed(4)
+    of_image, of_text = {**VISION, **dict(vision)}, {**TEXT, **dict(text)}
+    config = transformers.CLIPConfig(vision_config=of_image, text_config=of_text, projection_dim=24)
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+OTHER_CONFIGS = {
+    "relu": ({"hidden_act": "relu"}, {"hidden_act": "relu"}),
+    "tanh": ({"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_new"}),
+    "of each tower its own": ({"hidden_act": "gelu"}, {"hidden_act": "quick_gelu"}),
+    "and the other way": ({"hidden_act": "quick_gelu"}, {"hidden_act": "silu"}),
+    "eps": ({"layer_norm_eps": 1e-3}, {"layer_norm_eps": 1e-2}),
+    "small eps": ({"layer_norm_eps": 1e-12}, {}),
+    "heads": ({"num_attention_heads": 2 * VISION["num_attention_heads"]}, {}),
+    "an odd width of the MLP": ({"intermediate_size": 101}, {"intermediate_size": 77}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CONFIGS)
+def test_a_folder_gives_what_its_library_gives_whatever_its_config(tmp_path, kind):
+    vision, text = OTHER_CONFIGS[kind]
+    model = save_other(tmp_path, vision, text)
+    clip = load_clip(f"local-dir:{tmp_path}", "ignored", "cpu")
+    assert_same_images(clip, model)
+    tokens = clip.tokenizer(TEXTS)
+    theirs = torch.nn.functional.normalize(pooled(model.get_text_features(tokens)), dim=-1)
+    torch.testing.assert_close(torch.from_numpy(text_vectors(clip, TEXTS, 2)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_activation_is_refused_by_its_name(tmp_path):
+    save_other(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "mystery"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "hidden_act is 'mystery'" in refused(f"local-dir:{tmp_path}", "ignored")
+
+
+@pytest.mark.parametrize("kind", ["eps", "heads", "relu", "and the other way"])
+def test_weights_by_path_whose_config_beside_says_otherwise_are_refused(tmp_path, kind):
+    """A model json of the same sizes would take them, and compute something else."""
+    save_other(tmp_path / "plain", {"hidden_act": "gelu"}, {"hidden_act": "gelu"})
+    vision, text = OTHER_CONFIGS[kind]
+    save_other(tmp_path / "other", {"hidden_act": "gelu", **vision}, {"hidden_act": "gelu", **text})
+    sizes = {"image_size": 32, "patch_size": VISION["patch_size"], "layers": VISION["num_hidden_layers"]}
+    sizes |= {"width": VISION["hidden_size"], "head_width": VISION["hidden_size"] // VISION["num_attention_heads"]}
+    sizes["mlp_ratio"] = VISION["intermediate_size"] / VISION["hidden_size"]
+    words = {"context_length": TEXT["max_position_embeddings"], "vocab_size": 49408, "width": TEXT["hidden_size"]}
+    words |= {"heads": TEXT["num_attention_heads"], "layers": TEXT["num_hidden_layers"]}
+    words["mlp_ratio"] = TEXT["intermediate_size"] / TEXT["hidden_size"]
+    (tmp_path / "x.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": sizes, "text_cfg": words}))
+    load_clip(str(tmp_path / "x.json"), str(tmp_path / "plain/model.safetensors"), "cpu")
+    line = refused(tmp_path / "x.json", tmp_path / "other/model.safetensors")
+    assert "the config beside it" in line and ("local-dir:" in line or "-quickgelu" in line)
+
+
+def test_other_models_of_the_library_are_called_by_their_type(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {}}))
+    assert "says model_type 'siglip', and clip is covered" in refused(f"local-dir:{tmp_path}", "ignored")
+
+
+def write_open_clips_folder(folder, content):
+    """A folder as open_clip has it on the hub, with a byte-order mark in its config."""
+    folder.mkdir()
+    config = json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})
+    (folder / "open_clip_config.json").write_text(config, encoding="utf-8-sig")
+    torch.save(content, folder / "open_clip_pytorch_model.bin")
+    return f"local-dir:{folder}"
+
+
+def test_weights_in_a_folder_of_open_clips_are_read_as_those_by_path(state, tmp_path, capsys):
+    both = {"state_dict": state, "state_dict_ema": times(state, 2)}
+    assert_loads(write_open_clips_folder(tmp_path / "ema", both), "ignored", state)
+    assert "has weights under state_dict and state_dict_ema" in capsys.readouterr().out
+    extras = {**state, "input_resolution": torch.tensor(32), "attn_mask": torch.zeros(2, 2)}
+    name = write_open_clips_folder(tmp_path / "extras", extras)
+    assert_loads(name, "ignored", state)
+    assert load_clip(name, "ignored", "cpu").transform.record["mean"] == [0.5] * 3
+    (tmp_path / "extras/open_clip_pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in refused(name, "ignored")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: name.replace("visual.", "visual._orig_mod."),
+        lambda name: name.replace("visual.", "visual.module."),
+        lambda name: re.sub(r"(resblocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name),
+        lambda name: "module._fsdp_wrapped_module." + name.replace("transformer.", "transformer._fsdp_wrapped_module."),
+    ],
+)
+def test_wrappers_inside_of_names_are_taken_off(tiny_model, state, tmp_path, wrap):
+    torch.save({wrap(name): value for name, value in state.items()}, tmp_path / "wrapped.pt")
+    assert_loads(tiny_model, tmp_path / "wrapped.pt", state)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_an_image_tower_alone_is_loaded_for_stages_of_images(tiny_model, state, tmp_path, prefix):
+    tower = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+    torch.save(prefixed(tower, prefix), tmp_path / "tower.pt")
+    clip = load_clip(tiny_model, str(tmp_path / "tower.pt"), "cpu", image_only=True)
+    for name, value in clip.vit.visual.state_dict().items():
+        torch.testing.assert_close(value, tower[name], rtol=0, atol=0)
+    assert "has no text tower" in refused(tiny_model, tmp_path / "tower.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(tiny_model, state, tmp_path, dtype):
+    torch.save({name: (value * 100).to(dtype) for name, value in state.items()}, tmp_path / "odd.pt")
+    assert f"as {dtype}, and weights are floating-point numbers" in refused(tiny_model, tmp_path / "odd.pt")
+
+
+def test_a_shard_alone_and_archives_are_called_by_their_name(tiny_model, state, tmp_path):
+    write_shards(tmp_path, state, "bin")
+    line = refused(tiny_model, tmp_path / "pytorch_model-00001-of-00002.bin")
+    assert f"give the index beside them: --pretrained {tmp_path}/pytorch_model.bin.index.json" in line
+    torch.save(state, tmp_path / "weights.pt")
+    for kind in ("zip", "gztar", "tar"):
+        (tmp_path / kind).mkdir()
+        shutil.copy(tmp_path / "weights.pt", tmp_path / kind)
+        archive = shutil.make_archive(str(tmp_path / f"packed_{kind}"), kind, tmp_path / kind)
+        assert "archive; unpack it" in refused(tiny_model, archive)
 
 
 def pooled(features):
