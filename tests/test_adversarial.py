@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import re
@@ -413,6 +414,31 @@ def test_without_a_classifier_images_are_judged_between_the_names(attack):
     attack.run("--batch_size", 1, output="out_alone")  # the classifier is there now, and nothing else is made again
     results = json.loads((attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text())
     assert 0 <= results["argmax_rate"] <= 100
+
+
+@pytest.mark.parametrize("source", ["second_order", "similar"])
+def test_words_of_other_inputs_are_refused_until_overwrite(attack, source):
+    """Components, descriptions and text vectors count, not only the flags that name them."""
+    flags = ["--word_source", source, "--seed", 9, "--batch_size", 1]
+    attack.run(*flags, output="out_inputs")
+    if source == "similar":
+        path = attack.results.path("texts", texts="pool")
+        changed = io.BytesIO()
+        np.save(changed, np.load(path)[:, ::-1])
+        changed = changed.getvalue()
+    else:
+        path = attack.results.path("decomposition", layer=LAYERS[0], **NAMES)
+        described = json.loads(path.read_text())
+        described["0"][0][1] *= 2
+        changed = json.dumps(described).encode()
+    whole = path.read_bytes()
+    path.write_bytes(changed)
+    try:
+        done = attack.run(*flags, output="out_inputs", check=False)
+    finally:
+        path.write_bytes(whole)
+    assert_one_line(done, "candidates.json was made with other inputs", "--overwrite")
+    assert "kept" in attack.run(*flags, output="out_inputs").stdout
 
 
 def test_other_settings_are_refused_until_overwrite(attack):

@@ -189,9 +189,10 @@ def read_shards(path, places):
         if not shard.is_file():
             raise UserError(f"{shard} is missing, which {path.name} names; download it, too")
         content = read_file(shard, shards=False)
-        if not isinstance(content, dict):
-            raise UserError(f"{shard} holds a {type(content).__name__} and no state dict; download it again")
-        weights |= content
+        parts = list(state_dicts(content).values())
+        if len(parts) != 1:
+            raise UserError(f"{shard} holds {len(parts) or 'no'} state dicts, where a shard holds one; download it again")
+        weights |= parts[0]
     return weights
 
 

@@ -44,7 +44,7 @@ def statistics(effects, neurons, k):
     """
     mean, top, norms = effects.top(neurons, k)
     # effects that are equal on all images, as on copies of one picture: what is left of them is rounding
-    varies = top.norm(dim=-1).amax(dim=1) > ROUNDING * mean.norm(dim=-1)  # [n]
+    varies = top.abs().amax(dim=(1, 2)) > ROUNDING * mean.abs().amax(dim=1)  # [n]; squares could overflow
     top = torch.where(varies[:, None, None], top, 0)
     r, explained = principal_directions(top)
     r = torch.where(varies[:, None], r, 0)
