@@ -528,6 +528,13 @@ def model_of_config(config, folder):
     return model, partial(load_tokenizer, Path(folder), text)
 
 
+def as_before(parsed):
+    """Whether earlier versions computed the same for a `CLIPConfig`: they knew one activation, for both towers, and one eps."""
+    towers = (parsed.vision_config, parsed.text_config)
+    one = {tower.hidden_act for tower in towers} in ({"gelu"}, {"quick_gelu"})
+    return one and all(tower.layer_norm_eps == 1e-5 for tower in towers) and towers[1].eos_token_id in (2, OPENAI - 1)
+
+
 def _shape(config):
     ratio = (config.intermediate_size + 0.5) / config.hidden_size  # open_clip rounds the product down
     return {"width": config.hidden_size, "layers": config.num_hidden_layers, "mlp_ratio": ratio}

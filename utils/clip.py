@@ -115,7 +115,10 @@ def load_clip(model, pretrained, device, seed=0, precision="float32", image_only
     transform = preprocessing.choose(model, pretrained, clip.visual, folder)
     record = {"model": model_name(model), "pretrained": pretrained_name(model, pretrained)}
     record |= {} if precision == "float32" else {"precision": precision}
-    record["fingerprint"] = weights_fingerprint(clip)
+    fingerprint = weights_fingerprint(clip)
+    if folder is not None and not checkpoints.as_before(checkpoints.parse_config(checkpoints.read_config(folder), folder)):
+        fingerprint = str(fingerprint)  # agrees with no result of an earlier version
+    record["fingerprint"] = fingerprint
     return Clip(vit, None if image_only else clip, transform, load_tokenizer, record=record, device=device)
 
 
