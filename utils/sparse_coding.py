@@ -19,6 +19,7 @@ from utils.runtime.results import complete, is_made, load_record, record_path
 from utils.texts import text_vectors
 
 BLOCK = 256  # targets that are pursued at a time
+LENGTHS = (1e-6, 1e6)  # of text vectors, which are 100 long; others would vanish or overflow
 SAMPLES = 16  # texts that are embedded to see whether a file of vectors is theirs
 
 
@@ -38,6 +39,11 @@ def load_texts(results, name, descriptions_dir, load_clip):
     if len(texts) != len(vectors):
         counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)
         raise UserError(f"{file} has {counts}; make the vectors again with: {command} --overwrite")
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    odd = np.flatnonzero((lengths < LENGTHS[0]) | (lengths > LENGTHS[1]))
+    if len(odd):
+        what = f"a vector of length {lengths[odd[0]]:.2g} for text {odd[0]}, where 100 is usual"
+        raise UserError(f"{path} holds {what}; make it again with: {results.command('texts', texts=name)} --overwrite")
     record = load_record(path)
     if record.get("content", digest_of_texts(texts)) != digest_of_texts(texts):
         command = results.command("texts", texts=name)
