@@ -11,7 +11,7 @@ import torch
 from utils.clip import load_clip
 from utils.datasets import Loader, load_images
 from utils.runtime import distributed, flags
-from utils.runtime.locks import Lock
+from utils.runtime.locks import Lock, is_locked
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results, complete, is_made, save_array
 
@@ -35,7 +35,7 @@ def main(args):
             work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
 
     if distributed.is_rank_zero():
-        if not labels_made:
+        if not labels_made or is_locked([classes]):
             with Lock(classes):  # other models have the same labels
                 if not is_made(classes, complete(of_labels), args.overwrite):
                     save_array(classes, images.labels, of_labels)

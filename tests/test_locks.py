@@ -222,6 +222,25 @@ def test_a_second_start_refuses_and_the_first_is_not_disturbed(world, name):
     assert_same_files(output, world.whole / name)
 
 
+@pytest.mark.parametrize("name", ["representations", "full", "top"])
+def test_two_models_in_one_folder_do_not_disturb_each_other(world, tiny_model, name):
+    """Their arrays have different names; the labels are those of both."""
+    output, other = world.root / f"two_{name}", world.root / "other.json"
+    other.write_text(Path(tiny_model).read_text())
+    (script, *flags), constants = world.command(name, output)
+    flags[flags.index(tiny_model)] = str(other)
+    commands = [world.command(name, output)[0], [script, *flags]]
+    logs = [world.root / f"two_{name}_{i}.log" for i in range(2)]
+    processes = [start(*each, log=log, constants=constants) for each, log in zip(commands, logs, strict=True)]
+    for process in processes:
+        finish(process)
+    whole, found = contents(world.whole / name), contents(output)
+    assert [key for key in whole if found[key] != whole[key]] == []
+    arrays = [key for key in whole if key.endswith(".npy") and "tiny" in key]
+    assert arrays and [key for key in arrays if found[key.replace("tiny", "other")] != whole[key]] == []
+    assert not [key for key in found if is_temporary(key)]
+
+
 def is_temporary(name):
     return any(part in name for part in (".partial", ".progress.", ".lock", ".parts/")) or re.search(r"\.[0-9a-f]{12}\.", name)
 

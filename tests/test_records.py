@@ -202,7 +202,7 @@ def test_effects_of_two_settings_do_not_pass_for_one(changed):
     top = ["--mlp_layer", 2, "--keep", "top", "--top_k_pca", 5, "--coefficient", 10, "--overwrite"]
     run(*changed.command("full", changed.base, *top)[0], log=changed.root / "top.log")
     line = changed.run("pcas", changed.base, "--overwrite", code=1).splitlines()[-1]
-    assert "was made with coefficient 10.0, and" in line and "with 100.0; remove the one that is not meant" in line
+    assert "was made with coefficient 10.0, and here it is 100.0" in line and "remove what is not meant" in line
 
 
 def test_effects_that_are_replaced_while_they_are_read_are_noticed(changed):

@@ -108,8 +108,8 @@ class _Effects:
             if record.get(key) != self.record.get(key):
                 found, wanted = record.get(key), self.record.get(key)
                 raise UserError(
-                    f"{path} was made with {key} {found!r}, and {self.path.name} with {wanted!r}; remove the one that is not "
-                    f"meant, or make all of them again with: {self.again()}"
+                    f"{path} was made with {key} {found!r}, and here it is {wanted!r}, of {self.path.name}; remove what is not "
+                    f"meant, or make it again with: {self.again()}"
                 )
         return self.results.load(kind, sizes, mmap=mmap, **self.names)
 

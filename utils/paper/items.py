@@ -312,6 +312,8 @@ def fig8(paper):
 def own_images(paper):
     """The pictures of `--images`, as `measures.Images`."""
     root = paper.args.images
+    if not root.is_dir():
+        raise UserError(f"--images {root} has no pictures")
     left_out = Counter()
     [found] = find_pictures(root.parent, [str(root)], left_out)
     files = sorted(map(Path, found))

@@ -87,6 +87,14 @@ def _temporary(arrays, tag=None):
     return sorted(found)
 
 
+def _taken(file):
+    """Bytes that a file takes on the disk; 0 where another run has just given it its name."""
+    try:
+        return file.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def require_space(arrays, scratch=0, overwrite=False):
     """Say how much will be written. Raises UserError, before any work is done, when the disk is too small.
 
@@ -95,7 +103,7 @@ def require_space(arrays, scratch=0, overwrite=False):
     """
     folder = next(iter(arrays)).parent
     needed = scratch + sum(_bytes(*spec) for path, spec in arrays.items() if overwrite or not path.is_file())
-    started = sum(file.stat().st_blocks * 512 for file in _temporary(arrays) if file.name.endswith(".partial"))
+    started = sum(_taken(file) for file in _temporary(arrays) if file.name.endswith(".partial"))
     total, _, free = shutil.disk_usage(folder)
     if needed - started > free and total > 0:  # some network disks do not know their size
         raise UserError(
