@@ -183,7 +183,7 @@ class HookedViT:
         """Change activations of the forward passes inside the `with`: causal interventions on the running model.
 
         changes: {name: function}, as blocks.{l}.NAME of CHANGES or shell patterns of them. A function gets the activation and
-            returns what the model goes on with. What is recorded inside is what comes after the change.
+            returns what the model uses in its place. What is recorded inside is what comes after the change.
 
         Raises KeyError for a pattern that fits nothing. Hooks are removed on leaving, also after an exception.
         """
