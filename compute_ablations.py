@@ -10,14 +10,15 @@ classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the 
 import numpy as np
 import torch
 
-from utils.ablation import ABLATIONS, Ablations, accuracies, classify, load_classifier, load_statistics
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images, train_set_of
+from utils.ablation import ABLATIONS, Ablations, accuracies, classify
+from utils.data.images import Loader, load_images, train_set_of
+from utils.model.clip import load_clip
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import groups_of_layers, parse_layers
 from utils.runtime.passes import Pass, pieces_of
+from utils.statistics import load_classifier, load_statistics
 
 
 def main(args):
@@ -49,7 +50,7 @@ def main(args):
             table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
     if not distributed.is_rank_zero():
         return
-    from utils.visualization import accuracy_table, plot_ablations  # here, because matplotlib takes 20 MB
+    from utils.figures import accuracy_table, plot_ablations  # here, because matplotlib takes 20 MB
 
     path = results.path("ablations", layer=layers, **names)
     table = {layer: dict(zip(ABLATIONS, row, strict=True)) for layer, row in table.items()}

@@ -5,12 +5,12 @@
 Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the class names are in its .meta.json
 """
 
-from utils.clip import load_clip
-from utils.datasets import classes_of, pairing, train_set_of
+from utils.data.images import classes_of, pairing, train_set_of
+from utils.model.clip import load_clip
+from utils.model.texts import CLASSES, zero_shot_classifier
 from utils.runtime import flags
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
-from utils.texts import CLASSES, zero_shot_classifier
 
 
 def main(args):

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from utils.datasets import train_set_of
+from utils.data.images import train_set_of
 from utils.effects import FORMS, copy_norms, open_effects, slices
 from utils.pca import statistics
 from utils.runtime import distributed, flags

@@ -8,12 +8,13 @@ Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 tim
 
 import torch
 
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.data.images import Loader, load_images
+from utils.model.clip import load_clip
 from utils.runtime import distributed, flags
 from utils.runtime.locks import Lock, is_locked
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results, complete, is_made, save_array
+from utils.runtime.records import complete, is_made, save_array
+from utils.runtime.results import Results
 
 
 def main(args):

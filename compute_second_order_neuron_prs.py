@@ -13,8 +13,8 @@ effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[
 
 from functools import partial
 
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.data.images import Loader, load_images
+from utils.model.clip import load_clip
 from utils.prs import fold_layers, second_order
 from utils.runtime import flags
 from utils.runtime.layers import groups_of_layers, parse_layers

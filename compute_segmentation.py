@@ -14,16 +14,16 @@ from functools import partial
 
 import torch
 
-from utils.clip import load_clip
-from utils.datasets import Loader
-from utils.preprocessing import describe
+from utils.data.images import Loader
+from utils.data.segmentation_set import IGNORED_VALUES, SegmentationSet
+from utils.model.clip import load_clip
+from utils.model.preprocessing import describe
 from utils.runtime import distributed, flags
 from utils.runtime.files import read_array, whole_folder
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of, walk
 from utils.runtime.results import Results
 from utils.segmentation import METHODS, Scores, choose_method, enlarge, row_name, save_scores, settings_of
-from utils.segmentation_set import IGNORED_VALUES, SegmentationSet
 
 
 def main(args):
@@ -50,7 +50,7 @@ def main(args):
             work[maps_path][rows] = method(pixels, rows.start)
     if not distributed.is_rank_zero():
         return
-    from utils.visualization import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
+    from utils.figures import plot_precision_recall, save_segmentation, segmentation_table, to_pictures  # matplotlib: 20 MB
 
     maps, pictures = read_array(maps_path, mmap=True), path.with_name(path.stem + "_images") if args.save_img else None
     data = open_set(images=args.save_img)

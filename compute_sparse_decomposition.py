@@ -15,17 +15,20 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from utils.ablation import Rebuilt, accuracies, classify, load_classifier, load_statistics
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images, train_set_of
+from utils.ablation import Rebuilt, accuracies, classify
+from utils.data.images import Loader, load_images, train_set_of
+from utils.data.text_sets import load_texts
+from utils.descriptions import describe
+from utils.model.clip import load_clip
+from utils.omp import make_atoms
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import groups_of_layers, stored_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import load_record
-from utils.sparse_coding import describe, load_texts, make_atoms
+from utils.runtime.records import load_record
+from utils.statistics import load_classifier, load_statistics
 
 
 def main(args):

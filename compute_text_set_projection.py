@@ -6,12 +6,13 @@ Reads a text file, one text a line (--text_descriptions NAME is text_description
 NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and beside it a .txt, the texts in that order.
 """
 
-from utils.clip import load_clip
+from utils.data.text_sets import as_text, digest_of_texts, find_texts, read_texts
+from utils.model.clip import load_clip
+from utils.model.texts import TEXTS, text_vectors, too_long
 from utils.runtime import distributed, flags
-from utils.runtime.files import as_text, digest_of_texts, find_texts, read_texts, save_atomic
+from utils.runtime.files import save_atomic
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.results import Results
-from utils.texts import TEXTS, text_vectors, too_long
 
 
 def main(args):

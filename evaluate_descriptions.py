@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
-from utils.datasets import Loader
-from utils.descriptions import Evaluation, Graded, report
+from utils.data.images import Loader
+from utils.evaluation import Evaluation, Graded, report
 from utils.grading import Along, grades
 from utils.prs import fold_layers, second_order
 from utils.runtime import distributed, flags

@@ -23,16 +23,16 @@ from functools import partial
 
 from huggingface_hub.utils import disable_progress_bars
 
-from utils import adversarial as attack
-from utils.clip import load_clip
-from utils.datasets import train_set_of
-from utils.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
-from utils.preprocessing import describe
+from applications.attack import adversarial
+from applications.attack.generators import LanguageModel, load_image_model, load_similarity, parse_options, require_packages
+from utils.data.images import train_set_of
+from utils.model.clip import load_clip
+from utils.model.preprocessing import describe
+from utils.model.texts import text_vectors
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.records import Digest
 from utils.runtime.results import Results
-from utils.texts import text_vectors
 
 SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "file")
 CLIP_THRESHOLD = 0.9  # CLIP's cosines of any two words are large
@@ -42,12 +42,12 @@ CLIP_BATCH = 64  # texts or images in one forward pass
 
 def main(args):
     class_0, class_1 = (" ".join(name.split()) for name in (args.class_0, args.class_1))
-    blocked = attack.load_block_list(args.block_list, class_0)
-    attack.check_classes(class_0, class_1, blocked)
-    run = attack.Run(args.dataset_path, (class_0, class_1, args.word_source), args.seed)
+    blocked = adversarial.load_block_list(args.block_list, class_0)
+    adversarial.check_classes(class_0, class_1, blocked)
+    run = adversarial.Run(args.dataset_path, (class_0, class_1, args.word_source), args.seed)
     if args.recount:
-        columns, keep = attack.read_table(run.folder / "files.csv")
-        return attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
+        columns, keep = adversarial.read_table(run.folder / "files.csv")
+        return adversarial.report(run, adversarial.rates(columns, class_1, keep), class_0, class_1)
     options = parse_options(args.image_options)
     with run.lock():
         attack_with(args, run, options, class_0, class_1, blocked)
@@ -72,7 +72,7 @@ def attack_with(args, run, options, class_0, class_1, blocked):
     def filtered():
         require_packages(args.similarity_model, args.text_model, args.image_model)
         encode = load_similarity(args.similarity_model, clip, CLIP_BATCH)
-        return attack.filter_words(mined["words"], class_0, args.overall_words, encode, threshold=threshold, blocked=blocked)
+        return adversarial.filter_words(mined["words"], class_0, args.overall_words, encode, threshold=threshold, blocked=blocked)
 
     words = [entry["word"] for entry in run.step("words.json", filtering, filtered)["words"]]
     print(f"words: {', '.join(words)}")
@@ -82,23 +82,26 @@ def attack_with(args, run, options, class_0, class_1, blocked):
     print(f"{len(described)} descriptions, {len(prompts['dropped'])} dropped; {described[0]!r}, ...")
 
     drawing = {**writing, "image_model": args.image_model, "image_options": options, "batch_size": args.batch_size}
-    plan = partial(attack.plan_drawings, run.folder, described, each=args.batch_size, seed=args.seed)
+    plan = partial(adversarial.plan_drawings, run.folder, described, each=args.batch_size, seed=args.seed)
     drawings = run.step("images.json", drawing, plan)["images"]
-    attack.draw(run.folder, drawings, lambda: load_image_model(args.image_model, args.device, options, args.offload))
+    adversarial.draw(run.folder, drawings, lambda: load_image_model(args.image_model, args.device, options, args.offload))
     classifiers = Results(args.classifier_dir or args.input_dir, **names, also=args.dataset_path)
-    classifier = attack.find_classifier(classifiers, args.dataset, clip, (class_0, class_1))
+    classifier = adversarial.find_classifier(classifiers, args.dataset, clip, (class_0, class_1))
     print(describe(clip.transform))
-    vectors = attack.representations(run.folder, drawings, clip, CLIP_BATCH)
-    columns = {"black": attack.blacked_out(run.folder, drawings), **attack.judge(vectors, texts, (class_0, class_1), *classifier)}
-    keep = attack.write_table(run.folder / "files.csv", drawings, columns)
-    attack.report(run, attack.rates(columns, class_1, keep), class_0, class_1)
+    vectors = adversarial.representations(run.folder, drawings, clip, CLIP_BATCH)
+    columns = {
+        "black": adversarial.blacked_out(run.folder, drawings),
+        **adversarial.judge(vectors, texts, (class_0, class_1), *classifier),
+    }
+    keep = adversarial.write_table(run.folder / "files.csv", drawings, columns)
+    adversarial.report(run, adversarial.rates(columns, class_1, keep), class_0, class_1)
 
 
 def mining_settings(args, clip, chosen):
     """What the words are made from. Each later step adds its own settings to those of the step before."""
     settings = {**clip.record, "dataset": args.dataset, **chosen}
     settings |= {"word_source": args.word_source, "text_descriptions": args.text_descriptions}
-    settings |= {"words": attack.read_words(args.words)} if args.word_source == "file" else {}
+    settings |= {"words": adversarial.read_words(args.words)} if args.word_source == "file" else {}
     if args.word_source in ("second_order", "weighted", "random"):
         train = args.train_dataset or train_set_of(args.dataset)
         settings |= {"train_dataset": train, "mlp_layers": parse_layers(args.mlp_layers, clip.vit)}
@@ -110,11 +113,11 @@ def load_sources(args, clip, results, settings):
     """Where words come from: {"pool": `PoolWords`, "neurons": `NeuronWords`}, those that the word source needs."""
     found = {}
     if args.word_source in ("weighted", "similar", "random_words"):
-        found["pool"] = attack.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
+        found["pool"] = adversarial.PoolWords(results, args.text_descriptions, args.descriptions_dir, clip)
     if args.word_source in ("second_order", "weighted", "random"):
         names = {"dataset": settings["train_dataset"], "texts": args.text_descriptions, "k": args.top_k_pca}
         names |= {"components": args.components, "alpha": args.transform_alpha}
-        found["neurons"] = attack.NeuronWords.load(results, clip, settings["mlp_layers"], **names)
+        found["neurons"] = adversarial.NeuronWords.load(results, clip, settings["mlp_layers"], **names)
     return found
 
 
@@ -134,10 +137,10 @@ def write(args, run, settings, words):
     """Descriptions from the template or a language model."""
     require_packages(text_model=args.text_model, image_model=args.image_model)
     if args.text_model != "template":
-        return attack.write_descriptions(run, settings, LanguageModel(args.text_model, args.device), words)
+        return adversarial.write_descriptions(run, settings, LanguageModel(args.text_model, args.device), words)
     class_0, class_1 = settings["class_0"], settings["class_1"]
-    descriptions = attack.template_descriptions(words, class_1, args.results_per_generation, args.seed)
-    good, bad = attack.usable(descriptions, class_0, class_1, settings["block_list"])
+    descriptions = adversarial.template_descriptions(words, class_1, args.results_per_generation, args.seed)
+    good, bad = adversarial.usable(descriptions, class_0, class_1, settings["block_list"])
     return {"descriptions": good, "dropped": bad}
 
 
@@ -167,7 +170,7 @@ if __name__ == "__main__":
     words.add_argument(
         "--cosim_similarity", type=float, help="largest cosine of a word with class_0; default: 0.6, with clip 0.9"
     )
-    words.add_argument("--block_list", default=attack.BLOCK_LIST, help="a json {class: [more words to drop]}")
+    words.add_argument("--block_list", default=adversarial.BLOCK_LIST, help="a json {class: [more words to drop]}")
     group = parser.add_argument_group("descriptions and images")
     help = "Hugging Face id, folder or .gguf file of an instruct model, or 'template', which needs no model"
     group.add_argument("--text_model", default="meta-llama/Meta-Llama-3-8B-Instruct", help=help)

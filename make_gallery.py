@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.datasets import Loader
-from utils.gallery.collect import Collector, collect, thumbnails
-from utils.gallery.sources import Sources
-from utils.gallery.write import check_folder, write_gallery
+from applications.gallery.collect import Collector, collect, thumbnails
+from applications.gallery.sources import Sources
+from applications.gallery.write import check_folder, write_gallery
+from utils.data.images import Loader
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import whole_folder
 from utils.runtime.layers import groups_of_layers
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import is_made
+from utils.runtime.records import is_made
 
 
 def main(args):

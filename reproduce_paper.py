@@ -12,9 +12,9 @@ What cannot be done is left out, with the reason. Interrupted, the same command 
 import shutil
 import time
 
-from utils.paper import page
-from utils.paper.items import ALIASES, ITEMS
-from utils.paper.paper import Paper, add_flags, here
+from applications.paper import page
+from applications.paper.items import ALIASES, ITEMS
+from applications.paper.study import Paper, add_flags, here
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.locks import Lock

@@ -200,7 +200,7 @@ def save_unit_vectors(path, count, width, columns=False):
 def real_size_inputs(args, folder, words):
     """Photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words; the folder of the photos,
     and the `Results` of the stages. args: with model, images, val_images."""
-    from utils.clip import load_clip  # here, because open_clip would count as memory of all processes
+    from utils.model.clip import load_clip  # here, because open_clip would count as memory of all processes
 
     photos, results = folder / "photos", Results(folder / "out", args.model, "random")
     results.directory.mkdir()

@@ -12,8 +12,8 @@ import os
 import open_clip
 
 from benchmarks.common import Table, bench_parser, interleaved, median, row, run, write_photos
-from utils.clip import weights_fingerprint
-from utils.datasets import load_images
+from utils.data.images import load_images
+from utils.model.clip import weights_fingerprint
 
 
 def set_up(args, folder):

@@ -9,7 +9,7 @@ definition, with tensors over tokens and neurons, in float32. Prints the largest
 import torch
 
 from benchmarks.common import Table, bench_parser, row, run
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 from utils.prs import fold, second_order
 
 

@@ -20,7 +20,7 @@ import torch
 from sklearn.linear_model import orthogonal_mp_gram
 
 from benchmarks.common import Table, alone, bench_parser, median, row, run
-from utils.sparse_coding import make_atoms, orthogonal_matching_pursuit
+from utils.omp import make_atoms, orthogonal_matching_pursuit
 
 
 def ours(atoms, targets, S, gram):

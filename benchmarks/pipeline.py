@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.common import Table, bench_parser, interleaved, median, row, run, write_photos
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.data.images import Loader, load_images
+from utils.model.clip import load_clip
 from utils.runtime.passes import pieces_of, walk
 
 

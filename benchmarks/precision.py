@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import ROOT, Table, bench_parser, interleaved, measured, ratio, row, run, stage
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 from utils.prs import fold_layers, second_order
 from utils.runtime.results import Results
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common import Table, bench_parser, interleaved, median, of_model, ratio, row, run
 from benchmarks.naive import naive_effects
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 from utils.prs import fold, second_order
 
 

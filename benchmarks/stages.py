@@ -9,7 +9,7 @@ an eighth of them; the difference of the two is the cost of the images, the rest
 from typing import NamedTuple
 
 from benchmarks.common import Table, bench_parser, median, of_model, row, run, save_unit_vectors, stage, write_photos
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 from utils.runtime.results import Results
 
 IMAGES = 5124  # the paper's training images

@@ -12,9 +12,9 @@ import open_clip
 import torch
 
 from benchmarks.common import ROOT, Table, alone, bench_parser, interleaved, median, of_model, ratio, row, run
-from utils.clip import load_clip
-from utils.runtime.files import read_texts
-from utils.texts import text_vectors, zero_shot_classifier
+from utils.data.text_sets import read_texts
+from utils.model.clip import load_clip
+from utils.model.texts import text_vectors, zero_shot_classifier
 
 BATCH = 512
 

@@ -18,8 +18,8 @@ import time
 import torch
 
 from benchmarks.common import Table, alone, bench_parser, interleaved, kilobytes, median, memory_of, ratio, row, run, write_photos
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images
+from utils.data.images import Loader, load_images
+from utils.model.clip import load_clip
 from utils.norms import CentredNorms, blocks_of, quadratic
 from utils.prs import Directions, SecondOrder, fold_layers, second_order
 from utils.runtime import memory

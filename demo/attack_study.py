@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from applications.attack.adversarial import NeuronWords, PoolWords, filter_words, rates
+from applications.attack.generators import load_similarity
 from demo.attack_table import Attacks, over_seeds
 from demo.figures import markdown_table
 from demo.layout import ATTACK, ATTACK_LAYERS, HERE, NAMES, OPACITY, attack_pairs, results_of
-from utils.adversarial import NeuronWords, PoolWords, filter_words, rates
-from utils.generators import load_similarity
+from utils.omp import make_atoms, orthogonal_matching_pursuit
 from utils.runtime.files import save_json
-from utils.sparse_coding import make_atoms, orthogonal_matching_pursuit
 
 
 class Study(Attacks):

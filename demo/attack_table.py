@@ -26,10 +26,7 @@ import torch
 from matplotlib import pyplot
 from tqdm import tqdm
 
-from demo.figures import markdown_table
-from demo.layout import ATTACK, ATTACK_LAYERS, ATTACK_TEXTS, HERE, MODEL, NAMES, OPACITY, WEIGHTS, attack_pairs, results_of
-from demo.world import articles, describe, draw, to_pil
-from utils.adversarial import (
+from applications.attack.adversarial import (
     SEEDS,
     NeuronWords,
     PoolWords,
@@ -41,10 +38,13 @@ from utils.adversarial import (
     template_descriptions,
     usable,
 )
-from utils.clip import load_clip
-from utils.generators import load_similarity
+from applications.attack.generators import load_similarity
+from demo.figures import markdown_table
+from demo.layout import ATTACK, ATTACK_LAYERS, ATTACK_TEXTS, HERE, MODEL, NAMES, OPACITY, WEIGHTS, attack_pairs, results_of
+from demo.world import articles, describe, draw, to_pil
+from utils.figures import save_figure
+from utils.model.clip import load_clip
 from utils.runtime.files import save_json
-from utils.visualization import save_figure
 
 SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "planted", "nothing")
 RATES = {"argmax_rate": "taken for class_0", "binary_rate": "nearer to class_0", "class_1_rate": "taken for class_1, drawn"}
@@ -108,7 +108,7 @@ class Attacks:
 
     @torch.inference_mode()
     def judge(self, pictures, class_0, class_1):
-        """How the CLIP takes pictures of a pair: columns as `utils.adversarial.judge` gives them."""
+        """How the CLIP takes pictures of a pair: columns as `applications.attack.adversarial.judge` gives them."""
         vectors = self.clip.vit(torch.stack([self.clip.transform(picture) for picture in pictures]))
         texts, vectors = self.encode([class_0, class_1]), torch.nn.functional.normalize(vectors, dim=-1)
         return judge(vectors, texts, (class_0, class_1), self.classifier, class_names=self.class_names)

@@ -40,15 +40,15 @@ from demo.layout import (
 from demo.truth import true_of
 from demo.world import COLOURS, TEXTURES, articles, parse
 from utils.ablation import ABLATIONS
-from utils.clip import load_clip
 from utils.concepts import concepts_of_images, word_scores
-from utils.datasets import Loader, load_images
+from utils.data.images import Loader, load_images
+from utils.data.text_sets import load_texts
+from utils.figures import save_figure
+from utils.model.clip import load_clip
 from utils.neurons import NeuronLayer
 from utils.prs import second_order
 from utils.runtime.files import save_json
 from utils.runtime.passes import pieces_of, walk
-from utils.sparse_coding import load_texts
-from utils.visualization import save_figure
 
 TOP_NEURONS, TOP_PICTURES = 100, 20
 TOP_WORDS = 5  # discovered words of a picture that count

@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 
-from utils.hooked_vit import HookedViT
+from utils.model.hooks import HookedViT
 
 ROOT = Path(__file__).parent.parent
 TINY = {  # a CLIP that runs in a moment

@@ -224,7 +224,7 @@ class World:
     def stages(self):
         """{name: (script, flags, constants)} in the README's order; inputs are in `base`."""
         k, layers, reads = ["--top_k_pca", 5], ["--mlp_layer", "all"], ["--input_dir", self.base]
-        effects, small = "compute_second_order_neuron_prs.py", {"utils.sparse_coding.BLOCK": 16}
+        effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.BLOCK": 16}
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
         masks = ["--data_path", self.root / "discs.mat", "--mlp_layers", 1, 2, 3, "--top_neurons", 20, "--num_workers", 0]
@@ -235,7 +235,7 @@ class World:
             "classifier": (
                 "compute_classifier_projection.py",
                 ["--dataset", "folder", "--data_path", self.photos],
-                {"utils.texts.CLASSES": 1},
+                {"utils.model.texts.CLASSES": 1},
             ),
             "full": (effects, [*self.train, *layers, "--keep", "full"], {}),
             "top": (effects, [*self.train, *layers, "--keep", "top", *k], {}),
@@ -244,7 +244,7 @@ class World:
             "texts": (
                 "compute_text_set_projection.py",
                 ["--text_descriptions", self.root / "words.txt"],
-                {"utils.texts.TEXTS": 16},
+                {"utils.model.texts.TEXTS": 16},
             ),
             "decomposition": ("compute_sparse_decomposition.py", [*self.val, *layers, *k, *texts, *reads], small),
             "evaluation": ("evaluate_descriptions.py", [*self.val, *layers, *k, *texts[:-1], *reads], small),

@@ -13,15 +13,26 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
+from applications.attack import adversarial, generators
+from applications.attack.adversarial import (
+    BLOCK_LIST,
+    NeuronWords,
+    PoolWords,
+    Run,
+    load_block_list,
+    names_class,
+    parse_list,
+    place_of,
+    usable,
+)
 from tests.launcher import run_stage_of_user
-from utils import adversarial, generators
-from utils.adversarial import BLOCK_LIST, NeuronWords, PoolWords, Run, load_block_list, names_class, parse_list, place_of, usable
-from utils.clip import load_clip
+from utils.descriptions import save_descriptions
+from utils.model.clip import load_clip
+from utils.model.texts import text_vectors
 from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic
-from utils.runtime.results import Results, save_array
-from utils.sparse_coding import save_descriptions
-from utils.texts import text_vectors
+from utils.runtime.records import save_array
+from utils.runtime.results import Results
 
 CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
 POOL = [

@@ -18,11 +18,11 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.conftest import TINY, run_script
-from utils.clip import load_clip
+from utils.model.clip import load_clip
+from utils.model.texts import text_vectors, too_long
 from utils.runtime.errors import UserError
 from utils.runtime.records import Digest, agrees
 from utils.runtime.results import is_checkpoint_path, model_name, pretrained_name
-from utils.texts import text_vectors, too_long
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +502,7 @@ def test_the_hub_is_asked_for_bin_files_only_where_it_has_no_safetensors(plain, 
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
         return str(tmp_path / name)
 
-    monkeypatch.setattr("utils.clip.snapshot_download", fetch)
+    monkeypatch.setattr("utils.model.clip.snapshot_download", fetch)
     shutil.copytree(source, tmp_path / "hub" / "some" / "clip")
     for other in ("pytorch_model.bin", "model.fp16.safetensors"):
         (tmp_path / "hub" / "some" / "clip" / other).write_bytes(b"not needed")

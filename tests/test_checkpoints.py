@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import TINY
-from utils.checkpoints import read_checkpoint
-from utils.clip import load_clip
+from utils.model.checkpoints import read_checkpoint
+from utils.model.clip import load_clip
+from utils.model.texts import text_vectors, too_long
 from utils.runtime.errors import UserError
-from utils.texts import text_vectors, too_long
 
 HF_SHAPES = {  # of a CLIPModel: wide and narrow projections, both activations
     "wide": {"projection_dim": 40, "hidden_act": "quick_gelu", "width": 32, "heads": 4, "text_width": 24, "side": 32, "patch": 8},

@@ -19,14 +19,14 @@ from sklearn.datasets import load_sample_images
 
 from tests.conftest import ROOT, TINY
 from tests.photos import SYNSETS, write_photos
-from utils import datasets
-from utils.ablation import load_classifier
-from utils.clip import load_clip, weights_fingerprint
-from utils.datasets import Loader, classes_of, load_images
+from utils.data.images import CIFAR, Loader, classes_of, load_images
+from utils.data.text_sets import find_texts, read_texts, text_set
+from utils.model.clip import load_clip, weights_fingerprint
+from utils.model.texts import causal_tower, text_vectors, too_long, zero_shot_classifier
 from utils.runtime.errors import UserError
-from utils.runtime.files import find_texts, read_texts, text_set
-from utils.runtime.results import Results, save_array
-from utils.texts import causal_tower, text_vectors, too_long, zero_shot_classifier
+from utils.runtime.records import save_array
+from utils.runtime.results import Results
+from utils.statistics import load_classifier
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +416,7 @@ def test_cifar_is_read_by_torchvision(tmp_path, monkeypatch, clip):
                 raise RuntimeError("Dataset not found")
             self.data, self.targets, self.classes = np.full((7, 32, 32, 3), 9, np.uint8), [0, 1, 2, 0, 1, 2, 0], ["x", "y", "z"]
 
-    monkeypatch.setitem(datasets.CIFAR, "CIFAR10", Fake)
+    monkeypatch.setitem(CIFAR, "CIFAR10", Fake)
     images = load_images("CIFAR10", tmp_path, "val", clip.transform, subsample=2)
     assert images.labels.tolist() == [0, 2, 1] and images.class_names == ["x", "y", "z"] and images[0][0].shape == (3, 32, 32)
     with pytest.raises(UserError, match="could it be fetched"):

@@ -8,11 +8,11 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from utils.concepts import concepts_of_images, word_scores
+from utils.descriptions import load_descriptions
 from utils.norms import CentredNorms
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
-from utils.sparse_coding import load_descriptions
 
 WORDS = ["violin", "guitar", "chords", "cranes", "faceted", "sea", "sky"]
 

@@ -15,11 +15,11 @@ import scipy.sparse
 from nbclient import NotebookClient
 from PIL import Image
 
+from applications.attack.adversarial import rates
 from demo import attack_table, layout, measure
 from demo.world import SYMBOLS, plant_habits, text_pool
 from tests.browser import VISIT_ALL, checked_page
 from tests.conftest import ROOT, run_script
-from utils.adversarial import rates
 
 NOTEBOOKS = ["visualize_neurons.ipynb", "concept_discovery.ipynb"]
 

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from tests import definition
 from tests.conftest import random_tower
-from utils.attention import attention_pattern
 from utils.first_order import FirstOrder, direct_effects, fold_direct
-from utils.hooked_vit import HookedViT
 from utils.indirect import IndirectEffects, replaced
+from utils.model.attention import attention_pattern
+from utils.model.hooks import HookedViT
 from utils.prs import fold, second_order
 
 LAYER = 2

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
-from utils.clip import load_clip
-from utils.datasets import classes_of, load_images, names_for
-from utils.folders import endings
-from utils.paper.items import own_images
+from applications.paper.items import own_images
+from utils.data.folders import endings
+from utils.data.images import classes_of, load_images, names_for
+from utils.data.text_sets import read_texts
+from utils.model.clip import load_clip
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_texts
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
 

@@ -16,8 +16,8 @@ from PIL import Image
 from tests import definition
 from tests.browser import received
 from tests.launcher import assert_same_files, run_stage_of_user, shared_world, the_line
-from utils.clip import load_clip
-from utils.datasets import load_images
+from utils.data.images import load_images
+from utils.model.clip import load_clip
 
 LAYER, TOP, N = 3, 8, 96
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from tests.conftest import ROOT
 from tests.launcher import STAGES, contents, shared_world, the_line
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 

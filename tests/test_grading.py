@@ -17,10 +17,10 @@ from sklearn.metrics import average_precision_score
 from tests import definition
 from tests.launcher import run_stage_of_user, shared_world, the_line
 from utils import grading
-from utils.datasets import load_images
-from utils.descriptions import directions_of
+from utils.data.images import load_images
+from utils.evaluation import directions_of
+from utils.omp import orthogonal_matching_pursuit
 from utils.prs import fold_layers, second_order
-from utils.sparse_coding import orthogonal_matching_pursuit
 
 LAYER = 3
 
@@ -241,7 +241,7 @@ def world(tmp_path_factory, tiny_model):
 @pytest.fixture(scope="module")
 def dense(world):
     """Effects of one layer on all validation images by the definition, [images, N, D], and unit representations."""
-    from utils.clip import load_clip
+    from utils.model.clip import load_clip
 
     clip = load_clip(world.model[1], "random", "cpu")
     model = create_model_like(world.model[1], clip)

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.conftest import random_tower
-from utils.hooked_vit import HookedViT
+from utils.model.hooks import HookedViT
 from utils.runtime.errors import UserError
 
 

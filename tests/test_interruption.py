@@ -98,7 +98,7 @@ def read_only(folder):
 def test_kill_9_at_random_moments_changes_nothing(world, name):
     """Killed anywhere between its start and its end; when it finishes before the last kill, it starts again elsewhere."""
     kills, rng, moments = KILLS or LONG[name], np.random.default_rng(len(name)), []
-    small = {**COMMITS, "utils.sparse_coding.BLOCK": 16}
+    small = {**COMMITS, "utils.omp.BLOCK": 16}
     output = world.root / f"killed_{name}"
     started = time.monotonic()
     whole = world.root / f"timed_{name}"
@@ -324,7 +324,7 @@ def test_another_models_weights(world, tmp_path):
 
 
 def save_weights(world, path, scale=1.0, value=None):
-    from utils.clip import load_clip
+    from utils.model.clip import load_clip
 
     weights = load_clip(world.model[1], "random", "cpu").text.state_dict()
     weights["visual.proj"] = weights["visual.proj"] * scale

@@ -17,8 +17,8 @@ from tests.conftest import TINY, random_tower
 from tests.launcher import run_stage_of_user
 from tests.photos import discs, write_mat
 from tests.test_towers import coca, run_coca, run_siglip, shaken, siglip
-from utils.clip import load_clip
-from utils.hooked_vit import HookedViT
+from utils.model.clip import load_clip
+from utils.model.hooks import HookedViT
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 from utils.segmentation import METHODS, choose_method

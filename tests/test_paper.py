@@ -9,13 +9,13 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from applications.paper import measures, page
+from applications.paper.items import ALIASES, ITEMS
 from tests import definition
 from tests.conftest import ROOT, TINY
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, discs, write_mat, write_photos
-from utils.clip import load_clip
-from utils.paper import measures, page
-from utils.paper.items import ALIASES, ITEMS
+from utils.model.clip import load_clip
 from utils.runtime.results import Results
 
 LAYER, K, DRAWN, IMAGES = 2, 3, 5, 6
@@ -74,7 +74,7 @@ class World:
         return {row["what"]: row for row in self.page[name]["rows"]}
 
     def pixels(self, split):
-        from utils.datasets import load_images
+        from utils.data.images import load_images
 
         images = load_images("folder", self.root / "photos", split, self.clip.transform)
         return torch.stack([pixels for pixels, _ in images]), images.labels
@@ -230,7 +230,10 @@ def nothing(*models, **more):
 
 def test_table_7_is_a_pool_of_what_a_language_model_writes(world):
     (world.root / "request.txt").write_text("Write {count} of {class_name}")
-    stand_ins = {"utils.generators.LanguageModel": Writer, "utils.generators.require_packages": nothing}
+    stand_ins = {
+        "applications.attack.generators.LanguageModel": Writer,
+        "applications.attack.generators.require_packages": nothing,
+    }
     more = ["--text_model", "any", "--request", "request.txt", "--output_dir", "seven"]
     world.run("table7", more=more, **stand_ins)
     texts = (world.root / "seven" / "paper_tiny_random" / "image_descriptions.txt").read_text().splitlines()
@@ -285,7 +288,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_what_was_found_before_stays(world, mistake):
     more, name, said = MISTAKES[mistake]
     before = json.loads((world.folder / "paper.json").read_text())["items"]
-    done = world.run(name, check=False, more=more, **{"utils.generators.require_packages": nothing})
+    done = world.run(name, check=False, more=more, **{"applications.attack.generators.require_packages": nothing})
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: ") and said in last and "Traceback" not in done.stderr, done.stderr[
         -1500:

@@ -11,7 +11,7 @@ import torch
 from utils.runtime import passes as module
 from utils.runtime.errors import UserError
 from utils.runtime.passes import ArrayFile, Pass, pieces_of
-from utils.runtime.results import METHOD, load_record, record_path
+from utils.runtime.records import METHOD, load_record, record_path
 
 PIECES = pieces_of(9, 2)  # the last one is shorter
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from tests.photos import write_mat
-from utils.clip import load_clip
-from utils.datasets import load_images
-from utils.preprocessing import PROCESSORS, choose, describe, record_of
+from utils.data.images import load_images
+from utils.data.segmentation_set import SegmentationSet
+from utils.figures import to_pictures
+from utils.model.clip import load_clip
+from utils.model.preprocessing import PROCESSORS, choose, describe, record_of
 from utils.runtime.errors import UserError
-from utils.segmentation_set import SegmentationSet
-from utils.visualization import to_pictures
 
 SIDE = 24  # of the towers here
 SIZES = ((50, 73), (71, 50), (24, 24), (13, 40), (25, 31), (9, 11), (27, 24), (52, 51))  # (rows, columns)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests import definition
 from tests.conftest import random_tower
 from utils import norms as norms_module
-from utils.hooked_vit import HookedViT
+from utils.model.hooks import HookedViT
 from utils.norms import CentredNorms
 from utils.prs import SecondOrder, fold, fold_layers, second_order
 from utils.runtime.errors import UserError

@@ -24,8 +24,8 @@ from tests import definition
 from tests.conftest import ROOT
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, discs, write_mat, write_photos
-from utils.clip import load_clip
-from utils.datasets import load_images
+from utils.data.images import load_images
+from utils.model.clip import load_clip
 from utils.neurons import NeuronLayer
 from utils.runtime import flags
 from utils.runtime.errors import UserError
@@ -112,10 +112,10 @@ def nothing(*models, **more):
 
 
 STAND_INS = {
-    "utils.generators.require_packages": nothing,
-    "utils.generators.load_similarity": similarity,
-    "utils.generators.LanguageModel": Writer,
-    "utils.generators.load_image_model": painter,
+    "applications.attack.generators.require_packages": nothing,
+    "applications.attack.generators.load_similarity": similarity,
+    "applications.attack.generators.LanguageModel": Writer,
+    "applications.attack.generators.load_image_model": painter,
 }
 
 
@@ -214,7 +214,7 @@ def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
 
 def test_the_tag_openai_is_read_from_the_local_cache_of_hugging_face(hub, tmp_path):
     """In a process of its own, by HF_HOME alone: its own loading path, and the activation of the tag."""
-    code = "from utils.clip import load_clip; print(load_clip('ViT-B-32', 'openai', 'cpu').vit.blocks[0].mlp.gelu)"
+    code = "from utils.model.clip import load_clip; print(load_clip('ViT-B-32', 'openai', 'cpu').vit.blocks[0].mlp.gelu)"
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "QuickGELU" in done.stdout, done.stderr[-1000:]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY
 from tests.launcher import World, contents, finish, release, run, the_line
-from utils.clip import load_clip
-from utils.datasets import load_images
+from utils.data.images import load_images
+from utils.model.clip import load_clip
 from utils.runtime.records import Digest, agrees, digest_of_file, digest_of_parts, like_json, was
 
 NEW = ("preprocessing", "effects")  # keys that earlier versions did not write

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from utils.runtime.errors import UserError
-from utils.runtime.results import ARTIFACTS, Results, model_name, pretrained_name, record_path, save_array
+from utils.runtime.records import record_path, save_array
+from utils.runtime.results import ARTIFACTS, Results, model_name, pretrained_name
 
 NAMES = {"dataset": "imagenet", "split": "val", "layer": 9, "k": 100, "texts": "30k", "components": 128, "alpha": 1.0}
 

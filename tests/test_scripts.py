@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT, TINY
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, write_photos
-from utils.clip import load_clip
+from utils.model.clip import load_clip
 
 WORDS = "a dog\nthe sea\nred\na temple in china\nflowers\nsky\nroof\npetals\nnight\nhouse\n"
 D, N, L, H = 24, 96, 5, 4

@@ -20,7 +20,8 @@ from tests import definition
 from tests.conftest import ROOT, run_script
 from tests.photos import discs, write_mat
 from utils import segmentation
-from utils.clip import load_clip
+from utils.data.segmentation_set import SegmentationSet
+from utils.model.clip import load_clip
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 from utils.segmentation import (
@@ -37,7 +38,6 @@ from utils.segmentation import (
     predicted,
     random_neurons,
 )
-from utils.segmentation_set import SegmentationSet
 
 LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
 

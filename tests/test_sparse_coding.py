@@ -10,8 +10,9 @@ import torch
 from numpy.testing import assert_allclose
 from sklearn.decomposition import SparseCoder
 
+from utils.descriptions import load_support, save_descriptions
+from utils.omp import make_atoms, orthogonal_matching_pursuit, rebuilt_from
 from utils.runtime.errors import UserError
-from utils.sparse_coding import load_support, make_atoms, orthogonal_matching_pursuit, rebuilt_from, save_descriptions
 
 
 def vectors(texts, D, seed=0):

@@ -11,14 +11,16 @@ from sklearn.datasets import load_sample_images
 
 import compute_pcas
 from tests.conftest import run_script
-from utils.ablation import ABLATIONS, Ablations, Rebuilt, Statistics, accuracies
+from utils.ablation import ABLATIONS, Ablations, Rebuilt, accuracies
 from utils.effects import FORMS, open_effects
 from utils.norms import CentredNorms
 from utils.pca import principal_directions
 from utils.prs import Directions, SecondOrder, fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
-from utils.runtime.results import Results, save_array
+from utils.runtime.records import save_array
+from utils.runtime.results import Results
+from utils.statistics import Statistics
 
 LAYER, K = 1, 7
 

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 
 from tests import definition
 from tests.launcher import assert_same_files, contents, shared_world, the_line
-from utils.clip import load_clip
-from utils.datasets import load_images
+from utils.data.images import load_images
+from utils.model.clip import load_clip
 from utils.prs import SecondOrder, fold, second_order
 from utils.top_effects import FIXED, Sums, enter, image_of, key_of
 

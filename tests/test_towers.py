@@ -12,16 +12,16 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 from torch.testing import assert_close
 
+from docs.models import table
 from tests import definition
 from tests.conftest import ROOT, TINY, random_tower
 from tests.launcher import World, run_stage_of_user
 from tests.photos import discs, write_mat, write_photos
-from utils.clip import load_clip
 from utils.concepts import concepts_of_images
-from utils.datasets import load_images
+from utils.data.images import load_images
 from utils.first_order import FirstOrder
-from utils.hooked_vit import HookedViT
-from utils.models import table
+from utils.model.clip import load_clip
+from utils.model.hooks import HookedViT
 from utils.neurons import NeuronLayer
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError

@@ -18,8 +18,7 @@ from utils.prs import Directions, SecondOrder
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, sampled_digest, save_atomic
-from utils.runtime.records import Digest, digest_of_parts, digests_of_files
-from utils.runtime.results import load_record, publish
+from utils.runtime.records import Digest, digest_of_parts, digests_of_files, load_record, publish
 
 READ_IMAGES = 512  # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's memory
 SAME = ("fingerprint", "data", "coefficient", "preprocessing", "precision")  # what all parts of effects have to agree in

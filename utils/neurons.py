@@ -3,16 +3,17 @@
 import numpy as np
 import torch
 
-from utils.ablation import Rebuilt, load_statistics
-from utils.datasets import train_set_of
-from utils.descriptions import load_grades
+from utils.ablation import Rebuilt
+from utils.data.images import train_set_of
+from utils.descriptions import load_descriptions
 from utils.effects import DenseEffects, FactorisedEffects
+from utils.evaluation import load_grades
+from utils.figures import plot_neuron, to_pictures
 from utils.norms import CentredNorms
 from utils.prs import COEFFICIENT, fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
-from utils.sparse_coding import load_descriptions
-from utils.visualization import plot_neuron, to_pictures
+from utils.statistics import load_statistics
 
 
 class NeuronLayer:

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.attention import double
+from utils.model.attention import double
 
 ROUNDING = 1e-5  # of a mean effect: ten times what equal pictures in batches of several sizes differ by
 

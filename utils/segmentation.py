@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
-from utils.attention import attention_pattern
-from utils.datasets import train_set_of
+from utils.data.images import train_set_of
+from utils.data.segmentation_set import IGNORED, IGNORED_VALUES, read_classes
 from utils.first_order import FirstOrder
+from utils.model.attention import attention_pattern
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
-from utils.runtime.results import complete, save_array
-from utils.segmentation_set import IGNORED, IGNORED_VALUES, read_classes
+from utils.runtime.records import complete, save_array
 
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
 BLOCK = 256  # classes whose neurons are ranked at a time

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -130,68 +129,6 @@ def read_array(path, mmap=False):
         return np.load(path, allow_pickle=False)
     except Exception as error:  # a damaged header is parsed as Python, which has errors of its own
         raise ValueError(one_line(error)[:200]) from error
-
-
-def text_set(given):
-    """The name of a text set that a user names: NAME, NAME.txt, sub/NAME or a path."""
-    return Path(given).name.removesuffix(".txt")
-
-
-def find_texts(given, directory):
-    """The file of a text set: as it is given, or in a directory, with or without .txt; both also beside the scripts."""
-    places = (folder / place / f"{given}{end}" for folder in (Path(), ROOT) for place in ("", directory) for end in ("", ".txt"))
-    return next((path for path in places if path.is_file()), Path(directory) / f"{text_set(given)}.txt")
-
-
-def read_texts(path):
-    """Read the texts of a file, one a line, without empty lines; only line ends divide them.
-
-    Raises UserError when it is missing, empty, not UTF-8, or a json.
-    """
-    try:
-        content = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    texts = [line.strip() for line in content.replace("\r", "\n").split("\n") if line.strip()]
-    if not texts:
-        raise UserError(f"{path} holds no text; it needs one text a line")
-    if what := _other_than_texts(content, texts):
-        raise UserError(f"{path} is {what}, and one text a line is needed; write its texts to a text file")
-    return texts
-
-
-def _other_than_texts(content, texts):
-    """What a file is that does not hold one text a line, "" if it may. texts: its lines."""
-    if texts[0].startswith("version https://git-lfs"):
-        return "a Git LFS pointer (git lfs pull fetches the file itself)"
-    if re.match(r"\s*<(!doctype|html|\?xml)", content, re.IGNORECASE):
-        return "a web page"
-    if re.search("[\0-\x08\x0e-\x1b]", content):
-        return "no plain text in UTF-8"
-    cut_off = re.match(r"""[\[{]\s*(["'{\[]|$)""", texts[0]) and not _is_json(texts[0])
-    if cut_off or _is_json(content) or all(map(_is_json, texts)):
-        return "a json"
-    return ""
-
-
-def _is_json(text):
-    """Whether a text is a list or an object in json. A line in brackets, such as [laughter], is neither."""
-    try:
-        return isinstance(json.loads(text), list | dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def as_text(texts):
-    """The bytes of a file of texts, one a line."""
-    return ("\n".join(texts) + "\n").encode()
-
-
-def digest_of_texts(texts):
-    """Twelve hex digits of the content of a file of texts."""
-    return digest(np.frombuffer(as_text(texts), np.uint8))
 
 
 def one_line(error):

@@ -30,7 +30,7 @@ from utils.runtime import distributed, memory
 from utils.runtime.errors import UserError
 from utils.runtime.files import reserve, save_atomic, sync_file, writing
 from utils.runtime.locks import Lock, is_locked
-from utils.runtime.results import NOTES, complete, is_made, publish
+from utils.runtime.records import NOTES, complete, is_made, publish
 
 COMMIT_SECONDS = 5  # at least, between two times that progress is saved
 COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take

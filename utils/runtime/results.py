@@ -14,11 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import ADVICE, one_line, read_array, read_json, save_atomic, save_json, text_set
-from utils.runtime.records import ADDED, agrees, from_json, like_json, tell_earlier, to_json, was
+from utils.runtime.files import ADVICE, one_line, read_array
+from utils.runtime.records import (
+    ADDED,
+    METHOD,
+    agrees,
+    load_record,
+    tell_earlier,
+    was,
+)
 
-METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
-NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
 NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes, so that there is room for the names of temporary files
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt", ".index.json")
 
@@ -93,6 +98,11 @@ ARTIFACTS = {
     "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
     "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
 }
+
+
+def text_set(given):
+    """The name of a text set that a user names: NAME, NAME.txt, sub/NAME or a path."""
+    return Path(given).name.removesuffix(".txt")
 
 
 def model_name(model):
@@ -263,69 +273,3 @@ class Results:
 
 def _list(value):
     return value if isinstance(value, list | tuple) else [value]
-
-
-def record_path(path):
-    """Where the record of a result lies."""
-    return Path(path).with_suffix(".meta.json")
-
-
-def load_record(path):
-    """How a result was made; {} for one that came without a record. Raises UserError when the record is damaged."""
-    fix = f"remove it together with {path} and make both again"
-    try:
-        record = read_json(record_path(path), "", fix)
-    except FileNotFoundError:
-        return {}
-    if not isinstance(record, dict):
-        raise UserError(f"{record_path(path)} is damaged (it is no record); {fix}")
-    return from_json(record)
-
-
-def complete(record, shape=None, dtype=None):
-    """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
-    described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
-    return like_json({**record, "method_number": METHOD, **described})
-
-
-def is_made(path, record, overwrite=False):
-    """Whether a result is there with this very record (as `complete` gives it), so that it need not be made again.
-
-    Raises UserError when it is there with another record: nothing is replaced without --overwrite.
-    """
-    path = Path(path)
-    if overwrite or not path.is_file():
-        return False
-    if path.suffix == ".npy":
-        try:
-            read_array(path, mmap=True)
-        except ValueError:
-            return False  # cut off or damaged
-    found = load_record(path)
-    compared = [key for key in record if key not in NOTES]
-    if found and "method_number" not in found:  # of a version whose records had fewer keys
-        compared = [key for key in compared if key in found or key == "method_number"]
-    differing = [key for key in compared if not agrees(found.get(key), record[key])]
-    if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
-        return False  # of older mathematics
-    if differing:
-        how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
-        raise UserError(f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it")
-    if any(was(found.get(key), record[key]) for key in compared):
-        tell_earlier(path.parent)
-    return True
-
-
-def publish(partial, path, record):
-    """Give a finished file its name, and write its record. A result never stands beside the record of another one."""
-    Path(path).unlink(missing_ok=True)
-    save_json(record_path(path), to_json(record))
-    os.replace(partial, path)
-
-
-def save_array(path, array, record):
-    """Write an array and its record. Raises UserError when it is not finite."""
-    if not np.isfinite(array).all():
-        raise UserError(f"{path} would hold NaN or infinity; it is not written: look at what it is made from")
-    record = complete(record, array.shape, array.dtype)
-    save_atomic(path, lambda file: np.save(file, array, allow_pickle=False), lambda new, path: publish(new, path, record))

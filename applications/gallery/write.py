@@ -18,10 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils import grading
+from utils.data.text_sets import text_set
 from utils.runtime.errors import UserError
-from utils.runtime.files import read_array, save_json, text_set
-from utils.runtime.records import to_json
-from utils.runtime.results import record_path
+from utils.runtime.files import read_array, save_json
+from utils.runtime.records import record_path, to_json
 
 HERE = Path(__file__).parent
 NEURONS, IMAGES = 64, 256  # whose details are in one file

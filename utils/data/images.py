@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from utils.folders import BESIDE, entries, find_pictures, is_folder, is_picture, reading, tell
-from utils.preprocessing import Preprocessing, describe, on_white
+from utils.data.folders import BESIDE, entries, find_pictures, is_folder, is_picture, reading, tell
+from utils.data.text_sets import read_texts
+from utils.model.preprocessing import Preprocessing, describe, on_white
 from utils.runtime import memory
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_texts
+from utils.runtime.files import one_line
 from utils.runtime.records import Digest, digests_of_files
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, in the order of the classes

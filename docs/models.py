@@ -1,6 +1,6 @@
 """Which of open_clip's configurations the method covers.
 
-python -m utils.models > docs/models.md
+python -m docs.models > docs/models.md
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import open_clip
 import torch
 from open_clip.model import _build_vision_tower  # the image tower alone: some text towers would ask the hub
 
-from utils.hooked_vit import HookedViT
+from utils.model.hooks import HookedViT
 from utils.runtime.errors import UserError
 
 COVERED = {
@@ -40,7 +40,7 @@ def table():
     lines = [
         "# open_clip's configurations",
         "",
-        f"Made by `python -m utils.models` with open_clip {open_clip.__version__}: of {len(rows)}",
+        f"Made by `python -m docs.models` with open_clip {open_clip.__version__}: of {len(rows)}",
     ]
     lines[-1] += f" configurations {counts[0]} are covered and {counts[1]} refused. Text towers of the transformers library work;"
     lines[-1] += " their tokenizers come from the hub."

@@ -6,9 +6,9 @@ import torch
 
 from utils.ablation import Rebuilt
 from utils.concepts import concepts_of_images
+from utils.figures import to_pictures
 from utils.norms import CentredNorms
 from utils.prs import second_order
-from utils.visualization import to_pictures
 
 TOP = 8  # images of each sign that a neuron shows
 ACTIVE, WORDS = 24, 12  # neurons and words that an image shows

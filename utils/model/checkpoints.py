@@ -22,10 +22,10 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
 
+from utils.model.tokenizers import OPENAI, load_tokenizer
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.results import file_and_key
-from utils.tokenizers import OPENAI, load_tokenizer
 
 # Keys under which weights may lie. Of several the first is taken: trained weights before averaged ones
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "ema", "model_ema")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
-from utils.attention import (
+from utils.model.attention import (
     KeptQueries,
     attention_output,
     class_attention,
@@ -23,8 +23,8 @@ from utils.attention import (
     projections,
     query_attention,
 )
+from utils.model.towers import PooledTower, TokenTower, in_open_clips_form
 from utils.runtime.errors import UserError
-from utils.towers import PooledTower, TokenTower, in_open_clips_form
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,8 +11,8 @@ import torch
 
 from utils.ablation import Rebuilt, predicted_classes
 from utils.first_order import FirstOrder, direct_effects, fold_direct
-from utils.hooked_vit import HookedViT
 from utils.indirect import IndirectEffects, replaced
+from utils.model.hooks import HookedViT
 from utils.prs import COEFFICIENT, SecondOrder, fold, second_order
 from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass, pieces_of
@@ -21,7 +21,7 @@ EFFECTS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons,
 
 
 class Images(NamedTuple):
-    """Images to go over. images: `Images` of `utils.datasets`; loader: `Loader`; batch_size; name: in the names of files."""
+    """Images to go over. images: `Images` of `utils.data.images`; loader: `Loader`; batch_size; name: in the names of files."""
 
     images: object
     loader: object

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.model.texts import text_vectors
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
-from utils.texts import text_vectors
 
 INSTALL = "pip install -r requirements-adversarial.txt"
 FLUX = "black-forest-labs/FLUX.1-schnell"

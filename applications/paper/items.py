@@ -18,25 +18,27 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils import adversarial
+from applications.attack import adversarial
+from applications.paper import measures
+from applications.paper.study import TASKS, Row, here
 from utils.ablation import accuracies
 from utils.concepts import concepts_of_images
-from utils.datasets import Images, Loader
+from utils.data.folders import find_pictures, tell
+from utils.data.images import Images, Loader
+from utils.data.segmentation_set import IGNORED_VALUES, SegmentationSet
+from utils.data.text_sets import load_texts
+from utils.descriptions import load_descriptions, load_support
 from utils.first_order import FirstOrder
-from utils.folders import find_pictures, tell
+from utils.model.texts import text_vectors
 from utils.neurons import NeuronLayer
 from utils.norms import CentredNorms
-from utils.paper import measures
-from utils.paper.paper import TASKS, Row, here
+from utils.omp import make_atoms, orthogonal_matching_pursuit, rebuilt_from
 from utils.pca import principal_directions
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, read_json, save_atomic, save_json
 from utils.runtime.passes import walk
 from utils.segmentation import METHODS, TOWARDS_CLASS, enlarge, row_name
-from utils.segmentation_set import IGNORED_VALUES, SegmentationSet
-from utils.sparse_coding import load_descriptions, load_support, load_texts, make_atoms, orthogonal_matching_pursuit, rebuilt_from
-from utils.texts import text_vectors
 
 ITEMS = {}
 ALIASES = {
@@ -102,7 +104,7 @@ def chance_of(paper):
 
 
 def plot(curves, xlabel, ylabel, path):
-    from utils.visualization import plot_lines  # here, because matplotlib takes its time
+    from utils.figures import plot_lines  # here, because matplotlib takes its time
 
     plot_lines(curves, xlabel, ylabel, path)
 
@@ -258,7 +260,7 @@ def table2(paper):
     seed="0, of the chance level",
 )
 def fig5(paper):
-    from utils.visualization import save_figure
+    from utils.figures import save_figure
 
     layer, split = paper.layer, paper.args.split
     paper.descriptions(paper.texts[0], [layer])
@@ -390,7 +392,7 @@ PAPER_SEGMENTATION = {  # pixel accuracy, mIoU, mAP
     seed="0, of the random neurons",
 )
 def table4(paper):
-    from utils.visualization import plot_maps, to_pictures
+    from utils.figures import plot_maps, to_pictures
 
     args, clip, scores, maps = paper.args, paper.clip, {}, {}
     paper.components()
@@ -455,7 +457,7 @@ PAPER_ATTACKS = {"second_order": (5.3, 22.7, 8.0, 5.7, 7.0), "similar": (1.0, 3.
     seed="0, 1, ... of words, descriptions and pictures (--seeds)",
 )
 def table3(paper):
-    from utils.visualization import plot_attacks
+    from utils.figures import plot_attacks
 
     args, rows, shown, floor = paper.args, [], [], {}
     paper.descriptions(paper.attack_texts, paper.late, args.attack_components)
@@ -585,7 +587,7 @@ def without_language(paper):
     seed="the class's number, of the answer",
 )
 def table7(paper):
-    from utils.generators import LanguageModel, require_packages
+    from applications.attack.generators import LanguageModel, require_packages
 
     args, path = paper.args, paper.folder / "image_descriptions.json"
     require_packages(text_model=args.text_model)

@@ -3,13 +3,12 @@
 import numpy as np
 import torch
 
-from utils.ablation import load_classifier
-from utils.datasets import train_set_of
-from utils.descriptions import Inputs, digest_of_sides, load_grades
-from utils.gallery.collect import ACTIVE, TOP, WORDS, Pairs, top_rows
+from applications.gallery.collect import ACTIVE, TOP, WORDS, Pairs, top_rows
+from utils.data.images import train_set_of
+from utils.evaluation import Inputs, digest_of_sides, load_grades
 from utils.runtime.files import digest
-from utils.runtime.records import Digest
-from utils.runtime.results import complete, load_record
+from utils.runtime.records import Digest, complete, load_record
+from utils.statistics import load_classifier
 
 
 class Sources(Inputs):

@@ -18,8 +18,8 @@ from huggingface_hub import snapshot_download
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import merge_preprocess_dict
 
-from utils import checkpoints, preprocessing, tokenizers
-from utils.hooked_vit import HookedViT
+from utils.model import checkpoints, preprocessing, tokenizers
+from utils.model.hooks import HookedViT
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.records import Digest, digest_of_parts
@@ -37,7 +37,7 @@ class Clip:
 
     vit, device: the image tower; where the model is.
     text: the open_clip model, which embeds texts; None where only the image tower was asked for.
-    transform: PIL image -> [3, height, width], as `utils.preprocessing.choose` gives it.
+    transform: PIL image -> [3, height, width], as `utils.model.preprocessing.choose` gives it.
     load_tokenizer: () -> `tokenizer`; some come from the hub, so it is asked for where texts are.
     record: what results say about the model: names, precision where it is not float32, fingerprint of the weights.
     """
@@ -217,7 +217,7 @@ def _hugging_face_folder(name):
 def _register_config(path):
     """Make a model-config json known to open_clip; returns the name that it has there.
 
-    The hub's has the config under `model_cfg`, and `utils.preprocessing` reads what is beside that.
+    The hub's has the config under `model_cfg`, and `utils.model.preprocessing` reads what is beside that.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8-sig"))

@@ -18,21 +18,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.concepts import word_scores
-from utils.datasets import IMAGENET, Images, Loader, classes_of, train_set_of
+from utils.data.images import IMAGENET, Images, Loader, classes_of, train_set_of
+from utils.data.text_sets import as_text, load_texts
+from utils.descriptions import load_descriptions
 from utils.runtime.errors import UserError
-from utils.runtime.files import as_text, digest, read_json, save_atomic, save_json
+from utils.runtime.files import ROOT, digest, read_json, save_atomic, save_json
 from utils.runtime.locks import Lock
 from utils.runtime.passes import pieces_of, walk
-from utils.runtime.records import agrees, like_json
-from utils.runtime.results import load_record
-from utils.sparse_coding import load_descriptions, load_texts
+from utils.runtime.records import agrees, like_json, load_record
 
 FILES = ("candidates.json", "words.json", "generations.json", "prompts.json", "images.json", "files.csv", "results.json")
 BLOCK = 256  # words compared with class_0 at a time
 TEMPLATE_WORDS = 3  # words in one description of `template_descriptions`
 GENERATIONS = 3  # attempts of a language model
 SEEDS = 100_000  # picture seeds per --seed
-BLOCK_LIST = Path(__file__).resolve().parent.parent / "text_descriptions" / "block_list.json"
+BLOCK_LIST = ROOT / "text_descriptions" / "block_list.json"
 COLUMNS = (
     "file",
     "description",

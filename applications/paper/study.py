@@ -13,17 +13,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from utils.ablation import classify, load_classifier, load_statistics
-from utils.clip import load_clip
-from utils.datasets import Loader, load_images, train_set_of
-from utils.paper import measures
+from applications.paper import measures
+from utils.ablation import classify
+from utils.data.images import Loader, load_images, train_set_of
+from utils.data.text_sets import text_set
+from utils.model.clip import load_clip
 from utils.prs import fold
 from utils.runtime import flags
 from utils.runtime.errors import UserError
-from utils.runtime.files import ROOT, digest, text_set
+from utils.runtime.files import ROOT, digest
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
 from utils.runtime.results import Results
+from utils.statistics import load_classifier, load_statistics
 
 TASKS = ("horse:automobile", "dog:deer", "bird:frog", "ship:truck", "ship:automobile")  # of Table 3
 

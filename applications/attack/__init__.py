@@ -1,0 +1,1 @@
+"""Semantic adversarial images (section 5.1 of the paper)."""

@@ -1,0 +1,1 @@
+"""What stages read: images, segmentation sets, text sets."""

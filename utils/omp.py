@@ -1,0 +1,110 @@
+"""Atoms from text vectors, and batched orthogonal matching pursuit (section 4.3 of the paper)."""
+
+import hashlib
+
+import torch
+
+from utils.runtime.errors import UserError
+
+BLOCK = 256  # targets that are pursued at a time
+
+
+def rebuilt_from(support, atoms, targets, block=BLOCK):
+    """Every target as the best combination of its chosen atoms, [N, D], by least squares in float64.
+
+    The pursuit is nested: the first m columns of a support are what it chooses when it is asked for m.
+
+    support: int64 [N, m], -1 for none. atoms, targets: [texts, D], [N, D].
+    """
+    wide, found = torch.as_tensor(atoms).cpu().double(), []
+    for rows in torch.arange(len(support)).split(block):
+        chosen = torch.as_tensor(support)[rows]
+        A = (wide[chosen.clamp_min(0)] * (chosen >= 0)[..., None]).mT  # [n, D, m]
+        solution = torch.linalg.lstsq(A, torch.as_tensor(targets)[rows].cpu().double()[..., None], driver="gelsd").solution
+        found.append((A @ solution)[..., 0])
+    return torch.cat(found).float()
+
+
+def make_atoms(text_vectors, normalise="axis"):
+    """The dictionary of the decomposition: text vectors [texts, D], centred, and scaled to norm 100.
+
+    normalise: 'axis' divides by the norm over the texts, so every embedding dimension has norm 100 (the published behaviour);
+    'text' gives every atom norm 100.
+    """
+    centred = text_vectors - text_vectors.mean(dim=0)
+    norms = centred.norm(dim=0) if normalise == "axis" else centred.norm(dim=1, keepdim=True)
+    return 100 * centred / norms.clamp_min(torch.finfo(centred.dtype).tiny)
+
+
+def check_components(components, texts):
+    """Raise UserError when so many cannot be chosen from so many texts."""
+    if not 1 <= components <= texts:
+        raise UserError(f"--components {components} cannot be chosen from {texts} texts; give 1 to {texts}")
+
+
+def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
+    """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes one by one.
+
+    Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all chosen atoms again
+    by least squares. Correlations of a block of targets are one matrix product; the fit is a QR decomposition that grows by a
+    column (Gram-Schmidt, orthogonalised twice), solved once at the end. No texts x texts matrix is formed.
+
+    atoms, targets: [texts, D] and [n, D], float32 on the same device.
+    n_nonzero, block: atoms per target, targets at a time.
+
+    Returns support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early, and coefficients
+    [n, n_nonzero], 0 there. A target stops as in scikit-learn: when the largest squared correlation is below the dtype's eps,
+    when an atom would be taken twice, or when it depends on those already taken. Of equal atoms the earliest is taken.
+
+    Raises UserError when more atoms are asked for than there are.
+    """
+    check_components(n_nonzero, len(atoms))
+    first, distinct = _first_of_equal(atoms)
+    found = [_pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)]
+    support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return torch.where(support >= 0, first[support], support), coefficients
+
+
+def _first_of_equal(atoms):
+    """Drop exact duplicates, which would win or lose by rounding: indices of the earliest ones, and those atoms."""
+    seen = {}
+    for index, row in enumerate(atoms.cpu().numpy()):
+        seen.setdefault(hashlib.sha1(row.tobytes()).digest(), index)
+    first = torch.tensor(list(seen.values()), device=atoms.device)
+    return first, atoms if len(first) == len(atoms) else atoms[first]
+
+
+def _pursue(atoms, targets, steps, width):
+    """OMP of one block: targets [b, D] -> support [b, width], coefficients [b, width]."""
+    (b, D), eps = targets.shape, torch.finfo(atoms.dtype).eps
+    rows = torch.arange(b, device=atoms.device)
+    support = torch.full((b, width), -1, dtype=torch.int64, device=atoms.device)
+    Q = atoms.new_zeros(b, width, D)  # orthonormal rows spanning the chosen atoms
+    R = torch.eye(width, dtype=atoms.dtype, device=atoms.device).repeat(b, 1, 1)  # chosen atoms = R^T Q
+    z = atoms.new_zeros(b, width)  # targets in the basis Q
+    residual = targets.clone()
+    running = torch.ones(b, dtype=torch.bool, device=atoms.device)
+    for step in range(min(steps, width)):
+        correlation = (residual @ atoms.T).abs_()  # [b, texts]
+        best = correlation.argmax(dim=1)
+        running &= correlation[rows, best].square() >= eps
+        running &= (support[:, :step] != best[:, None]).all(dim=1)
+        atom, known = atoms[best], Q[:, :step]  # [b, D], [b, step, D]
+        along = torch.bmm(known, atom[..., None])
+        atom = atom - torch.bmm(known.mT, along)[..., 0]
+        again = torch.bmm(known, atom[..., None])  # a second pass keeps Q orthogonal to rounding
+        atom = atom - torch.bmm(known.mT, again)[..., 0]
+        pivot = atom.square().sum(dim=1)
+        running &= pivot > eps
+        if not running.any():
+            break
+        length = torch.where(running, pivot.sqrt(), 1)
+        q = torch.where(running[:, None], atom / length[:, None], 0)
+        support[:, step] = torch.where(running, best, -1)
+        Q[:, step] = q
+        R[:, :step, step] = torch.where(running[:, None], (along + again)[..., 0], 0)
+        R[:, step, step] = length
+        z[:, step] = (q * residual).sum(dim=1)
+        residual -= z[:, step, None] * q
+    coefficients = torch.linalg.solve_triangular(R, z[..., None], upper=True)[..., 0]
+    return support, coefficients
