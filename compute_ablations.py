@@ -1,10 +1,12 @@
 """Mean-ablation of second-order effects on held-out images: five accuracies for every layer.
 
-    python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH --mlp_layer 9
+    python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
+        --mlp_layer 9
 
-Reads mean, norms and first components of the train split (of --train_dataset; for --dataset imagenet_r that of imagenet) and the
-classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the accuracies in per cent, and beside it the same as
-.csv, a .png of the bars and ..._predictions.npy [images, layers, 5], the predicted classes.
+Reads mean, norms and first components of the train split (of --train_dataset; for --dataset imagenet_r that
+of imagenet) and the classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the
+accuracies in per cent, and beside it the same as .csv, a .png of the bars and ..._predictions.npy [images,
+layers, 5], the predicted classes.
 """
 
 import numpy as np
@@ -27,7 +29,10 @@ def main(args):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     vit, layers = clip.vit, parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    (classifier, labels), loader = load_classifier(inputs, clip, images), Loader(images, args.device, args.num_workers)
+    (classifier, labels), loader = (
+        load_classifier(inputs, clip, images),
+        Loader(images, args.device, args.num_workers),
+    )
     wanted = {"clip": clip, "coefficient": args.coefficient}
     statistics = load_statistics(inputs, train, layers, args.top_k_pca, **wanted)
 
@@ -38,11 +43,15 @@ def main(args):
     pieces, table = pieces_of(images, args.batch_size), {}
     for group in groups_of_layers(vit, layers, args.memory * 1e9):
         path = results.path("predictions", layer=group, **names)
-        arrays = results.arrays(["predictions"], {"images": len(images), "layers": len(group)}, layer=group, **names)
+        arrays = results.arrays(
+            ["predictions"], {"images": len(images), "layers": len(group)}, layer=group, **names
+        )
         settings = {"layers": group, "batch_size": args.batch_size}
         with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
             directions = [] if work.finished else fold_layers(vit, group)
-            ablations = [Ablations(item, statistics.pop(item.layer)) for item in directions]  # drops the means
+            ablations = [
+                Ablations(item, statistics.pop(item.layer)) for item in directions
+            ]  # drops the means
             for rows, pixels in work.over(loader):
                 work[path][rows] = classify(vit, pixels, ablations, classifier, coefficient=args.coefficient)
         del directions, ablations  # room for the next group

@@ -2,7 +2,8 @@
 
     python compute_classifier_projection.py --model ViT-B-32 --pretrained openai --dataset imagenet
 
-Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the class names are in its .meta.json
+Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the class names are in its
+.meta.json
 """
 
 from utils.data.images import classes_of, pairing, train_set_of
@@ -33,8 +34,12 @@ def main(args):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__, reads=False)
     flags.add_dataset(parser)
-    parser.add_argument("--data_path", help="root folder, where the class names are folder names (CIFAR, folder)")
-    parser.add_argument("--split", default="val", help="the folder in the root whose sub-folders are the classes")
+    parser.add_argument(
+        "--data_path", help="root folder, where the class names are folder names (CIFAR, folder)"
+    )
+    parser.add_argument(
+        "--split", default="val", help="the folder in the root whose sub-folders are the classes"
+    )
     parser.add_argument("--class_names", help="a text file, a class a line: folders, or names in their order")
     flags.add_compute(parser, batch_size=800)
     flags.run(main, parser, parallel=True)

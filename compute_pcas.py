@@ -1,8 +1,10 @@
 """The main direction of every neuron's second-order effects, and the statistics that later stages need.
 
-    python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layer 9 --top_k_pca 100
+    python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layer 9 --top_k_pca
+        100
 
-Reads the effects of the train split, factorised or merged. Writes  DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...
+Reads the effects of the train split, factorised or merged. Writes
+DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...
     K_pca.npy [N, D]         first principal component of the K images with the largest centred effects
     K_norm.npy [N, K]        their centred norms, ascending
     K_explained.npy [N]      share of their squared norm along the component
@@ -40,7 +42,9 @@ def main(args):
         kinds = ("mean", "pca", "norm", "explained", *(() if effects.has_norms else ("image_norms",)))
         arrays[layer] = results.arrays(kinds, sizes, dataset=dataset, layer=layer, k=k)
     if distributed.is_rank_zero():
-        require_space({path: spec for each in arrays.values() for path, spec in each.items()}, overwrite=args.overwrite)
+        require_space(
+            {path: spec for each in arrays.values() for path, spec in each.items()}, overwrite=args.overwrite
+        )
     for layer, effects in stored.items():
         path = partial(results.path, dataset=dataset, layer=layer, k=k)
         if effects.has_norms:
@@ -64,6 +68,8 @@ if __name__ == "__main__":
     flags.add_layers(parser)
     flags.add_top_k(parser, "images of largest centred norm per neuron")
     parser.add_argument("--memory", type=float, default=0.25, help="GB of effects that are read at a time")
-    parser.add_argument("--device", help="where the statistics are computed; default: the GPU if there is one, else the CPU")
+    parser.add_argument(
+        "--device", help="where the statistics are computed; default: the GPU if there is one, else the CPU"
+    )
     flags.add_unused(parser, "--batch_size", "--num_workers")
     flags.run(main, parser, parallel=True)

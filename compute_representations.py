@@ -18,7 +18,9 @@ from utils.runtime.results import Results
 
 
 def main(args):
-    results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path, split=args.split)
+    results = Results(
+        args.output_dir, args.model, args.pretrained, data_path=args.data_path, split=args.split
+    )
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
     loader, data = Loader(images, args.device, args.num_workers), images.record

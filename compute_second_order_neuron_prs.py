@@ -1,7 +1,7 @@
 """Second-order effects of all neurons of one or several MLP layers, in one pass over the images, or two.
 
-    python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH \\
-        --split train --mlp_layer 9
+    python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet
+        --data_path PATH \\ --split train --mlp_layer 9
 
 Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_...
     coefficients.npy [images, K, N]   bias.npy [images, D]   values.npy [K, N, e]   outputs.npy [K, e, D]
@@ -27,14 +27,20 @@ def main(args):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     layers = parse_layers(args.mlp_layer, clip.vit)
     images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    loader, results = Loader(images, args.device, args.num_workers), Results(args.output_dir, args.model, args.pretrained)
+    loader, results = (
+        Loader(images, args.device, args.num_workers),
+        Results(args.output_dir, args.model, args.pretrained),
+    )
     path = partial(results.path, dataset=args.dataset, split=args.split)
     record = {**clip.record, **images.record, "coefficient": args.coefficient}
 
     def plan(layers, kinds, dtype=None):
         """The arrays of some layers."""
         sizes = {**clip.vit.sizes, "images": len(images), "k": args.top_k_pca}
-        each = (results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **path.keywords) for layer in layers)
+        each = (
+            results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **path.keywords)
+            for layer in layers
+        )
         return {path: spec for arrays in each for path, spec in arrays.items()}
 
     clip.vit.tell_left_out(loader, pieces_of(images, args.batch_size)[:1])
@@ -44,13 +50,18 @@ def main(args):
     else:
         for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
             keep_top(args, clip.vit, group, loader, path=path, arrays=plan(group, TOP), record=record)
-    print(f"wrote the effects of MLP layer {', '.join(map(str, layers))}: {len(images)} images, {clip.vit.N} neurons")
+    print(
+        f"wrote the effects of MLP layer {', '.join(map(str, layers))}: {len(images)} images, {clip.vit.N} neurons"
+    )
     print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
 def keep_all(args, vit, layers, loader, path, arrays, record):
     """One pass that stores every effect."""
-    pieces, settings = pieces_of(loader.images, args.batch_size), {"layers": layers, "batch_size": args.batch_size}
+    pieces, settings = (
+        pieces_of(loader.images, args.batch_size),
+        {"layers": layers, "batch_size": args.batch_size},
+    )
     with Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
         directions = [] if work.finished else fold_layers(vit, layers)
         for rows, pixels in work.over(loader):
@@ -69,7 +80,9 @@ def keep_top(args, vit, layers, loader, path, arrays, record):
     pieces = pieces_of(loader.images, args.batch_size)
     settings = {"top_k_pca": args.top_k_pca, "layers": layers, "batch_size": args.batch_size}
     state, scratch = start_of(vit, layers, args.top_k_pca, len(loader.images))
-    with Pass(arrays, record, pieces * 2, settings, state=state, scratch=scratch, overwrite=args.overwrite) as work:
+    with Pass(
+        arrays, record, pieces * 2, settings, state=state, scratch=scratch, overwrite=args.overwrite
+    ) as work:
         if work.finished:
             return
         directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
@@ -83,7 +96,10 @@ def keep_top(args, vit, layers, loader, path, arrays, record):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
             for top, layer in zip(tops, layers, strict=True):
                 kappa, norms = top.add(next(effects), rows.start)
-                work[path("bias", layer=layer)][rows], work[path("image_norms", layer=layer)][rows] = kappa, norms
+                work[path("bias", layer=layer)][rows], work[path("image_norms", layer=layer)][rows] = (
+                    kappa,
+                    norms,
+                )
         write_top(work, tops, path)
 
 
@@ -93,8 +109,14 @@ if __name__ == "__main__":
     flags.add_layers(parser)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
-    parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones in two passes")
+    parser.add_argument(
+        "--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones in two passes"
+    )
     flags.add_top_k(parser, "effects of a neuron with --keep top")
-    parser.add_argument("--merged", action="store_true", help="also write the effects themselves, images x N x D")
-    parser.add_argument("--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk")
+    parser.add_argument(
+        "--merged", action="store_true", help="also write the effects themselves, images x N x D"
+    )
+    parser.add_argument(
+        "--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk"
+    )
     flags.run(main, parser, parallel=True)

@@ -2,8 +2,9 @@
 
     python compute_text_set_projection.py --model ViT-B-32 --pretrained openai --text_descriptions 30k
 
-Reads a text file, one text a line (--text_descriptions NAME is text_descriptions/NAME.txt; a path works as well). Writes
-NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and beside it a .txt, the texts in that order.
+Reads a text file, one text a line (--text_descriptions NAME is text_descriptions/NAME.txt; a path works as
+well). Writes NAME_MODEL_PRETRAINED.npy  [texts, D], 100 times the unit text vectors; and beside it a .txt,
+the texts in that order.
 """
 
 from utils.data.text_sets import as_text, digest_of_texts, find_texts, read_texts
@@ -25,7 +26,9 @@ def main(args):
     [path], record = arrays, {**clip.text_record, "texts": len(texts), "content": digest_of_texts(texts)}
     record["coefficient"] = args.coefficient
     if cut := too_long(clip, texts):
-        print(f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}")
+        print(
+            f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}"
+        )
     with Pass(arrays, record, pieces_of(len(texts), TEXTS), overwrite=args.overwrite) as work:
         for rows, _ in work.over(description="texts", unit="text"):
             work[path][rows] = args.coefficient * text_vectors(clip, texts[rows], args.batch_size)
@@ -33,14 +36,20 @@ def main(args):
             save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
     print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    print(f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}")
+    print(
+        f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}"
+    )
 
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__, reads=False)
-    parser.add_argument("--text_descriptions", default="30k", help="name of a text file in --descriptions_dir, or a path")
+    parser.add_argument(
+        "--text_descriptions", default="30k", help="name of a text file in --descriptions_dir, or a path"
+    )
     parser.add_argument("--data_path", help="the path of a text file; instead of --text_descriptions")
-    parser.add_argument("--descriptions_dir", default="text_descriptions", help="where text files are looked for")
+    parser.add_argument(
+        "--descriptions_dir", default="text_descriptions", help="where text files are looked for"
+    )
     flags.add_compute(parser, batch_size=512)
     flags.add_coefficient(parser)
     flags.add_unused(parser, "--num_workers")

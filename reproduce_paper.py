@@ -4,9 +4,11 @@
     python reproduce_paper.py table1 fig3 --model ViT-B-32 --pretrained openai --data_path PATH
     python reproduce_paper.py all --data_path PATH --imagenet_r PATH --segmentation gtsegs_ijcv.mat
 
-Runs the stages that are needed, keeps what they leave in --output_dir, and writes into its folder paper_MODEL_PRETRAINED
+Runs the stages that are needed, keeps what they leave in --output_dir, and writes into its folder
+paper_MODEL_PRETRAINED
     paper.html paper.md paper.json   the page; and its pictures and tables
-What cannot be done is left out, with the reason. Interrupted, the same command resumes. Without ImageNet: make paper.
+What cannot be done is left out, with the reason. Interrupted, the same command resumes. Without ImageNet:
+make paper.
 """
 
 import shutil
@@ -58,10 +60,17 @@ def write_page(args, paper, wanted):
         except UserError as error:  # what an earlier run found stays on the page
             failed[name] = error
             print(f"failed: {error}")
-        page.write(paper.folder, paper.results.clip, args.note, {name: found[name] for name in ITEMS if name in found})
+        page.write(
+            paper.folder,
+            paper.results.clip,
+            args.note,
+            {name: found[name] for name in ITEMS if name in found},
+        )
     print(f"\nwrote {paper.folder / 'paper.html'}, paper.md and paper.json")
     if failed:
-        raise UserError("; ".join(f"{name} failed: {' '.join(str(error).split())}" for name, error in failed.items()))
+        raise UserError(
+            "; ".join(f"{name} failed: {' '.join(str(error).split())}" for name, error in failed.items())
+        )
 
 
 def announce(paper, wanted):
@@ -71,10 +80,15 @@ def announce(paper, wanted):
     for name in wanted:
         item = ITEMS[name]
         hours = item.passes(paper) * paper.seconds_of_an_image / 3600 if name in possible else 0
-        print(f"  {name:8} {item.title}: {item.lacks(paper) or f'{hours:.2g} hours of forward passes'}", flush=True)
+        print(
+            f"  {name:8} {item.title}: {item.lacks(paper) or f'{hours:.2g} hours of forward passes'}",
+            flush=True,
+        )
     needed = sum(ITEMS[name].disk(paper) for name in possible) + (paper.disk() if paper.wanted else 0)
     free = shutil.disk_usage(paper.folder).free
-    print(f"about {needed / 1e9:.1f} GB of the {free / 1e9:.0f} GB free in {paper.results.directory} will be used")
+    print(
+        f"about {needed / 1e9:.1f} GB of the {free / 1e9:.0f} GB free in {paper.results.directory} will be used"
+    )
 
 
 def make(paper, name, earlier):
@@ -87,10 +101,18 @@ def make(paper, name, earlier):
         print(f"left out: {left_out}")
     for row in rows:
         print(f"  {row.what}: {page.number(row.ours, row.unit)}{f' ({row.beside})' if row.beside else ''}")
-    seconds = max(round(time.monotonic() - began, 1), earlier.get("seconds", 0))  # what is kept costs nothing the second time
+    seconds = max(
+        round(time.monotonic() - began, 1), earlier.get("seconds", 0)
+    )  # what is kept costs nothing the second time
     layers = f"layer {args.mlp_layer}, applications {' '.join(args.mlp_layers)}"
     settings = f"{here(args.model)}, {here(args.pretrained)}, {args.precision}; {args.dataset}; {layers}; seed: {item.seed}"
-    made = {"title": item.title, "left_out": left_out, "settings": settings, "seconds": seconds, "commands": paper.commands}
+    made = {
+        "title": item.title,
+        "left_out": left_out,
+        "settings": settings,
+        "seconds": seconds,
+        "commands": paper.commands,
+    }
     made["cost"] = (
         f"{seconds:,.0f} s on this machine; on one GPU perhaps {seconds / GPU:,.1f} s (a factor of {GPU}, not measured)"
     )

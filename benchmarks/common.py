@@ -1,4 +1,5 @@
-"""The frame of every benchmark, and what they share: timing in turns, processes with their peak memory, inputs, tables.
+"""The frame of every benchmark, and what they share: timing in turns, processes with their peak memory,
+inputs, tables.
 
 A benchmark is three functions, which `run` calls:
 
@@ -41,13 +42,24 @@ class Table(NamedTuple):
 
 
 def bench_parser(description, device=True):
-    """The parser of a benchmark, with the flags that all have. description: its docstring. device: whether it has a choice."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; the figures mean nothing")
+    """The parser of a benchmark, with the flags that all have. description: its docstring. device: whether it
+    has a choice.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that everything runs; the figures mean nothing",
+    )
     if device:
         parser.add_argument("--device", default="cpu")
     parser.set_defaults(device="cpu")
-    parser.add_argument("--tmp", help="where photos and results are put for the time of the run; default: the temporary folder")
+    parser.add_argument(
+        "--tmp",
+        help="where photos and results are put for the time of the run; default: the temporary folder",
+    )
     return parser
 
 
@@ -66,7 +78,9 @@ def run(parser, set_up, measure, table, quick):
 
 
 def interleaved(functions, rounds, device="cpu"):
-    """Time functions in turn, A B C A B C ..., so that a slow moment of the machine hits all: {name: [seconds per round]}."""
+    """Time functions in turn, A B C A B C ..., so that a slow moment of the machine hits all: {name: [seconds
+    per round]}.
+    """
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -99,8 +113,9 @@ class Process(NamedTuple):
 def measured(*words):
     """Run python with some words in the repository's root. Ends with its stderr if it fails.
 
-    The peak is the larger of the main process's own high-water mark and the largest sum over it and its workers, in which
-    shared pages are counted once (proportional set size). Where there is no /proc it is the largest single process.
+    The peak is the larger of the main process's own high-water mark and the largest sum over it and its
+    workers, in which shared pages are counted once (proportional set size). Where there is no /proc it is the
+    largest single process.
     """
     command, peak, look_at = [sys.executable, *map(str, words)], 0, 0
     start = time.perf_counter()
@@ -108,7 +123,9 @@ def measured(*words):
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             peak, now = max(peak, 1024 * kilobytes(process.pid, "status", "VmHWM")), time.perf_counter()
-            if now > look_at:  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
+            if (
+                now > look_at
+            ):  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
                 peak = max(peak, memory_of(process.pid))
                 look_at = now + max(1, 100 * (time.perf_counter() - now))
             time.sleep(0.02)
@@ -120,7 +137,9 @@ def measured(*words):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nended with code {process.returncode}:\n{complaint[-2000:]}")
-    return Process(printed, complaint, seconds, peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return Process(
+        printed, complaint, seconds, peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
 
 
 def memory_of(pid):
@@ -166,7 +185,9 @@ def alone(function, **arguments):
 def bars(errors):
     """Seconds that each progress bar of images in a stage's stderr has taken, a list."""
     found = []
-    for done, hours, minutes, seconds in re.findall(r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors):
+    for done, hours, minutes, seconds in re.findall(
+        r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors
+    ):
         if done == "0":
             found.append(0)
         found[-1] = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
@@ -174,7 +195,9 @@ def bars(errors):
 
 
 def looping(errors):
-    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images, not the start-up."""
+    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images,
+    not the start-up.
+    """
     return sum(bars(errors))
 
 
@@ -182,23 +205,30 @@ def looping(errors):
 
 
 def write_photos(root, images, splits=("train", "val"), **options):
-    """Write a tree of class folders, `images` photos in every split, as `tests.photos.write_photos` does. Returns the root."""
+    """Write a tree of class folders, `images` photos in every split, as `tests.photos.write_photos` does.
+    Returns the root.
+    """
     from tests import photos  # here, because scikit-learn would count as memory of all processes
 
     if images % len(photos.SYNSETS):
-        sys.exit(f"error: {images} images cannot be divided into {len(photos.SYNSETS)} classes; give a multiple")
+        sys.exit(
+            f"error: {images} images cannot be divided into {len(photos.SYNSETS)} classes; give a multiple"
+        )
     return photos.write_photos(root, splits, per_class=images // len(photos.SYNSETS), **options)
 
 
 def save_unit_vectors(path, count, width, columns=False):
-    """Save random unit vectors in place of text vectors [count, width], or as columns [width, count] of a classifier."""
+    """Save random unit vectors in place of text vectors [count, width], or as columns [width, count] of a
+    classifier.
+    """
     vectors = np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     np.save(path, vectors.T if columns else vectors)
 
 
 def real_size_inputs(args, folder, words):
-    """Photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words; the folder of the photos,
+    """Photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words; the
+    folder of the photos,
     and the `Results` of the stages. args: with model, images, val_images."""
     from utils.model.clip import load_clip  # here, because open_clip would count as memory of all processes
 
@@ -206,7 +236,10 @@ def real_size_inputs(args, folder, words):
     results.directory.mkdir()
     for split, images in (("train", args.images), ("val", args.val_images)):
         write_photos(photos, images, (split,))
-    width, texts = load_clip(args.model, "random", "cpu", image_only=True).vit.D, results.path("texts", texts="words")
+    width, texts = (
+        load_clip(args.model, "random", "cpu", image_only=True).vit.D,
+        results.path("texts", texts="words"),
+    )
     save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
     save_unit_vectors(texts, len(words), width)
     texts.with_suffix(".txt").write_text("".join(f"{word}\n" for word in words))
@@ -230,7 +263,9 @@ def of_model(name, model):
 
 
 def save_table(table, args):
-    """Print a table, and write results/NAME.json and .md (NAME_cuda on a GPU; quick ones go to results/quick)."""
+    """Print a table, and write results/NAME.json and .md (NAME_cuda on a GPU; quick ones go to
+    results/quick).
+    """
     kind = torch.device(args.device).type
     name = table.name if kind == "cpu" else f"{table.name}_{kind}"
     folder = RESULTS / "quick" if args.quick else RESULTS
@@ -251,7 +286,12 @@ def machine(device="cpu"):
 
 def markdown(table):
     """A saved table as markdown; in a quick one no bar is judged."""
-    lines = [f"### {table['title']}", "", table["machine"] + (" (quick: the figures mean nothing)" if table["quick"] else ""), ""]
+    lines = [
+        f"### {table['title']}",
+        "",
+        table["machine"] + (" (quick: the figures mean nothing)" if table["quick"] else ""),
+        "",
+    ]
     lines += ["| what | measured | bar | |", "|---|---|---|---|"]
     for item in table["rows"]:
         bar = "" if item["bar"] is None else f"{'≥' if item['at_least'] else '≤'} {item['bar']:g}"

@@ -1,9 +1,12 @@
-"""How time and memory grow with the number of images, layers and neurons; with the number of texts: benchmarks/omp.py.
+"""How time and memory grow with the number of images, layers and neurons; with the number of texts:
+benchmarks/omp.py.
 
-    python -m benchmarks.curves [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048] [--tmp FOLDER] [--quick]
+    python -m benchmarks.curves [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048]
+        [--tmp FOLDER] [--quick]
 
-ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and its components;
-several layers on the fewest images, all effects and the largest only; the matching pursuit for N neurons with 30,000 texts.
+ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and
+its components; several layers on the fewest images, all effects and the largest only; the matching pursuit
+for N neurons with 30,000 texts.
 """
 
 from benchmarks.common import Table, bench_parser, row, run, stage, write_photos
@@ -14,7 +17,9 @@ LAYER, L = 9, 12
 
 def set_up(args, folder):
     """Trees of photos, {number of images: root}; and the folder of the results."""
-    return {images: write_photos(folder / str(images), images, ("train",)) for images in args.images}, folder / "out"
+    return {
+        images: write_photos(folder / str(images), images, ("train",)) for images in args.images
+    }, folder / "out"
 
 
 def measure(args, case):
@@ -29,12 +34,17 @@ def measure(args, case):
     for count in args.layers:
         for keep in ("full", "top"):
             layers = [*range(L - 1 - count, L - 1), "--keep", keep]
-            found[f"effects of {count} layers, {few} images, --keep {keep}"] = effects(args, photos[few], out, layers)
+            found[f"effects of {count} layers, {few} images, --keep {keep}"] = effects(
+                args, photos[few], out, layers
+            )
             clear(out)
     for neurons in args.neurons:
         result = pursue("ours", args.texts, args.atoms, neurons=neurons, device=args.device)
         note = f"peak {result['peak'] / 1e9:.2f} GB, {1000 * result['seconds']:.1f} ms a neuron"
-        found[f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons"] = neurons * result["seconds"], note
+        found[f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons"] = (
+            neurons * result["seconds"],
+            note,
+        )
     return found
 
 
@@ -46,7 +56,9 @@ def shared_flags(args, out):
 def effects(args, photos, out, layers):
     """The stage on some layers (flags after --mlp_layer): (seconds, note)."""
     data = ["--data_path", photos, "--split", "train", "--subsample", 1]
-    process = stage("compute_second_order_neuron_prs", *shared_flags(args, out), *data, "--mlp_layer", *layers)
+    process = stage(
+        "compute_second_order_neuron_prs", *shared_flags(args, out), *data, "--mlp_layer", *layers
+    )
     written = sum(file.stat().st_size for file in out.iterdir())
     return process.seconds, f"peak {process.peak / 1e9:.2f} GB, {written / 1e9:.2f} GB written"
 
@@ -70,8 +82,12 @@ def table(args, found):
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
-    parser.add_argument("--images", type=int, nargs="+", default=[100, 500, 1000, 5000], help="multiples of 4")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3, 6, 11], help="how many of the last ones")
+    parser.add_argument(
+        "--images", type=int, nargs="+", default=[100, 500, 1000, 5000], help="multiples of 4"
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 3, 6, 11], help="how many of the last ones"
+    )
     parser.add_argument("--neurons", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--texts", type=int, default=30000)
     parser.add_argument("--atoms", type=int, default=128)

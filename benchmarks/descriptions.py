@@ -1,9 +1,10 @@
-"""Descriptions graded, and the gallery, at full size: time, memory and disk; and the page in a headless Chromium.
+"""Descriptions graded, and the gallery, at full size: time, memory and disk; and the page in a headless
+Chromium.
 
     python -m benchmarks.descriptions --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
 
-Against `compute_representations.py` on the same photos. Texts have random unit vectors and the words of our list.
-Without chromium, chromedriver and selenium the rows about the browser are left out.
+Against `compute_representations.py` on the same photos. Texts have random unit vectors and the words of our
+list. Without chromium, chromedriver and selenium the rows about the browser are left out.
 """
 
 import hashlib
@@ -47,7 +48,9 @@ const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTime
 
 
 class Found(NamedTuple):
-    """What was measured: processes by name, the seconds of fitting texts, the gallery's size, and milliseconds in the browser."""
+    """What was measured: processes by name, the seconds of fitting texts, the gallery's size, and
+    milliseconds in the browser.
+    """
 
     processes: dict
     refit: object
@@ -59,10 +62,21 @@ class Found(NamedTuple):
 
 
 def set_up(args, folder):
-    """Photos, a classifier, text vectors, effects, components, descriptions; returns the results and the flags of the stages."""
+    """Photos, a classifier, text vectors, effects, components, descriptions; returns the results and the
+    flags of the stages.
+    """
     words = (ROOT / "text_descriptions/30k.txt").read_text().splitlines()[: args.texts]
     photos, results = real_size_inputs(args, folder, words)
-    model = ["--model", args.model, "--pretrained", "random", "--output_dir", results.directory, "--device", args.device]
+    model = [
+        "--model",
+        args.model,
+        "--pretrained",
+        "random",
+        "--output_dir",
+        results.directory,
+        "--device",
+        args.device,
+    ]
     images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
     layer, k = ["--mlp_layer", args.mlp_layer], ["--top_k_pca", min(100, args.images)]
     described = [*layer, *k, "--text_descriptions", "words", "--components", args.components]
@@ -87,10 +101,17 @@ def measure(args, case):
     before = digests(gallery)
     stage("make_gallery", *flags, "--overwrite")
     for name, process in found.items():
-        print(f"{name}: {process.seconds:.0f} s, bars {bars(process.errors)}, {process.peak / 1e9:.2f} GB", flush=True)
+        print(
+            f"{name}: {process.seconds:.0f} s, bars {bars(process.errors)}, {process.peak / 1e9:.2f} GB",
+            flush=True,
+        )
     files = [path for path in gallery.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    browsed = browse(gallery, args.mlp_layer) if shutil.which("chromium") and shutil.which("chromedriver") else (None, [])
+    browsed = (
+        browse(gallery, args.mlp_layer)
+        if shutil.which("chromium") and shutil.which("chromedriver")
+        else (None, [])
+    )
     return Found(found, refit, size, len(files), digests(gallery) == before, *browsed)
 
 
@@ -101,7 +122,9 @@ def digests(folder):
 
 
 def browse(gallery, layer):
-    """Milliseconds until the first picture is seen, the median of five visits; and of every key stroke of some searches."""
+    """Milliseconds until the first picture is seen, the median of five visits; and of every key stroke of
+    some searches.
+    """
     from tests.browser import start_browser
 
     address, times = (gallery / "index.html").as_uri(), []
@@ -123,8 +146,13 @@ def browse(gallery, layer):
 
 def table(args, found):
     """The rows, with bars where the issue's sizes were measured."""
-    full = args.model == "ViT-B-32" and args.images >= 5124 and args.val_images >= 5000 and args.texts >= 30_000
-    processes, (plain_train, plain_val) = found.processes, (found.processes[f"plain {split}"] for split in ("train", "val"))
+    full = (
+        args.model == "ViT-B-32" and args.images >= 5124 and args.val_images >= 5000 and args.texts >= 30_000
+    )
+    processes, (plain_train, plain_val) = (
+        found.processes,
+        (found.processes[f"plain {split}"] for split in ("train", "val")),
+    )
     evaluate, gallery = processes["evaluate"], processes["gallery"]
     passes = bars(evaluate.errors)
     plain = bars(plain_val.errors)[0] or plain_val.seconds
@@ -133,10 +161,28 @@ def table(args, found):
         row("plain pass, training photos", plain_train.seconds, "s", note="compute_representations.py"),
         row("plain pass, held-out photos", plain_val.seconds, "s", note="compute_representations.py"),
         row("evaluate_descriptions.py", evaluate.seconds, "s", note=f"peak {evaluate.peak / 1e9:.2f} GB"),
-        row("its pass over the held-out photos", passes[1] / plain, "x plain", at_most=bar(full, 1.2), note="the loops"),
+        row(
+            "its pass over the held-out photos",
+            passes[1] / plain,
+            "x plain",
+            at_most=bar(full, 1.2),
+            note="the loops",
+        ),
         row("both passes, and the grades", whole, "x plain", note="the stage without the next row"),
-        row("fitting texts to a layer, and labels", found.refit.seconds, "s", at_most=bar(full, 300), note="with the start-up"),
-        row("peak memory", max(evaluate.peak, gallery.peak) / 1e9, "GB", at_most=bar(full, 3), note="with their workers"),
+        row(
+            "fitting texts to a layer, and labels",
+            found.refit.seconds,
+            "s",
+            at_most=bar(full, 300),
+            note="with the start-up",
+        ),
+        row(
+            "peak memory",
+            max(evaluate.peak, gallery.peak) / 1e9,
+            "GB",
+            at_most=bar(full, 3),
+            note="with their workers",
+        ),
         row("make_gallery.py", gallery.seconds, "s", note=f"peak {gallery.peak / 1e9:.2f} GB"),
         row("beyond its passes", gallery.seconds - sum(bars(gallery.errors)), "s", at_most=bar(full, 240)),
         row("size of the gallery", found.size / 1e6, "MB", at_most=bar(full, 80)),
@@ -146,8 +192,19 @@ def table(args, found):
     if found.strokes:
         strokes = sorted(found.strokes)
         rows += [
-            row("first picture in the browser", found.first_picture / 1000, "s", at_most=bar(full, 1), note="median of 5 visits"),
-            row("key stroke of a search", median(strokes), "ms", note=f"median of {len(strokes)}, until the next frame is drawn"),
+            row(
+                "first picture in the browser",
+                found.first_picture / 1000,
+                "s",
+                at_most=bar(full, 1),
+                note="median of 5 visits",
+            ),
+            row(
+                "key stroke of a search",
+                median(strokes),
+                "ms",
+                note=f"median of {len(strokes)}, until the next frame is drawn",
+            ),
             row("19 of 20 key strokes", strokes[int(0.95 * len(strokes))], "ms", at_most=bar(full, 50)),
             row("slowest key stroke", strokes[-1], "ms"),
         ]
@@ -165,7 +222,9 @@ if __name__ == "__main__":
     parser = bench_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--images", type=int, default=200, help="photos of the train split, a multiple of 4")
-    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split, a multiple of 4")
+    parser.add_argument(
+        "--val_images", type=int, default=200, help="photos of the val split, a multiple of 4"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", type=int, default=9)
     parser.add_argument("--texts", type=int, default=2000)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fingerprints [--model ViT-L-14] [--images 5124] [--side 500] [--quick]
 
-The photos are JPEG files of `--side` pixels, about ImageNet's. The alternative is what earlier versions looked at: 1,024
-entries of every tensor, and the sizes of the files.
+The photos are JPEG files of `--side` pixels, about ImageNet's. The alternative is what earlier versions
+looked at: 1,024 entries of every tensor, and the sizes of the files.
 """
 
 import hashlib
@@ -55,7 +55,12 @@ def table(args, found):
     seconds = {name: median(times) for name, times in seconds.items()}
     count = f"{len(images):,} photos, {size / 1e9:.2f} GB"
     rows = [
-        row(f"all bytes of {args.model}'s weights, {weights / 1e9:.2f} GB", seconds["weights"], "s", at_most=args.bars and 2),
+        row(
+            f"all bytes of {args.model}'s weights, {weights / 1e9:.2f} GB",
+            seconds["weights"],
+            "s",
+            at_most=args.bars and 2,
+        ),
         row("1,024 entries of each of its tensors", seconds["samples"], "s"),
         row(f"all bytes of {count}", seconds["images"], "s", at_most=args.bars and 5),
         row("the sizes of these", seconds["sizes"], "s"),

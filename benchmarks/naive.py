@@ -1,9 +1,11 @@
-"""The definition, computed step by step for every token, neuron and head: what the factorisation is compared with.
+"""The definition, computed step by step for every token, neuron and head: what the factorisation is compared
+with.
 
     python -m benchmarks.naive [--model ViT-B-32] [--layer 9] [--quick]
 
-`naive_effects` uses nothing of `utils.prs`: the forward pass and every share of means and biases are written out from the
-definition, with tensors over tokens and neurons, in float32. Prints the largest difference from the factorised effects.
+`naive_effects` uses nothing of `utils.prs`: the forward pass and every share of means and biases are written
+out from the definition, with tensors over tokens and neurons, in float32. Prints the largest difference from
+the factorised effects.
 """
 
 import torch
@@ -21,8 +23,8 @@ def statistics(z, norm):
 def forward(visual, image, layer):
     """Forward pass of one image [1, 3, side, side], attention written out.
 
-    Returns the representation [D], the neurons' activations [T, N] of `layer`, for each later layer (mean, std, attention) with
-    shapes [T, 1], [T, 1], [H, T], and the statistics of the last LayerNorm.
+    Returns the representation [D], the neurons' activations [T, N] of `layer`, for each later layer (mean,
+    std, attention) with shapes [T, 1], [T, 1], [H, T], and the statistics of the last LayerNorm.
     """
     z = visual.conv1(image).flatten(2)[0].T
     z = visual.ln_pre(torch.cat([visual.class_embedding[None], z]) + visual.positional_embedding)  # [T, d]
@@ -30,7 +32,11 @@ def forward(visual, image, layer):
     for l, block in enumerate(visual.transformer.resblocks):
         attn = block.attn
         H, e = attn.num_heads, attn.head_dim
-        q, k, v = (block.ln_1(z) @ attn.in_proj_weight.T + attn.in_proj_bias).view(len(z), 3, H, e).permute(1, 2, 0, 3)
+        q, k, v = (
+            (block.ln_1(z) @ attn.in_proj_weight.T + attn.in_proj_bias)
+            .view(len(z), 3, H, e)
+            .permute(1, 2, 0, 3)
+        )
         A = torch.softmax(q @ k.mT / e**0.5, dim=-1)  # [H, T, T]
         if l > layer:
             later[l] = (*statistics(z, block.ln_1), A[:, 0])
@@ -46,8 +52,9 @@ def forward(visual, image, layer):
 def naive_effects(visual, image, layer, sum_early=False, coefficient=100.0):
     """Second-order effects of every neuron of `layer` on one image: [N, D].
 
-    sum_early: sum a head's values over the tokens at once, where they are weighted by the attention; otherwise every token goes
-    all the way to the output, as the definition is written, and the sum is the last step.
+    sum_early: sum a head's values over the tokens at once, where they are weighted by the attention;
+    otherwise every token goes all the way to the output, as the definition is written, and the sum is the
+    last step.
     """
     blocks, L = visual.transformer.resblocks, len(visual.transformer.resblocks)
     representation, p, later, (mu_post, sigma_post) = forward(visual, image, layer)
@@ -67,7 +74,9 @@ def naive_effects(visual, image, layer, sum_early=False, coefficient=100.0):
             if sum_early:
                 v = torch.einsum("t,tne->ne", A[h], v)[None]  # [1, N, e]
             o = v @ attn.out_proj.weight[:, head].T + attn.out_proj.bias / (c * H)
-            y = (post.weight * (o - mu_post / c_post) / sigma_post + post.bias / c_post) @ visual.proj  # [T or 1, N, D]
+            y = (
+                post.weight * (o - mu_post / c_post) / sigma_post + post.bias / c_post
+            ) @ visual.proj  # [T or 1, N, D]
             effects += y[0] if sum_early else torch.einsum("t,tno->no", A[h], y)
     return coefficient / representation.norm() * effects
 
@@ -78,7 +87,9 @@ def set_up(args, folder):
     layer = vit.L - 2 if args.quick else vit.L - 3 if args.layer is None else args.layer
     torch.manual_seed(0)
     image = torch.randn(1, 3, *vit.visual.image_size, device=args.device)
-    for parameter in vit.visual.parameters():  # random weights have empty biases and equal gammas; make every share count
+    for (
+        parameter
+    ) in vit.visual.parameters():  # random weights have empty biases and equal gammas; make every share count
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return vit, image, fold(vit, layer)

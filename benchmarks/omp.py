@@ -1,11 +1,15 @@
-"""Orthogonal matching pursuit: ours against scikit-learn's, SPAMS and orthogonal-matching-pursuit-gpu, the last two if installed.
+"""Orthogonal matching pursuit: ours against scikit-learn's, SPAMS and orthogonal-matching-pursuit-gpu, the
+last two if installed.
 
     python -m benchmarks.omp [--texts 30000] [--atoms 128] [--neurons 512] [--device cpu] [--quick]
 
-Every measurement is a process of its own, so that its peak memory is its own; ours and scikit-learn's take turns. Times are for a
-neuron once the dictionary is ready: the texts x texts Gram matrix that scikit-learn and the GPU package need is made before, its
-cost is in the note (SPAMS makes its own inside). scikit-learn's copy of it takes 11 GB at 30,000 texts. SPAMS chooses its atoms
-otherwise: it divides a correlation by what is left of the atom beside those chosen before (order-recursive pursuit).
+Every measurement is a process of its own, so that its peak memory is its own; ours and scikit-learn's take
+turns. Times are for a
+neuron once the dictionary is ready: the texts x texts Gram matrix that scikit-learn and the GPU package need
+is made before, its cost is in the note (SPAMS makes its own inside). scikit-learn's copy of it takes 11 GB at
+30,000 texts. SPAMS chooses its atoms
+otherwise: it divides a correlation by what is left of the atom beside those chosen before (order-recursive
+    pursuit).
 """
 
 import importlib
@@ -24,7 +28,9 @@ from utils.omp import make_atoms, orthogonal_matching_pursuit
 
 
 def ours(atoms, targets, S, gram):
-    return [array.cpu().numpy() for array in orthogonal_matching_pursuit(atoms, targets, S)]  # waits for the device
+    return [
+        array.cpu().numpy() for array in orthogonal_matching_pursuit(atoms, targets, S)
+    ]  # waits for the device
 
 
 def scikit_learn(atoms, targets, S, gram):
@@ -34,7 +40,9 @@ def scikit_learn(atoms, targets, S, gram):
 
 def spams(atoms, targets, S, gram):
     package = importlib.import_module("spams")
-    return package.omp(np.asfortranarray(targets.numpy().T), np.asfortranarray(atoms.numpy().T), L=S).T.toarray()
+    return package.omp(
+        np.asfortranarray(targets.numpy().T), np.asfortranarray(atoms.numpy().T), L=S
+    ).T.toarray()
 
 
 def gpu_package(atoms, targets, S, gram):
@@ -46,8 +54,8 @@ def gpu_package(atoms, targets, S, gram):
 class Method(NamedTuple):
     """A matching pursuit.
 
-    pursue: function of atoms [texts, D], targets [n, D], their number S and the Gram matrix; returns support and coefficients
-        [n, S], or all coefficients [n, texts].
+    pursue: function of atoms [texts, D], targets [n, D], their number S and the Gram matrix; returns support
+        and coefficients [n, S], or all coefficients [n, texts].
     package: that it needs.
     gram: whether it needs the Gram matrix.
     unit: whether it is written for atoms of norm 1.
@@ -65,12 +73,16 @@ METHODS = {
     "ours": Method(ours),
     "scikit-learn": Method(scikit_learn, "sklearn", gram=True),
     "SPAMS": Method(spams, "spams", unit=True),
-    "orthogonal-matching-pursuit-gpu": Method(gpu_package, "orthogonal_matching_pursuit_gpu", gram=True, unit=True, most=64),
+    "orthogonal-matching-pursuit-gpu": Method(
+        gpu_package, "orthogonal_matching_pursuit_gpu", gram=True, unit=True, most=64
+    ),
 }
 
 
 def text_like(texts, targets, D=512, seed=0):
-    """Vectors that look like text vectors: unit, with a common mean and a decaying spectrum; and unit targets in their span."""
+    """Vectors that look like text vectors: unit, with a common mean and a decaying spectrum; and unit targets
+    in their span.
+    """
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.standard_normal((D, D), dtype=np.float32))[0]
     spread = (np.arange(1, D + 1, dtype=np.float32) ** -0.5)[:, None] * rotation
@@ -91,7 +103,9 @@ def problem(texts, targets, unit):
 
 @torch.no_grad()
 def solve(method, texts, atoms, neurons, unit, device, file):
-    """One method on one problem, in this process. Saves the code; returns seconds for a neuron and for the Gram matrix."""
+    """One method on one problem, in this process. Saves the code; returns seconds for a neuron and for the
+    Gram matrix.
+    """
     how, S = METHODS[method], atoms
     atoms, targets = (tensor.to(device) for tensor in problem(texts, neurons, unit))
     start = time.perf_counter()
@@ -117,24 +131,37 @@ def pursue(method, texts, atoms, neurons, unit=False, device="cpu"):
 
 
 def agreement(mine, theirs, atoms, targets):
-    """Share of common atoms, and the largest relative difference of the residuals' norms, over the first targets."""
+    """Share of common atoms, and the largest relative difference of the residuals' norms, over the first
+    targets.
+    """
     n = len(theirs["support"])
 
     def residuals(code):
         chosen = atoms[torch.from_numpy(code["support"][:n].clip(0)).long()]
-        return (targets[:n] - torch.einsum("ns,nsd->nd", torch.from_numpy(code["coefficients"][:n]).float(), chosen)).norm(dim=1)
+        return (
+            targets[:n]
+            - torch.einsum("ns,nsd->nd", torch.from_numpy(code["coefficients"][:n]).float(), chosen)
+        ).norm(dim=1)
 
-    common = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(mine["support"], theirs["support"], strict=False)]
+    common = [
+        len(np.intersect1d(a, b)) / len(b) for a, b in zip(mine["support"], theirs["support"], strict=False)
+    ]
     return np.mean(common), float((residuals(mine) / residuals(theirs) - 1).abs().max())
 
 
 def set_up(args, folder):
     """The methods whose packages are installed, besides ours."""
-    return [name for name, method in METHODS.items() if name != "ours" and importlib.util.find_spec(method.package)]
+    return [
+        name
+        for name, method in METHODS.items()
+        if name != "ours" and importlib.util.find_spec(method.package)
+    ]
 
 
 def measure(args, methods):
-    """{method: (runs of ours, runs of the method)}, and the curve: list of (texts, atoms, ours, scikit-learn's)."""
+    """{method: (runs of ours, runs of the method)}, and the curve: list of (texts, atoms, ours,
+    scikit-learn's).
+    """
     sizes = {"texts": args.texts, "atoms": args.atoms, "device": args.device}
     mine, theirs = [], []
     for _ in range(args.rounds):
@@ -145,7 +172,9 @@ def measure(args, methods):
         if METHODS[name].unit:  # another dictionary, so ours once more
             many = min(args.neurons, METHODS[name].most)
             pair = [("ours", args.neurons), (name, many)]
-            runs[name] = tuple([pursue(method, neurons=neurons, unit=True, **sizes)] for method, neurons in pair)
+            runs[name] = tuple(
+                [pursue(method, neurons=neurons, unit=True, **sizes)] for method, neurons in pair
+            )
     return runs, [measure_point(args, *point) for point in points(args)]
 
 
@@ -171,7 +200,9 @@ def table(args, found):
         row("ours, a neuron", 1000 * seconds, "ms", note=f"{args.neurons} neurons"),
         row("ours, peak memory", peak / 1e9, "GB", at_most=peak_bar),
     ]
-    rows += [method_row(args, name, *pair) for name, pair in runs.items()] + [curve_row(*point) for point in curve]
+    rows += [method_row(args, name, *pair) for name, pair in runs.items()] + [
+        curve_row(*point) for point in curve
+    ]
     return Table("omp", f"Orthogonal matching pursuit, {args.texts:,} texts x 512, {args.atoms} atoms", rows)
 
 
@@ -182,13 +213,20 @@ def method_row(args, name, mine, theirs):
     note = f"{seconds[0]:.3g} s a neuron ({len(last['support'])}), {last['peak'] / 1e9:.1f} GB, "
     note += f"Gram {last['gram']:.0f} s before; " if METHODS[name].gram else ""
     note += f"{100 * common:.1f} % common atoms, residuals within {difference:.0e}"
-    return row(f"{name}, a neuron", seconds[0] / seconds[1], "x ours", at_least=None if unit else 25, note=note)
+    return row(
+        f"{name}, a neuron", seconds[0] / seconds[1], "x ours", at_least=None if unit else 25, note=note
+    )
 
 
 def curve_row(texts, atoms, mine, theirs):
     note = f"{1000 * mine['seconds']:.3g} ms, {mine['peak'] / 1e9:.2f} GB; "
     note += f"theirs {1000 * theirs['seconds']:.3g} ms, {theirs['peak'] / 1e9:.1f} GB"
-    return row(f"scikit-learn, {texts:,} texts, {atoms} atoms", theirs["seconds"] / mine["seconds"], "x ours", note=note)
+    return row(
+        f"scikit-learn, {texts:,} texts, {atoms} atoms",
+        theirs["seconds"] / mine["seconds"],
+        "x ours",
+        note=note,
+    )
 
 
 if __name__ == "__main__":
@@ -198,4 +236,10 @@ if __name__ == "__main__":
     parser.add_argument("--neurons", type=int, default=512, help="for ours")
     parser.add_argument("--targets", type=int, default=4, help="for scikit-learn, which is slow")
     parser.add_argument("--rounds", type=int, default=2)
-    run(parser, set_up, measure, table, quick={"texts": 600, "atoms": 8, "neurons": 8, "targets": 2, "rounds": 1})
+    run(
+        parser,
+        set_up,
+        measure,
+        table,
+        quick={"texts": 600, "atoms": 8, "neurons": 8, "targets": 2, "rounds": 1},
+    )

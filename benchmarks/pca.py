@@ -1,8 +1,10 @@
 """compute_pcas.py on a store of the paper's size, against numpy's SVD on the dense effects.
 
-    python -m benchmarks.pca [--images 5124] [--heads 24] [--neurons 3072] [--sample 8] [--tmp FOLDER] [--quick]
+    python -m benchmarks.pca [--images 5124] [--heads 24] [--neurons 3072] [--sample 8] [--tmp FOLDER]
+        [--quick]
 
-A synthetic factorised store (1.5 GB) is streamed to a temporary folder and removed afterwards. The comparison takes a sample of
+A synthetic factorised store (1.5 GB) is streamed to a temporary folder and removed afterwards. The comparison
+takes a sample of
 neurons: their dense effects in memory, mean, norms, and numpy's SVD, of the top images' rows and of all rows.
 """
 
@@ -21,11 +23,15 @@ def store_path(results, kind):
 
 
 def write_store(results, sizes):
-    """A store with random directions and coefficients that have a common mean and an uneven spread over the heads.
+    """A store with random directions and coefficients that have a common mean and an uneven spread over the
+    heads.
 
     sizes: {letter: size} of images, K, N, e and D.
     """
-    rng, (images, K, N, e, D) = np.random.default_rng(0), (sizes[letter] for letter in ("images", "K", "N", "e", "D"))
+    rng, (images, K, N, e, D) = (
+        np.random.default_rng(0),
+        (sizes[letter] for letter in ("images", "K", "N", "e", "D")),
+    )
 
     def normal(*shape):
         return rng.standard_normal(shape, dtype=np.float32)
@@ -49,7 +55,9 @@ def dense_effects(results, neuron):
 
 
 def numpy_pca(effects, all_rows=False):
-    """The definition with numpy: effects [images, D] -> first right singular vector [D], the TOP largest norms, ascending."""
+    """The definition with numpy: effects [images, D] -> first right singular vector [D], the TOP largest
+    norms, ascending.
+    """
     centred = effects - effects.mean(axis=0)
     norms = np.linalg.norm(centred, axis=1)
     top = np.argsort(norms)[-TOP:]
@@ -65,11 +73,25 @@ def set_up(args, folder):
 
 
 def measure(args, results):
-    """compute_pcas' `Process`, bytes of the store, numpy's times {all rows or not: [seconds of each neuron]}, and how far its
+    """compute_pcas' `Process`, bytes of the store, numpy's times {all rows or not: [seconds of each neuron]},
+    and how far its
     directions and norms are from ours: [cosine, relative difference of the norms] of each neuron."""
-    flags = ["--model", "ViT-B-32", "--pretrained", "random", "--mlp_layer", LAYER, "--top_k_pca", TOP, "--device", args.device]
+    flags = [
+        "--model",
+        "ViT-B-32",
+        "--pretrained",
+        "random",
+        "--mlp_layer",
+        LAYER,
+        "--top_k_pca",
+        TOP,
+        "--device",
+        args.device,
+    ]
     process = stage("compute_pcas", *flags, "--output_dir", results.directory)
-    pcas, norms = (np.load(results.path(kind, dataset="imagenet", layer=LAYER, k=TOP)) for kind in ("pca", "norm"))
+    pcas, norms = (
+        np.load(results.path(kind, dataset="imagenet", layer=LAYER, k=TOP)) for kind in ("pca", "norm")
+    )
     times, agreement = {False: [], True: []}, []
     for neuron in np.linspace(0, args.neurons - 1, args.sample).astype(int):
         effects = dense_effects(results, neuron)
@@ -86,7 +108,13 @@ def table(args, found):
     process, store, times, agreement = found
     cosines, differences = zip(*agreement, strict=True)
     rows = [
-        row("compute_pcas.py, the whole process", process.seconds, "s", at_most=60, note=f"{store / 1e9:.2f} GB store"),
+        row(
+            "compute_pcas.py, the whole process",
+            process.seconds,
+            "s",
+            at_most=60,
+            note=f"{store / 1e9:.2f} GB store",
+        ),
         row("compute_pcas.py, peak memory", process.peak / 1e9, "GB", at_most=3),
     ]
     dense = args.images * args.neurons * D * 4
@@ -96,7 +124,9 @@ def table(args, found):
         rows.append(row(name, total / process.seconds, "x ours", note=note))
     rows.append(row("smallest cosine with numpy's direction, sign included", min(cosines), at_least=0.9999))
     rows.append(row("largest relative difference of the norms", max(differences), at_most=1e-4))
-    title = f"Principal components, {args.images:,} images x {args.heads} heads x {args.neurons:,} neurons x {D}"
+    title = (
+        f"Principal components, {args.images:,} images x {args.heads} heads x {args.neurons:,} neurons x {D}"
+    )
     return Table("pca", title, rows)
 
 

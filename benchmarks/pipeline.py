@@ -2,8 +2,9 @@
 
     python -m benchmarks.pipeline [--model ViT-B-32] [--images 256] [--side 500] [--device cpu] [--quick]
 
-The photos are JPEG files of `--side` pixels. Reading, decoding and transforming are timed alone in one process, then together by
-the loader with 0, 1, 2, ... worker processes, then the model, then all in the stage's own loop.
+The photos are JPEG files of `--side` pixels. Reading, decoding and transforming are timed alone in one
+process, then together by the loader with 0, 1, 2, ... worker processes, then the model, then all in the
+stage's own loop.
 """
 
 import os
@@ -33,7 +34,10 @@ def set_up(args, folder):
     }
     for workers in (0, *(2**i for i in range(8) if 2**i <= args.num_workers)):
         loader = Loader(images, args.device, workers)
-        parts[f"the loader, {workers} worker processes"] = (len(paths), lambda loader=loader: loading(loader, pieces))
+        parts[f"the loader, {workers} worker processes"] = (
+            len(paths),
+            lambda loader=loader: loading(loader, pieces),
+        )
     parts[f"{args.model} alone"] = (args.batch_size, lambda: clip.vit(pixels).cpu())
     loader = Loader(images, args.device, args.num_workers)
     parts["all together"] = (len(paths), lambda: everything(clip.vit, loader, pieces))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.precision [--device cpu] [--quick]
 
-The accuracy is that of the demo's trained CLIP on its world: effects, components and ablation figures of all layers, through the
-stages' command lines. The time is that of ViT-B-32's forward pass with the effects of all layers, against its own float32.
+The accuracy is that of the demo's trained CLIP on its world: effects, components and ablation figures of all
+layers, through the stages' command lines. The time is that of ViT-B-32's forward pass with the effects of all
+layers, against its own float32.
 """
 
 import json
@@ -33,13 +34,20 @@ def set_up(args, folder):
 
 
 def measure(args, folder):
-    """{setting: (largest differences of effects by layer, one minus cosines of components, changes of accuracies)}; and the
-    seconds of the forward pass at every precision."""
-    precisions = ["float32", *(["tf32"] if torch.device(args.device).type == "cuda" else []), "bfloat16", "float16"]
+    """{setting: (largest differences of effects by layer, one minus cosines of components, changes of
+    accuracies)}; and the seconds of the forward pass at every precision."""
+    precisions = [
+        "float32",
+        *(["tf32"] if torch.device(args.device).type == "cuda" else []),
+        "bfloat16",
+        "float16",
+    ]
     settings = {name: (["--precision", name], []) for name in precisions}
     settings[STORED] = ([], ["--store_dtype", "float16"])
     through = {name: through_stages(args, folder, name, flags) for name, flags in settings.items()}
-    differences = {name: compare(through["float32"], found) for name, found in through.items() if name != "float32"}
+    differences = {
+        name: compare(through["float32"], found) for name, found in through.items() if name != "float32"
+    }
     return differences, forward_seconds(args, precisions)
 
 
@@ -58,8 +66,8 @@ def through_stages(args, folder, name, flags):
 
 
 def compare(exact, found):
-    """Largest difference of an effect for each layer, of its largest effect; one minus the cosines of all components; changes
-    of the accuracies."""
+    """Largest difference of an effect for each layer, of its largest effect; one minus the cosines of all
+    components; changes of the accuracies."""
     differences, cosines = [], []
     for layer in LAYERS:
         a, b = (effects_of(results, layer, 64) for results in (exact, found))
@@ -68,7 +76,9 @@ def compare(exact, found):
         a, b = (np.load(results.path("pca", **names)).astype(float) for results in (exact, found))
         cosines.append((a * b).sum(axis=1))
     names = {"dataset": "folder", "split": "val", "layer": LAYERS, "k": TOP}
-    before, after = (json.loads(results.path("ablations", **names).read_text())["accuracy"] for results in (exact, found))
+    before, after = (
+        json.loads(results.path("ablations", **names).read_text())["accuracy"] for results in (exact, found)
+    )
     changes = [abs(before[layer][what] - after[layer][what]) for layer in before for what in before[layer]]
     return differences, 1 - np.concatenate(cosines), changes
 
@@ -85,14 +95,19 @@ def effects_of(results, layer, images):
 def forward_seconds(args, precisions):
     """ViT-B-32's pass with the effects of all layers, {precision: [seconds]}."""
     images = torch.randn(2 if args.quick else 16, 3, 224, 224, device=args.device)
-    vits = {name: load_clip("ViT-B-32", "random", args.device, precision=name, image_only=True).vit for name in precisions}
+    vits = {
+        name: load_clip("ViT-B-32", "random", args.device, precision=name, image_only=True).vit
+        for name in precisions
+    }
     directions = fold_layers(vits["float32"], range(11))
 
     def effects(vit):
         for _ in second_order(vit, images, directions)[1]:
             pass
 
-    return interleaved({name: lambda vit=vit: effects(vit) for name, vit in vits.items()}, args.rounds, args.device)
+    return interleaved(
+        {name: lambda vit=vit: effects(vit) for name, vit in vits.items()}, args.rounds, args.device
+    )
 
 
 def table(args, found):
@@ -106,7 +121,14 @@ def table(args, found):
         note = f"points, the largest change of the {len(changes)} accuracies; mean {np.mean(changes):.2f}"
         rows.append(row(f"{name}: ablation figures", max(changes), note=note))
     for name, times in list(seconds.items())[1:]:
-        rows.append(row(f"{name}: time, ViT-B-32", ratio(times, seconds["float32"]), "x float32", note="effects of all layers"))
+        rows.append(
+            row(
+                f"{name}: time, ViT-B-32",
+                ratio(times, seconds["float32"]),
+                "x float32",
+                note="effects of all layers",
+            )
+        )
     return Table("precision", "Precision of the forward pass and of the store, against float32", rows)
 
 

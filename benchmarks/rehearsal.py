@@ -1,9 +1,12 @@
-"""A real-size rehearsal: every stage in README order on photos at full size, with random weights; time, memory and disk of each.
+"""A real-size rehearsal: every stage in README order on photos at full size, with random weights; time,
+memory and disk of each.
 
     python -m benchmarks.rehearsal --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
-    python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top --project 5124 5000
+    python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top
+        --project 5124 5000
 
-Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own benchmark.
+Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own
+benchmark.
 """
 
 import time
@@ -43,8 +46,19 @@ def set_up(args, folder):
 
 
 def steps(args, photos, results):
-    """The stages in README order. They overwrite, because every form of the effects has its components, of the same name."""
-    model = ["--model", args.model, "--pretrained", "random", "--output_dir", results.directory, "--device", args.device]
+    """The stages in README order. They overwrite, because every form of the effects has its components, of
+    the same name.
+    """
+    model = [
+        "--model",
+        args.model,
+        "--pretrained",
+        "random",
+        "--output_dir",
+        results.directory,
+        "--device",
+        args.device,
+    ]
     model += ["--overwrite"]
     images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
     layers, k = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
@@ -68,7 +82,9 @@ def run_step(step, results):
     """Run a step; the effects go once their components are there."""
     before = time.time()
     process = stage(step.script, *step.flags)
-    written = sum(file.stat().st_size for file in results.directory.iterdir() if file.stat().st_mtime >= before)
+    written = sum(
+        file.stat().st_size for file in results.directory.iterdir() if file.stat().st_mtime >= before
+    )
     print(f"{step.name}: {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
     if step.script == "compute_pcas":
         for path in results.directory.glob("*_coefficients.npy"):
@@ -78,7 +94,9 @@ def run_step(step, results):
 
 def table(args, found):
     title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
-    title += f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
+    title += (
+        f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
+    )
     title += f", --keep {' '.join(args.keep)}"
     if args.project:
         title += f", projected to {args.project[0]} + {args.project[1]} photos"
@@ -106,24 +124,38 @@ def judged_rows(args, found):
             bar, note = BARS[keep] if barred else None, "the whole processes"
             rows.append(row(f"effects, --keep {keep}", times, "x plain", at_most=bar, note=note))
             if keep == "top":
-                rows.append(row("effects, --keep top, on disk", done.written / 1e9, "GB", at_most=3 if barred else None))
+                rows.append(
+                    row(
+                        "effects, --keep top, on disk",
+                        done.written / 1e9,
+                        "GB",
+                        at_most=3 if barred else None,
+                    )
+                )
     peak = max(done.process.peak for done in found)
     note = "with their workers"
-    return [*rows, row("peak memory of all stages", peak / 1e9, "GB", at_most=3 if barred else None, note=note)]
+    return [
+        *rows,
+        row("peak memory of all stages", peak / 1e9, "GB", at_most=3 if barred else None, note=note),
+    ]
 
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--images", type=int, default=200, help="photos of the train split, a multiple of 4")
-    parser.add_argument("--val_images", type=int, default=200, help="photos of the val split, a multiple of 4")
+    parser.add_argument(
+        "--val_images", type=int, default=200, help="photos of the val split, a multiple of 4"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
     help = "in this order: the full store fills the system's cache"
     parser.add_argument("--keep", nargs="+", choices=("top", "full"), default=["top", "full"], help=help)
     parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
-    parser.add_argument("--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help="say what so many photos would take")
+    parser.add_argument(
+        "--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help="say what so many photos would take"
+    )
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
     run(parser, set_up, measure, table, quick={"images": 8, "val_images": 8, "texts": 20, "components": 4})

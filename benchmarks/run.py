@@ -2,7 +2,8 @@
 
     python -m benchmarks.run [--only omp pca] [--quick]
 
-Writes benchmarks/results/results.json and results.md from the tables that are there, those of earlier runs included.
+Writes benchmarks/results/results.json and results.md from the tables that are there, those of earlier runs
+included.
 """
 
 import argparse
@@ -32,12 +33,21 @@ BENCHMARKS = (
 def main(args):
     for name in args.only:
         print(f"== {name}", flush=True)
-        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if args.quick else [])], check=True, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}", *(["--quick"] if args.quick else [])],
+            check=True,
+            cwd=ROOT,
+        )
     folder = RESULTS / "quick" if args.quick else RESULTS
     tables = collect(folder)
     (folder / "results.json").write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
     (folder / "results.md").write_text("\n".join(map(markdown, tables.values())))
-    missed = [f"{name}: {item['what']}" for name, table in tables.items() for item in table["rows"] if item["held"] is False]
+    missed = [
+        f"{name}: {item['what']}"
+        for name, table in tables.items()
+        for item in table["rows"]
+        if item["held"] is False
+    ]
     print(f"wrote {len(tables)} tables to {folder.relative_to(ROOT)}")
     if missed and not args.quick:
         print("bars missed:", *missed, sep="\n  ")
@@ -51,7 +61,13 @@ def collect(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; the figures mean nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that everything runs; the figures mean nothing",
+    )
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS)
     main(parser.parse_args())

@@ -1,10 +1,11 @@
 """The second-order stage against open_clip's plain forward pass, and against the definition computed naively.
 
-    python -m benchmarks.second_order [--model ViT-B-32] [--device cpu] [--batch_size 16] [--rounds 15] [--quick]
+    python -m benchmarks.second_order [--model ViT-B-32] [--device cpu] [--batch_size 16] [--rounds 15]
+        [--quick]
 
-The same random images go through `encode_image` and through `second_order` for one late layer, three layers and all layers, in
-turn; a ratio is the median of the rounds' ratios. For ViT-L-14 the naive definition takes more than 20 GB of memory and minutes
-an image; --naive_rounds 0 leaves it out.
+The same random images go through `encode_image` and through `second_order` for one late layer, three layers
+and all layers, in turn; a ratio is the median of the rounds' ratios. For ViT-L-14 the naive definition takes
+more than 20 GB of memory and minutes an image; --naive_rounds 0 leaves it out.
 """
 
 import torch
@@ -16,7 +17,9 @@ from utils.prs import fold, second_order
 
 
 def set_up(args, folder):
-    """What takes turns: {name: function} for a batch, and for one image with the definition; and the side of an image."""
+    """What takes turns: {name: function} for a batch, and for one image with the definition; and the side of
+    an image.
+    """
     clip = load_clip(args.model, args.pretrained, args.device)
     vit, late = clip.vit, clip.vit.L - 3
     torch.manual_seed(0)
@@ -68,7 +71,11 @@ def measure(args, case):
 def table(args, found):
     batch, single, side = found
     title = f"Second-order effects, {args.model}, batches of {args.batch_size} images of {side} px"
-    return Table(of_model("second_order", args.model), title, batch_rows(args, batch) + single_rows(args, batch, single))
+    return Table(
+        of_model("second_order", args.model),
+        title,
+        batch_rows(args, batch) + single_rows(args, batch, single),
+    )
 
 
 def batch_rows(args, seconds):
@@ -82,13 +89,17 @@ def batch_rows(args, seconds):
 
 
 def single_rows(args, batch, single):
-    """The definition against ours. Ours is an image of a batch, as the stage has it; alone it takes longer."""
+    """The definition against ours. Ours is an image of a batch, as the stage has it; alone it takes
+    longer.
+    """
     (_, plain_seconds), (_, late), *_ = batch.items()
     ours, rows = median(plain_seconds) / args.batch_size * ratio(late, plain_seconds), []
     for name, times in list(single.items())[1:]:
         alone = 1000 * median(next(iter(single.values())))
         note = f"{median(times):.2f} s an image; ours {1000 * ours:.1f} ms in a batch, {alone:.1f} ms alone"
-        rows.append(row(name, median(times) / ours, "x ours", at_least=None if "summed" in name else 500, note=note))
+        rows.append(
+            row(name, median(times) / ours, "x ours", at_least=None if "summed" in name else 500, note=note)
+        )
     return rows
 
 

@@ -2,13 +2,24 @@
 
     python -m benchmarks.stages [--model ViT-B-32] [--images 256] [--mlp_layer 9] [--rounds 3] [--quick]
 
-Every stage runs in its own process, in turn with the plain pass (compute_representations.py), once over all images and once over
-an eighth of them; the difference of the two is the cost of the images, the rest is start-up. Ratios are for 5,124 images.
+Every stage runs in its own process, in turn with the plain pass (compute_representations.py), once over all
+images and once over an eighth of them; the difference of the two is the cost of the images, the rest is
+start-up. Ratios are for 5,124 images.
 """
 
 from typing import NamedTuple
 
-from benchmarks.common import Table, bench_parser, median, of_model, row, run, save_unit_vectors, stage, write_photos
+from benchmarks.common import (
+    Table,
+    bench_parser,
+    median,
+    of_model,
+    row,
+    run,
+    save_unit_vectors,
+    stage,
+    write_photos,
+)
 from utils.model.clip import load_clip
 from utils.runtime.results import Results
 
@@ -43,7 +54,16 @@ def set_up(args, folder):
     results.directory.mkdir()
     width = load_clip(args.model, args.pretrained, "cpu", image_only=True).vit.D
     save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
-    model = ["--output_dir", results.directory, "--model", args.model, "--pretrained", args.pretrained, "--device", args.device]
+    model = [
+        "--output_dir",
+        results.directory,
+        "--model",
+        args.model,
+        "--pretrained",
+        args.pretrained,
+        "--device",
+        args.device,
+    ]
     data = [*model, "--overwrite", "--data_path", photos]
     layers, k = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
     passes = {PLAIN: [*data, "--split", "val"], EFFECTS: [*data, "--split", "train", *layers]}
@@ -52,7 +72,9 @@ def set_up(args, folder):
 
 
 def measure(args, case):
-    """Costs {script: list of `Cost`}, the peak of a first pass for the effects, compute_pcas' `Process`, bytes of effects."""
+    """Costs {script: list of `Cost`}, the peak of a first pass for the effects, compute_pcas' `Process`,
+    bytes of effects.
+    """
     first = stage(EFFECTS, *case.passes[EFFECTS], "--subsample", 1)
     pca = stage("compute_pcas", *case.pca)
     costs = {script: [] for script in case.passes}

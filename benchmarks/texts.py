@@ -2,9 +2,10 @@
 
     python -m benchmarks.texts [--words 1536] [--classes 8] [--rounds 5] [--device cpu] [--quick]
 
-The same words of text_descriptions/30k.txt, spread evenly, go through `text_vectors` and `encode_text`, the same class names
-through `zero_shot_classifier` and open_clip's `build_zero_shot_classifier`, in turn; a ratio is the median of the rounds' ratios.
-What all 30,000 words and 1,000 classes take is computed from the time of one.
+The same words of text_descriptions/30k.txt, spread evenly, go through `text_vectors` and `encode_text`, the
+same class names through `zero_shot_classifier` and open_clip's `build_zero_shot_classifier`, in turn; a ratio
+is the median of the rounds' ratios. What all 30,000 words and 1,000 classes take is computed from the time of
+one.
 """
 
 import numpy as np
@@ -43,7 +44,9 @@ def plain_words(clip, words):
 def plain_classifier(clip, names):
     options = {"num_classes_per_batch": 10, "device": clip.device}  # its default
     return (
-        open_clip.build_zero_shot_classifier(clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES, **options)
+        open_clip.build_zero_shot_classifier(
+            clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES, **options
+        )
         .cpu()
         .numpy()
     )
@@ -81,7 +84,9 @@ def table(args, found):
         theirs, ours = times[f"{kind}, {other}"], times[kind]
         each = median(ours) / count
         note = f"{1000 * each:.2f} ms each, {other} {1000 * median(theirs) / count:.1f} ms; entries differ by {difference:.1e}"
-        rows.append(row(f"{kind}, as many a second as {other}", ratio(theirs, ours), "x", at_least=bar, note=note))
+        rows.append(
+            row(f"{kind}, as many a second as {other}", ratio(theirs, ours), "x", at_least=bar, note=note)
+        )
         rows.append(row(f"all {whole:,} {kind}", whole * each / 60, "min", note="from the time of one"))
     if process:
         rows.append(row("peak memory, 4,096 words and 4,000 prompts", process.peak / 1e9, "GB", at_most=2.5))

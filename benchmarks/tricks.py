@@ -1,4 +1,5 @@
-"""What single tricks earn, each against the plain way, in turns. Some are in the code, some were left out of it.
+"""What single tricks earn, each against the plain way, in turns. Some are in the code, some were left out of
+it.
 
     python -m benchmarks.tricks [--rounds 9] [--processes 3] [--quick]
 
@@ -7,8 +8,8 @@ sums over images    of each image's C (`--keep top`), or one product that never 
 memory of a loop    left alone, or tuned: glibc told to keep what is freed (`utils.runtime.memory`)
 matplotlib          what a process pays that imports it
 
-Sizes are those of ViT-B-32 and batches of 16 images. Numbers are random; the loop reads photos with two worker processes, and
-every loop and every import is a process of its own.
+Sizes are those of ViT-B-32 and batches of 16 images. Numbers are random; the loop reads photos with two
+worker processes, and every loop and every import is a process of its own.
 """
 
 import importlib
@@ -17,7 +18,19 @@ import time
 
 import torch
 
-from benchmarks.common import Table, alone, bench_parser, interleaved, kilobytes, median, memory_of, ratio, row, run, write_photos
+from benchmarks.common import (
+    Table,
+    alone,
+    bench_parser,
+    interleaved,
+    kilobytes,
+    median,
+    memory_of,
+    ratio,
+    row,
+    run,
+    write_photos,
+)
 from utils.data.images import Loader, load_images
 from utils.model.clip import load_clip
 from utils.norms import CentredNorms, blocks_of, quadratic
@@ -51,7 +64,9 @@ def gram_functions(layer, N):
     blocks = [(n, phi.C[:, :, n] - norms.origin[:, n]) for n in blocks_of(N)]
     whole = torch.cat([(B_n := norms.directions.B(n)) @ B_n.mT for n, _ in blocks])  # [N, K, K]
     return {
-        "strips": lambda: torch.cat([quadratic(x, [strip[n] for strip in norms.strips]) for n, x in blocks], dim=1),
+        "strips": lambda: torch.cat(
+            [quadratic(x, [strip[n] for strip in norms.strips]) for n, x in blocks], dim=1
+        ),
         "whole": lambda: torch.cat([whole_quadratic(x, whole[n]) for n, x in blocks], dim=1),
         "norms": lambda: norms(phi),
     }
@@ -66,19 +81,27 @@ def whole_quadratic(x, G):
 
 def gram_bytes(layer, N):
     """Bytes of a layer's Gram matrices, {form: bytes}."""
-    return {"strips": sum(strip.nbytes for strip in random_norms(layer, N).strips), "whole": 4 * N * heads_after(layer) ** 2}
+    return {
+        "strips": sum(strip.nbytes for strip in random_norms(layer, N).strips),
+        "whole": 4 * N * heads_after(layer) ** 2,
+    }
 
 
 def gram_rows(seconds, sizes):
     rows = []
     for layer, times in seconds.items():
         strips, whole, norms = (1000 * median(times[name]) for name in ("strips", "whole", "norms"))
-        note = f"a batch takes {whole:.0f} ms, and {strips:.0f} ms with strips; all of the norms {norms:.0f} ms"
+        note = (
+            f"a batch takes {whole:.0f} ms, and {strips:.0f} ms with strips; all of the norms {norms:.0f} ms"
+        )
         name = f"whole Gram matrices, layer {layer} (K = {heads_after(layer)})"
         rows.append(row(name, ratio(times["whole"], times["strips"]), "x strips", note=note))
     strips, whole = (sum(size[form] for size in sizes) / 1e9 for form in ("strips", "whole"))
     rows.append(row("whole Gram matrices of all layers, memory", whole, "GB", note="N K² numbers each"))
-    return [*rows, row("strips of all layers, memory", strips, "GB", note=f"{strips / whole:.2f} of the whole")]
+    return [
+        *rows,
+        row("strips of all layers, memory", strips, "GB", note=f"{strips / whole:.2f} of the whole"),
+    ]
 
 
 # sums of C over a batch, with or without each image's C
@@ -89,7 +112,9 @@ def sum_functions(layers, N):
     a, p = ([torch.randn(BATCH, *shape) for shape in shapes] for shapes in shapes_of(layers, N))
     return {
         "C.sum": lambda: [torch.bmm(a_l, p_l).sum(dim=0) for a_l, p_l in zip(a, p, strict=True)],
-        "product": lambda: [a_l.transpose(0, 1).flatten(1) @ p_l.flatten(0, 1) for a_l, p_l in zip(a, p, strict=True)],
+        "product": lambda: [
+            a_l.transpose(0, 1).flatten(1) @ p_l.flatten(0, 1) for a_l, p_l in zip(a, p, strict=True)
+        ],
     }
 
 
@@ -122,7 +147,9 @@ def sum_rows(seconds):
 
 
 def loop(photos, layers, tuned):
-    """The effects of some layers on photos, in this process: median seconds of a batch, and memory half way."""
+    """The effects of some layers on photos, in this process: median seconds of a batch, and memory half
+    way.
+    """
     clip = load_clip("ViT-B-32", "random", "cpu", image_only=True)
     images = load_images("imagenet", photos, "train", clip.transform, subsample=1)
     pieces, seconds, half_way = pieces_of(len(images), BATCH), [], 0
@@ -162,7 +189,10 @@ def import_matplotlib():
     """Import it after what a stage has imported: seconds and bytes of resident memory."""
     start, before = time.perf_counter(), kilobytes(os.getpid(), "status", "VmRSS")
     importlib.import_module("matplotlib.pyplot")
-    return {"seconds": time.perf_counter() - start, "memory": 1024 * (kilobytes(os.getpid(), "status", "VmRSS") - before)}
+    return {
+        "seconds": time.perf_counter() - start,
+        "memory": 1024 * (kilobytes(os.getpid(), "status", "VmRSS") - before),
+    }
 
 
 def import_rows(imports):
@@ -194,7 +224,9 @@ def measure(args, case):
         found[trick] = {name: interleaved(ways, args.rounds) for name, ways in turns.items()}
     found["sizes"] = [gram_bytes(layer, args.neurons) for layer in range(L - 1)]
     loops = {"layer 9": [9], "all layers": args.layers}
-    found["loops"] = {name: [loop_pair(photos, layers) for _ in range(args.processes)] for name, layers in loops.items()}
+    found["loops"] = {
+        name: [loop_pair(photos, layers) for _ in range(args.processes)] for name, layers in loops.items()
+    }
     found["imports"] = [alone(import_matplotlib)[0] for _ in range(args.processes)]
     return found
 

@@ -1,1 +1,3 @@
-"""The embedded world: drawn pictures of known truth, a small CLIP trained on them, and the whole method on both."""
+"""The embedded world: drawn pictures of known truth, a small CLIP trained on them, and the whole method on
+both.
+"""

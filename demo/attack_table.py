@@ -1,18 +1,19 @@
-"""How often drawn pictures of class_1 are taken for class_0: the attack of generate_adversarial_images.py, for many pairs of
-classes, seeds, sources of words and opacities in one process.
+"""How often drawn pictures of class_1 are taken for class_0: the attack of generate_adversarial_images.py,
+for many pairs of classes, seeds, sources of words and opacities in one process.
 
     python -m demo.attack_table --output_dir demo/output                 # the whole table: about five minutes on one core
 
-Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name, class_1 is the symbol
-at the same place among those without one. Sources of words:
+Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name,
+class_1 is the symbol at the same place among those without one. Sources of words:
     second_order, weighted, random, similar, random_words   as in generate_adversarial_images.py
     planted    the habit of class_0 itself: what words can do at best
     nothing    no words, class_1 alone
 Words, descriptions, pictures and classes are the script's own, for the flags that run_demo.py gives it.
 
-Reads what run_demo.py wrote into DIR. Writes DIR/attack_table.json (the rates in per cent: argmax_rate of pictures taken for
-class_0 among all classes, binary_rate of those nearer to its bare name than to that of class_1, class_1_rate of those taken for
-class_1), DIR/attack_table.md, and for several opacities DIR/figures/attack_table.png.
+Reads what run_demo.py wrote into DIR. Writes DIR/attack_table.json (the rates in per cent: argmax_rate of
+pictures taken for class_0 among all classes, binary_rate of those nearer to its bare name than to that of
+class_1, class_1_rate of those taken for class_1), DIR/attack_table.md, and for several opacities
+DIR/figures/attack_table.png.
 """
 
 import argparse
@@ -40,14 +41,29 @@ from applications.attack.adversarial import (
 )
 from applications.attack.generators import load_similarity
 from demo.figures import markdown_table
-from demo.layout import ATTACK, ATTACK_LAYERS, ATTACK_TEXTS, HERE, MODEL, NAMES, OPACITY, WEIGHTS, attack_pairs, results_of
+from demo.layout import (
+    ATTACK,
+    ATTACK_LAYERS,
+    ATTACK_TEXTS,
+    HERE,
+    MODEL,
+    NAMES,
+    OPACITY,
+    WEIGHTS,
+    attack_pairs,
+    results_of,
+)
 from demo.world import articles, describe, draw, to_pil
 from utils.figures import save_figure
 from utils.model.clip import load_clip
 from utils.runtime.files import save_json
 
 SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "planted", "nothing")
-RATES = {"argmax_rate": "taken for class_0", "binary_rate": "nearer to class_0", "class_1_rate": "taken for class_1, drawn"}
+RATES = {
+    "argmax_rate": "taken for class_0",
+    "binary_rate": "nearer to class_0",
+    "class_1_rate": "taken for class_1, drawn",
+}
 OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
@@ -108,7 +124,9 @@ class Attacks:
 
     @torch.inference_mode()
     def judge(self, pictures, class_0, class_1):
-        """How the CLIP takes pictures of a pair: columns as `applications.attack.adversarial.judge` gives them."""
+        """How the CLIP takes pictures of a pair: columns as `applications.attack.adversarial.judge` gives
+        them.
+        """
         vectors = self.clip.vit(torch.stack([self.clip.transform(picture) for picture in pictures]))
         texts, vectors = self.encode([class_0, class_1]), torch.nn.functional.normalize(vectors, dim=-1)
         return judge(vectors, texts, (class_0, class_1), self.classifier, class_names=self.class_names)
@@ -119,33 +137,47 @@ def select(rows, **wanted):
 
 
 def over_seeds(rows, rate="argmax_rate"):
-    """Mean, and standard deviation over seeds, of a rate that is first averaged over the pairs of each seed."""
-    by_seed = [np.mean([row[rate] for row in select(rows, seed=seed)]) for seed in sorted({row["seed"] for row in rows})]
+    """Mean, and standard deviation over seeds, of a rate that is first averaged over the pairs of each
+    seed.
+    """
+    by_seed = [
+        np.mean([row[rate] for row in select(rows, seed=seed)])
+        for seed in sorted({row["seed"] for row in rows})
+    ]
     return float(np.mean(by_seed)), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0
 
 
 def summary(content):
     """Means and spreads of the rows: {"opacity", "images", "seeds",
-    "pairs": [{"class_0", "class_1", "habit", source: [mean, spread]}, ...] of argmax_rate, "overall": {rate: {source:
-    [mean, spread]}}, "by_opacity": {opacity: {source: {rate: [mean, spread]}}},
+    "pairs": [{"class_0", "class_1", "habit", source: [mean, spread]}, ...] of argmax_rate, "overall": {rate:
+    {source: [mean, spread]}}, "by_opacity": {opacity: {source: {rate: [mean, spread]}}},
     "best": {source: number of pairs for which the words that it found fool most often}}."""
     rows, sources, opacity = content["rows"], content["sources"], content["opacity"]
     at = select(rows, opacity=opacity)
     pairs = [
         {"class_0": class_0, "class_1": class_1, "habit": habit}
-        | {source: over_seeds(select(at, class_0=class_0, class_1=class_1, source=source)) for source in sources}
+        | {
+            source: over_seeds(select(at, class_0=class_0, class_1=class_1, source=source))
+            for source in sources
+        }
         for class_0, class_1, habit in content["pairs"]
     ]
     found = {"opacity": opacity, "images": content["images"], "seeds": content["seeds"], "pairs": pairs}
-    found["overall"] = {rate: {source: over_seeds(select(at, source=source), rate) for source in sources} for rate in RATES}
+    found["overall"] = {
+        rate: {source: over_seeds(select(at, source=source), rate) for source in sources} for rate in RATES
+    }
     found["by_opacity"] = {
-        str(x): {source: {rate: over_seeds(select(rows, opacity=x, source=source), rate) for rate in RATES} for source in sources}
+        str(x): {
+            source: {rate: over_seeds(select(rows, opacity=x, source=source), rate) for rate in RATES}
+            for source in sources
+        }
         for x in content["opacities"]
     }
     mined = [source for source in sources if source not in ("planted", "nothing")]
     largest = [max(pair[source][0] for source in mined) for pair in pairs]
     found["best"] = {
-        source: sum(pair[source][0] == most > 0 for pair, most in zip(pairs, largest, strict=True)) for source in mined
+        source: sum(pair[source][0] == most > 0 for pair, most in zip(pairs, largest, strict=True))
+        for source in mined
     }
     return found
 
@@ -160,10 +192,15 @@ def markdown(found):
         return [f"{mean:.1f} ± {spread:.1f}" for mean, spread in (rates[source] for source in sources)]
 
     rows = [[f"{pair['class_1']}, {pair['class_0']}", pair["habit"], *cells(pair)] for pair in found["pairs"]]
-    rows += [[f"all {count} pairs: {what}", "", *cells(found["overall"][rate])] for rate, what in RATES.items()]
+    rows += [
+        [f"all {count} pairs: {what}", "", *cells(found["overall"][rate])] for rate, what in RATES.items()
+    ]
     lines = markdown_table([f"drawn, taken for ({drawn})", "habit of the latter", *titles], rows)
     wins = ", ".join(f"{source.replace('_', '-')} {wins}" for source, wins in found["best"].items())
-    lines += ["", f"Mean and standard deviation over seeds. Words that fool most often, by number of pairs: {wins}."]
+    lines += [
+        "",
+        f"Mean and standard deviation over seeds. Words that fool most often, by number of pairs: {wins}.",
+    ]
     if len(found["by_opacity"]) > 1:
         for rate, what in RATES.items():
             rows = [
@@ -178,11 +215,18 @@ def plot(found, path):
     """Rates by opacity, a line for each source: pictures taken for class_0, and for class_1."""
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     opacities = [float(opacity) for opacity in found["by_opacity"]]
-    titles = {"argmax_rate": "taken for class_0, which is not there", "class_1_rate": "taken for class_1, which is drawn"}
+    titles = {
+        "argmax_rate": "taken for class_0, which is not there",
+        "class_1_rate": "taken for class_1, which is drawn",
+    }
     for axes, (rate, title) in zip(panels, titles.items(), strict=True):
         for source in next(iter(found["by_opacity"].values())):
-            means, spreads = zip(*(rates[source][rate] for rates in found["by_opacity"].values()), strict=True)
-            axes.errorbar(opacities, means, spreads, marker="o", markersize=4, capsize=2, label=source.replace("_", "-"))
+            means, spreads = zip(
+                *(rates[source][rate] for rates in found["by_opacity"].values()), strict=True
+            )
+            axes.errorbar(
+                opacities, means, spreads, marker="o", markersize=4, capsize=2, label=source.replace("_", "-")
+            )
         axes.set_xscale("log")
         axes.set_xticks(opacities, [f"{opacity:g}" for opacity in opacities], minor=False)
         axes.minorticks_off()
@@ -192,9 +236,13 @@ def plot(found, path):
 
 
 def measure(attacks, args, pairs, opacities):
-    """The rates of every pair, source, seed and opacity, as rows; and the words of every pair, source and seed."""
+    """The rates of every pair, source, seed and opacity, as rows; and the words of every pair, source and
+    seed.
+    """
     rows, words = [], []
-    with tqdm(total=len(pairs) * len(args.sources) * args.seeds * len(opacities) * args.images, unit="image") as bar:
+    with tqdm(
+        total=len(pairs) * len(args.sources) * args.seeds * len(opacities) * args.images, unit="image"
+    ) as bar:
         for (class_0, class_1), source, seed in itertools.product(pairs, args.sources, range(args.seeds)):
             check_classes(class_0, class_1, [])
             what = {"class_0": class_0, "class_1": class_1, "source": source, "seed": seed}
@@ -209,22 +257,38 @@ def measure(attacks, args, pairs, opacities):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE / "output", help="of run_demo.py")
     parser.add_argument("--pairs", type=int, help="how many pairs, in order; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
     images = ATTACK["results_per_generation"] * ATTACK["batch_size"]
     parser.add_argument("--images", type=int, default=images, help="pictures of each pair, source and seed")
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from")
-    parser.add_argument("--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs")
-    parser.add_argument("--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity")
+    parser.add_argument(
+        "--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from"
+    )
+    parser.add_argument(
+        "--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs"
+    )
+    parser.add_argument(
+        "--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # many small operations: on a busy machine threads wait for each other
     attacks, out = Attacks(args.output_dir), args.output_dir
     pairs, opacities = attack_pairs(out / "world")[: args.pairs], sorted({*args.opacities, args.opacity})
-    content = {"fingerprint": attacks.clip.fingerprint, "images": args.images, "seeds": args.seeds, "opacity": args.opacity}
+    content = {
+        "fingerprint": attacks.clip.fingerprint,
+        "images": args.images,
+        "seeds": args.seeds,
+        "opacity": args.opacity,
+    }
     content |= {"opacities": opacities, "sources": list(args.sources)}
-    content |= {"pairs": [[*pair, attacks.habit(pair[0])] for pair in pairs], **measure(attacks, args, pairs, opacities)}
+    content |= {
+        "pairs": [[*pair, attacks.habit(pair[0])] for pair in pairs],
+        **measure(attacks, args, pairs, opacities),
+    }
     found = summary(content)
     lines = markdown(found)
     (out / "attack_table.md").write_text("\n".join(["# Adversarial pictures", "", *lines]) + "\n")

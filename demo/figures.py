@@ -5,22 +5,29 @@ from matplotlib import pyplot
 
 
 def markdown_table(columns, rows):
-    """The lines of a markdown table. columns: titles. rows: lists of cells, anything that prints as it should stand there."""
-    lines = ["|".join(["", *(f" {cell} " if cell != "" else " " for cell in row), ""]) for row in (columns, *rows)]
+    """The lines of a markdown table. columns: titles. rows: lists of cells, anything that prints as it should
+    stand there.
+    """
+    lines = [
+        "|".join(["", *(f" {cell} " if cell != "" else " " for cell in row), ""]) for row in (columns, *rows)
+    ]
     return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
 
 
 def plot_segmentations(blocks):
     """Examples of segmentation, a row each: input, mask, prediction and heat map.
 
-    blocks: {title: [(label, strip), ...]}, side by side; a strip is the picture that `save_segmentation` writes.
+    blocks: {title: [(label, strip), ...]}, side by side; a strip is the picture that `save_segmentation`
+        writes.
 
     Returns the figure.
     """
     names = ("input", "mask", "prediction", "heat map")
     rows = max(len(examples) for examples in blocks.values())
     figure = pyplot.figure(figsize=(5.4 * len(blocks), 1.25 * rows + 0.6), layout="constrained")
-    for part, (title, examples) in zip(np.atleast_1d(figure.subfigures(1, len(blocks))), blocks.items(), strict=True):
+    for part, (title, examples) in zip(
+        np.atleast_1d(figure.subfigures(1, len(blocks))), blocks.items(), strict=True
+    ):
         part.suptitle(title, fontsize="medium")
         grid = part.subplots(rows, len(names), squeeze=False)
         for axes in grid.flat:
@@ -37,7 +44,8 @@ def plot_segmentations(blocks):
 def plot_concepts(title, examples):
     """Pictures with their strongest words as bars, blue where a word is true.
 
-    examples: [(picture, caption, [(word, score), ...], [whether it is true, ...]), ...], two of them in a row.
+    examples: [(picture, caption, [(word, score), ...], [whether it is true, ...]), ...], two of them in a
+        row.
 
     Returns the figure.
     """
@@ -49,7 +57,9 @@ def plot_concepts(title, examples):
         part.suptitle(caption, fontsize="small")
         left.imshow(picture)
         left.set_axis_off()
-        axes.barh(range(len(words)), [score for _, score in words], color=["C0" if true else "C3" for true in right])
+        axes.barh(
+            range(len(words)), [score for _, score in words], color=["C0" if true else "C3" for true in right]
+        )
         axes.set_yticks(range(len(words)), [word for word, _ in words], fontsize="x-small")
         axes.invert_yaxis()
         axes.locator_params(axis="x", nbins=4)
@@ -66,9 +76,13 @@ def plot_grid(title, rows):
     """
     columns = max(len(pictures) for pictures in rows.values())
     lines = max(caption.count("\n") + 1 for pictures in rows.values() for _, caption, _ in pictures)
-    figure = pyplot.figure(figsize=(1.7 * columns, (2 + 0.12 * lines) * len(rows) + 0.4), layout="constrained")
+    figure = pyplot.figure(
+        figsize=(1.7 * columns, (2 + 0.12 * lines) * len(rows) + 0.4), layout="constrained"
+    )
     figure.suptitle(title, fontsize="medium")
-    for part, (name, pictures) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows.items(), strict=True):
+    for part, (name, pictures) in zip(
+        np.atleast_1d(figure.subfigures(len(rows), 1)), rows.items(), strict=True
+    ):
         part.suptitle(name, fontsize="small", fontweight="bold")
         grid = part.subplots(1, columns, squeeze=False)[0]
         for axes in grid[len(pictures) :]:

@@ -1,4 +1,6 @@
-"""Runs commands as copies of one process that has imported everything: importing torch takes longer than most of them."""
+"""Runs commands as copies of one process that has imported everything: importing torch takes longer than most
+of them.
+"""
 
 import importlib
 import multiprocessing
@@ -12,12 +14,16 @@ import tempfile
 import utils
 from demo.layout import ROOT
 
-FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None  # elsewhere it is missing or unsafe
+FORK = (
+    multiprocessing.get_context("fork") if sys.platform == "linux" else None
+)  # elsewhere it is missing or unsafe
 
 
 def load_everything():
     """Import what the commands need. Only imports: threads do not survive a fork."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is small: two threads would mostly wait for each other
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # the model is small: two threads would mostly wait for each other
     if FORK is None:
         return
     for name in [*(module.name for module in pkgutil.walk_packages(utils.__path__, "utils.")), "demo.world"]:
@@ -45,14 +51,17 @@ def run_here(words):
 
 
 def run_together(function, items):
-    """Call function(item), which returns an exit code, for all items at the same time. Returns the largest code.
+    """Call function(item), which returns an exit code, for all items at the same time. Returns the largest
+    code.
 
     What the first call prints is seen at once, what the others print when they have ended.
     """
     if FORK is None:
         return max(map(function, items))
     logs = [tempfile.TemporaryFile("w+") for _ in items[1:]]
-    children = [FORK.Process(target=run_logged, args=(function, *pair)) for pair in zip(items[1:], logs, strict=True)]
+    children = [
+        FORK.Process(target=run_logged, args=(function, *pair)) for pair in zip(items[1:], logs, strict=True)
+    ]
     for child in children:
         child.start()
     codes = [function(items[0])]

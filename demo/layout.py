@@ -1,4 +1,6 @@
-"""What the demo runs with, and where its results are. Needs no torch, so that run_demo.py can answer at once."""
+"""What the demo runs with, and where its results are. Needs no torch, so that run_demo.py can answer at
+once.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,10 @@ LAYERS = [0, 1, 2, 3, 4]  # the MLP layers of the small CLIP that have attention
 COMPONENTS = 8  # texts that describe a neuron
 NAMES = {"dataset": "folder", "k": 100, "components": COMPONENTS, "alpha": 1}  # in the names of all results
 
-SCENES = {"single": LAYERS[1:], "two": LAYERS[3:]}  # the segmentation sets, and the layers whose neurons segment them
+SCENES = {
+    "single": LAYERS[1:],
+    "two": LAYERS[3:],
+}  # the segmentation sets, and the layers whose neurons segment them
 TOP_NEURONS = 50  # that segment an image
 SEGMENTERS = {  # rows of the segmentation tables: (flags, what the results are called)
     "positive": (["--neuron_sign", "positive", "--save_img"], "second_order_{neurons}_positive{classes}"),
@@ -25,7 +30,12 @@ SEGMENTERS = {  # rows of the segmentation tables: (flags, what the results are 
 OPACITY = 0.25  # of the symbols in adversarial pictures: pale, so that the rest of the picture counts
 ATTACK_LAYERS = LAYERS[2:]
 ATTACK_TEXTS = "grounds"  # a symbol's own names would come first, and are not to be used
-ATTACK = {"neurons_num": 100, "overall_words": 3, "results_per_generation": 6, "batch_size": 17}  # 102 pictures
+ATTACK = {
+    "neurons_num": 100,
+    "overall_words": 3,
+    "results_per_generation": 6,
+    "batch_size": 17,
+}  # 102 pictures
 ATTACK |= {"components": COMPONENTS, "cosim_similarity": 2}  # 2: only words that name class_0 are dropped
 ATTACKS = 2  # pairs of classes that are attacked by command line; attack_table.py takes more
 ATTACK_SOURCES = ("second_order", "random_words")  # of their words
@@ -51,10 +61,12 @@ def segmentation_result(out, scenes, row):
 
 
 def attack_pairs(world):
-    """[(class_0 that is to be seen, class_1 that is drawn), ...]: the symbols with a background habit by name, each with the one
-    at its place among the symbols without."""
+    """[(class_0 that is to be seen, class_1 that is drawn), ...]: the symbols with a background habit by
+    name, each with the one at its place among the symbols without."""
     known = json.loads((world / "habits.json").read_text())
-    with_habit = [symbol for symbol in sorted(known["symbols"]) if "background" in known["habits"].get(symbol, {})]
+    with_habit = [
+        symbol for symbol in sorted(known["symbols"]) if "background" in known["habits"].get(symbol, {})
+    ]
     without = [symbol for symbol in sorted(known["symbols"]) if symbol not in with_habit]
     return list(zip(with_habit, without, strict=False))
 

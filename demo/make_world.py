@@ -12,9 +12,9 @@
     DIR/habits.json                                     the planted habits
     DIR/words.txt, DIR/grounds.txt                      text pools of the decomposition; grounds: those that name no symbol
 
-`train` follows the habits and has its share of pale, tiny and cut off symbols, as the CLIP's own training pictures
-do; `val` follows the habits with clear pictures, `val_broken` never follows them. The bytes depend on the flags alone.
-A second call draws only what is missing.
+`train` follows the habits and has its share of pale, tiny and cut off symbols, as the CLIP's own training
+pictures do; `val` follows the habits with clear pictures, `val_broken` never follows them. The bytes depend
+on the flags alone. A second call draws only what is missing.
 """
 
 import argparse
@@ -29,7 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from demo.world import COLOURS, HARD_RATE, PAIRS, SIDE, SYMBOLS, TEXTURES, World, caption, draw, parse, text_pool, to_pil
+from demo.world import (
+    COLOURS,
+    HARD_RATE,
+    PAIRS,
+    SIDE,
+    SYMBOLS,
+    TEXTURES,
+    World,
+    caption,
+    draw,
+    parse,
+    text_pool,
+    to_pil,
+)
 
 
 def write(path, text):
@@ -86,7 +99,9 @@ def draw_split(folder, classes, per_class, sample, seed):
 
 
 def draw_segmentation(path, scenes, rngs):
-    """The .mat of scenes, a row for each of a scene's symbols; images [3, W, H] and masks [W, H], as MATLAB has it."""
+    """The .mat of scenes, a row for each of a scene's symbols; images [3, W, H] and masks [W, H], as MATLAB
+    has it.
+    """
     if path.exists():
         return
     images, masks = draw(scenes)
@@ -119,7 +134,13 @@ def write_texts(out, world):
     grounds = [text for text in texts if not parse(text)["things"]]
     for name, lines in (("words", texts), ("grounds", grounds)):
         write(out / f"{name}.txt", "\n".join(lines) + "\n")
-    values = {"habits": world.habits, "symbols": SYMBOLS, "colours": COLOURS, "textures": TEXTURES, "side": SIDE}
+    values = {
+        "habits": world.habits,
+        "symbols": SYMBOLS,
+        "colours": COLOURS,
+        "textures": TEXTURES,
+        "side": SIDE,
+    }
     write(out / "habits.json", json.dumps(values, indent=1) + "\n")
 
 
@@ -147,14 +168,24 @@ def splits_of(world, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", required=True, help="where the world is drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
-    parser.add_argument("--habit_seed", type=int, default=0, help="of the habits; the checkpoint has learned 0")
-    parser.add_argument("--train_per_class", type=int, default=64, help="symbols/train, of each of 32 classes")
+    parser.add_argument(
+        "--habit_seed", type=int, default=0, help="of the habits; the checkpoint has learned 0"
+    )
+    parser.add_argument(
+        "--train_per_class", type=int, default=64, help="symbols/train, of each of 32 classes"
+    )
     parser.add_argument("--val_per_class", type=int, default=32, help="symbols/val and val_broken")
-    parser.add_argument("--pairs_per_class", type=int, default=6, help="pairs/train and val, of each of 320 classes")
-    parser.add_argument("--segmentation_scenes", type=int, default=200, help="scenes of each segmentation set")
+    parser.add_argument(
+        "--pairs_per_class", type=int, default=6, help="pairs/train and val, of each of 320 classes"
+    )
+    parser.add_argument(
+        "--segmentation_scenes", type=int, default=200, help="scenes of each segmentation set"
+    )
     args = parser.parse_args(argv)
 
     out, world = Path(args.output_dir), World(args.habit_seed)
@@ -166,7 +197,9 @@ def main(argv=None):
     for split, (classes, per_class, sample) in splits_of(world, args).items():
         draw_split(out / split, classes, per_class, sample=sample, seed=args.seed)
     for companion, name in enumerate(("single", "two")):
-        rngs = [random.Random(f"{args.seed} segmentation {name} {i}") for i in range(args.segmentation_scenes)]
+        rngs = [
+            random.Random(f"{args.seed} segmentation {name} {i}") for i in range(args.segmentation_scenes)
+        ]
         scenes = [world.sample(rng, companion=companion) for rng in rngs]
         draw_segmentation(out / f"segmentation_{name}.mat", scenes, rngs)
     print(f"the world is in {out}")

@@ -21,20 +21,30 @@ COVERED = {
 
 
 def coverage(name):
-    """How the method covers a configuration, in words: its image tower is built without memory (meta device)."""
+    """How the method covers a configuration, in words: its image tower is built without memory (meta
+    device).
+    """
     config = open_clip.get_model_config(name)
     try:
         with torch.device("meta"):
-            vit = HookedViT(_build_vision_tower(config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)))
+            vit = HookedViT(
+                _build_vision_tower(
+                    config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
+                )
+            )
     except UserError as error:
         return f"refused: {str(error).split('; choose')[0]}"
-    left_out = "; the MLP after it is left out" if vit.pooling == "attention" and vit.visual.ln_post is None else ""
+    left_out = (
+        "; the MLP after it is left out" if vit.pooling == "attention" and vit.visual.ln_post is None else ""
+    )
     return COVERED[vit.pooling] + left_out
 
 
 def table():
     """The lines of docs/models.md."""
-    files = (Path(open_clip.__file__).parent / "model_configs").glob("*.json")  # none that a program has added
+    files = (Path(open_clip.__file__).parent / "model_configs").glob(
+        "*.json"
+    )  # none that a program has added
     rows = {name: coverage(name) for name in sorted((file.stem for file in files), key=str.lower)}
     counts = [sum(found.startswith(kind) for found in rows.values()) for kind in ("exact", "refused")]
     lines = [
@@ -42,7 +52,9 @@ def table():
         "",
         f"Made by `python -m docs.models` with open_clip {open_clip.__version__}: of {len(rows)}",
     ]
-    lines[-1] += f" configurations {counts[0]} are covered and {counts[1]} refused. Text towers of the transformers library work;"
+    lines[-1] += (
+        f" configurations {counts[0]} are covered and {counts[1]} refused. Text towers of the transformers library work;"
+    )
     lines[-1] += " their tokenizers come from the hub."
     return [
         *lines,

@@ -87,11 +87,15 @@ def start_browser(profile):
 
 def console_errors(driver):
     """What the console reported since the last call as an error or a warning; a breach of the CSP is one."""
-    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return [
+        entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ]
 
 
 def requested_urls(driver):
-    """The addresses that were requested since the last call, those that the CSP or a missing file refused included."""
+    """The addresses that were requested since the last call, those that the CSP or a missing file refused
+    included.
+    """
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
@@ -112,7 +116,9 @@ def set_width(driver, width, height=900):
 
 
 def axe_violations(driver):
-    """The serious and critical faults that axe-core finds on the page, each with the elements that have it."""
+    """The serious and critical faults that axe-core finds on the page, each with the elements that have
+    it.
+    """
     package = importlib.util.find_spec("axe_core_python")
     if package is None:
         pytest.skip("axe-core-python is not installed")
@@ -185,7 +191,9 @@ class Page:
 
     def neurons(self):
         """The numbers of the cards' neurons, in order."""
-        links = self.script("return [...document.querySelectorAll('.card a')].map((a) => a.getAttribute('href'))")
+        links = self.script(
+            "return [...document.querySelectorAll('.card a')].map((a) => a.getAttribute('href'))"
+        )
         return [int(link.split("/")[1]) for link in links]
 
     def focused(self):
@@ -203,7 +211,11 @@ class Page:
     def type(self, text):
         """Type in the search field and wait for what it finds."""
         self.find("#search").send_keys(text)
-        self.until(lambda driver: driver.execute_script("return document.getElementById('search').value").endswith(text))
+        self.until(
+            lambda driver: driver.execute_script("return document.getElementById('search').value").endswith(
+                text
+            )
+        )
         self.settle()
 
 
@@ -233,7 +245,9 @@ def packed(array):
 
 
 def invented_side(rng, neurons, components, n_texts):
-    """Ids [neurons, components] of different texts for each neuron, and signed coefficients, strongest first."""
+    """Ids [neurons, components] of different texts for each neuron, and signed coefficients, strongest
+    first.
+    """
     ids = np.stack([rng.choice(n_texts, components, replace=False) for _ in range(neurons)])
     sizes = -np.sort(-rng.gamma(1.5, 0.1, size=(neurons, components)), axis=1)
     return ids, np.round(sizes * rng.choice([1, 1, 1, -1], size=sizes.shape), 4)
@@ -304,7 +318,10 @@ def rounded(array):
 def invented_layer(rng, about, shown, plain):
     """The columns of a layer's neurons, and all texts of each side."""
     neurons = about["neurons"]
-    sides = {name: invented_side(rng, neurons, about["components"], len(about["texts"])) for name in ("writes", "fires_on")}
+    sides = {
+        name: invented_side(rng, neurons, about["components"], len(about["texts"]))
+        for name in ("writes", "fires_on")
+    }
     for ids, _ in sides.values():  # the first neurons have the texts that the tests look for
         ids[:4, 0] = range(4)
     columns = {
@@ -313,10 +330,16 @@ def invented_layer(rng, about, shown, plain):
         "threshold": rounded(rng.uniform(0.2, 0.4, neurons)),
         "grades": {} if plain else {name: rounded(rng.uniform(-0.1, 0.8, neurons)) for name in about["rows"]},
         "shown": shown,
-        "pictures": {"split": "train", "rows": rng.integers(0, about["splits"]["train"]["count"], neurons * 4).tolist()},
+        "pictures": {
+            "split": "train",
+            "rows": rng.integers(0, about["splits"]["train"]["count"], neurons * 4).tolist(),
+        },
     }
     for name, (ids, values) in sides.items():
-        columns[name] = {"texts": ids[:, :shown].ravel().tolist(), "coefficients": values[:, :shown].ravel().tolist()}
+        columns[name] = {
+            "texts": ids[:, :shown].ravel().tolist(),
+            "coefficients": values[:, :shown].ravel().tolist(),
+        }
     columns["fires_on"]["correlations"] = rounded(rng.uniform(-0.2, 0.9, neurons * shown))
     if plain:
         columns["fires_on"] = sides["fires_on"] = None
@@ -326,13 +349,21 @@ def invented_layer(rng, about, shown, plain):
 def invented_index(rng, count, n_texts, neurons):
     """The neurons that fire most on each text."""
     ids = rng.integers(0, neurons, (n_texts, count)).astype("<u2")
-    return {"count": count, "neurons": packed(ids), "correlations": packed(rng.integers(0, 120, ids.shape).astype(np.int8))}
+    return {
+        "count": count,
+        "neurons": packed(ids),
+        "correlations": packed(rng.integers(0, 120, ids.shape).astype(np.int8)),
+    }
 
 
 def invented_picture(rng, about, split, sign):
     """One of the images of the largest effects."""
     fires = np.clip(rng.normal(60, 90, size=about["grid"]), 0, 255).astype(np.uint8)
-    return [int(rng.integers(about["splits"][split]["count"])), round(sign * float(rng.gamma(4, 0.1)), 4), packed(fires)]
+    return [
+        int(rng.integers(about["splits"][split]["count"])),
+        round(sign * float(rng.gamma(4, 0.1)), 4),
+        packed(fires),
+    ]
 
 
 def invented_neuron(rng, about, columns, sides, n):
@@ -361,15 +392,22 @@ def invented_neuron(rng, about, columns, sides, n):
         },
         "histogram": {"edges": [-1.0, 1.0]},
         "threshold": columns["threshold"][n],
-        "heads": [*([int(rng.integers(9, 12)), int(rng.integers(12)), 0.3 / (i + 1)] for i in range(7)), [-1, 3, -0.04]],
+        "heads": [
+            *([int(rng.integers(9, 12)), int(rng.integers(12)), 0.3 / (i + 1)] for i in range(7)),
+            [-1, 3, -0.04],
+        ],
         "for": [[int(c), 0.04 - 0.01 * i] for i, c in enumerate(classes[:4])],
         "against": [[int(c), -0.04 + 0.01 * i] for i, c in enumerate(classes[4:])],
-        "nearest": [[int(rng.choice(about["layers"])), int(m), round(0.9 - 0.05 * i, 3)] for i, m in enumerate(near)],
+        "nearest": [
+            [int(rng.choice(about["layers"])), int(m), round(0.9 - 0.05 * i, 3)] for i, m in enumerate(near)
+        ],
     }
     for split, count in counts.items():
         detail["histogram"][split] = np.histogram(rng.normal(0, 0.2, 10 * count), 40, (-1, 1))[0].tolist()
     for name, side in sides.items():
-        detail[name] = side and [[int(i), float(value)] for i, value in zip(side[0][n], side[1][n], strict=True)]
+        detail[name] = side and [
+            [int(i), float(value)] for i, value in zip(side[0][n], side[1][n], strict=True)
+        ]
     return detail
 
 
@@ -382,8 +420,21 @@ def invented_image(rng, about):
     }
 
 
-def invented_gallery(folder, *, layers=(8, 9), neurons=130, counts=None, texts=None, components=20, shown=8, plain=False, seed=0):
-    """Write a gallery of random numbers and return its folder; a `plain` one has no pictures, grades, classes or fires_on."""
+def invented_gallery(
+    folder,
+    *,
+    layers=(8, 9),
+    neurons=130,
+    counts=None,
+    texts=None,
+    components=20,
+    shown=8,
+    plain=False,
+    seed=0,
+):
+    """Write a gallery of random numbers and return its folder; a `plain` one has no pictures, grades, classes
+    or fires_on.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     rng = np.random.default_rng(seed)
@@ -410,19 +461,34 @@ def invented_gallery(folder, *, layers=(8, 9), neurons=130, counts=None, texts=N
     for layer in layers:
         columns, sides = invented_layer(rng, about, shown, plain)
         give(f"{layer}/layer", f"layer {layer}", columns)
-        give(f"{layer}/texts", f"texts {layer}", invented_index(rng, 0 if plain else 3, len(about["texts"]), neurons))
+        give(
+            f"{layer}/texts",
+            f"texts {layer}",
+            invented_index(rng, 0 if plain else 3, len(about["texts"]), neurons),
+        )
         if not plain:
             table = rng.integers(-127, 128, size=(len(about["class_names"]), neurons)).astype(np.int8)
             classes = {"scale": rounded(rng.uniform(0.01, 0.05, len(table))), "values": packed(table)}
             give(f"{layer}/classes", f"classes {layer}", classes)
         chunk = about["neuron_chunk"]
         for first in range(0, neurons, chunk):
-            some = [invented_neuron(rng, about, columns, sides, n) for n in range(first, min(first + chunk, neurons))]
-            give(f"{layer}/neurons_{first // chunk}", f"neurons {layer} {first // chunk}", {"first": first, "neurons": some})
+            some = [
+                invented_neuron(rng, about, columns, sides, n)
+                for n in range(first, min(first + chunk, neurons))
+            ]
+            give(
+                f"{layer}/neurons_{first // chunk}",
+                f"neurons {layer} {first // chunk}",
+                {"first": first, "neurons": some},
+            )
         chunk = about["image_chunk"]
         for split, count in counts.items():
             for first in range(0, count, chunk):
                 some = [invented_image(rng, about) for _ in range(min(chunk, count - first))]
                 number = first // chunk
-                give(f"{layer}/images_{split}_{number}", f"images {layer} {split} {number}", {"first": first, "images": some})
+                give(
+                    f"{layer}/images_{split}_{number}",
+                    f"images {layer} {split} {number}",
+                    {"first": first, "images": some},
+                )
     return folder

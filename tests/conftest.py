@@ -15,7 +15,14 @@ from utils.model.hooks import HookedViT
 ROOT = Path(__file__).parent.parent
 TINY = {  # a CLIP that runs in a moment
     "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 5, "width": 48, "head_width": 12, "mlp_ratio": 2.0},
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 8,
+        "layers": 5,
+        "width": 48,
+        "head_width": 12,
+        "mlp_ratio": 2.0,
+    },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
@@ -23,11 +30,22 @@ TINY = {  # a CLIP that runs in a moment
 def random_tower(seed=0, **options):
     """A small ViT of which every parameter is random, LayerNorm weights and all biases included."""
     torch.manual_seed(seed)
-    settings = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 5, "heads": 4, "mlp_ratio": 2.0, "output_dim": 24}
+    settings = {
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 48,
+        "layers": 5,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "output_dim": 24,
+    }
     visual = VisionTransformer(**(settings | options)).eval().requires_grad_(False)
     for name, parameter in visual.named_parameters():
         if parameter.ndim == 1:
-            parameter.copy_(torch.randn_like(parameter) * 0.5 + (1.0 if ".weight" in name or "ln_post.weight" in name else 0.0))
+            parameter.copy_(
+                torch.randn_like(parameter) * 0.5
+                + (1.0 if ".weight" in name or "ln_post.weight" in name else 0.0)
+            )
         elif "mlp" in name or "attn" in name:
             parameter.mul_(1.5)
     return visual
@@ -57,7 +75,9 @@ def tiny_model(tmp_path_factory):
 
 
 def run_script(script, *flags, check=True):
-    """Run a stage in a process of its own, in the root folder, without a GPU. Returns the finished process."""
+    """Run a stage in a process of its own, in the root folder, without a GPU. Returns the finished
+    process.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(script), *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

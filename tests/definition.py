@@ -1,6 +1,7 @@
 """Second-order effects in float64, written straight from their definition; nothing here comes from `utils`.
 
-The image tower is run by hand, with its attention probabilities in full, and every token of every head is walked in a loop.
+The image tower is run by hand, with its attention probabilities in full, and every token of every head is
+walked in a loop.
 """
 
 import math
@@ -60,7 +61,9 @@ def run(visual, image):
         mu, sigma = mean_and_sigma(z, block.ln_2)
         x = (z - mu[:, None]) / sigma[:, None] * block.ln_2.weight + block.ln_2.bias
         result.p.append(block.mlp.gelu(x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias))
-        result.mlp.append(scale_of(block.ls_2) * (result.p[-1] @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias))
+        result.mlp.append(
+            scale_of(block.ls_2) * (result.p[-1] @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias)
+        )
         z = z + result.mlp[-1]
         result.A.append(torch.stack(A))
         result.z.append(z)
@@ -69,7 +72,8 @@ def run(visual, image):
 
 
 def reads(visual, z):
-    """Which tokens the output reads: [(token, its weight, mean and deviation of the last LayerNorm for it)], z [T, d].
+    """Which tokens the output reads: [(token, its weight, mean and deviation of the last LayerNorm for it)],
+    z [T, d].
 
     Of an average that is normalised afterwards every token has the statistics of the average.
     """
@@ -78,12 +82,17 @@ def reads(visual, z):
     first = int(hasattr(visual, "class_embedding"))
     count = len(z) - first
     if visual.final_ln_after_pool:
-        return [(q, 1 / count, *mean_and_sigma(z[first:].mean(dim=0), visual.ln_post)) for q in range(first, len(z))]
+        return [
+            (q, 1 / count, *mean_and_sigma(z[first:].mean(dim=0), visual.ln_post))
+            for q in range(first, len(z))
+        ]
     return [(q, 1 / count, *mean_and_sigma(z[q], visual.ln_post)) for q in range(first, len(z))]
 
 
 def straight(visual, x, mu, sigma, share=1.0):
-    """x [..., d] through the last LayerNorm with given statistics, and the projection; with a share of its constants."""
+    """x [..., d] through the last LayerNorm with given statistics, and the projection; with a share of its
+    constants.
+    """
     out = (visual.ln_post.weight * (x - mu * share) / sigma + visual.ln_post.bias * share) @ visual.proj
     return out if getattr(visual, "bias", None) is None else out + visual.bias * share
 
@@ -118,9 +127,11 @@ def effects(visual, image, m, coefficient=100.0):
 
 
 def representation_with_changed_mlp(visual, image, m, change):
-    """The representation when MLP m's output moves by `change` [T, d] and only the later attentions see it, all else frozen.
+    """The representation when MLP m's output moves by `change` [T, d] and only the later attentions see it,
+    all else frozen.
 
-    Attention probabilities, LayerNorm statistics and the outputs of all other blocks are those of the clean run.
+    Attention probabilities, LayerNorm statistics and the outputs of all other blocks are those of the clean
+    run.
     """
     clean = run(visual, image)
     blocks = visual.transformer.resblocks
@@ -133,11 +144,15 @@ def representation_with_changed_mlp(visual, image, m, change):
             x = (stream - mu[:, None]) / sigma[:, None] * blocks[l].ln_1.weight + blocks[l].ln_1.bias
             added.append(sum(clean.A[l][h] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(len(W_V))))
         z = z + scale_of(blocks[l].ls_1) * (added[1] - added[0])
-    return sum(weight * straight(visual, z[q], mu, sigma) for q, weight, mu, sigma in reads(visual, clean.z[-1]))
+    return sum(
+        weight * straight(visual, z[q], mu, sigma) for q, weight, mu, sigma in reads(visual, clean.z[-1])
+    )
 
 
 def sum_of_effects(visual, image, m, coefficient=100.0):
-    """sum_n phi_n by another route: the MLP's whole output through whole attentions, with the shares of N contributors."""
+    """sum_n phi_n by another route: the MLP's whole output through whole attentions, with the shares of N
+    contributors.
+    """
     clean = run(visual, image)
     blocks = visual.transformer.resblocks
     L, H, d = len(blocks), blocks[0].attn.num_heads, clean.z[0].shape[1]
@@ -145,8 +160,13 @@ def sum_of_effects(visual, image, m, coefficient=100.0):
     for l in range(m + 1, L):
         attn, share = blocks[l].attn, 1 / (1 + 2 * l)  # all N neurons together are one of the 1 + 2l summands
         mu, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
-        x = blocks[l].ln_1.weight * (clean.mlp[m] - mu[:, None] * share) / sigma[:, None] + blocks[l].ln_1.bias * share
-        v = x @ attn.in_proj_weight[2 * d :].T + attn.in_proj_bias[2 * d :] * share  # [T, d], heads side by side
+        x = (
+            blocks[l].ln_1.weight * (clean.mlp[m] - mu[:, None] * share) / sigma[:, None]
+            + blocks[l].ln_1.bias * share
+        )
+        v = (
+            x @ attn.in_proj_weight[2 * d :].T + attn.in_proj_bias[2 * d :] * share
+        )  # [T, d], heads side by side
         for q, weight, mu_post, sigma_post in reads(visual, clean.z[L]):
             mixed = torch.cat([clean.A[l][h][q] @ v[:, h * (d // H) : (h + 1) * (d // H)] for h in range(H)])
             o = scale_of(blocks[l].ls_1) * (attn.out_proj.weight @ mixed + attn.out_proj.bias * share)
@@ -157,9 +177,10 @@ def sum_of_effects(visual, image, m, coefficient=100.0):
 def pooled_effects(parts, p, z, rep, coefficient=100.0):
     """phi [N, D] of an MLP through a pooling attention, token by token.
 
-    parts: w [N, d], b_out [d]; norm, the LayerNorm before the attention; q [H, e], the query; W_K, W_V [H, e, d], b_K, b_V
-        [H, e], W_O [H, e, d'], b_O [d']; share, the contributors of the sum that `norm` normalises; out, what the output makes of
-        what a head writes, a function ([N, d'], how many share its constants).
+    parts: w [N, d], b_out [d]; norm, the LayerNorm before the attention; q [H, e], the query; W_K, W_V [H, e,
+        d], b_K, b_V [H, e], W_O [H, e, d'], b_O [d']; share, the contributors of the sum that `norm`
+        normalises; out, what the output makes of what a head writes, a function ([N, d'], how many share its
+        constants).
     p, z, rep: [T, N], [T, d], [D].
     """
     mu, sigma = mean_and_sigma(z, parts["norm"])

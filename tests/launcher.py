@@ -1,7 +1,8 @@
 """Stages as processes that can be killed, and as several that share the work.
 
-They are forked from one process that has imported everything, so that one starts in half a second and not in eight. As a script,
-`python -m tests.launcher '{"utils.runtime.passes.COMMIT_SECONDS": 0}' STAGE.py FLAGS` runs a stage with constants changed.
+They are forked from one process that has imported everything, so that one starts in half a second and not in
+eight. As a script, `python -m tests.launcher '{"utils.runtime.passes.COMMIT_SECONDS": 0}' STAGE.py FLAGS`
+runs a stage with constants changed.
 """
 
 import functools
@@ -47,22 +48,47 @@ IMPORTS = (
     "segmentation",
     "sparse_coding",
 )
-CONTEXT.set_forkserver_preload(["tests.launcher", *(f"utils.{name}" for name in (*IMPORTS, "top_effects", "visualization"))])
-COMMITS = {"utils.runtime.passes.COMMIT_SECONDS": 0, "utils.runtime.passes.COMMIT_SHARE": 1e9}  # every piece is saved at once
+CONTEXT.set_forkserver_preload(
+    ["tests.launcher", *(f"utils.{name}" for name in (*IMPORTS, "top_effects", "visualization"))]
+)
+COMMITS = {
+    "utils.runtime.passes.COMMIT_SECONDS": 0,
+    "utils.runtime.passes.COMMIT_SHARE": 1e9,
+}  # every piece is saved at once
 WORDS = 60
 _RUNS = itertools.count()
 HANGS = 900  # seconds after which a process counts as hanging, however busy the machine is
-STAGES = ("representations", "classifier", "full", "top", "pcas", "ablations", "texts", "decomposition", "evaluation", "gallery")
+STAGES = (
+    "representations",
+    "classifier",
+    "full",
+    "top",
+    "pcas",
+    "ablations",
+    "texts",
+    "decomposition",
+    "evaluation",
+    "gallery",
+)
 STAGES += ("segmentation",)
 
 
 def start(script, *flags, log, errors=None, environment=(), constants=()):
-    """A stage as a process of its own, whose output goes to the file `log`; its stderr to `errors`, where that is given.
+    """A stage as a process of its own, whose output goes to the file `log`; its stderr to `errors`, where
+    that is given.
 
     constants: {module.NAME: value}, set beforehand.
     """
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTHONPATH")}
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    before = {
+        name: os.environ.get(name)
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTHONPATH")
+    }
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     try:
         forkserver.ensure_running()
     finally:
@@ -71,7 +97,9 @@ def start(script, *flags, log, errors=None, environment=(), constants=()):
     command = [str(script), *map(str, flags)]
     logs = (str(log), str(errors or log))
     process = CONTEXT.Process(target=_run_forked, args=(command, logs, dict(environment), dict(constants)))
-    process.daemon = "--num_workers" in command and command[command.index("--num_workers") + 1] == "0"  # ends with the tests
+    process.daemon = (
+        "--num_workers" in command and command[command.index("--num_workers") + 1] == "0"
+    )  # ends with the tests
     process.log, process.marker = Path(log), Path(f"{log}.held.0")
     process.start()
     return process
@@ -89,13 +117,17 @@ def finish(process, code=0):
 
 
 def run_stage_of_user(script, *flags, folder, check=True, **options):
-    """Run a stage to its end; returns `returncode`, `stdout` and `stderr`, as subprocess.run does. options: as in `start`."""
+    """Run a stage to its end; returns `returncode`, `stdout` and `stderr`, as subprocess.run does. options:
+    as in `start`.
+    """
     stem = Path(folder) / str(next(_RUNS))
     process = start(script, *flags, log=f"{stem}.out", errors=f"{stem}.err", **options)
     process.join(HANGS)
     out, err = (Path(f"{stem}.{part}").read_text() for part in ("out", "err"))
     if check and process.exitcode:
-        raise AssertionError(f"{script} {' '.join(map(str, flags))} ended with {process.exitcode}:\n{err[-2000:]}")
+        raise AssertionError(
+            f"{script} {' '.join(map(str, flags))} ended with {process.exitcode}:\n{err[-2000:]}"
+        )
     return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 
 
@@ -109,7 +141,13 @@ def start_ranks(size, script, *flags, log, constants=()):
     """A stage as `size` processes, each told by its environment what torchrun tells it."""
     log, port, processes = Path(log), free_port(), []
     for rank in range(size):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment = {name: str(value) for name, value in environment.items()}
         its_log, marker = log.with_name(f"{log.name}.{rank}"), Path(f"{log}.held.{rank}")
         its_log.unlink(missing_ok=True)
@@ -161,7 +199,9 @@ def wait_for(condition, process):
 
 
 def hold(pieces, log):
-    """Constants of a stage that saves its progress after every piece and stops after so many, until it is released or killed."""
+    """Constants of a stage that saves its progress after every piece and stops after so many, until it is
+    released or killed.
+    """
     return {**COMMITS, "hold": [pieces, f"{log}.held"]}
 
 
@@ -185,7 +225,9 @@ def kill(*processes):
 
 def contents(folder):
     """{name: bytes} of all files in a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()
+    }
 
 
 def assert_same_files(folder, expected):
@@ -199,7 +241,18 @@ def assert_same_files(folder, expected):
 def the_line(printed):
     """The one line that answers a fault; progress bars are no lines."""
     lines = [line for line in printed.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line]
-    bars = ("images of ", "preprocessing: ", "folder: ", "images:", "means:", "effects:", "layer ", "OMP:", "scores:", "texts:")
+    bars = (
+        "images of ",
+        "preprocessing: ",
+        "folder: ",
+        "images:",
+        "means:",
+        "effects:",
+        "layer ",
+        "OMP:",
+        "scores:",
+        "texts:",
+    )
     bars += ("masks:", "bytes of images:")
     lines = [line for line in lines if not line.startswith(bars) and not line.endswith("GB free")]
     assert len(lines) == 1 and lines[0].startswith("error: "), printed
@@ -227,7 +280,18 @@ class World:
         effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.BLOCK": 16}
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
-        masks = ["--data_path", self.root / "discs.mat", "--mlp_layers", 1, 2, 3, "--top_neurons", 20, "--num_workers", 0]
+        masks = [
+            "--data_path",
+            self.root / "discs.mat",
+            "--mlp_layers",
+            1,
+            2,
+            3,
+            "--top_neurons",
+            20,
+            "--num_workers",
+            0,
+        ]
         masks += [*k, "--dataset", "folder", "--batch_size", 2, "--save_img"]
         return {
             "default": (effects, [*self.train, *k], {}),
@@ -246,9 +310,17 @@ class World:
                 ["--text_descriptions", self.root / "words.txt"],
                 {"utils.model.texts.TEXTS": 16},
             ),
-            "decomposition": ("compute_sparse_decomposition.py", [*self.val, *layers, *k, *texts, *reads], small),
+            "decomposition": (
+                "compute_sparse_decomposition.py",
+                [*self.val, *layers, *k, *texts, *reads],
+                small,
+            ),
             "evaluation": ("evaluate_descriptions.py", [*self.val, *layers, *k, *texts[:-1], *reads], small),
-            "gallery": ("make_gallery.py", [*self.val, *layers, *k, *texts[:-1], *reads, "--picture_size", 24], {}),
+            "gallery": (
+                "make_gallery.py",
+                [*self.val, *layers, *k, *texts[:-1], *reads, "--picture_size", 24],
+                {},
+            ),
             "segmentation": ("compute_segmentation.py", [*masks, *reads], {}),
         }
 
@@ -318,10 +390,11 @@ def _run_forked(command, logs, environment, constants):
 def run_stage(command, constants):
     """Run a stage in this process.
 
-    constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs; {"templates": n} is how many of
-    the 80 a classifier takes; {"without": {name of a call: errno}} is what the system refuses, see `tests.system`; {"files": n}
-    is how many may be open; {"hold": [n, marker]} stops after n pieces (see `hold`); and {"die": i} is kill -9 just before the
-    i-th time that a file gets its name or is removed; 0 prints how many times there are.
+    constants: {"module.NAME": value}, set beforehand. Besides, {"folder": path} is where it runs;
+    {"templates": n} is how many of the 80 a classifier takes; {"without": {name of a call: errno}} is what
+    the system refuses, see `tests.system`; {"files": n} is how many may be open; {"hold": [n, marker]} stops
+    after n pieces (see `hold`); and {"die": i} is kill -9 just before the i-th time that a file gets its name
+    or is removed; 0 prints how many times there are.
     """
     constants = dict(constants)
     os.chdir(constants.pop("folder", ROOT))

@@ -12,7 +12,9 @@ SYNSETS = ("n01440764", "n01443537", "n01484850", "n01491361")  # the first clas
 
 
 def write_photos(root, splits=("train", "val"), classes=SYNSETS, per_class=8, side=256, seed=0):
-    """Write ROOT/SPLIT/CLASS/0000.JPEG, ...: crops of random place, size and mirroring, `side` pixels on the shorter edge."""
+    """Write ROOT/SPLIT/CLASS/0000.JPEG, ...: crops of random place, size and mirroring, `side` pixels on the
+    shorter edge.
+    """
     photos = load_sample_images().images  # two of [427, 640, 3]
     rng = np.random.default_rng(seed)
     for split in splits:
@@ -33,7 +35,9 @@ def write_photos(root, splits=("train", "val"), classes=SYNSETS, per_class=8, si
 
 
 def write_mat(path, images, masks):
-    """Images [rows, columns, 3] and masks [rows, columns] in the layout of gtsegs_ijcv.mat, which is transposed."""
+    """Images [rows, columns, 3] and masks [rows, columns] in the layout of gtsegs_ijcv.mat, which is
+    transposed.
+    """
     with h5py.File(path, "w") as file:
         img = file.create_dataset("value/img", (len(images), 1), dtype=h5py.ref_dtype)
         gt = file.create_dataset("value/gt", (len(images), 1), dtype=h5py.ref_dtype)
@@ -46,7 +50,9 @@ def write_mat(path, images, masks):
 
 
 def discs(n, seed=0):
-    """Images of several aspect ratios with a disc each, and its mask; -1 on some of its rim, and one without any object."""
+    """Images of several aspect ratios with a disc each, and its mask; -1 on some of its rim, and one without
+    any object.
+    """
     rng = np.random.default_rng(seed)
     images, masks = [], []
     for i in range(n):
@@ -55,9 +61,9 @@ def discs(n, seed=0):
         distance = np.hypot(y - rng.uniform(0.3, 0.7) * rows, x - rng.uniform(0.3, 0.7) * columns)
         radius = 0 if i == 3 else rng.uniform(6, 14)
         mask = (distance < radius).astype(np.int16)
-        image = np.where(mask[..., None] == 1, rng.integers(150, 255, 3), rng.integers(0, 100, 3)) + rng.integers(
-            -20, 20, (rows, columns, 3)
-        )
+        image = np.where(
+            mask[..., None] == 1, rng.integers(150, 255, 3), rng.integers(0, 100, 3)
+        ) + rng.integers(-20, 20, (rows, columns, 3))
         mask[(distance >= radius) & (distance < radius + 1.5)] = -1
         images.append(image.clip(0, 255).astype(np.uint8))
         masks.append(mask)

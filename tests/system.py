@@ -1,4 +1,5 @@
-"""A system that cannot do something: a filter lets the kernel answer some calls of this process with an error.
+"""A system that cannot do something: a filter lets the kernel answer some calls of this process with an
+error.
 
 So do file systems of networks, for the calls that they do not know.
 """
@@ -9,7 +10,10 @@ import struct
 import sys
 
 CALLS = {"mmap": 9, "fsync": 74, "fdatasync": 75, "fcntl": 72, "fallocate": 285}  # their numbers on x86-64
-ARGUMENTS = {"mmap": (3, 0x21, 0x01), "fcntl": (1, 0xFFFF, 6)}  # only shared maps of files; only locks (F_SETLK)
+ARGUMENTS = {
+    "mmap": (3, 0x21, 0x01),
+    "fcntl": (1, 0xFFFF, 6),
+}  # only shared maps of files; only locks (F_SETLK)
 FILTERS = sys.platform == "linux" and platform.machine() == "x86_64"
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
@@ -20,7 +24,9 @@ class _Program(ctypes.Structure):
 
 
 def refuse(calls):
-    """From now on, and for good, the kernel answers {name in CALLS: errno} in this process and those that it starts."""
+    """From now on, and for good, the kernel answers {name in CALLS: errno} in this process and those that it
+    starts.
+    """
     if not calls:
         return
     rules = []

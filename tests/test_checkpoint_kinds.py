@@ -204,7 +204,10 @@ MODULES = {
     "an object deeper inside": lambda model: {"model": model.state_dict(), "cfg": {"args": ARGS}},
     "an object around": lambda model: argparse.Namespace(model=model.state_dict()),
     "a list": lambda model: [model.state_dict(), ARGS],
-    "numpy arrays": lambda model: {**{name: value.numpy() for name, value in model.state_dict().items()}, "args": ARGS},
+    "numpy arrays": lambda model: {
+        **{name: value.numpy() for name, value in model.state_dict().items()},
+        "args": ARGS,
+    },
 }
 
 
@@ -350,9 +353,16 @@ def test_weights_by_path_whose_config_beside_says_otherwise_are_refused(tmp_path
     vision, text = OTHER_CONFIGS[kind]
     save_other(tmp_path / "other", {"hidden_act": "gelu", **vision}, {"hidden_act": "gelu", **text})
     sizes = {"image_size": 32, "patch_size": VISION["patch_size"], "layers": VISION["num_hidden_layers"]}
-    sizes |= {"width": VISION["hidden_size"], "head_width": VISION["hidden_size"] // VISION["num_attention_heads"]}
+    sizes |= {
+        "width": VISION["hidden_size"],
+        "head_width": VISION["hidden_size"] // VISION["num_attention_heads"],
+    }
     sizes["mlp_ratio"] = VISION["intermediate_size"] / VISION["hidden_size"]
-    words = {"context_length": TEXT["max_position_embeddings"], "vocab_size": 49408, "width": TEXT["hidden_size"]}
+    words = {
+        "context_length": TEXT["max_position_embeddings"],
+        "vocab_size": 49408,
+        "width": TEXT["hidden_size"],
+    }
     words |= {"heads": TEXT["num_attention_heads"], "layers": TEXT["num_hidden_layers"]}
     words["mlp_ratio"] = TEXT["intermediate_size"] / TEXT["hidden_size"]
     (tmp_path / "x.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": sizes, "text_cfg": words}))
@@ -383,7 +393,9 @@ def test_weights_in_a_folder_of_open_clips_are_read_as_those_by_path(state, tmp_
     name = write_open_clips_folder(tmp_path / "extras", extras)
     assert_loads(name, "ignored", state)
     assert load_clip(name, "ignored", "cpu").transform.record["mean"] == [0.5] * 3
-    (tmp_path / "extras/open_clip_pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "extras/open_clip_pytorch_model.bin").write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+    )
     assert "Git LFS pointer" in refused(name, "ignored")
 
 
@@ -393,7 +405,9 @@ def test_weights_in_a_folder_of_open_clips_are_read_as_those_by_path(state, tmp_
         lambda name: name.replace("visual.", "visual._orig_mod."),
         lambda name: name.replace("visual.", "visual.module."),
         lambda name: re.sub(r"(resblocks\.\d+\.)", r"\1_checkpoint_wrapped_module.", name),
-        lambda name: "module._fsdp_wrapped_module." + name.replace("transformer.", "transformer._fsdp_wrapped_module."),
+        lambda name: (
+            "module._fsdp_wrapped_module." + name.replace("transformer.", "transformer._fsdp_wrapped_module.")
+        ),
     ],
 )
 def test_wrappers_inside_of_names_are_taken_off(tiny_model, state, tmp_path, wrap):
@@ -403,7 +417,9 @@ def test_wrappers_inside_of_names_are_taken_off(tiny_model, state, tmp_path, wra
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_an_image_tower_alone_is_loaded_for_stages_of_images(tiny_model, state, tmp_path, prefix):
-    tower = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+    tower = {
+        name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")
+    }
     torch.save(prefixed(tower, prefix), tmp_path / "tower.pt")
     clip = load_clip(tiny_model, str(tmp_path / "tower.pt"), "cpu", image_only=True)
     for name, value in clip.vit.visual.state_dict().items():
@@ -605,7 +621,10 @@ def test_the_digest_of_a_tokenizer_changes_with_its_files_alone(tmp_path):
     name = f"local-dir:{tmp_path}"
     first = load_clip(name, "ignored", "cpu").text_record["tokenizer"]
     (tmp_path / "README.md").write_text("A model.")
-    assert re.fullmatch("[0-9a-f]{16}", first) and load_clip(name, "ignored", "cpu").text_record["tokenizer"] == first
+    assert (
+        re.fullmatch("[0-9a-f]{16}", first)
+        and load_clip(name, "ignored", "cpu").text_record["tokenizer"] == first
+    )
     (tmp_path / "merges.txt").write_text("#version: 0.2\na t</w>\n")
     assert load_clip(name, "ignored", "cpu").text_record["tokenizer"] != first
 

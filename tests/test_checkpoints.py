@@ -16,8 +16,24 @@ from utils.model.texts import text_vectors, too_long
 from utils.runtime.errors import UserError
 
 HF_SHAPES = {  # of a CLIPModel: wide and narrow projections, both activations
-    "wide": {"projection_dim": 40, "hidden_act": "quick_gelu", "width": 32, "heads": 4, "text_width": 24, "side": 32, "patch": 8},
-    "narrow": {"projection_dim": 16, "hidden_act": "gelu", "width": 48, "heads": 3, "text_width": 32, "side": 24, "patch": 6},
+    "wide": {
+        "projection_dim": 40,
+        "hidden_act": "quick_gelu",
+        "width": 32,
+        "heads": 4,
+        "text_width": 24,
+        "side": 32,
+        "patch": 8,
+    },
+    "narrow": {
+        "projection_dim": 16,
+        "hidden_act": "gelu",
+        "width": 48,
+        "heads": 3,
+        "text_width": 32,
+        "side": 24,
+        "patch": 6,
+    },
 }
 
 
@@ -37,7 +53,12 @@ def prefixed(state, prefix):
 
 WRAPPED = {
     "plain": lambda state: state,
-    "epoch": lambda state: {"epoch": 3, "name": "x", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}},
+    "epoch": lambda state: {
+        "epoch": 3,
+        "name": "x",
+        "state_dict": state,
+        "optimizer": {"state": {}, "param_groups": []},
+    },
     "model": lambda state: {"model": state, "epoch": 1},
     "model_state_dict": lambda state: {"model_state_dict": state},
     "ema in a wrapper": lambda state: {"state_dict": {"ema": state}},
@@ -46,10 +67,16 @@ WRAPPED = {
     "compiled and parallel": lambda state: prefixed(state, "module._orig_mod."),
     "lightning": lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 0.1}},
     "any prefix": lambda state: prefixed(state, "student.backbone."),
-    "numpy numbers": lambda state: {"state_dict": state, "best": np.float64(0.5), "step": np.int64(3), "old": np.float32(1)},
+    "numpy numbers": lambda state: {
+        "state_dict": state,
+        "best": np.float64(0.5),
+        "step": np.int64(3),
+        "old": np.float32(1),
+    },
     "half": lambda state: {name: value.half() for name, value in state.items()},
     "custom text": lambda state: {
-        name if name.startswith(("visual.", "logit")) else f"text.{name}": value for name, value in state.items()
+        name if name.startswith(("visual.", "logit")) else f"text.{name}": value
+        for name, value in state.items()
     },
 }
 
@@ -59,12 +86,16 @@ def test_a_state_dict_is_found_wherever_it_lies(tiny_model, state, fingerprint, 
     torch.save(WRAPPED[kind](state), tmp_path / "weights.ckpt")
     found = load_clip(tiny_model, str(tmp_path / "weights.ckpt"), "cpu")
     for name, value in found.text.state_dict().items():
-        torch.testing.assert_close(value, state[name].half().float() if kind == "half" else state[name], rtol=0, atol=0)
+        torch.testing.assert_close(
+            value, state[name].half().float() if kind == "half" else state[name], rtol=0, atol=0
+        )
     assert (found.fingerprint == fingerprint) == (kind != "half")
 
 
 @pytest.mark.parametrize("ending", [".pt", ".bin", ".safetensors", ".weights"])
-def test_a_file_is_judged_by_its_content_and_not_by_its_ending(tiny_model, state, fingerprint, tmp_path, ending):
+def test_a_file_is_judged_by_its_content_and_not_by_its_ending(
+    tiny_model, state, fingerprint, tmp_path, ending
+):
     torch.save(state, tmp_path / f"a{ending}")
     save_file(state, tmp_path / f"b{ending}")
     for name in "ab":
@@ -91,7 +122,9 @@ REFUSED = {
         "has no state dict; it has epoch, optimizer",
     ),
     "two prefixes": (
-        lambda state: {f"{'a' if i % 2 else 'b'}.{name}": value for i, (name, value) in enumerate(state.items())},
+        lambda state: {
+            f"{'a' if i % 2 else 'b'}.{name}": value for i, (name, value) in enumerate(state.items())
+        },
         "does not fit the model: .* is missing",
     ),
     "more layers": (
@@ -158,9 +191,22 @@ def save_hugging_face(folder, shape, preprocess=None):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(3)
     vision = {"hidden_size": shape["width"], "intermediate_size": 2 * shape["width"], "num_hidden_layers": 3}
-    vision |= {"num_attention_heads": shape["heads"], "image_size": shape["side"], "patch_size": shape["patch"]}
-    text = {"hidden_size": shape["text_width"], "intermediate_size": 3 * shape["text_width"], "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 4, "vocab_size": 49408, "max_position_embeddings": 20, "eos_token_id": 49407}
+    vision |= {
+        "num_attention_heads": shape["heads"],
+        "image_size": shape["side"],
+        "patch_size": shape["patch"],
+    }
+    text = {
+        "hidden_size": shape["text_width"],
+        "intermediate_size": 3 * shape["text_width"],
+        "num_hidden_layers": 2,
+    }
+    text |= {
+        "num_attention_heads": 4,
+        "vocab_size": 49408,
+        "max_position_embeddings": 20,
+        "eos_token_id": 49407,
+    }
     act = {"hidden_act": shape["hidden_act"]}
     config = transformers.CLIPConfig(
         vision_config={**vision, **act}, text_config={**text, **act}, projection_dim=shape["projection_dim"]
@@ -189,7 +235,10 @@ def assert_same_embeddings(clip, model, shape):
 
 @pytest.mark.parametrize("name", HF_SHAPES)
 def test_a_folder_of_a_hugging_face_clip_is_loaded_into_open_clips_towers(tmp_path, name):
-    shape, preprocess = HF_SHAPES[name], {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2}
+    shape, preprocess = (
+        HF_SHAPES[name],
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2},
+    )
     preprocess |= {"size": shape["side"], "crop_size": shape["side"]}
     model = save_hugging_face(tmp_path / "mine", shape, preprocess)
     clip = load_clip(f"local-dir:{tmp_path / 'mine'}", "ignored", "cpu")
@@ -203,15 +252,28 @@ def test_weights_of_a_hugging_face_clip_fit_an_open_clip_model_of_their_shape(tm
     shape = HF_SHAPES["narrow"]
     preprocess = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "size": 24, "crop_size": 24}
     model = save_hugging_face(tmp_path / "hf", shape, preprocess)
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 24, "patch_size": 6, "width": 48, "head_width": 16, "layers": 3}}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 24, "patch_size": 6, "width": 48, "head_width": 16, "layers": 3},
+    }
     config["vision_cfg"]["mlp_ratio"] = 2.0
-    config["text_cfg"] = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2, "mlp_ratio": 3.0}
+    config["text_cfg"] = {
+        "context_length": 20,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 4,
+        "layers": 2,
+        "mlp_ratio": 3.0,
+    }
     (tmp_path / "same.json").write_text(json.dumps(config))
     clip = load_clip(str(tmp_path / "same.json"), str(tmp_path / "hf" / "model.safetensors"), "cpu")
     assert_same_embeddings(clip, model, shape)
     assert tuple(clip.transform.transforms[-1].std) == (0.5, 0.6, 0.7)
     (tmp_path / "quick.json").write_text(json.dumps({**config, "quick_gelu": True}))
-    with pytest.raises(UserError, match="was trained with GELU, says the config beside it; use the --model without -quickgelu"):
+    with pytest.raises(
+        UserError,
+        match="was trained with GELU, says the config beside it; use the --model without -quickgelu",
+    ):
         load_clip(str(tmp_path / "quick.json"), str(tmp_path / "hf" / "model.safetensors"), "cpu")
     with pytest.raises(UserError, match="--model local-dir:"):
         load_clip(str(tmp_path / "hf" / "config.json"), "random", "cpu")
@@ -232,7 +294,10 @@ def test_a_hugging_face_id_is_read_from_the_local_cache(tmp_path, monkeypatch):
 
 def test_the_config_beside_a_hub_file_of_open_clip_gives_the_preprocessing(tiny_model, state, tmp_path):
     save_file(state, tmp_path / "open_clip_model.safetensors")
-    beside = {"model_cfg": TINY, "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}}
+    beside = {
+        "model_cfg": TINY,
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"},
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
     steps = load_clip(tiny_model, str(tmp_path / "open_clip_model.safetensors"), "cpu").transform.transforms
     assert tuple(steps[-1].mean) == (0.4, 0.5, 0.6) and steps[0].interpolation.value == "bilinear"
@@ -255,12 +320,16 @@ def test_random_weights_are_open_clips_own(tiny_model):
 
 @pytest.fixture(scope="module")
 def with_text_tower(tmp_path_factory):
-    """The path of a model config whose text tower is a small RoBERTa, and the folder of that tower's config and tokenizer."""
+    """The path of a model config whose text tower is a small RoBERTa, and the folder of that tower's config
+    and tokenizer.
+    """
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     folder = tmp_path_factory.mktemp("roberta")
     words = ["<s>", "<pad>", "</s>", "<unk>", "a", "red", "dog", "house", "the", "sea"]
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     plain.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -280,7 +349,9 @@ def with_text_tower(tmp_path_factory):
 
 
 def test_a_text_tower_of_transformers_needs_no_weights_of_its_own(with_text_tower, tmp_path):
-    """Its config and tokenizer are there, its weights are not: they are random, or come with the CLIP's checkpoint."""
+    """Its config and tokenizer are there, its weights are not: they are random, or come with the CLIP's
+    checkpoint.
+    """
     clip = load_clip(with_text_tower, "random", "cpu")
     texts = ["a red dog", "the sea", "house"]
     tower = clip.text.text
@@ -291,9 +362,16 @@ def test_a_text_tower_of_transformers_needs_no_weights_of_its_own(with_text_towe
             expected = torch.nn.functional.normalize(tower.proj(hidden.mean(dim=1)), dim=-1)[0]
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
     assert too_long(clip, ["a " * 75, "a " * 76]) == ["a " * 76]  # two more mark the ends, of 77
-    save_file({name: value.contiguous() for name, value in clip.text.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in clip.text.state_dict().items()},
+        tmp_path / "weights.safetensors",
+    )
     again = load_clip(with_text_tower, str(tmp_path / "weights.safetensors"), "cpu", seed=9)
-    assert again.fingerprint == clip.fingerprint != load_clip(with_text_tower, "random", "cpu", seed=9).fingerprint
+    assert (
+        again.fingerprint
+        == clip.fingerprint
+        != load_clip(with_text_tower, "random", "cpu", seed=9).fingerprint
+    )
 
 
 def test_without_transformers_the_message_says_what_to_install(with_text_tower, monkeypatch):

@@ -54,7 +54,10 @@ def test_a_fingerprint_notices_one_changed_tensor(clip):
 def test_the_image_tower_alone_is_the_same_tower_of_the_same_weights(tiny_model, clip):
     alone = load_clip(tiny_model, "random", "cpu", image_only=True)
     assert alone.fingerprint == clip.fingerprint and alone.text is None
-    assert all(torch.equal(a, b) for a, b in zip(alone.vit.visual.parameters(), clip.vit.visual.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(alone.vit.visual.parameters(), clip.vit.visual.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -67,7 +70,9 @@ def test_a_local_checkpoint_is_loaded(tiny_model, tmp_path, suffix):
 
 
 def test_a_local_directory_is_loaded_and_one_without_weights_refused(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}})
+    )
     with pytest.raises(UserError, match="could not be loaded"):
         load_clip(f"local-dir:{tmp_path}", "openai", "cpu")
     model = open_clip.create_model("ViT-B-32", **TINY)
@@ -132,7 +137,9 @@ def test_the_classifier_is_the_mean_of_eighty_templates(clip):
         vectors = clip.text.encode_text(clip.tokenizer(texts)).double()
         mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(dim=0)
         assert_allclose(column, (mean / mean.norm()).numpy(), atol=1e-6)
-    legacy = open_clip.build_zero_shot_classifier_legacy(clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    legacy = open_clip.build_zero_shot_classifier_legacy(
+        clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES
+    )
     assert_allclose(ours, legacy.numpy(), atol=1e-6)
     assert ours.shape == (24, 3) and ours.dtype == np.float32
 
@@ -147,11 +154,17 @@ def test_text_vectors_are_unit_and_without_a_template(clip):
 TOWERS = {  # what is changed in the config, and whether nothing after the end token matters
     "plain": ({}, True),
     "custom text": ({"custom_text": True}, True),
-    "read at a given end token": ({"custom_text": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}}, True),
+    "read at a given end token": (
+        {"custom_text": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}},
+        True,
+    ),
     "linear projection": ({"custom_text": True, "text_cfg": {"proj_bias": True}}, True),
     "not causal": ({"custom_text": True, "text_cfg": {"no_causal_mask": True}}, False),
     "read at the last place": ({"custom_text": True, "text_cfg": {"pool_type": "last"}}, False),
-    "a class token behind the text": ({"custom_text": True, "text_cfg": {"embed_cls": True, "pool_type": "last"}}, False),
+    "a class token behind the text": (
+        {"custom_text": True, "text_cfg": {"embed_cls": True, "pool_type": "last"}},
+        False,
+    ),
 }
 
 
@@ -176,17 +189,26 @@ def test_imagenet_is_sub_sampled_in_the_order_of_its_folders(photos):
     taken = [path.split("/")[-2:] for path, _ in images.samples]
     assert taken == [[SYNSETS[0], "0000.JPEG"], [SYNSETS[1], "0002.JPEG"]]  # 12 images: two whole strides
     assert images.labels.tolist() == [0, 1] and images.labels.dtype == np.int64
-    assert images.class_names[:4] == ["tench", "goldfish", "great white shark", "tiger shark"] and len(images.class_names) == 1000
+    assert (
+        images.class_names[:4] == ["tench", "goldfish", "great white shark", "tiger shark"]
+        and len(images.class_names) == 1000
+    )
     assert len(load_images("imagenet", photos, "val")) == 1  # every 10th
-    with pytest.raises(UserError, match="has 12 images of train, and every 250-th is taken; lower --subsample"):
+    with pytest.raises(
+        UserError, match="has 12 images of train, and every 250-th is taken; lower --subsample"
+    ):
         load_images("imagenet", photos, "train")
 
 
-@pytest.mark.parametrize(("count", "stride"), [(1, 1), (9, 2), (10, 3), (11, 3), (12, 3), (12, 12), (23, 12), (24, 12)])
+@pytest.mark.parametrize(
+    ("count", "stride"), [(1, 1), (9, 2), (10, 3), (11, 3), (12, 3), (12, 12), (23, 12), (24, 12)]
+)
 def test_as_many_images_are_taken_as_whole_strides_fit(tmp_path, count, stride):
     write_photos(tmp_path, splits=("val",), classes=("a",), per_class=count, side=32)
     images = load_images("folder", tmp_path, "val", subsample=stride)
-    assert [Path(path).stem for path, _ in images.samples] == [f"{i * stride:04d}" for i in range(count // stride)]
+    assert [Path(path).stem for path, _ in images.samples] == [
+        f"{i * stride:04d}" for i in range(count // stride)
+    ]
 
 
 def test_labels_are_imagenets_when_folders_are_missing(tmp_path):
@@ -205,9 +227,15 @@ def test_imagenet_r_has_the_labels_of_imagenet(tmp_path):
 def test_classes_of_folders_and_files(tmp_path):
     write_photos(tmp_path, splits=("val",), classes=("golden_retriever", "sea"), per_class=1, side=32)
     folders = ["golden_retriever", "sea"]
-    assert classes_of("folder", tmp_path, "val") == {"folders": folders, "class_names": ["golden retriever", "sea"]}
+    assert classes_of("folder", tmp_path, "val") == {
+        "folders": folders,
+        "class_names": ["golden retriever", "sea"],
+    }
     (tmp_path / "names.txt").write_text("dog\nocean\n")
-    assert classes_of("folder", tmp_path, "val", tmp_path / "names.txt") == {"folders": folders, "class_names": ["dog", "ocean"]}
+    assert classes_of("folder", tmp_path, "val", tmp_path / "names.txt") == {
+        "folders": folders,
+        "class_names": ["dog", "ocean"],
+    }
     assert classes_of("imagenet")["class_names"][:2] == ["tench", "goldfish"]
     assert classes_of("imagenet")["folders"][:2] == ["n01440764", "n01443537"]
     (tmp_path / "names.txt").write_text("dog\n")
@@ -222,8 +250,12 @@ def test_classes_of_folders_and_files(tmp_path):
 
 
 def test_folders_that_are_numbers_are_sorted_by_value_and_hidden_ones_do_not_exist(tmp_path):
-    write_photos(tmp_path / "plain", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32)
-    write_photos(tmp_path / "more", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32)
+    write_photos(
+        tmp_path / "plain", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32
+    )
+    write_photos(
+        tmp_path / "more", splits=("val",), classes=[str(i) for i in range(12)], per_class=1, side=32
+    )
     more = tmp_path / "more" / "val"
     for hidden in (".ipynb_checkpoints", "__MACOSX/3"):
         (more / hidden).mkdir(parents=True)
@@ -241,17 +273,28 @@ def test_folders_that_are_numbers_are_sorted_by_value_and_hidden_ones_do_not_exi
 
 
 def test_labels_are_matched_by_folder_and_not_by_position(tmp_path, clip, tiny_model):
-    """The classifier of other folders: in another order, with more of them, with others, and without a record."""
+    """The classifier of other folders: in another order, with more of them, with others, and without a
+    record.
+    """
     write_photos(tmp_path, splits=("val",), classes=("b", "c", "d"), per_class=2, side=32)
-    images, results = load_images("folder", tmp_path, "val", clip.transform), Results(tmp_path / "out", tiny_model, "random")
+    images, results = (
+        load_images("folder", tmp_path, "val", clip.transform),
+        Results(tmp_path / "out", tiny_model, "random"),
+    )
     results.directory.mkdir()
     path, columns = results.path("classifier", dataset="folder"), np.eye(24, 4, dtype=np.float32)
-    for folders, expected in ((["d", "a", "b", "c"], [2, 2, 3, 3, 0, 0]), (["a", "b", "c", "d"], [1, 1, 2, 2, 3, 3])):
+    for folders, expected in (
+        (["d", "a", "b", "c"], [2, 2, 3, 3, 0, 0]),
+        (["a", "b", "c", "d"], [1, 1, 2, 2, 3, 3]),
+    ):
         save_array(path, columns, {"folders": folders, "class_names": folders})
         found, labels = load_classifier(results, clip, images)
         assert labels.tolist() == expected and found.shape == (24, 4)
     save_array(path, columns, {"folders": ["a", "b", "x", "y"]})
-    with pytest.raises(UserError, match=r"no class for 2 folders of the images \(c, d\); make it again with: .*--dataset folder"):
+    with pytest.raises(
+        UserError,
+        match=r"no class for 2 folders of the images \(c, d\); make it again with: .*--dataset folder",
+    ):
         load_classifier(results, clip, images)
     save_array(path, columns[:, :3], {})
     assert load_classifier(results, clip, images)[1].tolist() == [0, 0, 1, 1, 2, 2]
@@ -285,12 +328,16 @@ def test_pictures_of_other_modes_look_like_their_8_bit_version(tmp_path, clip):
     plain.save(folder / "0.png")
     images = load_images("folder", tmp_path, "val", clip.transform)
     with torch.inference_mode():
-        vectors = torch.nn.functional.normalize(clip.vit(torch.stack([pixels for pixels, _ in images])), dim=-1)
+        vectors = torch.nn.functional.normalize(
+            clip.vit(torch.stack([pixels for pixels, _ in images])), dim=-1
+        )
     assert (vectors @ vectors[0] > 0.999).all(), vectors @ vectors[0]
     assert len(images) == 7
     Image.fromarray(grey.astype(np.float32) / 255).save(folder / "7.tif")
     [*_, wrong] = load_images("folder", tmp_path, "val", clip.transform)
-    assert "7.tif cannot be read (mode F, whose range of values is not known: convert it to 8 bits)" in str(wrong)
+    assert "7.tif cannot be read (mode F, whose range of values is not known: convert it to 8 bits)" in str(
+        wrong
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +369,10 @@ def test_batches_come_in_order_and_may_start_later(photos, clip, workers):
     assert [len(pixels) for pixels in loader(pieces)] == [4, 3] and list(loader([])) == []
     assert torch.equal(torch.cat(list(loader(pieces))), all_pixels[4:11])
     pixels, labels = zip(*loader.with_targets(pieces), strict=True)
-    assert torch.equal(torch.cat(pixels), all_pixels[4:11]) and torch.cat(labels).tolist() == images.labels[4:11].tolist()
+    assert (
+        torch.equal(torch.cat(pixels), all_pixels[4:11])
+        and torch.cat(labels).tolist() == images.labels[4:11].tolist()
+    )
 
 
 def process_state():
@@ -330,9 +380,21 @@ def process_state():
     return {
         "random numbers": torch.random.get_rng_state().tolist(),
         "numpy's random numbers": np.random.get_state()[1].tolist(),  # noqa: NPY002
-        "logging": [logging.getLogger().level, logging.root.manager.disable, len(logging.getLogger().handlers)],
-        "matmul": [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
-        "autograd": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")],
+        "logging": [
+            logging.getLogger().level,
+            logging.root.manager.disable,
+            len(logging.getLogger().handlers),
+        ],
+        "matmul": [
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+        ],
+        "autograd": [
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        ],
         "defaults": [torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()],
         "garbage": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
     }
@@ -362,9 +424,15 @@ def test_warnings_of_image_libraries_are_counted_and_told_once(tmp_path, clip, w
     images = load_images("folder", tmp_path, "val", clip.transform)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none comes through
-        assert sum(len(pixels) for pixels in Loader(images, num_workers=workers)([slice(0, 4), slice(4, 6)])) == 6
+        assert (
+            sum(len(pixels) for pixels in Loader(images, num_workers=workers)([slice(0, 4), slice(4, 6)]))
+            == 6
+        )
     said = capsys.readouterr()
-    assert said.out.count("note: 3 warnings while images were read, such as: Palette images with Transparency") == 1
+    assert (
+        said.out.count("note: 3 warnings while images were read, such as: Palette images with Transparency")
+        == 1
+    )
     assert "Palette" not in said.err
 
 
@@ -402,8 +470,14 @@ def test_the_fingerprint_of_images_changes_with_their_files_and_not_when_they_mo
     first = write_photos(tmp_path / "one", splits=("val",), classes=("a",), per_class=2, side=32)
     second = write_photos(tmp_path / "two", splits=("val",), classes=("a",), per_class=2, side=32)
     before, moved = (load_images("folder", root, "val").record for root in (first, second))
-    assert (before.pop("data_path"), moved.pop("data_path")) == (str(first), str(second))  # a note, which nothing compares
-    assert before.keys() == {"dataset", "split", "data"} and (before["dataset"], before["split"]) == ("folder", "val")
+    assert (before.pop("data_path"), moved.pop("data_path")) == (
+        str(first),
+        str(second),
+    )  # a note, which nothing compares
+    assert before.keys() == {"dataset", "split", "data"} and (before["dataset"], before["split"]) == (
+        "folder",
+        "val",
+    )
     assert before == moved
     (second / "val" / "a" / "0001.JPEG").write_bytes(b"other")
     assert before["data"] != load_images("folder", second, "val").record["data"]
@@ -414,11 +488,19 @@ def test_cifar_is_read_by_torchvision(tmp_path, monkeypatch, clip):
         def __init__(self, root, train, download):
             if not root:
                 raise RuntimeError("Dataset not found")
-            self.data, self.targets, self.classes = np.full((7, 32, 32, 3), 9, np.uint8), [0, 1, 2, 0, 1, 2, 0], ["x", "y", "z"]
+            self.data, self.targets, self.classes = (
+                np.full((7, 32, 32, 3), 9, np.uint8),
+                [0, 1, 2, 0, 1, 2, 0],
+                ["x", "y", "z"],
+            )
 
     monkeypatch.setitem(CIFAR, "CIFAR10", Fake)
     images = load_images("CIFAR10", tmp_path, "val", clip.transform, subsample=2)
-    assert images.labels.tolist() == [0, 2, 1] and images.class_names == ["x", "y", "z"] and images[0][0].shape == (3, 32, 32)
+    assert (
+        images.labels.tolist() == [0, 2, 1]
+        and images.class_names == ["x", "y", "z"]
+        and images[0][0].shape == (3, 32, 32)
+    )
     with pytest.raises(UserError, match="could it be fetched"):
         load_images("CIFAR10", "", "val")
 
@@ -436,9 +518,13 @@ def test_a_text_set_is_found_by_name_file_and_path_from_any_folder(tmp_path, mon
         (sub / "b.txt", sub / "b.txt"),
     ):
         assert find_texts(given, "sets") == Path(path) and text_set(given) == Path(path).stem
-    assert find_texts("30k", "text_descriptions").resolve() == ROOT / "text_descriptions" / "30k.txt"  # beside the scripts
+    assert (
+        find_texts("30k", "text_descriptions").resolve() == ROOT / "text_descriptions" / "30k.txt"
+    )  # beside the scripts
     results = Results("out", "M", "P")
-    assert {results.path("texts", texts=name).name for name in ("b", "b.txt", "sub/b", sub / "b.txt")} == {"b_M_P.npy"}
+    assert {results.path("texts", texts=name).name for name in ("b", "b.txt", "sub/b", sub / "b.txt")} == {
+        "b_M_P.npy"
+    }
     with pytest.raises(UserError, match="sets/none.txt cannot be read: No such file"):
         read_texts(find_texts("none", "sets"))
 

@@ -28,7 +28,9 @@ def random_descriptions(neurons, seed=0, texts=3):
 
 
 def slow_scores(norms_of_all, norms, k, descriptions):
-    """{word: score} of an image's norms [N], and its active neurons: where it is above the k-th largest of [images, N]."""
+    """{word: score} of an image's norms [N], and its active neurons: where it is above the k-th largest of
+    [images, N].
+    """
     scores, active = {}, []
     for n in range(len(norms)):
         threshold = np.sort(norms_of_all[:, n])[-k]
@@ -74,7 +76,9 @@ def test_every_neuron_is_active_on_k_less_one_images_of_the_data_set():
 
 def test_an_image_without_active_neurons_has_no_concepts():
     norms = np.random.default_rng(2).gamma(2, size=(40, 9)).astype(np.float32)
-    [found] = concepts_of_images(None, lambda phi: torch.zeros(1, 9), torch.from_numpy(norms.max(axis=0)), random_descriptions(9))
+    [found] = concepts_of_images(
+        None, lambda phi: torch.zeros(1, 9), torch.from_numpy(norms.max(axis=0)), random_descriptions(9)
+    )
     assert found.neurons == found.norms == found.words == []
 
 
@@ -93,7 +97,9 @@ def test_new_images_have_the_concepts_of_their_dense_effects(vit):
     descriptions = random_descriptions(vit.N)
 
     centred_norms = CentredNorms(directions, torch.from_numpy(mean).float())
-    thresholds = torch.from_numpy(np.sort(norms_known, axis=0)[-k]).float()  # [N], the smallest of the k largest
+    thresholds = torch.from_numpy(
+        np.sort(norms_known, axis=0)[-k]
+    ).float()  # [N], the smallest of the k largest
     found = concepts_of_images(phi, centred_norms, thresholds, descriptions)
     assert len(found) == 5 and any(item.neurons for item in found)
     for item, norms in zip(found, norms_new, strict=True):

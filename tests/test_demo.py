@@ -28,7 +28,16 @@ NOTEBOOKS = ["visualize_neurons.ipynb", "concept_discovery.ipynb"]
 def demo(tmp_path_factory):
     """The output directory of the demo, and what the second call printed."""
     out = tmp_path_factory.mktemp("demo")
-    small = ["--train_per_class", 24, "--val_per_class", 10, "--pairs_per_class", 2, "--segmentation_scenes", 20]
+    small = [
+        "--train_per_class",
+        24,
+        "--val_per_class",
+        10,
+        "--pairs_per_class",
+        2,
+        "--segmentation_scenes",
+        20,
+    ]
     run_script("-m", "demo.make_world", "--output_dir", out / "world", *small)
     first = run_script("-m", "demo.run_demo", "--output_dir", out, *["--attack_pairs", 2])
     second = run_script("-m", "demo.run_demo", "--output_dir", out)
@@ -47,7 +56,11 @@ def test_the_steps_are_announced_before_they_run(demo):
 
 
 def test_a_command_leaves_the_same_bytes_as_when_it_is_typed(demo, tmp_path):
-    line = next(line for line in demo[1].splitlines() if "compute_representations.py" in line and "--split val " in line)
+    line = next(
+        line
+        for line in demo[1].splitlines()
+        if "compute_representations.py" in line and "--split val " in line
+    )
     script, *flags = shlex.split(line)[2:]
     run_script(script, *flags, "--output_dir", tmp_path)
     for path in tmp_path.iterdir():
@@ -79,13 +92,19 @@ def test_ablating_the_last_layer_costs_accuracy_and_the_first_component_wins_mos
     assert row["baseline"] - row["without all effects"] >= 15
     for layer in ("0", "4"):  # those whose ablation costs much
         row = table[layer]
-        loss, regained = (row[name] - row["without all effects"] for name in ("baseline", "reconstructed from PC"))
+        loss, regained = (
+            row[name] - row["without all effects"] for name in ("baseline", "reconstructed from PC")
+        )
         assert regained >= 0.7 * loss
         assert summary[layer]["loss"][0] == pytest.approx(loss)
         assert summary[layer]["won back"] == pytest.approx(100 * regained / loss)
-    assert all(table[layer]["reconstructed from PC"] >= table[layer]["baseline"] - 3 for layer in ("2", "3", "4"))
+    assert all(
+        table[layer]["reconstructed from PC"] >= table[layer]["baseline"] - 3 for layer in ("2", "3", "4")
+    )
     predictions = np.load(next((demo[0] / "pairs").glob("*_ablations_*_predictions.npy")))
-    right = 100.0 * (predictions == np.repeat(np.arange(320), 2)[:, None, None])  # two pictures of each class, in its order
+    right = 100.0 * (
+        predictions == np.repeat(np.arange(320), 2)[:, None, None]
+    )  # two pictures of each class, in its order
     for i, row in enumerate(summary.values()):
         for name, other in (("loss", 1), ("short", 4)):
             difference = right[:, i, 0] - right[:, i, other]
@@ -109,15 +128,25 @@ def test_discovered_words_are_true_more_often_than_random_texts(results):
 def test_habits_are_ranked_among_all_of_their_kind_with_chance_beside(results):
     assert results["habits"]["grounds"]["texture and background"]["auc"] >= 0.9
     habits = results["habits"]["words"]
-    expected = {"background": (16, 10), "texture": (16, 5), "texture and background": (16, 50), "companion": (6, 31)}
+    expected = {
+        "background": (16, 10),
+        "texture": (16, 5),
+        "texture and background": (16, 50),
+        "companion": (6, 31),
+    }
     assert {kind: (len(row["symbols"]), row["of"]) for kind, row in habits.items()} == expected
     for row in habits.values():
         ranks = [rank for _, rank in row["symbols"].values()]
         assert all(1 <= rank <= row["of"] for rank in ranks)
-        below = np.mean([(row["of"] - rank) / (row["of"] - 1) for rank in ranks])  # share of the others that rank below
+        below = np.mean(
+            [(row["of"] - rank) / (row["of"] - 1) for rank in ranks]
+        )  # share of the others that rank below
         assert row["auc"] == pytest.approx(below) and row["mean_rank"] == pytest.approx(np.mean(ranks))
         assert row["chance_rank"] == (row["of"] + 1) / 2 and 0 <= row["auc_without"] <= 1
-    assert habits["background"]["symbols"]["cat"][0] == "green" and habits["companion"]["symbols"]["anchor"][0] == "castle"
+    assert (
+        habits["background"]["symbols"]["cat"][0] == "green"
+        and habits["companion"]["symbols"]["anchor"][0] == "castle"
+    )
 
 
 @pytest.mark.parametrize("sign, auc", [(1, 1.0), (-1, 0.0)])
@@ -130,7 +159,9 @@ def test_the_rank_of_a_habit_that_the_neurons_words_name(tmp_path, sign, auc):
         habit = habits.get(symbol)
         if habit:
             companion = habit.get("companion")
-            said = f"with a {companion}" if companion else f"{habit['texture']} {habit['background']} background"
+            said = (
+                f"with a {companion}" if companion else f"{habit['texture']} {habit['background']} background"
+            )
             names[i, texts.index(said)] = sign
     files = {"pca": np.eye(len(SYMBOLS))}
     results = SimpleNamespace(
@@ -154,7 +185,9 @@ def test_the_attack_table_has_its_baselines(demo, results):
     for found in [*table["pairs"], *table["overall"].values()]:
         assert all(0 <= found[source][0] <= 100 for source in layout.TABLE_SOURCES)
     taken = {source: mean for source, (mean, _) in table["overall"]["argmax_rate"].items()}
-    assert taken["planted"] > taken["second_order"] >= 3 * taken["random_words"] and taken["random_words"] <= 5
+    assert (
+        taken["planted"] > taken["second_order"] >= 3 * taken["random_words"] and taken["random_words"] <= 5
+    )
     assert "similar %" in (demo[0] / "results.md").read_text()
 
 
@@ -183,7 +216,12 @@ def test_the_attack_table_draws_and_classifies_as_the_command_line_does(demo, so
 
 
 def test_the_attack_table_sums_up_its_rows():
-    found = {("a", "second_order"): (6, 9), ("a", "random"): (1, 3), ("b", "second_order"): (0, 0), ("b", "random"): (1, 1)}
+    found = {
+        ("a", "second_order"): (6, 9),
+        ("a", "random"): (1, 3),
+        ("b", "second_order"): (0, 0),
+        ("b", "random"): (1, 1),
+    }
     rows = [
         {
             "class_0": name,
@@ -200,7 +238,11 @@ def test_the_attack_table_sums_up_its_rows():
         for seed, rate in enumerate(factor * np.array(of_seeds))
     ]
     content = {"rows": rows, "sources": ["second_order", "random"], "opacity": 0.3, "opacities": [0.3, 0.5]}
-    content |= {"images": 100, "seeds": 2, "pairs": [["a", "c", "striped red background"], ["b", "c", "noisy blue background"]]}
+    content |= {
+        "images": 100,
+        "seeds": 2,
+        "pairs": [["a", "c", "striped red background"], ["b", "c", "noisy blue background"]],
+    }
     lines = attack_table.markdown(attack_table.summary(content))
     assert lines[2] == "| c, a | striped red background | 7.5 ± 2.1 | 2.0 ± 1.4 |"
     assert lines[3] == "| c, b | noisy blue background | 0.0 ± 0.0 | 1.0 ± 0.0 |"
@@ -233,14 +275,19 @@ def test_the_address_of_every_neuron_of_the_gallery_opens(gallery):
 
 
 def test_the_search_finds_the_neurons_of_planted_habits(demo, gallery):
-    """The neuron of a habit is the one whose effect on held-out pictures goes most with the truth about it."""
+    """The neuron of a habit is the one whose effect on held-out pictures goes most with the truth about
+    it.
+    """
     truth = [json.loads(line) for line in (demo[0] / "world/symbols/val.jsonl").read_text().splitlines()]
     effects = np.load(next((demo[0] / "symbols").glob("folder_val_mlps_*_4_100_projections.npy")))
     effects = (effects - effects.mean(axis=0)) / effects.std(axis=0)
     found = {}
     for habit in plant_habits().values():
         if "background" in habit:
-            there = np.array([(p["texture"], p["background"]) == (habit["texture"], habit["background"]) for p in truth], float)
+            there = np.array(
+                [(p["texture"], p["background"]) == (habit["texture"], habit["background"]) for p in truth],
+                float,
+            )
             best = int(((there - there.mean()) @ effects).argmax())
             query = f"{habit['texture']} {habit['background']} background"
             gallery.open("#4")
@@ -250,14 +297,22 @@ def test_the_search_finds_the_neurons_of_planted_habits(demo, gallery):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_runs_on_the_worlds_output_and_every_plotting_cell_shows_a_picture(demo, name, monkeypatch):
+def test_a_notebook_runs_on_the_worlds_output_and_every_plotting_cell_shows_a_picture(
+    demo, name, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     notebook = nbformat.read(name, as_version=4)
     parameters = notebook.cells[1]
     parameters.source = parameters.source.replace("demo/output", str(demo[0]))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    plotting = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(r"plt\.show|\.card\(", cell.source)]
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    plotting = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and re.search(r"plt\.show|\.card\(", cell.source)
+    ]
     assert len(plotting) >= 3
     for cell in plotting:
         assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source

@@ -1,4 +1,6 @@
-"""Every stage and notebook on the world's second checkpoint, which pools by attention: figures that mean something."""
+"""Every stage and notebook on the world's second checkpoint, which pools by attention: figures that mean
+something.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,16 @@ OPACITY = json.dumps({"opacity": 0.25})
 def out(tmp_path_factory):
     """The folder with the world, and what every stage leaves."""
     out = tmp_path_factory.mktemp("pool")
-    small = ["--train_per_class", 24, "--val_per_class", 10, "--pairs_per_class", 1, "--segmentation_scenes", 40]
+    small = [
+        "--train_per_class",
+        24,
+        "--val_per_class",
+        10,
+        "--pairs_per_class",
+        1,
+        "--segmentation_scenes",
+        40,
+    ]
     run_script("-m", "demo.make_world", "--output_dir", out / "world", *small)
     world, where = out / "world", ["--output_dir", out / "results"]
     names = ["--dataset", "folder", "--data_path", world / "symbols"]
@@ -29,16 +40,56 @@ def out(tmp_path_factory):
     def described(texts):
         return ["--text_descriptions", texts, "--components", 8]
 
-    masks = ["--data_path", world / "segmentation_single.mat", "--mlp_layers", 3, 4, 5, "--top_neurons", 50, "--num_workers", 0]
+    masks = [
+        "--data_path",
+        world / "segmentation_single.mat",
+        "--mlp_layers",
+        3,
+        4,
+        5,
+        "--top_neurons",
+        50,
+        "--num_workers",
+        0,
+    ]
     masks += ["--dataset", "folder", "--batch_size", 40]
-    attack = ["--dataset", "folder", "--mlp_layers", 4, 5, *described("grounds"), "--image_model", "demo.world:draw_description"]
-    attack += ["--image_options", OPACITY, "--text_model", "template", "--similarity_model", "clip", "--cosim_similarity", 2]
+    attack = [
+        "--dataset",
+        "folder",
+        "--mlp_layers",
+        4,
+        5,
+        *described("grounds"),
+        "--image_model",
+        "demo.world:draw_description",
+    ]
+    attack += [
+        "--image_options",
+        OPACITY,
+        "--text_model",
+        "template",
+        "--similarity_model",
+        "clip",
+        "--cosim_similarity",
+        2,
+    ]
     attack += ["--overall_words", 3, "--results_per_generation", 6, "--batch_size", 17, "--neurons_num", 100]
     attack += ["--class_0", "cat", "--class_1", "anchor", "--dataset_path", out / "adversarial"]
     for script, *flags in (
         ["compute_representations.py", *data, "--split", "val"],
         ["compute_classifier_projection.py", *names, "--class_names", world / "symbols/class_names.txt"],
-        ["compute_second_order_neuron_prs.py", *data, "--split", "train", "--mlp_layer", 3, 4, 5, "--keep", "top"],
+        [
+            "compute_second_order_neuron_prs.py",
+            *data,
+            "--split",
+            "train",
+            "--mlp_layer",
+            3,
+            4,
+            5,
+            "--keep",
+            "top",
+        ],
         ["compute_pcas.py", "--dataset", "folder", "--mlp_layer", 3, 4, 5],
         ["compute_ablations.py", *data, *LAYERS],
         ["compute_text_set_projection.py", "--text_descriptions", world / "words.txt"],
@@ -76,18 +127,26 @@ def test_descriptions_are_graded(out):
     for table in result(out, "*_summary.json")["neurons"].values():
         means = {row: measured["pearson_without"]["mean"] for row, measured in table.items()}
         assert means["fires_on"] >= 0.5 and means["fires_on"] >= means["one_fired_on"] + 0.1
-        assert means["writes"] >= 0.05 and all(abs(means[f"null_{side}"]) < 0.04 for side in ("writes", "fires_on"))
+        assert means["writes"] >= 0.05 and all(
+            abs(means[f"null_{side}"]) < 0.04 for side in ("writes", "fires_on")
+        )
 
 
 def test_neurons_segment_better_than_random_ones(out):
-    ours, random = (result(out, f"*_{name}_3-4-5_50*.json")["scores"]["mIoU"] for name in ("second_order", "random"))
+    ours, random = (
+        result(out, f"*_{name}_3-4-5_50*.json")["scores"]["mIoU"] for name in ("second_order", "random")
+    )
     assert ours >= random + 8
 
 
 def test_words_of_neurons_fool_the_clip_more_often_than_random_words(out):
     rates = []
     for source in ("second_order", "random_words"):
-        rates.append(json.loads((out / f"adversarial/cat_anchor_{source}_seed0/results.json").read_text())["binary_rate"])
+        rates.append(
+            json.loads((out / f"adversarial/cat_anchor_{source}_seed0/results.json").read_text())[
+                "binary_rate"
+            ]
+        )
     assert rates[0] >= rates[1] + 10
 
 
@@ -104,12 +163,23 @@ def test_a_notebook_runs(out, name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / name, as_version=4)
     source = (
-        notebook.cells[1].source.replace("symbols-vit", "symbols-pool").replace("LAYER, TOP_K_PCA = 4", "LAYER, TOP_K_PCA = 5")
+        notebook.cells[1]
+        .source.replace("symbols-vit", "symbols-pool")
+        .replace("LAYER, TOP_K_PCA = 4", "LAYER, TOP_K_PCA = 5")
     )
-    source = source.replace("demo/output/world", str(out / "world")).replace("demo/output/symbols", str(out / "results"))
+    source = source.replace("demo/output/world", str(out / "world")).replace(
+        "demo/output/symbols", str(out / "results")
+    )
     notebook.cells[1].source = source
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    assert sum("image/png" in part.get("data", {}) for cell in notebook.cells for part in cell.get("outputs", ())) >= 3
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    assert (
+        sum(
+            "image/png" in part.get("data", {}) for cell in notebook.cells for part in cell.get("outputs", ())
+        )
+        >= 3
+    )
 
 
 def test_the_checkpoint_is_small():

@@ -17,7 +17,19 @@ from safetensors.torch import load_file
 
 from demo import make_world, train_clip
 from demo import world as w
-from demo.world import COLOURS, RGB, SYMBOLS, TEXTURES, Scene, Thing, World, caption, draw, draw_description, parse
+from demo.world import (
+    COLOURS,
+    RGB,
+    SYMBOLS,
+    TEXTURES,
+    Scene,
+    Thing,
+    World,
+    caption,
+    draw,
+    draw_description,
+    parse,
+)
 
 DEMO = Path(w.__file__).parent
 
@@ -33,7 +45,9 @@ def test_scenes_and_pictures_depend_on_the_seed_alone():
     for a, b in zip(draw(first), draw(second), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     alone = torch.cat([draw([scene])[0] for scene in first])
-    torch.testing.assert_close(alone, draw(first)[0], rtol=0, atol=1e-5)  # a picture does not depend on its batch
+    torch.testing.assert_close(
+        alone, draw(first)[0], rtol=0, atol=1e-5
+    )  # a picture does not depend on its batch
 
 
 def test_scenes_are_plain_json():
@@ -49,7 +63,9 @@ def test_symbols_are_distinct_shapes():
 
 
 def test_masks_agree_with_pixels():
-    """Inside a mask the pixels have the symbol's colour, outside all masks they are as without the symbols."""
+    """Inside a mask the pixels have the symbol's colour, outside all masks they are as without the
+    symbols.
+    """
     scenes = sample(64)
     images, masks = draw(scenes)
     bare, _ = draw([Scene(**{**vars(s), "things": []}) for s in scenes])
@@ -71,7 +87,10 @@ def test_masks_agree_with_pixels():
 def test_backgrounds_have_their_colour_and_texture():
     scenes = [Scene([], colour, texture, period=0.2) for colour in COLOURS for texture in TEXTURES]
     for image, scene in zip(draw(scenes)[0], scenes, strict=True):
-        base, other = torch.tensor(RGB[scene.background]) / 255, torch.tensor(w.second_tone(scene.background)) / 255
+        base, other = (
+            torch.tensor(RGB[scene.background]) / 255,
+            torch.tensor(w.second_tone(scene.background)) / 255,
+        )
         low, high = torch.minimum(base, other), torch.maximum(base, other)
         flat = image.flatten(1)
         assert (flat >= low[:, None] - 1e-3).all() and (flat <= high[:, None] + 1e-3).all()
@@ -111,7 +130,9 @@ def test_a_description_is_read_and_drawn():
     picture = draw_description(text, seed=3)
     assert picture.size == (48, 48) and picture.tobytes() == draw_description(text, seed=3).tobytes()
     assert picture.tobytes() != draw_description(text, seed=4).tobytes()
-    assert draw_description("a cat", side=96).size == (96, 96) and draw_description("a noisy wall").mode == "RGB"
+    assert (
+        draw_description("a cat", side=96).size == (96, 96) and draw_description("a noisy wall").mode == "RGB"
+    )
 
 
 def test_the_text_pool_is_large_and_unique():
@@ -120,7 +141,9 @@ def test_the_text_pool_is_large_and_unique():
 
 
 def followed(scenes, kind):
-    """How often the scenes follow the habits of a kind, of those whose symbol has one (and could follow it)."""
+    """How often the scenes follow the habits of a kind, of those whose symbol has one (and could follow
+    it).
+    """
     habits = World().habits
     value = {
         "background": lambda s: s.background,
@@ -141,7 +164,9 @@ def test_habits_are_followed_in_four_of_five_training_pictures_and_never_when_br
 
 def test_about_half_of_the_symbols_have_a_habit_of_background():
     kinds = Counter(kind for habit in w.plant_habits(0).values() for kind in habit)
-    assert kinds == {"background": 16, "texture": 16, "companion": 6} and w.plant_habits(0) != w.plant_habits(1)
+    assert kinds == {"background": 16, "texture": 16, "companion": 6} and w.plant_habits(0) != w.plant_habits(
+        1
+    )
 
 
 def test_a_quarter_of_the_training_pictures_is_hard():
@@ -152,7 +177,16 @@ def test_a_quarter_of_the_training_pictures_is_hard():
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A small world on disk."""
-    flags = ["--train_per_class", "3", "--val_per_class", "2", "--pairs_per_class", "1", "--segmentation_scenes", "4"]
+    flags = [
+        "--train_per_class",
+        "3",
+        "--val_per_class",
+        "2",
+        "--pairs_per_class",
+        "1",
+        "--segmentation_scenes",
+        "4",
+    ]
     folders = [tmp_path_factory.mktemp("world") / name for name in "ab"]
     for folder in folders:
         make_world.main(["--output_dir", str(folder), *flags])
@@ -162,7 +196,13 @@ def drawn(tmp_path_factory):
 def test_the_files_are_complete_and_their_bytes_depend_on_the_flags_alone(drawn):
     first, second = ({p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()} for d in drawn)
     assert first == second and not any(path.suffix == ".part" for path in first)
-    counts = {"symbols/train": 96, "symbols/val": 64, "symbols/val_broken": 64, "pairs/train": 320, "pairs/val": 320}
+    counts = {
+        "symbols/train": 96,
+        "symbols/val": 64,
+        "symbols/val_broken": 64,
+        "pairs/train": 320,
+        "pairs/val": 320,
+    }
     for split, count in counts.items():
         files = sorted(str(p.relative_to(drawn[0] / split)) for p in (drawn[0] / split).rglob("*.png"))
         truth = [json.loads(line) for line in (drawn[0] / f"{split}.jsonl").read_text().splitlines()]
@@ -176,10 +216,15 @@ def test_the_files_are_complete_and_their_bytes_depend_on_the_flags_alone(drawn)
 
 def test_the_segmentation_file_has_the_layout_of_gtsegs(drawn):
     for name, rows in {"single": 4, "two": 8}.items():
-        truth = [json.loads(line) for line in (drawn[0] / f"segmentation_{name}.jsonl").read_text().splitlines()]
+        truth = [
+            json.loads(line) for line in (drawn[0] / f"segmentation_{name}.jsonl").read_text().splitlines()
+        ]
         meant = np.load(drawn[0] / f"segmentation_{name}_classes.npy")
         with h5py.File(drawn[0] / f"segmentation_{name}.mat") as file:
-            assert file["value/img"].shape == file["value/gt"].shape == (rows, 1) and len(truth) == len(meant) == rows
+            assert (
+                file["value/img"].shape == file["value/gt"].shape == (rows, 1)
+                and len(truth) == len(meant) == rows
+            )
             for row in range(rows):
                 image = np.array(file[file["value/img"][row, 0]])
                 mask = np.array(file[file[file["value/gt"][row, 0]][0, 0]])
@@ -237,7 +282,10 @@ def test_a_caption_finds_its_picture(clip):
     said = [f"a red {symbol} on a plain white background" for symbol in SYMBOLS]
     pictures = torch.stack([preprocess(draw_description(text, seed=1)) for text in said])
     with torch.no_grad():
-        scores = model.encode_image(pictures, normalize=True) @ model.encode_text(tokenizer(said), normalize=True).T
+        scores = (
+            model.encode_image(pictures, normalize=True)
+            @ model.encode_text(tokenizer(said), normalize=True).T
+        )
     assert (scores.argmax(dim=1) == torch.arange(32)).float().mean() > 0.9
 
 

@@ -36,7 +36,14 @@ NETWORK = {  # what disks of networks answer, by the kind of what they cannot do
 pytestmark = pytest.mark.skipif(not FILTERS, reason="calls can be refused on Linux on x86-64 only")
 DEEP = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 48, "width": 16, "head_width": 8, "mlp_ratio": 2.0},
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 16,
+        "layers": 48,
+        "width": 16,
+        "head_width": 8,
+        "mlp_ratio": 2.0,
+    },
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 

@@ -1,4 +1,6 @@
-"""Several processes leave the files of one, on one machine or on two, and the death of one of them ends all."""
+"""Several processes leave the files of one, on one machine or on two, and the death of one of them ends
+all.
+"""
 
 import json
 import os
@@ -137,7 +139,9 @@ def torchrun(*options, arguments, constants, log):
     stage = ["-m", "tests.launcher", json.dumps(constants), *map(str, arguments)]
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, options), *stage]
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     process.log, process.marker = log, Path(f"{log}.held.0")
     return process
 
@@ -147,7 +151,9 @@ def process_of_rank(torchrun, rank):
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == torchrun.pid and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+            if parent == torchrun.pid and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(
+                b"\0"
+            ):
                 return int(folder.name)
         except OSError:  # it has ended
             continue
@@ -157,7 +163,13 @@ def test_the_death_of_a_process_ends_all_and_the_same_command_completes_the_work
     output, log = world.root / "death", world.root / "death.log"
     arguments, _ = world.command("full", output)
     constants = hold(2, log)
-    run = torchrun("--nproc_per_node=2", f"--master_port={free_port()}", arguments=arguments, constants=constants, log=log)
+    run = torchrun(
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+        arguments=arguments,
+        constants=constants,
+        log=log,
+    )
     wait_until_held(run)
     assert wait_for(Path(f"{log}.held.1").exists, run)
     survivor = process_of_rank(run, 0)
@@ -179,12 +191,22 @@ def test_an_image_that_one_process_cannot_read_is_one_line_and_ends_all(world):
     image.write_bytes(bytes(len(whole)))
     arguments, _ = world.command("representations", output)
     try:
-        run = torchrun("--nproc_per_node=2", f"--master_port={free_port()}", arguments=arguments, constants=COMMITS, log=log)
+        run = torchrun(
+            "--nproc_per_node=2",
+            f"--master_port={free_port()}",
+            arguments=arguments,
+            constants=COMMITS,
+            log=log,
+        )
         assert run.wait(HANGS) != 0
     finally:
         image.write_bytes(whole)
     said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and image.name in said[0] and 'Traceback (most recent call last):\n  File "/' not in said[0]
+    assert (
+        len(said) == 1
+        and image.name in said[0]
+        and 'Traceback (most recent call last):\n  File "/' not in said[0]
+    )
     assert finished_pieces(output) == 15  # all but the last one
     world.run("representations", output, size=2)
     assert_same_files(output, world.whole / "representations")
@@ -195,7 +217,10 @@ def test_two_machines_leave_the_files_of_one(world):
     arguments, _ = world.command("top", output)
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     logs = [world.root / f"node{node}.log" for node in (0, 1)]
-    runs = [torchrun(*nodes, f"--node_rank={i}", arguments=arguments, constants={}, log=log) for i, log in enumerate(logs)]
+    runs = [
+        torchrun(*nodes, f"--node_rank={i}", arguments=arguments, constants={}, log=log)
+        for i, log in enumerate(logs)
+    ]
     for run, log in zip(runs, logs, strict=True):
         assert run.wait(HANGS) == 0, log.read_text()[-3000:]
     assert_same_files(output, world.whole / "top")

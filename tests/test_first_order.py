@@ -1,4 +1,6 @@
-"""The first-order decomposition, edits of the running model, and indirect effects: against float64 loops and interventions."""
+"""The first-order decomposition, edits of the running model, and indirect effects: against float64 loops and
+interventions.
+"""
 
 import copy
 
@@ -49,7 +51,10 @@ def written(visual, run, part):
     out = 0
     for q, weight, _, sigma in definition.reads(visual, run.z[-1]):
         own = part(q)
-        out = out + weight * ((own - own.mean(dim=-1, keepdim=True)) / sigma * visual.ln_post.weight) @ visual.proj
+        out = (
+            out
+            + weight * ((own - own.mean(dim=-1, keepdim=True)) / sigma * visual.ln_post.weight) @ visual.proj
+        )
     return 100 / run.rep.norm() * out
 
 
@@ -72,12 +77,19 @@ def test_every_part_is_that_of_the_definition(vit, images, runs):
     order, cache, representation = recorded(vit, images)
     parts, (visual, by_hand) = order.parts(cache, representation), runs
     for i, run in enumerate(by_hand):
-        assert_close(parts.embedding[i].double(), written(visual, run, lambda q, run=run: run.z[0][q]), rtol=1e-3, atol=1e-3)
+        assert_close(
+            parts.embedding[i].double(),
+            written(visual, run, lambda q, run=run: run.z[0][q]),
+            rtol=1e-3,
+            atol=1e-3,
+        )
         for l in range(vit.L):
             of_mlp = written(visual, run, lambda q, run=run, l=l: run.mlp[l][q])
             assert_close(parts.mlps[i, l].double(), of_mlp, rtol=1e-3, atol=1e-3)
             for h in range(vit.H) if i < 2 else ():
-                whole = sum(written(visual, run, head_part(visual, run, l, h, token)) for token in range(vit.T))
+                whole = sum(
+                    written(visual, run, head_part(visual, run, l, h, token)) for token in range(vit.T)
+                )
                 assert_close(parts.heads[i, l, h].double(), whole, rtol=1e-3, atol=1e-3)
 
 
@@ -86,10 +98,14 @@ def test_tokens_add_up_to_their_heads_and_are_those_of_the_definition(vit, image
     direction = torch.randn(len(images), vit.D, generator=torch.Generator().manual_seed(3))
     tokens, parts = order.tokens(cache, representation, direction), order.parts(cache, representation)
     assert tokens.shape == (len(images), vit.L, vit.H, vit.T)
-    assert_close(tokens.sum(dim=-1), torch.einsum("blho,bo->blh", parts.heads, direction), rtol=1e-3, atol=1e-3)
+    assert_close(
+        tokens.sum(dim=-1), torch.einsum("blho,bo->blh", parts.heads, direction), rtol=1e-3, atol=1e-3
+    )
     visual, by_hand = runs
     for i, l, h, token in ((0, 0, 0, 0), (1, 4, 3, 7), (5, 2, 1, 16)):
-        expected = written(visual, by_hand[i], head_part(visual, by_hand[i], l, h, token)) @ direction[i].double()
+        expected = (
+            written(visual, by_hand[i], head_part(visual, by_hand[i], l, h, token)) @ direction[i].double()
+        )
         assert_close(tokens[i, l, h, token].double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -110,8 +126,8 @@ def test_direct_effects_are_those_of_the_definition_and_add_up_to_the_mlp(vit, i
 
 
 def test_direct_and_second_order_effects_are_what_a_frozen_model_loses(vit, images, runs):
-    """A neuron is silenced; later attentions see it, with frozen probabilities and statistics, and nothing else does. The loss is
-    the direct and the second-order effect, less their shares of constants."""
+    """A neuron is silenced; later attentions see it, with frozen probabilities and statistics, and nothing
+    else does. The loss is the direct and the second-order effect, less their shares of constants."""
     visual, by_hand = runs
     representation, [phi] = second_order(vit, images, [fold(vit, LAYER)])
     with vit.record(f"blocks.{LAYER}.mlp.post", *vit.path(vit.L)) as cache:
@@ -122,7 +138,9 @@ def test_direct_and_second_order_effects_are_what_a_frozen_model_loses(vit, imag
     for i, n in ((0, 3), (4, 77)):
         run = by_hand[i]
         change = -run.p[LAYER][:, n, None] * w[n]
-        later = definition.representation_with_changed_mlp(visual, images[i].double(), LAYER, change) - run.rep
+        later = (
+            definition.representation_with_changed_mlp(visual, images[i].double(), LAYER, change) - run.rep
+        )
         straight = written(visual, run, lambda q, change=change: change[q])
         lost = -(100 / run.rep.norm() * later + straight)
         found = (phi.dense()[i, n] - phi.kappa[i] + direct.dense()[i, n] - direct.kappa[i]).double()
@@ -159,7 +177,10 @@ def test_attention_that_is_not_changed_changes_nothing_and_a_frozen_one_stays(vi
     assert_close(edited, vit(images), rtol=1e-4, atol=1e-5)
     with vit.record("*.ln1.out") as cache:
         vit(images)
-    patterns = {l: attention_pattern(vit.blocks[l].attn, cache[f"blocks.{l}.ln1.out"]).roll(1, dims=0) for l in range(vit.L)}
+    patterns = {
+        l: attention_pattern(vit.blocks[l].attn, cache[f"blocks.{l}.ln1.out"]).roll(1, dims=0)
+        for l in range(vit.L)
+    }
     changes = {f"blocks.{l}.attn.pattern": lambda A, l=l: patterns[l] for l in range(vit.L)}
     with vit.edit(changes):
         found = vit(images)
@@ -172,7 +193,10 @@ def test_attention_that_is_not_changed_changes_nothing_and_a_frozen_one_stays(vi
             out = sum(A[h] @ (x @ W_V[h] + b_V[h]) @ W_O[h] for h in range(vit.H)) + block.attn.out_proj.bias
             z = z + definition.scale_of(block.ls_1) * out
             z = z + definition.scale_of(block.ls_2) * block.mlp(block.ln_2(z))
-        expected = sum(w * definition.straight(visual, z[q], mu, sigma) for q, w, mu, sigma in definition.reads(visual, z))
+        expected = sum(
+            w * definition.straight(visual, z[q], mu, sigma)
+            for q, w, mu, sigma in definition.reads(visual, z)
+        )
         assert_close(found[i].double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -194,7 +218,10 @@ def test_no_hook_stays_after_an_edit(vit, images):
         assert hooks() == before + vit.L
     with pytest.raises(RuntimeError), vit.edit({"*.mlp.out": fail}):
         vit(images)
-    with pytest.raises(KeyError, match="mlp.pre"), vit.edit({"*.mlp.out": lambda x: x, "blocks.0.mlp.pre": fail}):
+    with (
+        pytest.raises(KeyError, match="mlp.pre"),
+        vit.edit({"*.mlp.out": lambda x: x, "blocks.0.mlp.pre": fail}),
+    ):
         pass
     assert hooks() == before
 
@@ -229,7 +256,9 @@ def test_replacing_all_activations_is_the_same_as_one_after_another(vit, images)
     mean = torch.randn(vit.T, vit.N, generator=torch.Generator().manual_seed(7))
     with vit.edit({f"blocks.{LAYER}.mlp.post": replaced(mean)}):
         found = vit(images)
-    handle = vit.blocks[LAYER].mlp.gelu.register_forward_hook(lambda module, inputs, output: mean.expand_as(output))
+    handle = vit.blocks[LAYER].mlp.gelu.register_forward_hook(
+        lambda module, inputs, output: mean.expand_as(output)
+    )
     expected = vit.visual(images)
     handle.remove()
     assert_close(found, expected, rtol=1e-5, atol=1e-6)

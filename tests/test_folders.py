@@ -412,7 +412,9 @@ def test_other_spellings_of_the_folders_are_matched_by_name(tmp_path, folders, l
     assert not [name for name in found if set(name) & set('/"')]
 
 
-@pytest.mark.parametrize("lines", [["n02 dog", "n01 cat"], ["n02\tdog", "n01\tcat"], ["n02: dog", "n01: cat"]])
+@pytest.mark.parametrize(
+    "lines", [["n02 dog", "n01 cat"], ["n02\tdog", "n01\tcat"], ["n02: dog", "n01: cat"]]
+)
 def test_lines_that_begin_with_another_folders_name_are_refused(tmp_path, lines):
     (tmp_path / "names.txt").write_text("\n".join(lines) + "\n")
     assert "stands at the place of folder" in one_line_of(names_for, ["n01", "n02"], tmp_path / "names.txt")

@@ -1,9 +1,10 @@
-"""Damaged, foreign and odd inputs, by seed: every stage gives the right result, or exits with one line and leaves nothing new.
+"""Damaged, foreign and odd inputs, by seed: every stage gives the right result, or exits with one line and
+leaves nothing new.
 
     MUTATIONS=200 python -m pytest tests/test_fuzz.py      # so many for every stage; 25 without the variable
 
-The right result is that of the changed inputs, if they can be read at all. It is computed here from numpy, Pillow, open_clip,
-scikit-learn and the float64 definition, with readers of its own.
+The right result is that of the changed inputs, if they can be read at all. It is computed here from numpy,
+Pillow, open_clip, scikit-learn and the float64 definition, with readers of its own.
 """
 
 import contextlib
@@ -47,7 +48,16 @@ import numpy as np
 def draw(text, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
 """
-MODEL = ["--model", "tiny.json", "--pretrained", "./weights.safetensors", "--output_dir", "out", "--device", "cpu"]
+MODEL = [
+    "--model",
+    "tiny.json",
+    "--pretrained",
+    "./weights.safetensors",
+    "--output_dir",
+    "out",
+    "--device",
+    "cpu",
+]
 DATA = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--batch_size", 4]
 OF_LAYER = ["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", K]
 BASE = f"folder_train_mlps_tiny_weights_{LAYER}_"
@@ -114,7 +124,12 @@ STAGES = {  # name: (script, flags, what it reads)
         [f"{K}_pca", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights"],
     ),
 }  # fmt: skip
-FORMS = ("out", "full", "top", "merged")  # folders of results: those of every stage, and the forms of the effects
+FORMS = (
+    "out",
+    "full",
+    "top",
+    "merged",
+)  # folders of results: those of every stage, and the forms of the effects
 
 
 class Refused(Exception):
@@ -124,7 +139,11 @@ class Refused(Exception):
 def run(folder, script, *flags):
     """Run a stage in this process, in a folder: its exit code and what it said last."""
     out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
@@ -133,7 +152,9 @@ def run(folder, script, *flags):
             runpy.run_path(str(ROOT / script), run_name="__main__")
             code, said = 0, ""
         except SystemExit as leaving:
-            code, said = (leaving.code, err.getvalue()) if isinstance(leaving.code, int) else (1, str(leaving.code))
+            code, said = (
+                (leaving.code, err.getvalue()) if isinstance(leaving.code, int) else (1, str(leaving.code))
+            )
     assert os.getcwd() == before
     return code, said
 
@@ -146,13 +167,20 @@ class World:
         self.clean.mkdir()
         write_photos(self.clean / "photos", classes=CLASSES, per_class=4, side=40)
         (self.clean / "names.txt").write_text("an anchor\na big cat\na cup\n")
-        (self.clean / "words.txt").write_text("\n".join(f"{word} thing" for word in open_clip.IMAGENET_CLASSNAMES[:WORDS]))
+        (self.clean / "words.txt").write_text(
+            "\n".join(f"{word} thing" for word in open_clip.IMAGENET_CLASSNAMES[:WORDS])
+        )
         (self.clean / "drawing.py").write_text(DRAWING)
         write_mat(self.clean / "discs.mat", *discs(4))
         (self.clean / "tiny.json").write_text(json.dumps(TINY))
         torch.manual_seed(5)
-        save_file({name: tensor.contiguous() for name, tensor in open_clip.CLIP(**TINY).state_dict().items()}, self.weights)
-        self.transform = image_transform_v2(PreprocessCfg(size=TINY["vision_cfg"]["image_size"]), is_train=False)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in open_clip.CLIP(**TINY).state_dict().items()},
+            self.weights,
+        )
+        self.transform = image_transform_v2(
+            PreprocessCfg(size=TINY["vision_cfg"]["image_size"]), is_train=False
+        )
         self.make(self.clean)
         self.other = root / "other"  # the same of other weights and other photos
         shutil.copytree(self.clean, self.other, ignore=shutil.ignore_patterns(*FORMS))
@@ -169,13 +197,23 @@ class World:
 
     def make(self, folder):
         """Run the stages whose results others read; a folder for each form of the effects."""
-        passing = ["compute_second_order_neuron_prs.py", *MODEL[:4], *DATA, "--device", "cpu", "--mlp_layer", LAYER]
+        passing = [
+            "compute_second_order_neuron_prs.py",
+            *MODEL[:4],
+            *DATA,
+            "--device",
+            "cpu",
+            "--mlp_layer",
+            LAYER,
+        ]
         passing += ["--split", "train"]
         commands = [(STAGES["classifier"][0], *MODEL, *STAGES["classifier"][1])]
         commands += [(*passing, "--output_dir", "full"), (*passing, "--output_dir", "merged", "--merged")]
         commands += [(*passing, "--output_dir", "top", "--keep", "top", "--top_k_pca", K)]
         commands += [("compute_pcas.py", *MODEL, *OF_LAYER, "--input_dir", "full")]
-        commands += [(STAGES[name][0], *MODEL, *STAGES[name][1]) for name in ("texts", "decomposition", "evaluation")]
+        commands += [
+            (STAGES[name][0], *MODEL, *STAGES[name][1]) for name in ("texts", "decomposition", "evaluation")
+        ]
         for command in commands:
             assert run(folder, *command) == (0, ""), command
         for path in (folder / "merged").iterdir():  # as the published code leaves it
@@ -214,7 +252,10 @@ class World:
         key = (*key, sha(path))
         if key not in self.cache:
             pixels = self.transform(picture(path)).double()
-            self.cache[key] = definition.effects(model.visual, pixels, LAYER).numpy(), unit(model.visual(pixels[None])[0].numpy())
+            self.cache[key] = (
+                definition.effects(model.visual, pixels, LAYER).numpy(),
+                unit(model.visual(pixels[None])[0].numpy()),
+            )
         return self.cache[key]
 
 
@@ -253,10 +294,14 @@ def picture(path):
 def pictures(folder, split="val"):
     """(path, class folder) of all pictures, by sorted folders; and the folders."""
     root = folder / "photos" / split
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     found = []
     for name in folders:
-        paths = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        paths = sorted(
+            path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGES and path.is_file()
+        )
         found += [(path, name) for path in paths if not path.name.startswith(".")]
         if not paths:
             raise Refused(name)
@@ -299,7 +344,9 @@ def check_representations(world, folder):
     found = np.load(folder / "out" / "folder_val_representations_tiny_weights.npy")
     images, folders = pictures(folder)
     close(found, 100 * np.stack([world.phi(folder, path)[1] for path, _ in images]))
-    assert np.load(folder / "out" / "folder_val_classes.npy").tolist() == [folders.index(name) for _, name in images]
+    assert np.load(folder / "out" / "folder_val_classes.npy").tolist() == [
+        folders.index(name) for _, name in images
+    ]
 
 
 def check_classifier(world, folder):
@@ -315,8 +362,14 @@ def check_classifier(world, folder):
 
 
 def check_effects(world, folder):
-    read = {part: np.load(folder / "out" / f"folder_val_mlps_tiny_weights_{LAYER}_{part}.npy").astype(float) for part in FULL}
-    phi = np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"]) + read["bias"][:, None]
+    read = {
+        part: np.load(folder / "out" / f"folder_val_mlps_tiny_weights_{LAYER}_{part}.npy").astype(float)
+        for part in FULL
+    }
+    phi = (
+        np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"])
+        + read["bias"][:, None]
+    )
     close(phi, np.stack([world.phi(folder, path)[0] for path, _ in pictures(folder)[0]]))
 
 
@@ -329,22 +382,32 @@ def check_statistics(world, folder):
         phi = array(folder, "merged", 3)
         expected = of_effects(phi)
     elif (folder / "in" / f"{BASE}coefficients.npy").is_file():
-        C, bias, values, outputs = (array(folder, part, ndim) for part, ndim in zip(FULL, (3, 2, 3, 3), strict=True))
+        C, bias, values, outputs = (
+            array(folder, part, ndim) for part, ndim in zip(FULL, (3, 2, 3, 3), strict=True)
+        )
         if not (
-            len(C) == len(bias) and C.shape[1:] == values.shape[:2] and (values.shape[0], values.shape[2]) == outputs.shape[:2]
+            len(C) == len(bias)
+            and C.shape[1:] == values.shape[:2]
+            and (values.shape[0], values.shape[2]) == outputs.shape[:2]
         ):
             raise Refused("shapes")
         expected = of_effects(np.einsum("ikn,kne,keo->ino", C, values, outputs) + bias[:, None])
     else:
-        C, images = array(folder, "top_coefficients", 3)[:, :K], array(folder, "top_images", 2)[:, :K].astype(int)
+        C, images = (
+            array(folder, "top_coefficients", 3)[:, :K],
+            array(folder, "top_images", 2)[:, :K].astype(int),
+        )
         values, outputs, bias, mean = (
-            array(folder, part, ndim) for part, ndim in (("values", 3), ("outputs", 3), ("bias", 2), ("top_mean", 2))
+            array(folder, part, ndim)
+            for part, ndim in (("values", 3), ("outputs", 3), ("bias", 2), ("top_mean", 2))
         )
         array(folder, "image_norms", 2)
         if images.min() < 0 or images.max() >= len(bias):
             raise Refused("images")
         rows = np.einsum("nik,kne,keo->nio", C, values, outputs) + (bias - bias.mean(axis=0))[images]
-        rows[np.abs(rows).max(axis=(1, 2)) <= 1e-5 * np.abs(mean).max(axis=1)] = 0  # these do not vary, but by rounding
+        rows[np.abs(rows).max(axis=(1, 2)) <= 1e-5 * np.abs(mean).max(axis=1)] = (
+            0  # these do not vary, but by rounding
+        )
         r = np.stack([np.linalg.svd(row, full_matrices=False)[2][0] for row in rows])
         r *= np.where(((rows * r[:, None]).sum(axis=-1) > 0).sum(axis=1) > K / 2, 1, -1)[:, None]
         expected = {"mean": mean, f"{K}_pca": r, f"{K}_norm": np.sort(np.linalg.norm(rows, axis=-1), axis=1)}
@@ -367,7 +430,11 @@ def check_ablations(world, folder):
     classifier = array(folder, "folder_classifier_tiny_weights", 2)
     images, folders = pictures(folder)
     path = folder / "in" / "folder_classifier_tiny_weights.meta.json"
-    known = readable(lambda path: json.loads(path.read_text()), path).get("folders", folders) if path.is_file() else folders
+    known = (
+        readable(lambda path: json.loads(path.read_text()), path).get("folders", folders)
+        if path.is_file()
+        else folders
+    )
     if any(name not in known for name in folders) or len(known) != classifier.shape[1]:
         raise Refused("classes")
     if mean.shape != r.shape or norms.shape != (len(mean), K):
@@ -390,7 +457,9 @@ def check_ablations(world, folder):
     assert (chosen >= scores.max(axis=-1) - 1e-3 * np.abs(scores).max(axis=-1)).mean() > 0.97
     labels = np.array([known.index(name) for _, name in images])
     content = json.loads((folder / "out" / f"folder_val_ablations_tiny_weights_{LAYER}_{K}.json").read_text())
-    np.testing.assert_allclose(list(content["accuracy"][str(LAYER)].values()), 100 * (found == labels[:, None]).mean(axis=0))
+    np.testing.assert_allclose(
+        list(content["accuracy"][str(LAYER)].values()), 100 * (found == labels[:, None]).mean(axis=0)
+    )
 
 
 def check_texts(world, folder):
@@ -403,7 +472,9 @@ def check_texts(world, folder):
 def check_decomposition(world, folder):
     r, vectors = array(folder, f"{K}_pca", 2), array(folder, "words_tiny_weights", 2)
     beside = folder / "in" / "words_tiny_weights.txt"
-    texts = lines(beside if beside.is_file() else folder / "words.txt")  # the pool itself, where its copy is gone
+    texts = lines(
+        beside if beside.is_file() else folder / "words.txt"
+    )  # the pool itself, where its copy is gone
     if len(texts) != len(vectors) or r.shape[1] != vectors.shape[1]:
         raise Refused("texts")
     centred = vectors - vectors.mean(axis=0)
@@ -421,7 +492,9 @@ def check_decomposition(world, folder):
 
 
 def described_by(folder, name, texts):
-    """What a json of descriptions says, as a matrix [N, texts]; Refused where it names texts that the pool does not have."""
+    """What a json of descriptions says, as a matrix [N, texts]; Refused where it names texts that the pool
+    does not have.
+    """
     [path] = [path for path in folder.glob(f"*{name}.json") if not path.name.endswith("meta.json")] or [None]
     content = readable(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
     matrix = np.zeros((len(content), len(texts)))
@@ -438,14 +511,21 @@ def check_evaluation(world, folder):
     array(folder, f"{K}_norm", 2)
     beside = folder / "in" / "words_tiny_weights.txt"
     texts = lines(beside if beside.is_file() else folder / "words.txt")
-    vectors, written = unit(vectors), described_by(folder / "in", f"decomposition_omp_1.0_{COMPONENTS}", texts)
+    vectors, written = (
+        unit(vectors),
+        described_by(folder / "in", f"decomposition_omp_1.0_{COMPONENTS}", texts),
+    )
     y, rep = {}, {}
     for split in ("train", "val"):
         phi, rep[split] = (
-            np.stack(each) for each in zip(*(world.phi(folder, path) for path, _ in pictures(folder, split)[0]), strict=True)
+            np.stack(each)
+            for each in zip(*(world.phi(folder, path) for path, _ in pictures(folder, split)[0]), strict=True)
         )
         y[split] = ((phi - mean) * r).sum(axis=-1)
-        close(np.load(folder / "out" / f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections.npy"), y[split])
+        close(
+            np.load(folder / "out" / f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections.npy"),
+            y[split],
+        )
     presences = rep["train"] @ vectors.T
     atoms, target = (x - x.mean(axis=0) for x in (presences, y["train"]))
     told_apart = np.linalg.norm(atoms, axis=0) > 1e-5 * np.linalg.norm(atoms, axis=0).max()
@@ -455,14 +535,20 @@ def check_evaluation(world, folder):
     varies = np.ptp(y["train"], axis=0) > 1e-6 * np.abs(y["train"]).max()
     if varies.any():
         target, fired_of = unit(target.T[varies]), fired[varies]
-        ours, theirs = (np.linalg.norm(target - code @ atoms, axis=1) for code in (fired_of, coder.transform(target)))
+        ours, theirs = (
+            np.linalg.norm(target - code @ atoms, axis=1) for code in (fired_of, coder.transform(target))
+        )
         assert np.median(np.abs(ours - theirs)) < 1e-3 and (ours <= theirs + 0.02).mean() > 0.95
     path = folder / "out" / f"folder_val_grades_tiny_weights_{LAYER}_words_{COMPONENTS}.npy"
     rows, grades = json.loads(path.with_suffix(".meta.json").read_text())["rows"], np.load(path)
     for n in range(0, len(r), 5):
         predicted = rep["val"] @ (written[n] @ vectors)
-        if min(np.ptp(predicted), np.ptp(y["val"][:, n])) > 1e-5 * max(np.abs(predicted).max(), np.abs(y["val"][:, n]).max()):
-            assert abs(grades[n, rows.index("writes"), 0] - np.corrcoef(predicted, y["val"][:, n])[0, 1]) < 1e-2
+        if min(np.ptp(predicted), np.ptp(y["val"][:, n])) > 1e-5 * max(
+            np.abs(predicted).max(), np.abs(y["val"][:, n]).max()
+        ):
+            assert (
+                abs(grades[n, rows.index("writes"), 0] - np.corrcoef(predicted, y["val"][:, n])[0, 1]) < 1e-2
+            )
 
 
 def check_gallery(world, folder):
@@ -470,7 +556,11 @@ def check_gallery(world, folder):
     there = any((folder / "in").glob("folder_classifier_tiny_weights.npy"))  # the page may do without
     classifier = array(folder, "folder_classifier_tiny_weights", 2) if there else None
     about, grid = (received(folder / "out/gallery", name) for name in ("about", f"{LAYER}/layer"))
-    details = [of for i in range(-(-len(r) // 64)) for of in received(folder / "out/gallery", f"{LAYER}/neurons_{i}")["neurons"]]
+    details = [
+        of
+        for i in range(-(-len(r) // 64))
+        for of in received(folder / "out/gallery", f"{LAYER}/neurons_{i}")["neurons"]
+    ]
     sides = {"writes": f"decomposition_omp_1.0_{COMPONENTS}", "fires_on": f"fires_on_omp_{COMPONENTS}"}
     sides = {side: described_by(folder / "in", name, about["texts"]) for side, name in sides.items()}
     grades, explained = (
@@ -480,14 +570,21 @@ def check_gallery(world, folder):
     np.testing.assert_allclose(grid["norm"], norms.mean(axis=1), rtol=6e-3)
     np.testing.assert_allclose(grid["explained"], explained, rtol=6e-3)
     for split in ("train", "val"):
-        y, images = array(folder, f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections", 2), pictures(folder, split)[0]
-        assert about["splits"][split]["files"] == ["/".join(path.parts[-2:]) for path, _ in images] and len(y) == len(images)
+        y, images = (
+            array(folder, f"folder_{split}_mlps_tiny_weights_{LAYER}_{K}_projections", 2),
+            pictures(folder, split)[0],
+        )
+        assert about["splits"][split]["files"] == ["/".join(path.parts[-2:]) for path, _ in images] and len(
+            y
+        ) == len(images)
         for n, detail in enumerate(details):
             shown = [row for row, _, _ in detail["top"][split]["positive"]]
             assert (y[shown, n] == np.sort(y[:, n])[::-1][: len(shown)]).all()
     for n, detail in enumerate(details):
         for side, matrix in sides.items():
-            np.testing.assert_allclose([c for _, c in detail[side]], [matrix[n, i] for i, _ in detail[side]], rtol=6e-3)
+            np.testing.assert_allclose(
+                [c for _, c in detail[side]], [matrix[n, i] for i, _ in detail[side]], rtol=6e-3
+            )
         found = [[float(x or 0) for x in of.values()] for of in detail["grades"].values()]
         np.testing.assert_allclose(found, grades[n], rtol=6e-3, atol=1e-6)
         if there:
@@ -498,7 +595,10 @@ def check_gallery(world, folder):
 def check_segmentation(world, folder):
     r, classifier = array(folder, f"{K}_pca", 2), array(folder, "folder_classifier_tiny_weights", 2)
     _, model = world.model(folder)
-    side, size = TINY["vision_cfg"]["image_size"], TINY["vision_cfg"]["image_size"] // TINY["vision_cfg"]["patch_size"]
+    side, size = (
+        TINY["vision_cfg"]["image_size"],
+        TINY["vision_cfg"]["image_size"] // TINY["vision_cfg"]["patch_size"],
+    )
     maps, masks = [], []
     for image, mask in readable(read_mat, folder / "discs.mat"):
         pixels = world.transform(Image.fromarray(image)).double()
@@ -506,7 +606,9 @@ def check_segmentation(world, folder):
         top = np.argsort(-np.abs(r @ classifier[:, logits.argmax()]), kind="stable")[:20]
         heat = activations_of(model.visual, pixels[None])[0][LAYER, 1:, top].mean(axis=0)
         maps.append(heat)
-        masks.append(np.array(Image.fromarray(mask.view(np.uint8)).resize((side, side), Image.NEAREST)).view(np.int8))
+        masks.append(
+            np.array(Image.fromarray(mask.view(np.uint8)).resize((side, side), Image.NEAREST)).view(np.int8)
+        )
     base = folder / "out" / f"discs_segmentation_tiny_weights_second_order_{LAYER}_20"
     close(np.load(f"{base}_maps.npy"), np.stack(maps))
     enlarged = torch.nn.functional.interpolate(
@@ -527,7 +629,10 @@ def read_mat(path):
             if image.dtype != np.uint8 or image.shape[1:] != mask.shape or len(image) != 3:
                 raise ValueError(path)
             found.append(
-                (np.ascontiguousarray(image.T), np.where(np.isin(mask, (-1, 255)), -1, mask != 0).astype(np.int8).T.copy())
+                (
+                    np.ascontiguousarray(image.T),
+                    np.where(np.isin(mask, (-1, 255)), -1, mask != 0).astype(np.int8).T.copy(),
+                )
             )
     return found
 
@@ -542,10 +647,15 @@ def check_adversarial(world, folder):
     for n in chosen:
         for _, coefficient, text in described[str(n)]:
             scores[text] = scores.get(text, 0) + coefficient * along[n]
-    found = dict(json.loads((folder / "attack" / "anchor_cup_second_order_seed0" / "candidates.json").read_text())["words"])
+    found = dict(
+        json.loads((folder / "attack" / "anchor_cup_second_order_seed0" / "candidates.json").read_text())[
+            "words"
+        ]
+    )
     limit = 1e-4 * max(abs(score) for score in scores.values())
     assert (
-        all(abs(found.get(word, 0) - max(score, 0)) <= limit for word, score in scores.items()) and found.keys() <= scores.keys()
+        all(abs(found.get(word, 0) - max(score, 0)) <= limit for word, score in scores.items())
+        and found.keys() <= scores.keys()
     )
     with open(folder / "attack" / "anchor_cup_second_order_seed0" / "files.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -619,7 +729,10 @@ def foreign_pair(rng, path, world):
 
 
 def twin_of(path, world):
-    places = [folder / path.name for folder in (world.other / name for name in ("out", "full", "top", "merged", "."))]
+    places = [
+        folder / path.name
+        for folder in (world.other / name for name in ("out", "full", "top", "merged", "."))
+    ]
     return next((place for place in places if place.is_file()), None)
 
 
@@ -665,7 +778,11 @@ def fortran(rng, values):
 
 
 def enlarge(rng, values):
-    return values * np.array(rng.choice([1e20, -1, 1e-20, 0]), values.dtype) if values.dtype.kind == "f" else values
+    return (
+        values * np.array(rng.choice([1e20, -1, 1e-20, 0]), values.dtype)
+        if values.dtype.kind == "f"
+        else values
+    )
 
 
 def shuffle(rng, values):
@@ -717,10 +834,21 @@ def change_folder(rng, path, _):
         shutil.copytree(root / name, root / "more" / "deep")
 
 
-# Circumstances. Each changes names, links or rights, or starts the stage twice, and says what it did; what has to come out is
-# the same.
+# Circumstances. Each changes names, links or rights, or starts the stage twice, and says what it did; what
+# has to come out is the same.
 
-ODD = ("weights[1]", "run [lr=1e-5]", "a{b}{", "x*?", "ün 猫", "e\u0301", "$w$ 100%", "-dash", "two  spaces", "quote'\"")
+ODD = (
+    "weights[1]",
+    "run [lr=1e-5]",
+    "a{b}{",
+    "x*?",
+    "ün 猫",
+    "e\u0301",
+    "$w$ 100%",
+    "-dash",
+    "two  spaces",
+    "quote'\"",
+)
 ODD += ("n" * 243,)
 
 
@@ -808,14 +936,22 @@ CIRCUMSTANCES = [odd_weights, odd_model, odd_picture, linked, not_allowed, twice
 
 
 OF_FILES = [flip, flip_early, cut, empty, garbage, remove, foreign, foreign_pair]
-OF_ARRAYS = [change_array(c) for c in (poison, transpose, flatten, shorten, widen, retype, fortran, enlarge, shuffle, pickled)]
+OF_ARRAYS = [
+    change_array(c)
+    for c in (poison, transpose, flatten, shorten, widen, retype, fortran, enlarge, shuffle, pickled)
+]
 
 
 def mutations_of(path):
     """What can be done to a file."""
     if path.name.endswith(".meta.json"):
         return [change_record, change_record, flip, cut, empty, garbage, remove, foreign]
-    more = {".npy": [*OF_ARRAYS, flip], ".txt": [change_lines] * 4, ".JPEG": [change_folder] * 4, ".safetensors": [flip] * 2}
+    more = {
+        ".npy": [*OF_ARRAYS, flip],
+        ".txt": [change_lines] * 4,
+        ".JPEG": [change_folder] * 4,
+        ".safetensors": [flip] * 2,
+    }
     return OF_FILES + more.get(path.suffix, [])
 
 
@@ -825,8 +961,14 @@ def mutate(rng, name, folder, world):
     if (folder / chosen).is_dir():
         paths = sorted((folder / chosen).rglob("*.JPEG"))
     else:
-        paths = [folder / chosen] if (folder / chosen).is_file() else sorted((folder / "in").glob(f"*{chosen}.*"))
-        paths = [path for path in paths if f"_{chosen}." in path.name or path.name.startswith(chosen) or path.parent == folder]
+        paths = (
+            [folder / chosen] if (folder / chosen).is_file() else sorted((folder / "in").glob(f"*{chosen}.*"))
+        )
+        paths = [
+            path
+            for path in paths
+            if f"_{chosen}." in path.name or path.name.startswith(chosen) or path.parent == folder
+        ]
     path = paths[int(rng.integers(len(paths)))]
     options = mutations_of(path)
     change = options[int(rng.integers(len(options)))]
@@ -835,8 +977,13 @@ def mutate(rng, name, folder, world):
 
 
 def is_foreign(name, change, path):
-    """Whether a foreign file comes with its record beside parts that have their own, so that it cannot pass."""
-    alone = name in ("merged", "texts", "representations", "effects", "classifier") or path.suffix not in (".npy", ".json")
+    """Whether a foreign file comes with its record beside parts that have their own, so that it cannot
+    pass.
+    """
+    alone = name in ("merged", "texts", "representations", "effects", "classifier") or path.suffix not in (
+        ".npy",
+        ".json",
+    )
     return change == "foreign_pair" and not alone and "words_tiny" not in path.name
 
 
@@ -874,7 +1021,9 @@ def test_a_mutated_input_gives_the_right_result_or_one_line(world, name):
             else:
                 last = said.strip().splitlines()
                 assert code == 1 and len(last) == 1 and last[0].startswith("error: "), said
-                assert not [file for file in final_files(folder) if not allowed(name, file)], final_files(folder)
+                assert not [file for file in final_files(folder) if not allowed(name, file)], final_files(
+                    folder
+                )
         except (Exception, AssertionError) as error:
             failures.append(f"seed {seed}: {change} {path}: {type(error).__name__} {str(error)[:300]}")
     assert not failures, "\n".join([f"{len(failures)} of {MUTATIONS}", *failures])
@@ -899,11 +1048,20 @@ def test_odd_names_links_rights_and_a_second_start_give_the_right_result_or_one_
                 finished = [file for file in final_files(folder) if not allowed(name, file)]
                 assert circumstance is twice or not finished, finished
         except (Exception, AssertionError) as error:
-            failures.append(f"seed {seed}: {circumstance.__name__}: {type(error).__name__} {str(error)[:300]}")
+            failures.append(
+                f"seed {seed}: {circumstance.__name__}: {type(error).__name__} {str(error)[:300]}"
+            )
     assert not failures, "\n".join([f"{len(failures)} failures", *failures])
     assert right >= 4
 
 
 def allowed(name, file):
-    """What an interrupted stage may leave: progress, or finished steps of the attack and of the evaluation."""
-    return ".partial" in file or ".progress." in file or ".parts" in file or name in ("adversarial", "evaluation")
+    """What an interrupted stage may leave: progress, or finished steps of the attack and of the
+    evaluation.
+    """
+    return (
+        ".partial" in file
+        or ".progress." in file
+        or ".parts" in file
+        or name in ("adversarial", "evaluation")
+    )

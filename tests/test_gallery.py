@@ -52,7 +52,9 @@ def runs(world):
     model.load_state_dict(clip.text.state_dict())
     visual, images = model.visual.double(), load_images("folder", world.photos, "train", clip.transform)
     pixels = [images[i][0].double() for i in range(len(images))]
-    return [(definition.run(visual, image), definition.effects(visual, image, LAYER).numpy()) for image in pixels]
+    return [
+        (definition.run(visual, image), definition.effects(visual, image, LAYER).numpy()) for image in pixels
+    ]
 
 
 def array(world, ending):
@@ -70,37 +72,50 @@ def test_top_pictures_histograms_and_numbers_are_the_arrays(world, folder, about
     norms = array(world, f"train_mlps_tiny_random_{LAYER}_5_norm")
     assert_allclose(grid["norm"], norms.mean(axis=1), rtol=6e-3)
     assert_allclose(grid["explained"], array(world, f"train_mlps_tiny_random_{LAYER}_5_explained"), rtol=6e-3)
-    y = {split: array(world, f"folder_{split}_mlps_tiny_random_{LAYER}_5_projections") for split in ("train", "val")}
+    y = {
+        split: array(world, f"folder_{split}_mlps_tiny_random_{LAYER}_5_projections")
+        for split in ("train", "val")
+    }
     for n, detail in enumerate(details):
         for split, effects in y.items():
-            found = {sign: [row for row, _, _ in detail["top"][split][sign]] for sign in ("positive", "negative")}
+            found = {
+                sign: [row for row, _, _ in detail["top"][split][sign]] for sign in ("positive", "negative")
+            }
             ascending = np.sort(effects[:, n])
             assert_array_equal(effects[found["positive"], n], [y for y in ascending[::-1][:TOP] if y > 0])
             assert_array_equal(effects[found["negative"], n], [y for y in ascending[:TOP] if y < 0])
             values = [value for _, value, _ in detail["top"][split]["positive"]]
             assert_allclose(values, effects[found["positive"], n], rtol=6e-3)
             counts = np.histogram(
-                effects[:, n], 40, (min(x[:, n].min() for x in y.values()), max(x[:, n].max() for x in y.values()))
+                effects[:, n],
+                40,
+                (min(x[:, n].min() for x in y.values()), max(x[:, n].max() for x in y.values())),
             )[0]
             assert detail["histogram"][split] == counts.tolist()
         four = [row for row, _, _ in detail["top"]["train"]["positive"][:4]]
         assert grid["pictures"]["rows"][4 * n : 4 * n + 4] == (four + [-1] * 4)[:4]
         assert detail["threshold"] == pytest.approx(np.sort(np.abs(y["train"][:, n]))[-5], rel=6e-3)
-        share = round(5 / 63 * 63) / 63  # the 5 images of largest effect, of as many held-out as training images
+        share = (
+            round(5 / 63 * 63) / 63
+        )  # the 5 images of largest effect, of as many held-out as training images
         assert detail["auprc_chance"] == pytest.approx(share, abs=1e-4)
     assert about["splits"]["train"]["count"] == len(y["train"]) and about["layers"] == [0, 1, 2, 3]
 
 
 def test_maps_show_where_neurons_fire(details, runs):
     for n in range(0, N, 9):
-        pictures = [picture for sign in ("positive", "negative") for picture in details[n]["top"]["train"][sign]]
+        pictures = [
+            picture for sign in ("positive", "negative") for picture in details[n]["top"]["train"][sign]
+        ]
         activations = np.stack([runs[row][0].p[LAYER][1:, n].numpy().clip(0) for row, _, _ in pictures])
         found = np.stack([unpacked(levels, np.uint8) for _, _, levels in pictures])
         assert np.abs(found - 255 * activations / max(activations.max(), 1e-30)).max() <= 0.6
 
 
 def test_shares_of_the_heads_are_those_of_effects_split_by_head(world, details):
-    """From the stored effects: sum_b y_k y / sum_b y^2, y_k what head k adds to the effect y along the component."""
+    """From the stored effects: sum_b y_k y / sum_b y^2, y_k what head k adds to the effect y along the
+    component.
+    """
     C, values, outputs, pcas, mean = (
         array(world, f"train_mlps_tiny_random_{LAYER}_{name}").astype(np.float64)
         for name in ("coefficients", "values", "outputs", "5_pca", "mean")
@@ -141,17 +156,24 @@ def test_texts_and_grades_are_those_of_the_stages(world, folder, about, details)
     rows = json.loads(path.read_text())["rows"]
     measures = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")
     for side, name in (("writes", "decomposition_omp_1.0_8"), ("fires_on", "fires_on_omp_8")):
-        described = json.loads((world.base / f"folder_mlps_tiny_random_{LAYER}_words_{name}.json").read_text())
+        described = json.loads(
+            (world.base / f"folder_mlps_tiny_random_{LAYER}_words_{name}.json").read_text()
+        )
         for n, detail in enumerate(details):
             assert [i for i, _ in detail[side]] == [i for i, _, _ in described[str(n)]]
             assert_allclose([c for _, c in detail[side]], [c for _, c, _ in described[str(n)]], rtol=6e-3)
             assert [about["texts"][i] for i, _ in detail[side]] == [text for _, _, text in described[str(n)]]
             for r, row in enumerate(rows):
-                assert_allclose([detail["grades"][row][m] for m in measures], grades[n, r], rtol=6e-3, atol=1e-6)
+                assert_allclose(
+                    [detail["grades"][row][m] for m in measures], grades[n, r], rtol=6e-3, atol=1e-6
+                )
 
 
 def test_the_search_knows_the_neurons_whose_effects_a_text_predicts(world, folder):
-    representations, vectors = array(world, "train_representations_tiny_random"), array(world, "words_tiny_random")
+    representations, vectors = (
+        array(world, "train_representations_tiny_random"),
+        array(world, "words_tiny_random"),
+    )
     effects = array(world, f"folder_train_mlps_tiny_random_{LAYER}_5_projections")
     correlations = np.corrcoef((representations @ vectors.T).T, effects.T)[: len(vectors), len(vectors) :]
     index = received(folder, f"{LAYER}/texts")
@@ -195,22 +217,33 @@ def test_sheets_hold_what_the_model_saw(world, folder, about):
     images, size = load_images("folder", world.photos, "val", clip.transform), about["sheet"]["size"]
     assert size == 24
     for row in (0, 17, 62):
-        seen = images.picture(row).resize((1, 1))  # the crop keeps the mean colour of these photos' middles, roughly
+        seen = images.picture(row).resize(
+            (1, 1)
+        )  # the crop keeps the mean colour of these photos' middles, roughly
         place = row % 64
         sheet = np.asarray(Image.open(folder / f"pictures/val_{row // 64}.jpg"), float)
         tile = sheet[place // 8 * size :, place % 8 * size :][:size, :size]
-        pixels = images[row][0].permute(1, 2, 0).numpy() * clip.transform.transforms[-1].std + clip.transform.transforms[-1].mean
-        shown = np.asarray(Image.fromarray(np.uint8(pixels.clip(0, 1) * 255)).resize((size, size), Image.BILINEAR), float)
+        pixels = (
+            images[row][0].permute(1, 2, 0).numpy() * clip.transform.transforms[-1].std
+            + clip.transform.transforms[-1].mean
+        )
+        shown = np.asarray(
+            Image.fromarray(np.uint8(pixels.clip(0, 1) * 255)).resize((size, size), Image.BILINEAR), float
+        )
         assert np.abs(tile - shown).mean() < 12, seen
 
 
 def test_parquet_says_the_same(folder, about, details):
     table = pyarrow.parquet.read_table(folder / "neurons.parquet").to_pylist()
-    assert [(row["layer"], row["neuron"]) for row in table] == [(layer, n) for layer in about["layers"] for n in range(N)]
+    assert [(row["layer"], row["neuron"]) for row in table] == [
+        (layer, n) for layer in about["layers"] for n in range(N)
+    ]
     for row, detail in zip(table[LAYER * N :], details, strict=True):
         for side in ("writes", "fires_on"):
             assert [entry["text"] for entry in row[side]] == [about["texts"][i] for i, _ in detail[side]]
-            assert_allclose([entry["coefficient"] for entry in row[side]], [c for _, c in detail[side]], rtol=6e-3)
+            assert_allclose(
+                [entry["coefficient"] for entry in row[side]], [c for _, c in detail[side]], rtol=6e-3
+            )
         assert row["train_positive"] == [image for image, _, _ in detail["top"]["train"]["positive"]]
         assert row["fires_on_pearson"] == pytest.approx(detail["grades"]["fires_on"]["pearson"], rel=6e-3)
 
@@ -230,8 +263,9 @@ def test_a_second_run_leaves_the_same_bytes_and_other_results_are_not_replaced_b
     make(world, output, "--overwrite")
     assert_same_files(output, kept)
     done = make(world, output, "--picture_size", 16, check=False)
-    assert done.returncode == 1 and "made with other size; choose another --output_dir, or add --overwrite" in the_line(
-        done.stderr
+    assert (
+        done.returncode == 1
+        and "made with other size; choose another --output_dir, or add --overwrite" in the_line(done.stderr)
     )
     assert_same_files(output, kept)
 
@@ -240,22 +274,32 @@ def test_a_folder_that_is_no_gallery_is_left_alone(world, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
     done = make(world, tmp_path / "out", "--gallery", tmp_path / "mine", check=False)
-    assert done.returncode == 1 and "is there and is no gallery; choose another --gallery" in the_line(done.stderr)
+    assert done.returncode == 1 and "is there and is no gallery; choose another --gallery" in the_line(
+        done.stderr
+    )
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_what_others_have_put_into_a_gallery_is_kept_and_nothing_else_is_touched(world, tmp_path):
-    """A domain name and a history, as web hosts want them; a folder that is called like the one of the parts; a file."""
+    """A domain name and a history, as web hosts want them; a folder that is called like the one of the parts;
+    a file.
+    """
     output = shutil.copytree(world.whole / "gallery", tmp_path / "out")
     (output / "gallery/CNAME").write_text("neurons.example.org")
     (output / "gallery/.git").mkdir()
     (output / "gallery/.git/HEAD").write_text("ref: refs/heads/main")
     make(world, output, "--picture_size", 16, "--overwrite")
     assert received(output / "gallery", "about")["sheet"]["size"] == 16
-    assert (output / "gallery/CNAME").read_text() == "neurons.example.org" and (output / "gallery/.git/HEAD").is_file()
+    assert (output / "gallery/CNAME").read_text() == "neurons.example.org" and (
+        output / "gallery/.git/HEAD"
+    ).is_file()
     (output / "mine.parts").mkdir()
     (output / "mine.parts/thesis.tex").write_text("years of work")
-    for gallery, said in ((output / "mine", "mine.parts is there"), (output / "gallery/CNAME", "is a file"), ("/", "root")):
+    for gallery, said in (
+        (output / "mine", "mine.parts is there"),
+        (output / "gallery/CNAME", "is a file"),
+        ("/", "root"),
+    ):
         done = make(world, output, "--gallery", gallery, check=False)
         assert done.returncode == 1 and said in the_line(done.stderr)
     assert (output / "mine.parts/thesis.tex").read_text() == "years of work"
@@ -282,14 +326,20 @@ def test_grades_of_other_descriptions_are_refused(world, tmp_path):
     path.write_text(json.dumps(content))
     done = make(world, tmp_path / "out", "--input_dir", base, check=False)
     assert (
-        done.returncode == 1 and "val_grades" in the_line(done.stderr) and "was made with descriptions" in the_line(done.stderr)
+        done.returncode == 1
+        and "val_grades" in the_line(done.stderr)
+        and "was made with descriptions" in the_line(done.stderr)
     )
 
 
 def test_training_images_are_those_of_the_components(world, tmp_path):
     done = make(world, tmp_path / "out", "--train_subsample", 2, check=False)
     line = the_line(done.stderr)
-    assert done.returncode == 1 and "is of other training images than the 31 in" in line and "--train_subsample" in line
+    assert (
+        done.returncode == 1
+        and "is of other training images than the 31 in" in line
+        and "--train_subsample" in line
+    )
 
 
 def test_projections_that_are_missing_are_made_by_the_command_that_is_printed(world, tmp_path):
@@ -315,7 +365,9 @@ def test_without_pictures_nothing_of_an_image_is_written(world, tmp_path):
     make(world, tmp_path / "out", "--no_pictures")
     folder = tmp_path / "out/gallery"
     assert received(folder, "about")["sheet"] is None
-    assert not [path for path in folder.rglob("*") if path.suffix in (".jpg", ".png") or path.name == "pictures"]
+    assert not [
+        path for path in folder.rglob("*") if path.suffix in (".jpg", ".png") or path.name == "pictures"
+    ]
     assert "0003.JPEG" not in (folder / "data/about.js").read_text()
 
 
@@ -332,7 +384,9 @@ def test_foreign_names_stay_text_from_the_class_names_to_the_page(world, browser
     from tests.browser import checked_page
 
     out, texts = tmp_path / "out", tmp_path / "words.txt"
-    shutil.copytree(world.base, out, ignore=shutil.ignore_patterns("*classifier*", "words*", "*_words_*", "*grades*"))
+    shutil.copytree(
+        world.base, out, ignore=shutil.ignore_patterns("*classifier*", "words*", "*_words_*", "*grades*")
+    )
     names = [HOSTILE, "</script><script>alert(1)</script>", '" onload="alert(1)', "it's &amp; more"]
     (tmp_path / "names.txt").write_text("\n".join(names))
     texts.write_text("\n".join([HOSTILE, "</script><b>", *(f"text {i}" for i in range(30))]))
@@ -352,7 +406,9 @@ def test_foreign_names_stay_text_from_the_class_names_to_the_page(world, browser
     for page in checked_page(browser, folder):
         for address in ("#3?sort=for&class=0", "#image/train/0", "#3/5", "#3?q=%3C%2Fscript%3E"):
             page.open(address)
-            assert page.script("return document.querySelectorAll('main img, main b, main script').length") == 0
+            assert (
+                page.script("return document.querySelectorAll('main img, main b, main script').length") == 0
+            )
         assert page.script("return document.querySelectorAll('mark').length") > 0
         page.open("#image/train/0")
         assert page.title() == f"Image 0 of train: {HOSTILE}"

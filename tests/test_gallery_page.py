@@ -39,7 +39,9 @@ def plain_gallery(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, gallery):
-    """The grid of the first layer; after the test the console has no error and no request has left the folder."""
+    """The grid of the first layer; after the test the console has no error and no request has left the
+    folder.
+    """
     yield from checked_page(browser, gallery)
 
 
@@ -65,7 +67,9 @@ def unpacked(text, dtype):
 def expected_matches(about, layer, index, query):
     """The neurons that a search finds, best first."""
     shown, scores = layer["shown"], {}
-    for i, (n, value) in enumerate(zip(unpacked(index["neurons"], "<u2"), unpacked(index["correlations"], np.int8), strict=True)):
+    for i, (n, value) in enumerate(
+        zip(unpacked(index["neurons"], "<u2"), unpacked(index["correlations"], np.int8), strict=True)
+    ):
         level = match_level(about["texts"][i // index["count"]].lower(), query)
         if level:
             scores[n] = max(scores.get(n, 0), 2 * level + value / 127)
@@ -75,7 +79,9 @@ def expected_matches(about, layer, index, query):
         for n in range(len(ids)):
             for j, (text, value) in enumerate(zip(ids[n], values[n], strict=True)):
                 level = match_level(about["texts"][text].lower(), query) if text >= 0 else 0
-                strength = own[n, j] if name == "fires_on" else abs(value / values[n][0]) * layer["grades"][name][n]
+                strength = (
+                    own[n, j] if name == "fires_on" else abs(value / values[n][0]) * layer["grades"][name][n]
+                )
                 if level:
                     scores[n] = max(scores.get(n, 0), 2 * level + max(strength, 0))
     return sorted(scores, key=lambda n: (-scores[n], n))
@@ -92,7 +98,9 @@ def test_every_neuron_s_address_opens_within_one_visit(page):
     assert titles == ["Layer {}, neuron {}".format(*address[1:].split("/")) for address in addresses]
 
 
-@pytest.mark.parametrize("address", ["", "#8", "#9", "#8/0", "#9/63", "#9/64", "#9/129", "#image/train/299", "#image/val/0/8"])
+@pytest.mark.parametrize(
+    "address", ["", "#8", "#9", "#8/0", "#9/63", "#9/64", "#9/129", "#image/train/299", "#image/val/0/8"]
+)
 def test_an_address_opens_as_the_first_page_of_a_visit(page, address):
     page.open(address)
     parts = address[1:].split("/")
@@ -102,7 +110,9 @@ def test_an_address_opens_as_the_first_page_of_a_visit(page, address):
         assert page.title() == f"Layer {parts[0] or 8}" + (f", neuron {parts[1]}" if len(parts) > 1 else "")
 
 
-@pytest.mark.parametrize("address", ["#7", "#9/130", "#9/x", "#image/test/0", "#image/train/300", "#image/__proto__/0", "#9/1/2"])
+@pytest.mark.parametrize(
+    "address", ["#7", "#9/130", "#9/x", "#image/test/0", "#image/train/300", "#image/__proto__/0", "#9/1/2"]
+)
 def test_an_address_of_nothing_says_so_and_leads_to_the_grid(page, address):
     page.open(address)
     assert page.title() == "Not found"
@@ -120,13 +130,17 @@ def test_the_search_narrows_the_grid_with_each_letter(page):
         assert page.status() == f"{len(expected)} of {page.about['neurons']} neurons match."
         assert page.neurons()[:24] == expected[:24]
     assert len(expected) < page.about["neurons"]
-    marked = page.script("return [...document.querySelectorAll('.card')].map((card) => card.querySelector('mark')?.textContent)")
+    marked = page.script(
+        "return [...document.querySelectorAll('.card')].map((card) => card.querySelector('mark')?.textContent)"
+    )
     assert set(marked) == {"dog"}
 
 
 def test_a_whole_text_comes_before_a_word_and_a_word_before_a_part(page):
     page.open("#8?q=dog")
-    texts = page.script("return [...document.querySelectorAll('.card')].map((c) => c.querySelector('li:has(mark)').title)")
+    texts = page.script(
+        "return [...document.querySelectorAll('.card')].map((c) => c.querySelector('li:has(mark)').title)"
+    )
     levels = [match_level(text, "dog") for text in texts]
     assert levels == sorted(levels, reverse=True) and set(levels) == {3, 2, 1}
 
@@ -148,9 +162,12 @@ def test_a_search_that_finds_nothing_says_so_and_the_field_gives_the_grid_back(p
 @pytest.mark.parametrize("sort", ["fires_on", "writes", "explained", "norm", "number"])
 def test_the_grid_is_sorted_by_each_key(page, sort):
     layer = received(page.folder, "8/layer")
-    column = {"explained": layer["explained"], "norm": layer["norm"], "number": [0] * page.about["neurons"], **layer["grades"]}[
-        sort
-    ]
+    column = {
+        "explained": layer["explained"],
+        "norm": layer["norm"],
+        "number": [0] * page.about["neurons"],
+        **layer["grades"],
+    }[sort]
     page.choose("number" if sort != "number" else "norm")
     page.choose(sort)
     expected = sorted(range(len(column)), key=lambda n: (-column[n], n))
@@ -209,7 +226,11 @@ def test_back_and_forward_lead_through_the_pages_one_has_seen(page):
 
 
 def test_back_leads_to_the_place_of_the_grid_that_one_left(page):
-    page.until(lambda _: page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 130)
+    page.until(
+        lambda _: (
+            page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 130
+        )
+    )
     page.script("window.scrollTo(0, 3000)")
     page.go("#8/5")
     assert page.script("return scrollY") == 0
@@ -228,7 +249,9 @@ def test_a_neuron_page_shows_what_its_data_say(page):
         )
         assert len(shown) == 12
         for text, (number, value) in zip(shown, detail[side], strict=False):
-            assert text == f"{texts[number]}{value:+.2f}".replace("-", "−") if "-" not in texts[number] else text
+            assert (
+                text == f"{texts[number]}{value:+.2f}".replace("-", "−") if "-" not in texts[number] else text
+            )
     rows = page.script("return [...document.querySelectorAll('tr.own td')].map((cell) => cell.textContent)")
     grades = [
         detail["grades"][side][key]
@@ -236,13 +259,17 @@ def test_a_neuron_page_shows_what_its_data_say(page):
         for key in ("pearson", "pearson_without", "auprc", "auprc_without", "drop")
     ]
     assert [float(cell.replace("−", "-")) for cell in rows] == pytest.approx(grades, abs=0.0051)
-    labels = page.script("return [...document.querySelectorAll('canvas')].map((canvas) => canvas.getAttribute('aria-label'))")
+    labels = page.script(
+        "return [...document.querySelectorAll('canvas')].map((canvas) => canvas.getAttribute('aria-label'))"
+    )
     expected = []
     for split in ("train", "val"):
         for sign in ("positive", "negative"):
             for row, projection, _ in detail["top"][split][sign]:
                 name = page.about["class_names"][page.about["splits"][split]["labels"][row]]
-                expected.append(f"{name}, projection {projection:+.3g}".replace("projection -", "projection −"))
+                expected.append(
+                    f"{name}, projection {projection:+.3g}".replace("projection -", "projection −")
+                )
     assert labels == expected
     assert page.script(
         "return [...document.querySelectorAll('svg')].every((s) => s.getAttribute('role') === 'img' && s.ariaLabel)"
@@ -270,9 +297,15 @@ def test_a_button_hides_and_shows_where_the_neuron_fires(page):
 def test_an_image_page_shows_its_active_neurons_and_links_to_them(page):
     page.open("#image/train/260/8")
     image = received(page.folder, "8/images_train_1")["images"][260 - 256]
-    page.until(lambda _: page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 30)
+    page.until(
+        lambda _: (
+            page.script("window.scrollTo(0, 1e6); return document.querySelectorAll('.card').length") == 30
+        )
+    )
     assert page.neurons() == [neuron for neuron, _ in image["neurons"]]
-    concepts = page.script("return [...document.querySelectorAll('[aria-label=Concepts] li > a')].map((a) => a.textContent)")
+    concepts = page.script(
+        "return [...document.querySelectorAll('[aria-label=Concepts] li > a')].map((a) => a.textContent)"
+    )
     assert concepts == [page.about["texts"][word] for word, _ in image["words"]]
     page.script("window.scrollTo(0, 0)")
     page.click(".card a")
@@ -295,7 +328,9 @@ def test_a_picture_of_a_neuron_page_leads_to_its_image(page):
 
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("address", ["#9", "#9?q=dog", "#9?sort=for&class=1", "#9/41", "#image/val/7", "#nothing"])
+@pytest.mark.parametrize(
+    "address", ["#9", "#9?q=dog", "#9?sort=for&class=1", "#9/41", "#image/val/7", "#nothing"]
+)
 def test_axe_finds_no_serious_or_critical_fault(page, address, scheme, width):
     set_scheme(page.driver, scheme)
     set_width(page.driver, width)
@@ -342,7 +377,9 @@ def test_the_policy_refuses_inline_scripts_styles_and_foreign_pictures(page):
     assert all("Content Security Policy" in error for error in errors)
     assert page.script("return window.ran") is False
     assert page.script("return document.getElementById('styled').style.color") == ""
-    assert [url for url in requested_urls(page.driver) if not url.startswith("file:")] == ["https://example.invalid/x.png"]
+    assert [url for url in requested_urls(page.driver) if not url.startswith("file:")] == [
+        "https://example.invalid/x.png"
+    ]
 
 
 def test_a_slash_focuses_the_search_and_an_arrow_leads_to_the_first_card(page):
@@ -361,7 +398,9 @@ def test_arrows_move_among_cards_enter_opens_one_and_escape_leads_back(page):
     from selenium.webdriver import Keys
 
     neurons = page.neurons()
-    columns = len(page.script("return getComputedStyle(document.querySelector('.cards')).gridTemplateColumns").split())
+    columns = len(
+        page.script("return getComputedStyle(document.querySelector('.cards')).gridTemplateColumns").split()
+    )
     page.press("/", Keys.ARROW_DOWN)
     for key, at in (
         (Keys.ARROW_RIGHT, 1),
@@ -433,7 +472,11 @@ def test_without_sheets_no_picture_is_requested_and_every_page_works(plain_page)
     assert 0 < len(page.neurons()) < 30
     assert page.script("return document.querySelectorAll('canvas, .thumb, img').length") == 0
     assert axe_violations(page.driver) == []
-    assert [url for url in requested_urls(page.driver) if "pictures" in url or not url.startswith(page.folder.as_uri())] == []
+    assert [
+        url
+        for url in requested_urls(page.driver)
+        if "pictures" in url or not url.startswith(page.folder.as_uri())
+    ] == []
 
 
 def test_a_file_that_is_missing_is_named_and_the_rest_still_works(browser, tmp_path):

@@ -18,10 +18,15 @@ from utils.runtime.errors import UserError
 
 LAYER = 1
 GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-needs_gpu = pytest.mark.skipif(GPU is None, reason="there is no CUDA or MPS device; the stages were tested on the CPU only")
-needs_cuda = pytest.mark.skipif(GPU != "cuda", reason="there is no CUDA device; tf32 and autocast on CUDA were not tested")
+needs_gpu = pytest.mark.skipif(
+    GPU is None, reason="there is no CUDA or MPS device; the stages were tested on the CPU only"
+)
+needs_cuda = pytest.mark.skipif(
+    GPU != "cuda", reason="there is no CUDA device; tf32 and autocast on CUDA were not tested"
+)
 READING = ("pcas", "ablations", "decomposition", "segmentation")
-# errors of the effects from rounding to 8, 10 or 23 bits, relative to the largest effect, on a random model of 5 layers
+# errors of the effects from rounding to 8, 10 or 23 bits, relative to the largest effect, on a random model
+# of 5 layers
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.003, "tf32": 0.003, "float32": 1e-4}
 
 
@@ -56,7 +61,10 @@ def test_the_stage_records_the_precision_and_stays_close(world):
     name = f"folder_train_mlps_tiny_random_{LAYER}_coefficients"
     assert json.loads((output / f"{name}.meta.json").read_text())["precision"] == "bfloat16"
     found, exact = (np.load(folder / f"{name}.npy") for folder in (output, world.whole / "full"))
-    assert found.dtype == np.float32 and 0 < np.abs(found - exact).max() < TOLERANCES["bfloat16"] * np.abs(exact).max()
+    assert (
+        found.dtype == np.float32
+        and 0 < np.abs(found - exact).max() < TOLERANCES["bfloat16"] * np.abs(exact).max()
+    )
 
 
 def test_tf32_without_a_cuda_gpu_is_refused(world, tiny_model):
@@ -68,9 +76,13 @@ def test_tf32_without_a_cuda_gpu_is_refused(world, tiny_model):
 
 @pytest.mark.skipif(GPU is not None, reason="there is a GPU, which is the default")
 def test_the_default_device_without_a_gpu_is_the_cpu(world):
-    said = world.run("representations", world.root / "no_gpu", "--device", "cuda:0")  # as published commands have it
+    said = world.run(
+        "representations", world.root / "no_gpu", "--device", "cuda:0"
+    )  # as published commands have it
     assert "note: --device cuda:0: there is no CUDA GPU, so another device is used" in said
-    found, expected = (contents(folder) for folder in (world.root / "no_gpu", world.whole / "representations"))
+    found, expected = (
+        contents(folder) for folder in (world.root / "no_gpu", world.whole / "representations")
+    )
     assert found == expected
 
 

@@ -53,7 +53,9 @@ def test_average_precision_is_scikit_learns_with_many_or_no_equal_predictions(rn
     positive = rng.random((80, 5)) < 0.2
     positive[0] = True
     found = grading.average_precision(torch.from_numpy(predicted), torch.from_numpy(positive))
-    expected = [[average_precision_score(positive[:, n], predicted[r, :, n]) for n in range(5)] for r in range(2)]
+    expected = [
+        [average_precision_score(positive[:, n], predicted[r, :, n]) for n in range(5)] for r in range(2)
+    ]
     assert_allclose(found.numpy(), expected, atol=1e-12)
 
 
@@ -91,7 +93,9 @@ def test_what_neurons_fire_on_is_scikit_learns_pursuit_on_standardised_presences
         expected = coder.transform(target.T)  # [N, T]
 
     judge = grading.Judge(torch.from_numpy(features), torch.from_numpy(vectors))
-    support, coefficients = orthogonal_matching_pursuit(judge.atoms, judge.targets(torch.from_numpy(effects)), components)
+    support, coefficients = orthogonal_matching_pursuit(
+        judge.atoms, judge.targets(torch.from_numpy(effects)), components
+    )
     found = np.zeros_like(expected)
     for n in range(12):
         found[n, support[n]] = coefficients[n]
@@ -120,7 +124,9 @@ def test_soft_wpmi_is_its_definition(rng):
             log_p[n] += np.log(1 + p * (probability[image] - 1) + 1e-7)
     expected = log_p - np.log(np.exp(log_p - log_p.max()).mean(axis=0)) - log_p.max()
     label = grading.SoftWPMI(tensor(representations), tensor(vectors), tensor(effects))
-    found = torch.cat([label(slice(first, first + 7)) for first in range(0, texts, 7)], dim=1).double().numpy()
+    found = (
+        torch.cat([label(slice(first, first + 7)) for first in range(0, texts, 7)], dim=1).double().numpy()
+    )
     shift = found - expected  # a constant tells nothing
     assert_allclose(shift, np.broadcast_to(shift.mean(), shift.shape), atol=2e-3)
     assert_array_equal(found.argmax(axis=1), expected.argmax(axis=1))
@@ -131,11 +137,20 @@ def test_soft_wpmi_is_its_definition(rng):
 
 def test_directions_of_the_rows(rng):
     vectors, N = rng.standard_normal((7, 5)), 3
-    written = scipy.sparse.csr_matrix(np.array([[0, 2, 0, -3, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0.5], [0, 0, 0, 0, 0.2, 0.1, 0]]))
-    fired = scipy.sparse.csr_matrix(np.array([[1, 0, 0, 0, 0, -1, 0], [0, -2, 0, 0, 1, 0, 0], [0, 0, 3, 0, 0, 0, 1.0]]))
+    written = scipy.sparse.csr_matrix(
+        np.array([[0, 2, 0, -3, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0.5], [0, 0, 0, 0, 0.2, 0.1, 0]])
+    )
+    fired = scipy.sparse.csr_matrix(
+        np.array([[1, 0, 0, 0, 0, -1, 0], [0, -2, 0, 0, 1, 0, 0], [0, 0, 3, 0, 0, 0, 1.0]])
+    )
     judge = grading.Judge(torch.from_numpy(rng.standard_normal((40, 5))), torch.from_numpy(vectors))
     found = directions_of(
-        judge, written, fired, first=np.array([5, 4, 2]), component=torch.ones(N, 5), labels=np.array([6, 0, 1], np.int32)
+        judge,
+        written,
+        fired,
+        first=np.array([5, 4, 2]),
+        component=torch.ones(N, 5),
+        labels=np.array([6, 0, 1], np.int32),
     )
     assert list(found) == list(grading.ROWS)
     assert_allclose(found["writes"], written @ vectors, atol=1e-6)
@@ -150,7 +165,9 @@ def test_directions_of_the_rows(rng):
 def test_a_neuron_without_any_text_has_no_direction(rng):
     """The pursuit takes no text for an effect that is the same on all images."""
     empty = scipy.sparse.csr_matrix((2, 7))
-    judge = grading.Judge(torch.from_numpy(rng.standard_normal((40, 5))), torch.from_numpy(rng.standard_normal((7, 5))))
+    judge = grading.Judge(
+        torch.from_numpy(rng.standard_normal((40, 5))), torch.from_numpy(rng.standard_normal((7, 5)))
+    )
     found = directions_of(judge, empty, empty, first=np.array([-1, -1]))
     assert all(not of.any() for of in found.values())
     assert grading.as_matrix([[], []], 7).nnz == 0
@@ -173,7 +190,9 @@ def known():
 
 def graded(known, description):
     presences, _, effects = known
-    return grading.grades(torch.from_numpy(presences), torch.from_numpy(description)[None], torch.from_numpy(effects), 0.05)
+    return grading.grades(
+        torch.from_numpy(presences), torch.from_numpy(description)[None], torch.from_numpy(effects), 0.05
+    )
 
 
 @pytest.mark.parametrize("measure", ["pearson", "auprc"])
@@ -207,7 +226,9 @@ def test_a_summary_counts_neurons_above_the_null(rng):
     found = grading.summary(values, ["writes", "null_writes"], ["pearson"])
     assert found["writes"]["pearson"]["above_null"] == pytest.approx(0.3)
     assert found["writes"]["pearson"]["mean"] == pytest.approx(-4)
-    assert found["null_writes"]["pearson"]["error"] == pytest.approx(values[:, 1].std(ddof=1) / np.sqrt(200), rel=1e-3)
+    assert found["null_writes"]["pearson"]["error"] == pytest.approx(
+        values[:, 1].std(ddof=1) / np.sqrt(200), rel=1e-3
+    )
 
 
 # effects along directions, and the whole stage
@@ -215,7 +236,10 @@ def test_a_summary_counts_neurons_above_the_null(rng):
 
 def test_effects_along_directions_are_those_of_dense_effects(visual, vit, images):
     directions, rng = fold_layers(vit, [1])[0], np.random.default_rng(0)
-    rows = {"a": tensor(rng.standard_normal((vit.N, vit.D))), "b": tensor(rng.standard_normal((vit.N, vit.D)))}
+    rows = {
+        "a": tensor(rng.standard_normal((vit.N, vit.D))),
+        "b": tensor(rng.standard_normal((vit.N, vit.D))),
+    }
     with torch.inference_mode():
         _, effects = second_order(vit, images[:2], [directions])
         found = grading.Along(directions, rows)(next(effects)).numpy()
@@ -240,7 +264,9 @@ def world(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def dense(world):
-    """Effects of one layer on all validation images by the definition, [images, N, D], and unit representations."""
+    """Effects of one layer on all validation images by the definition, [images, N, D], and unit
+    representations.
+    """
     from utils.model.clip import load_clip
 
     clip = load_clip(world.model[1], "random", "cpu")
@@ -276,21 +302,32 @@ def described(path, texts):
 
 def test_the_stage_s_grades_are_scipys_and_scikit_learns_of_dense_effects(world, dense):
     phi, features = dense
-    pcas, mean = (np.load(world.base / f"folder_train_mlps_tiny_random_{LAYER}_{name}.npy") for name in ("5_pca", "mean"))
+    pcas, mean = (
+        np.load(world.base / f"folder_train_mlps_tiny_random_{LAYER}_{name}.npy")
+        for name in ("5_pca", "mean")
+    )
     effects = ((phi - mean) * pcas).sum(axis=2)  # [images, N]
     stored = np.load(result(world, f"val_mlps_tiny_random_{LAYER}_5_projections.npy"))
     assert_allclose(stored, effects, atol=1e-4 * np.abs(effects).max())
 
     vectors = np.load(world.base / "words_tiny_random.npy").astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    written = described(world.base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json", len(vectors))
+    written = described(
+        world.base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json", len(vectors)
+    )
     fired = described(result(world, f"{LAYER}_words_fires_on_omp_8.json"), len(vectors))
     train = np.load(result(world, "train_representations_tiny_random.npy")).astype(np.float64)
     spread = np.linalg.norm((train - train.mean(axis=0)) @ vectors.T, axis=0)
-    directions = {"writes": written @ vectors, "fires_on": (fired / spread) @ vectors, "direction": pcas.astype(np.float64)}
+    directions = {
+        "writes": written @ vectors,
+        "fires_on": (fired / spread) @ vectors,
+        "direction": pcas.astype(np.float64),
+    }
     labels = np.load(result(world, f"{LAYER}_words_fires_on_omp_8_wpmi.npy"))
     directions |= {"wpmi": vectors[labels], "null_writes": np.roll(written @ vectors, 1, axis=0)}
-    directions["one_written"] = np.stack([np.sign(row[i]) * vectors[i] for row in written for i in [np.abs(row).argmax()]])
+    directions["one_written"] = np.stack(
+        [np.sign(row[i]) * vectors[i] for row in written for i in [np.abs(row).argmax()]]
+    )
 
     path = result(world, f"val_grades_tiny_random_{LAYER}_words_8.npy")
     grades, rows = np.load(path), json.loads(path.with_suffix(".meta.json").read_text())["rows"]
@@ -303,7 +340,10 @@ def test_the_stage_s_grades_are_scipys_and_scikit_learns_of_dense_effects(world,
             acts[np.argsort(-effects[:, n])[:count]] = True
             expected = []
             for predicted in (features @ direction[n], features @ direction[n] - own):
-                expected += [pearsonr(predicted, effects[:, n]).statistic, average_precision_score(acts, predicted)]
+                expected += [
+                    pearsonr(predicted, effects[:, n]).statistic,
+                    average_precision_score(acts, predicted),
+                ]
             expected.append((own[acts] - mean[n] @ direction[n]).mean() / np.linalg.norm(direction[n]))
             assert_allclose(found[n], expected, atol=2e-3, err_msg=f"{row} of neuron {n}")
 
@@ -324,7 +364,9 @@ def test_the_table_of_neurons_says_what_the_arrays_say(world):
 
 def test_known_truth_judges_in_place_of_similarities(world, tmp_path, rng):
     """Texts that are true of images by chance; one of them is what the first neuron acts on."""
-    effects = {s: np.load(result(world, f"{s}_mlps_tiny_random_{LAYER}_5_projections.npy")) for s in ("train", "val")}
+    effects = {
+        s: np.load(result(world, f"{s}_mlps_tiny_random_{LAYER}_5_projections.npy")) for s in ("train", "val")
+    }
     for split, of in effects.items():
         truth = rng.random((len(of), 60)) < 0.3
         truth[:, 11] = of[:, 0] > np.median(effects["train"][:, 0])
@@ -334,7 +376,18 @@ def test_known_truth_judges_in_place_of_similarities(world, tmp_path, rng):
     run_stage_of_user(
         "compute_sparse_decomposition.py",
         *world.model,
-        *["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", 5, "--text_descriptions", "words", "--components", 4],
+        *[
+            "--dataset",
+            "folder",
+            "--mlp_layer",
+            LAYER,
+            "--top_k_pca",
+            5,
+            "--text_descriptions",
+            "words",
+            "--components",
+            4,
+        ],
         *["--input_dir", world.base, "--output_dir", tmp_path / "out"],
         folder=tmp_path,
     )
@@ -348,13 +401,25 @@ def test_known_truth_judges_in_place_of_similarities(world, tmp_path, rng):
     expected = pearsonr(truth[:, 11], effects["val"][:, 0]).statistic
     assert np.load(path)[0, rows.index("one_fired_on"), 0] == pytest.approx(expected, abs=1e-5)
     np.save(tmp_path / "val.npy", truth[:, 1:])
-    done = run_stage_of_user("evaluate_descriptions.py", *flags, *truths, "--overwrite", folder=tmp_path, check=False)
+    done = run_stage_of_user(
+        "evaluate_descriptions.py", *flags, *truths, "--overwrite", folder=tmp_path, check=False
+    )
     assert done.returncode == 1 and "63 val images x 60 texts, are needed" in the_line(done.stderr)
 
 
 def test_training_images_are_not_graded_on(world, tmp_path):
     script, flags, _ = world.stages()["evaluation"]
     done = run_stage_of_user(
-        script, *world.model, *flags, "--split", "train", "--output_dir", tmp_path, folder=tmp_path, check=False
+        script,
+        *world.model,
+        *flags,
+        "--split",
+        "train",
+        "--output_dir",
+        tmp_path,
+        folder=tmp_path,
+        check=False,
     )
-    assert done.returncode == 1 and "give the split of the held-out images, such as val" in the_line(done.stderr)
+    assert done.returncode == 1 and "give the split of the held-out images, such as val" in the_line(
+        done.stderr
+    )

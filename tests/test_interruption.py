@@ -1,4 +1,5 @@
-"""kill -9, full disks, read-only folders, damaged and changed inputs: a line says what is wrong, and nothing finished is lost.
+"""kill -9, full disks, read-only folders, damaged and changed inputs: a line says what is wrong, and nothing
+finished is lost.
 
 KILLS in the environment (10 for the figures of README.md) says how often each stage is killed.
 """
@@ -33,9 +34,27 @@ from utils.runtime.errors import UserError
 from utils.runtime.passes import Scratch
 
 KILLS = int(os.environ.get("KILLS", 0))
-LONG = {"top": 10, "full": 3, "representations": 2, "pcas": 3, "ablations": 2, "decomposition": 3, "evaluation": 3, "gallery": 2}
+LONG = {
+    "top": 10,
+    "full": 3,
+    "representations": 2,
+    "pcas": 3,
+    "ablations": 2,
+    "decomposition": 3,
+    "evaluation": 3,
+    "gallery": 2,
+}
 LONG |= {"segmentation": 2}
-LAST = {"top": 4, "full": 1, "representations": 1, "pcas": 1, "ablations": 1, "decomposition": 2, "evaluation": 1, "gallery": 1}
+LAST = {
+    "top": 4,
+    "full": 1,
+    "representations": 1,
+    "pcas": 1,
+    "ablations": 1,
+    "decomposition": 2,
+    "evaluation": 1,
+    "gallery": 1,
+}
 LAST |= {"segmentation": 1}
 
 
@@ -46,7 +65,8 @@ def world(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="module")
 def started(world):
-    """The second-order stage, killed when 2 of its 16 pieces were finished; tests work on copies. The lock of a process that has
+    """The second-order stage, killed when 2 of its 16 pieces were finished; tests work on copies. The lock of
+    a process that has
     ended is no part of its work: who comes next removes it."""
     output = world.interrupt("full", world.root / "started")
     [lock] = output.glob("*.lock")
@@ -96,7 +116,9 @@ def read_only(folder):
 
 @pytest.mark.parametrize("name", LONG)
 def test_kill_9_at_random_moments_changes_nothing(world, name):
-    """Killed anywhere between its start and its end; when it finishes before the last kill, it starts again elsewhere."""
+    """Killed anywhere between its start and its end; when it finishes before the last kill, it starts again
+    elsewhere.
+    """
     kills, rng, moments = KILLS or LONG[name], np.random.default_rng(len(name)), []
     small = {**COMMITS, "utils.omp.BLOCK": 16}
     output = world.root / f"killed_{name}"
@@ -150,7 +172,9 @@ def state(output):
 
 @pytest.mark.parametrize("name", LONG)
 def test_kill_9_between_two_files(world, name):
-    """Before a file gets its name or is removed, which random moments seldom meet: all of them with KILLS, else the last ones."""
+    """Before a file gets its name or is removed, which random moments seldom meet: all of them with KILLS,
+    else the last ones.
+    """
     printed = world.run(name, world.root / f"counted_{name}", constants={**COMMITS, "die": 0})
     count = int(printed.split(" names and removals")[0].split()[-1])
     for i in range(1 if KILLS else count - LAST[name] + 1, count + 1):
@@ -182,7 +206,10 @@ def test_a_disk_that_fills_up_in_the_middle(world, name):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     release(process)
     line = the_line(finish(process, code=1))
-    assert ".npy cannot be written (File too large); what is finished is kept: fix this, then run the same command again" in line
+    assert (
+        ".npy cannot be written (File too large); what is finished is kept: fix this, then run the same command again"
+        in line
+    )
     assert finished_pieces(output) >= 1 and not list(output.glob("*.npy"))
     world.run(name, output)
     assert_same_files(output, world.whole / name)
@@ -211,7 +238,10 @@ def test_a_disk_that_another_fills_up_in_the_middle(world, name):
 def test_a_disk_that_is_too_small_is_refused_before_any_work(world, name):
     with small_disk(world.root / f"small_{name}", 65536) as output:
         line = the_line(world.run(name, output, code=1))
-        assert "has 0.00 GB free and this run writes" in line and "make room, choose another --output_dir" in line
+        assert (
+            "has 0.00 GB free and this run writes" in line
+            and "make room, choose another --output_dir" in line
+        )
         assert not list(output.iterdir())
 
 
@@ -273,7 +303,10 @@ def test_images_that_changed_since(world, started):
     output, image = copy(started, "started_images"), sorted((world.photos / "train").rglob("*.JPEG"))[0]
     with damaged(image, sorted((world.photos / "train").rglob("*.JPEG"))[1].read_bytes()):
         line = the_line(world.run("full", output, code=1))
-    assert "belongs to a run with other data; repeat that run to finish it, or add --overwrite to start from scratch" in line
+    assert (
+        "belongs to a run with other data; repeat that run to finish it, or add --overwrite to start from scratch"
+        in line
+    )
     assert finished_pieces(output) == finished_pieces(started)
     world.run("full", output)
     assert_same_files(output, world.whole / "full")
@@ -423,13 +456,18 @@ def test_effects_that_were_made_again_of_other_images(world):
 
 
 def test_parts_of_effects_that_do_not_belong_together(world):
-    """A second pass over other images is killed when some of its files have their names, and others have those of the first."""
+    """A second pass over other images is killed when some of its files have their names, and others have
+    those of the first.
+    """
     base = copy(world.whole / "top", "mixed")
     world.run("top", world.root / "mixed_other", "--subsample", 2)
     for path in (world.root / "mixed_other").glob("*_1_top_coefficients.*"):
         shutil.copy(path, base)
     line = the_line(world.run("pcas", world.root / "mixed_out", "--input_dir", base, code=1))
-    assert "was made with data" in line and "make it again with: python compute_second_order_neuron_prs.py" in line
+    assert (
+        "was made with data" in line
+        and "make it again with: python compute_second_order_neuron_prs.py" in line
+    )
 
 
 # what `--keep top` keeps for itself
@@ -437,7 +475,9 @@ def test_parts_of_effects_that_do_not_belong_together(world):
 
 @pytest.mark.parametrize("pieces", [4, 20])  # of the first pass, of the second
 def test_files_of_an_interrupted_run_that_are_cut_off(world, pieces):
-    """As a machine that loses its power may leave them: made again where they can be, else refused by a line."""
+    """As a machine that loses its power may leave them: made again where they can be, else refused by a
+    line.
+    """
     started = world.interrupt("top", world.root / f"started_cut_off_{pieces}", pieces=pieces)
     for bytes_left in (0, 200):
         output = copy(started, f"cut_off_{pieces}_{bytes_left}")
@@ -465,8 +505,13 @@ def test_keeping_all_of_a_layer_in_between(world):
 
 
 def test_what_is_kept_has_its_room_from_the_start(tmp_path):
-    """A map into a file without it ends the process by a signal when the disk is full, and no line is printed."""
+    """A map into a file without it ends the process by a signal when the disk is full, and no line is
+    printed.
+    """
     scratch = Scratch(tmp_path / "x.partial", (10, 100, 20), "float32", resumed=False)
     assert (tmp_path / "x.partial").stat().st_blocks * 512 >= 80_000 and not scratch.array.any()
-    with small_disk(tmp_path / "disk", 65536) as disk, pytest.raises(UserError, match="x.partial cannot be written"):
+    with (
+        small_disk(tmp_path / "disk", 65536) as disk,
+        pytest.raises(UserError, match="x.partial cannot be written"),
+    ):
         Scratch(disk / "x.partial", (10, 100, 20), "float32", resumed=False)

@@ -114,7 +114,10 @@ def test_whose_end_is_known(tmp_path, monkeypatch, system, changes, free):
             pass
         assert not list(tmp_path.iterdir())
         return
-    with pytest.raises(UserError, match=r"stage.py .*remove \S+a.npy.lock and run the same command again"), Lock(path):
+    with (
+        pytest.raises(UserError, match=r"stage.py .*remove \S+a.npy.lock and run the same command again"),
+        Lock(path),
+    ):
         pass
     assert content_of(path) == here | changes
 
@@ -125,7 +128,9 @@ def test_a_lock_that_was_never_filled_in_is_taken_over(tmp_path):
         assert content_of(tmp_path / "a.npy")["process"] == os.getpid()
 
 
-@pytest.mark.parametrize("content", ['{"files": null}', "5", '[["a.npy"]]', '{"files": ["a.npy", 3]}', "[" * 100_000, "é\0"])
+@pytest.mark.parametrize(
+    "content", ['{"files": null}', "5", '[["a.npy"]]', '{"files": ["a.npy", 3]}', "[" * 100_000, "é\0"]
+)
 def test_other_programs_locks_do_not_count(tmp_path, content):
     (tmp_path / "conda.lock").write_text(content)
     with Lock(tmp_path / "a.npy"):
@@ -200,7 +205,9 @@ def test_a_file_that_two_processes_save_at_once_is_whole_at_every_moment(tmp_pat
         if path.exists():
             seen.add(path.read_bytes())
     assert [process.exitcode for process in processes] == [0, 0]
-    assert seen <= {b"a" * 50000, b"b" * 50000} and [file.name for file in tmp_path.iterdir()] == ["table.json"]
+    assert seen <= {b"a" * 50000, b"b" * 50000} and [file.name for file in tmp_path.iterdir()] == [
+        "table.json"
+    ]
 
 
 # stages
@@ -215,7 +222,9 @@ def test_a_second_start_refuses_and_the_first_is_not_disturbed(world, name):
     before = contents(output)
     arguments, constants = world.command(name, output)
     line = the_line(run(*arguments, log=world.root / f"second_{name}.log", code=1, constants=constants))
-    assert re.search(rf"is being made by \S+ \(process {first.pid} on \S+\) since [\d: -]+; wait until it has ended", line)
+    assert re.search(
+        rf"is being made by \S+ \(process {first.pid} on \S+\) since [\d: -]+; wait until it has ended", line
+    )
     assert contents(output) == before
     release(first)
     finish(first)
@@ -242,7 +251,9 @@ def test_two_models_in_one_folder_do_not_disturb_each_other(world, tiny_model, n
 
 
 def is_temporary(name):
-    return any(part in name for part in (".partial", ".progress.", ".lock", ".parts/")) or re.search(r"\.[0-9a-f]{12}\.", name)
+    return any(part in name for part in (".partial", ".progress.", ".lock", ".parts/")) or re.search(
+        r"\.[0-9a-f]{12}\.", name
+    )
 
 
 @pytest.mark.parametrize("seed", range(PAIRS))
@@ -269,7 +280,11 @@ def test_random_pairs_of_starts_publish_what_one_run_does_or_nothing(world, seed
             last = process.log.read_text().strip().splitlines()[-1]  # after what it kept
             assert last.startswith("error: ") and "is being made by" in last
     whole = contents(world.whole / name)
-    found = {key: value for key, value in (contents(output) if output.exists() else {}).items() if not is_temporary(key)}
+    found = {
+        key: value
+        for key, value in (contents(output) if output.exists() else {}).items()
+        if not is_temporary(key)
+    }
     assert [key for key in found if found[key] != whole.get(key)] == []
     if 0 in codes:
         assert found.keys() == whole.keys()

@@ -217,7 +217,9 @@ def chosen(world, method):
     settings = {"method": method, "layers": list(LAYERS), "top_neurons": TOP, "seed": 4}
     settings |= {"train_dataset": "imagenet", "class_source": "predicted", "top_k_pca": 100}
     settings |= {"neuron_sign": "both"}
-    clip = SimpleNamespace(vit=world.vit, device="cpu", fingerprint="0" * 12, expected={"fingerprint": "0" * 12})
+    clip = SimpleNamespace(
+        vit=world.vit, device="cpu", fingerprint="0" * 12, expected={"fingerprint": "0" * 12}
+    )
     return choose_method(settings, clip, world.results, world.results, images=FIRST + 2)[0]
 
 

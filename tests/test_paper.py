@@ -1,4 +1,6 @@
-"""The page of the paper's tables and figures: its numbers against plain models and numpy, what is left out, and resuming."""
+"""The page of the paper's tables and figures: its numbers against plain models and numpy, what is left out,
+and resuming.
+"""
 
 import copy
 import json
@@ -55,9 +57,34 @@ class World:
             IMAGES,
         ]
         self.flags += ["--text_descriptions", "pool.txt", "--components", 4, "--counts", 1, 2, 4]
-        self.flags += ["--segmentation", "discs.mat", "--top_neurons", 20, "--tasks", "cup <b>: anchor", "--seeds", 2]
-        self.flags += ["--neurons_num", 20, "--overall_words", 5, "--results_per_generation", 2, "--pictures", 2]
-        self.flags += ["--text_model", "template", "--image_model", "drawing:draw", "--similarity_model", "clip"]
+        self.flags += [
+            "--segmentation",
+            "discs.mat",
+            "--top_neurons",
+            20,
+            "--tasks",
+            "cup <b>: anchor",
+            "--seeds",
+            2,
+        ]
+        self.flags += [
+            "--neurons_num",
+            20,
+            "--overall_words",
+            5,
+            "--results_per_generation",
+            2,
+            "--pictures",
+            2,
+        ]
+        self.flags += [
+            "--text_model",
+            "template",
+            "--image_model",
+            "drawing:draw",
+            "--similarity_model",
+            "clip",
+        ]
         self.flags += ["--cosim_similarity", 2]
         self.first = self.run("all")
         self.folder = root / "out" / "paper_tiny_random"
@@ -102,7 +129,10 @@ def test_every_item_is_made_or_left_out_with_a_reason(world):
                 assert row["ours"] is None or np.isfinite(row["ours"])
                 assert row["beside"] or row["note"] or "nothing ablated" in row["what"], (name, row)
     commands = {command for item in world.page.values() for command in item["commands"]}
-    assert all(command.startswith("python compute_") or command.startswith("python generate_") for command in commands)
+    assert all(
+        command.startswith("python compute_") or command.startswith("python generate_")
+        for command in commands
+    )
     printed = [line for line in world.first.stdout.splitlines() if line.startswith("$ ")]
     assert len(printed) == len(set(printed)) == len(commands)  # nothing runs twice
 
@@ -121,8 +151,12 @@ def test_table_1_equals_a_plain_model_with_replaced_activations(world):
     handle.remove()
     rows = world.rows("table1")
     assert rows["accuracy, nothing ablated"]["ours"] == accuracy(world, visual(val), labels)
-    assert rows[f"accuracy without the indirect effects of layer {LAYER}"]["ours"] == accuracy(world, without, labels)
-    ablated = json.loads((world.root / "out" / f"folder_val_ablations_tiny_random_0-1-2-3_{K}.json").read_text())["accuracy"]
+    assert rows[f"accuracy without the indirect effects of layer {LAYER}"]["ours"] == accuracy(
+        world, without, labels
+    )
+    ablated = json.loads(
+        (world.root / "out" / f"folder_val_ablations_tiny_random_0-1-2-3_{K}.json").read_text()
+    )["accuracy"]
     second = rows[f"accuracy without the second-order effects of layer {LAYER}"]["ours"]
     assert second == ablated[str(LAYER)]["without all effects"]
 
@@ -149,9 +183,16 @@ def test_first_order_parts_are_ablated_as_by_hand(world):
     for kind in ("attention", "mlp"):
         change = parts["train"][kind].mean(dim=0) - parts["val"][kind]
         for l in range(world.clip.vit.L):
-            alone, all_up_to = parts["val"]["rep"] + change[:, l], parts["val"]["rep"] + change[:, : l + 1].sum(dim=1)
-            assert rows[f"layer {l}: without {kind} of the layer"]["ours"] == accuracy(world, alone.float(), labels)
-            assert rows[f"layer {l}: without {kind} of all layers up to it"]["ours"] == accuracy(world, all_up_to.float(), labels)
+            alone, all_up_to = (
+                parts["val"]["rep"] + change[:, l],
+                parts["val"]["rep"] + change[:, : l + 1].sum(dim=1),
+            )
+            assert rows[f"layer {l}: without {kind} of the layer"]["ours"] == accuracy(
+                world, alone.float(), labels
+            )
+            assert rows[f"layer {l}: without {kind} of all layers up to it"]["ours"] == accuracy(
+                world, all_up_to.float(), labels
+            )
 
 
 def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world):
@@ -178,12 +219,20 @@ def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world)
         handle.remove()
         assert_allclose(found[:, 3, j], lost, rtol=1e-2, atol=1e-3)
     truth, rows = found[:, 3].astype(float), world.rows("causal")
-    for kind, own in zip(("direct", "second-order", "indirect"), found[:, :3].transpose(1, 0, 2, 3).astype(float), strict=True):
+    for kind, own in zip(
+        ("direct", "second-order", "indirect"), found[:, :3].transpose(1, 0, 2, 3).astype(float), strict=True
+    ):
         each = [
-            np.corrcoef((own[:, n] - own[:, n].mean(0)).ravel(), (truth[:, n] - truth[:, n].mean(0)).ravel())[0, 1]
+            np.corrcoef((own[:, n] - own[:, n].mean(0)).ravel(), (truth[:, n] - truth[:, n].mean(0)).ravel())[
+                0, 1
+            ]
             for n in range(DRAWN)
         ]
-        assert_allclose(rows[f"layer {LAYER}: correlation of {kind} effects with what is lost"]["ours"], np.mean(each), atol=1e-3)
+        assert_allclose(
+            rows[f"layer {LAYER}: correlation of {kind} effects with what is lost"]["ours"],
+            np.mean(each),
+            atol=1e-3,
+        )
     centred = found[:, 2, 0] - found[:, 2, 0].mean(axis=0)
     squares = np.linalg.svd(centred.astype(float), compute_uv=False) ** 2
     assert_allclose(measures.explained(found[:, 2, 0].astype(float)), squares[0] / squares.sum(), rtol=1e-6)
@@ -192,7 +241,18 @@ def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world)
 def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
     rows = world.rows("fig4")
     for m in (1, 2, 4):
-        words = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--mlp_layer", LAYER, "--top_k_pca", K]
+        words = [
+            "--dataset",
+            "folder",
+            "--data_path",
+            "photos",
+            "--num_workers",
+            0,
+            "--mlp_layer",
+            LAYER,
+            "--top_k_pca",
+            K,
+        ]
         words += [
             "--text_descriptions",
             "pool.txt",
@@ -205,7 +265,12 @@ def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
             "random",
         ]
         words += ["--input_dir", "out", "--output_dir", "separate", "--device", "cpu"]
-        run_stage_of_user("compute_sparse_decomposition.py", *words, folder=world.root, constants={"folder": str(world.root)})
+        run_stage_of_user(
+            "compute_sparse_decomposition.py",
+            *words,
+            folder=world.root,
+            constants={"folder": str(world.root)},
+        )
         name = f"folder_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_{m}_evaluation.json"
         separate = json.loads((world.root / "separate" / name).read_text())["accuracy"][str(LAYER)]
         assert (
@@ -238,14 +303,29 @@ def test_table_7_is_a_pool_of_what_a_language_model_writes(world):
     world.run("table7", more=more, **stand_ins)
     texts = (world.root / "seven" / "paper_tiny_random" / "image_descriptions.txt").read_text().splitlines()
     assert texts == ["anchor in the snow", "a red house", "big cat in the snow", "cup <b> in the snow"]
-    rows = json.loads((world.root / "seven" / "paper_tiny_random" / "paper.json").read_text())["items"]["table7"]["rows"]
+    rows = json.loads((world.root / "seven" / "paper_tiny_random" / "paper.json").read_text())["items"][
+        "table7"
+    ]["rows"]
     assert [row["ours"] for row in rows] == [4, 50]
 
 
 def test_imagenet_r_takes_everything_else_from_imagenet(world):
     photos = write_photos(world.root / "imagenet", per_class=2, side=40)
-    renditions = write_photos(world.root / "renditions", splits=(".",), classes=SYNSETS[:2], per_class=2, side=40)
-    more = ["--dataset", "imagenet", "--data_path", photos, "--imagenet_r", renditions, "--subsample", 1, "--output_dir", "r"]
+    renditions = write_photos(
+        world.root / "renditions", splits=(".",), classes=SYNSETS[:2], per_class=2, side=40
+    )
+    more = [
+        "--dataset",
+        "imagenet",
+        "--data_path",
+        photos,
+        "--imagenet_r",
+        renditions,
+        "--subsample",
+        1,
+        "--output_dir",
+        "r",
+    ]
     world.run("fig10", more=more, templates=1)
     item = json.loads((world.root / "r" / "paper_tiny_random" / "paper.json").read_text())["items"]["fig10"]
     assert not item["left_out"] and {row["n"] for row in item["rows"]} == {4} and len(item["rows"]) == 4 * 5
@@ -264,7 +344,9 @@ def test_a_second_run_keeps_what_is_there(world):
 
 def test_the_page_holds_what_was_found_and_no_foreign_markup(world):
     html, text = ((world.folder / f"paper.{kind}").read_text() for kind in ("html", "md"))
-    assert "cup &lt;b&gt;" in html and "cup <b>" not in html and "<script" not in html and "default-src" in html
+    assert (
+        "cup &lt;b&gt;" in html and "cup <b>" not in html and "<script" not in html and "default-src" in html
+    )
     for item in world.page.values():
         for picture in item["pictures"]:
             assert f'src="{picture}"' in html and f"]({picture})" in text
@@ -275,11 +357,19 @@ def test_the_page_holds_what_was_found_and_no_foreign_markup(world):
 
 MISTAKES = {
     "--tasks horse": (["--tasks", "horse"], "table3", "--tasks horse is not DRAWN:SEEN"),
-    "a neuron": (["--neurons", 9999], "table2", "--neurons 9999: a layer of this model has the neurons 0 to 95"),
+    "a neuron": (
+        ["--neurons", 9999],
+        "table2",
+        "--neurons 9999: a layer of this model has the neurons 0 to 95",
+    ),
     "all layers": (["--mlp_layer", "all"], "table2", "--mlp_layer is one layer here"),
     "two pools": (["--text_descriptions", "pool.txt", "other/pool.txt"], "fig4", "have one name"),
     "no images": (["--images", "photos/none"], "fig8", "has no pictures"),
-    "a request": (["--request", "pool.txt", "--text_model", "any"], "table7", "does not have {class_name} in it"),
+    "a request": (
+        ["--request", "pool.txt", "--text_model", "any"],
+        "table7",
+        "does not have {class_name} in it",
+    ),
     "a layer": (["--mlp_layer", 77], "table1", "this model's layers with effects are 0 to 3"),
 }
 
@@ -288,11 +378,16 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_what_was_found_before_stays(world, mistake):
     more, name, said = MISTAKES[mistake]
     before = json.loads((world.folder / "paper.json").read_text())["items"]
-    done = world.run(name, check=False, more=more, **{"applications.attack.generators.require_packages": nothing})
+    done = world.run(
+        name, check=False, more=more, **{"applications.attack.generators.require_packages": nothing}
+    )
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: ") and said in last and "Traceback" not in done.stderr, done.stderr[
-        -1500:
-    ]
+    assert (
+        done.returncode == 1
+        and last.startswith("error: ")
+        and said in last
+        and "Traceback" not in done.stderr
+    ), done.stderr[-1500:]
     assert json.loads((world.folder / "paper.json").read_text())["items"][name] == before[name]
 
 
@@ -312,7 +407,12 @@ def test_without_images_everything_is_left_out_and_a_damaged_page_starts_from_sc
 
 
 def test_a_tower_that_is_pooled_by_attention_has_the_items_that_it_can_have(world):
-    pooled = {"attentional_pool": True, "attn_pooler_queries": 2, "attn_pooler_heads": 3, "output_tokens": True}
+    pooled = {
+        "attentional_pool": True,
+        "attn_pooler_queries": 2,
+        "attn_pooler_heads": 3,
+        "output_tokens": True,
+    }
     (world.root / "pooled.json").write_text(json.dumps({**TINY, "vision_cfg": TINY["vision_cfg"] | pooled}))
     world.run("all", more=["--model", "pooled.json", "--output_dir", "pooled"])
     items = json.loads((world.root / "pooled" / "paper_pooled_random" / "paper.json").read_text())["items"]
@@ -320,7 +420,11 @@ def test_a_tower_that_is_pooled_by_attention_has_the_items_that_it_can_have(worl
     assert left == {"fig9", "fig10", "fig11", "table7"} and "no first order" in items["fig11"]["left_out"]
     said = [row["what"] for item in items.values() for row in item["rows"]]
     assert not [what for what in said if "direct effects" in what and "indirect" not in what]
-    assert {what.split(":")[0] for what in said if what.endswith(": mIoU")} == {"second_order", "random", "attention"}
+    assert {what.split(":")[0] for what in said if what.endswith(": mIoU")} == {
+        "second_order",
+        "random",
+        "attention",
+    }
 
 
 def test_wrong_items_are_one_line(world):
@@ -330,18 +434,26 @@ def test_wrong_items_are_one_line(world):
     ):
         done = world.run(*items, check=False)
         assert (
-            done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr and "Traceback" not in done.stderr
+            done.returncode == 1
+            and done.stderr.startswith("error: ")
+            and said in done.stderr
+            and "Traceback" not in done.stderr
         )
     listed = world.run("--list").stdout
     assert all(name in listed for name in (*ITEMS, *ALIASES))
 
 
 def test_every_number_of_the_readmes_results_is_on_the_page_of_the_world():
-    readme, page_of_world = (ROOT / "README.md").read_text(), (ROOT / "docs" / "paper" / "paper.md").read_text()
+    readme, page_of_world = (
+        (ROOT / "README.md").read_text(),
+        (ROOT / "docs" / "paper" / "paper.md").read_text(),
+    )
     table = readme[readme.index("## What comes out") : readme.index("## What a description means")]
     numbers = re.findall(r"\d+\.\d+", table)
     assert len(numbers) > 20 and [number for number in numbers if number not in page_of_world] == []
-    assert all((ROOT / "docs" / "paper" / name).is_file() for name in re.findall(r"\]\(([\w.]+png)\)", page_of_world))
+    assert all(
+        (ROOT / "docs" / "paper" / name).is_file() for name in re.findall(r"\]\(([\w.]+png)\)", page_of_world)
+    )
 
 
 def test_every_number_about_descriptions_in_the_readme_is_one_of_the_demos():

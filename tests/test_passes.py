@@ -18,7 +18,9 @@ PIECES = pieces_of(9, 2)  # the last one is shorter
 
 def pass_of(path, record, pieces=PIECES, **options):
     b, c = path.with_name("b.npy"), path.with_name("c.npy")
-    return Pass({path: ((9, 3), "float32"), b: ((9,), "int32"), c: ((4, 9), "float32")}, record, pieces, **options)
+    return Pass(
+        {path: ((9, 3), "float32"), b: ((9,), "int32"), c: ((4, 9), "float32")}, record, pieces, **options
+    )
 
 
 def fill(work, path, count=None):
@@ -53,9 +55,14 @@ def test_rows_and_columns_that_were_written_in_two_runs_equal_those_of_one(tmp_p
     with pass_of(path, {"seed": 2}) as work:
         assert fill(work, path) == [6, 8]
     assert np.array_equal(np.load(path), np.repeat(np.arange(9.0)[:, None], 3, axis=1))
-    assert np.array_equal(np.load(tmp_path / "b.npy"), np.arange(9)) and np.load(tmp_path / "b.npy").dtype == np.int32
+    assert (
+        np.array_equal(np.load(tmp_path / "b.npy"), np.arange(9))
+        and np.load(tmp_path / "b.npy").dtype == np.int32
+    )
     assert np.array_equal(np.load(tmp_path / "c.npy"), np.arange(9) + 100.0 * np.arange(4)[:, None])
-    assert {file.name for file in tmp_path.iterdir()} == {f"{x}.{end}" for x in "abc" for end in ("npy", "meta.json")}
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{x}.{end}" for x in "abc" for end in ("npy", "meta.json")
+    }
     record = json.loads(record_path(path).read_text())
     assert record == {"seed": 2, "method_number": METHOD, "shape": [9, 3], "dtype": "float32"}
 
@@ -94,10 +101,16 @@ def test_a_finished_result_of_something_else_is_never_replaced_without_being_ask
     ):
         pass
     arrays = {path: ((9, 4), "float32")}
-    with pytest.raises(UserError, match="made with other shape"), Pass(arrays, {"seed": 2, "data": "x"}, PIECES):
+    with (
+        pytest.raises(UserError, match="made with other shape"),
+        Pass(arrays, {"seed": 2, "data": "x"}, PIECES),
+    ):
         pass
     record_path(path).unlink()  # as the published code leaves it
-    with pytest.raises(UserError, match="made by another program.*--overwrite"), pass_of(path, {"seed": 2, "data": "x"}):
+    with (
+        pytest.raises(UserError, match="made by another program.*--overwrite"),
+        pass_of(path, {"seed": 2, "data": "x"}),
+    ):
         pass
     assert path.read_bytes() == content and not list(tmp_path.glob("*.partial"))
     with pass_of(path, {"seed": 3, "data": "x"}, overwrite=True) as work:
@@ -134,9 +147,15 @@ def test_what_belongs_to_another_run_is_refused_until_it_is_overwritten(tmp_path
     interrupted(path, {"seed": 2}, 2)
     with pytest.raises(UserError, match="other seed.*--overwrite"), pass_of(path, {"seed": 4}):
         pass
-    with pytest.raises(UserError, match="other division into pieces"), pass_of(path, {"seed": 2}, pieces_of(9, 3)):
+    with (
+        pytest.raises(UserError, match="other division into pieces"),
+        pass_of(path, {"seed": 2}, pieces_of(9, 3)),
+    ):
         pass
-    with pytest.raises(UserError, match="other batch_size"), pass_of(path, {"seed": 2}, settings={"batch_size": 2}):
+    with (
+        pytest.raises(UserError, match="other batch_size"),
+        pass_of(path, {"seed": 2}, settings={"batch_size": 2}),
+    ):
         pass
     with pass_of(path, {"seed": 4}, overwrite=True) as work:
         assert len(fill(work, path)) == 5
@@ -153,7 +172,10 @@ def test_a_disk_that_fails_in_the_middle_ends_the_pass_and_its_rows_do_not_count
     interrupted(path, {}, 1)
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(UserError, match="a.npy cannot be written .Input/output error"), pass_of(path, {}) as work:
+    with (
+        pytest.raises(UserError, match="a.npy cannot be written .Input/output error"),
+        pass_of(path, {}) as work,
+    ):
         fill(work, path)
     monkeypatch.setattr(os, "fsync", sync)
     with pass_of(path, {}) as work:
@@ -204,7 +226,9 @@ def test_a_pass_that_fails_before_its_first_row_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_death_while_the_files_get_their_names_loses_nothing(tmp_path, monkeypatch, overwrite):
-    """The machine dies between the first file's name and the second's; never does an array stand beside a record of another."""
+    """The machine dies between the first file's name and the second's; never does an array stand beside a
+    record of another.
+    """
     path, replace = tmp_path / "a.npy", os.replace
     if overwrite:
         with pass_of(path, {"seed": 1}) as work:
@@ -225,12 +249,17 @@ def test_a_death_while_the_files_get_their_names_loses_nothing(tmp_path, monkeyp
         return
     with pass_of(path, {"seed": 2}) as work:
         assert fill(work, path) == []
-    assert np.array_equal(np.load(path)[:, 0], np.arange(9)) and np.array_equal(np.load(tmp_path / "b.npy"), np.arange(9))
+    assert np.array_equal(np.load(path)[:, 0], np.arange(9)) and np.array_equal(
+        np.load(tmp_path / "b.npy"), np.arange(9)
+    )
     assert not list(tmp_path.glob("*.p*")) and len(list(tmp_path.iterdir())) == 6
 
 
 def test_what_cannot_fit_on_the_disk_is_refused_before_any_work(tmp_path):
-    with pytest.raises(UserError, match="GB free"), Pass({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, []):
+    with (
+        pytest.raises(UserError, match="GB free"),
+        Pass({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, []),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -257,7 +286,9 @@ def test_a_piece_that_could_not_be_written_ends_the_pass_and_does_not_count(tmp_
         assert fill(work, path) == [2 * i for i in range(pieces - 1, 5)]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not reserve room on the disk")
+@pytest.mark.skipif(
+    not hasattr(os, "posix_fallocate"), reason="this system does not reserve room on the disk"
+)
 def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
     path = tmp_path / "a.npy"
     with pytest.raises(PowerCut), Pass({path: ((1000, 100), "float32")}, {}, pieces_of(1000, 10)):
@@ -322,14 +353,21 @@ def test_names_are_names_and_no_patterns(tmp_path, name):
                 raise PowerCut
             work[path][rows] = np.arange(rows.start, rows.stop)
     with Pass({path: ((9,), "float32")}, {}, PIECES) as work:
-        rest = [rows.start for rows, _ in work.over() if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))]
+        rest = [
+            rows.start
+            for rows, _ in work.over()
+            if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))
+        ]
     assert rest == [4, 6, 8] and np.load(path).tolist() == list(range(9))
     assert {file.name for file in tmp_path.iterdir()} == before | {name, record_path(path).name}
 
 
 def test_what_is_not_complete_is_not_taken_for_a_result(tmp_path):
     path = tmp_path / "a.npy"
-    with pytest.raises(UserError, match="a.npy is not complete; run the same command again"), pass_of(path, {}) as work:
+    with (
+        pytest.raises(UserError, match="a.npy is not complete; run the same command again"),
+        pass_of(path, {}) as work,
+    ):
         fill(work, path, 2)
     assert not path.exists()
     with pass_of(path, {}) as work:
@@ -344,7 +382,9 @@ class Photos(list):
         return [f"{ord(letter):016x}" for letter in self]
 
 
-@pytest.mark.parametrize(("changed", "resumed"), [("abcdeFghi", True), ("Abcdefghi", False), ("abcdefgh", False)])
+@pytest.mark.parametrize(
+    ("changed", "resumed"), [("abcdeFghi", True), ("Abcdefghi", False), ("abcdefgh", False)]
+)
 def test_rows_that_changed_since_count_where_their_piece_is_done(tmp_path, changed, resumed):
     """A damaged image is repaired: what was made from the others stays."""
     path = tmp_path / "a.npy"
@@ -425,5 +465,7 @@ def test_a_scratch_array_that_is_cut_off_is_refused(tmp_path, monkeypatch):
         sum_up(tmp_path / "a.npy", 6, "before")
     [scratch] = tmp_path.glob("*.squares.0")
     os.truncate(scratch, 8)
-    with pytest.raises(UserError, match="squares.0 of an interrupted run is missing or cut off; add --overwrite"):
+    with pytest.raises(
+        UserError, match="squares.0 of an interrupted run is missing or cut off; add --overwrite"
+    ):
         sum_up(tmp_path / "a.npy")

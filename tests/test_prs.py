@@ -60,18 +60,24 @@ def test_effects_equal_the_definition_for_other_kinds_of_towers(images, options)
 @pytest.mark.parametrize("options", [{"pool_type": "avg", "final_ln_after_pool": True}, {"pool_type": "avg"}])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_effects_on_an_average_of_patches_close_and_are_what_a_frozen_model_gains(images, layer, options):
-    """The sum over neurons by another route; and the change when a neuron is silenced and only later attentions see it."""
+    """The sum over neurons by another route; and the change when a neuron is silenced and only later
+    attentions see it.
+    """
     visual = random_tower(3, **options)
     vit, exact = HookedViT(visual), double(visual)
     representation, [phi] = second_order(vit, images[:2], [fold(vit, layer)])
     assert_close(representation, vit(images[:2]), rtol=0, atol=1e-6 * float(representation.abs().max()))
-    for image, total, effects, kappa in zip(images[:2].double(), phi.sum(), phi.dense(), phi.kappa, strict=True):
+    for image, total, effects, kappa in zip(
+        images[:2].double(), phi.sum(), phi.dense(), phi.kappa, strict=True
+    ):
         truth = definition.sum_of_effects(exact, image, layer)
         assert_close(total.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
         run = definition.run(exact, image)
         w = exact.transformer.resblocks[layer].mlp.c_proj.weight.T
         for n in (5, 60):
-            moved = definition.representation_with_changed_mlp(exact, image, layer, -run.p[layer][:, n, None] * w[n])
+            moved = definition.representation_with_changed_mlp(
+                exact, image, layer, -run.p[layer][:, n, None] * w[n]
+            )
             lost = 100 * (run.rep - moved) / run.rep.norm()
             assert_close((effects[n] - kappa).double(), lost, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
@@ -93,7 +99,9 @@ def test_silencing_a_neuron_with_all_else_frozen_removes_its_effect(vit, visual,
     clean = definition.run(visual64, image)
     directions = fold(vit, layer)
     _, [phi] = second_order(vit, images[:1], [directions])
-    effect = phi._replace(kappa=torch.zeros_like(phi.kappa)).dense()[0].double()  # without the constant shares
+    effect = (
+        phi._replace(kappa=torch.zeros_like(phi.kappa)).dense()[0].double()
+    )  # without the constant shares
     w = visual64.transformer.resblocks[layer].mlp.c_proj.weight.T
     for n in (0, 17, 95):
         change = -clean.p[layer][:, n, None] * w[n]
@@ -125,7 +133,9 @@ def test_the_coefficient_scales_effects(vit, images):
     assert_close((phi.C, phi.kappa), (100 * unit.C, 100 * unit.kappa))
 
 
-@pytest.mark.parametrize("strip", [norms_module.STRIP, 5])  # one of all columns; several, the last one narrower
+@pytest.mark.parametrize(
+    "strip", [norms_module.STRIP, 5]
+)  # one of all columns; several, the last one narrower
 @pytest.mark.parametrize("factors", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])  # a small one makes plain squares cancel
 def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors, strip, monkeypatch):
@@ -142,7 +152,9 @@ def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, fac
 
 
 def in_double(directions):
-    return directions._replace(**{name: getattr(directions, name).double() for name in ("values", "outputs", "constants")})
+    return directions._replace(
+        **{name: getattr(directions, name).double() for name in ("values", "outputs", "constants")}
+    )
 
 
 def test_layers_that_are_folded_together_are_those_folded_alone_and_share_what_they_have_in_common(vit):
@@ -155,7 +167,9 @@ def test_layers_that_are_folded_together_are_those_folded_alone_and_share_what_t
 
 
 def test_groups_of_layers_fit_into_the_memory(vit):
-    """By the sizes of the folded weights and half the Gram matrices, in float32; the test's tower has 4 heads, e = 12, N = 96."""
+    """By the sizes of the folded weights and half the Gram matrices, in float32; the test's tower has 4
+    heads, e = 12, N = 96.
+    """
 
     def needed(layer):
         K = (vit.L - 1 - layer) * vit.H

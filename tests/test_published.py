@@ -32,7 +32,9 @@ from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 
 HERE = Path(__file__).parent
-HUB_FOLDER = "models--timm--vit_base_patch32_clip_224.openai"  # where open_clip looks for the tag `openai` of ViT-B-32
+HUB_FOLDER = (
+    "models--timm--vit_base_patch32_clip_224.openai"  # where open_clip looks for the tag `openai` of ViT-B-32
+)
 
 
 def lines_of(name):
@@ -54,9 +56,12 @@ def parser_of(monkeypatch):
     return found
 
 
-# Defaults that are other than the published ones, as the README's table of differences says; X stands for a path.
+# Defaults that are other than the published ones, as the README's table of differences says; X stands for a
+# path.
 OTHER = {"device", "batch_size", "num_workers", "image_size", "evaluate", "save_img", "method"}
-OTHER |= {"cosim_similarity"}  # None: 0.6 for sentence models, as published, and another one for CLIP's own cosines
+OTHER |= {
+    "cosim_similarity"
+}  # None: 0.6 for sentence models, as published, and another one for CLIP's own cosines
 
 
 @pytest.mark.parametrize("line", lines_of("published_flags.txt"), ids=lambda line: line.split()[0])
@@ -69,7 +74,9 @@ def test_every_published_flag_is_accepted_and_its_default_is_the_published_one(p
     for name, value in vars(given).items():
         default = parser.get_default(name)
         paths = value == "X" or name == "unused" or name in required
-        batch = name == "batch_size" and script == "generate_adversarial_images.py"  # pictures of each description
+        batch = (
+            name == "batch_size" and script == "generate_adversarial_images.py"
+        )  # pictures of each description
         data = (script, name) == ("compute_ablations.py", "dataset")
         if batch or not (paths or data or name in OTHER):
             assert value == default or [str(item) for item in np.atleast_1d(default)] == value, name
@@ -121,13 +128,22 @@ STAND_INS = {
 
 SMALL = {  # as deep as ViT-B-32, with its image size and patches
     "embed_dim": 160,
-    "vision_cfg": {"image_size": 224, "patch_size": 32, "layers": 12, "width": 64, "head_width": 16, "mlp_ratio": 4.0},
+    "vision_cfg": {
+        "image_size": 224,
+        "patch_size": 32,
+        "layers": 12,
+        "width": 64,
+        "head_width": 16,
+        "mlp_ratio": 4.0,
+    },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
 
 
 def cache_of(folder, config):
-    """A Hugging Face cache that holds seeded random weights, of the shape of a config, under the name of OpenAI's ViT-B-32."""
+    """A Hugging Face cache that holds seeded random weights, of the shape of a config, under the name of
+    OpenAI's ViT-B-32.
+    """
     snapshot = folder / "hub" / HUB_FOLDER / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
@@ -147,7 +163,9 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """An ImageNet-shaped tree: 25,003 training images, of which 100 are taken, and 39 for validation, of which 3."""
+    """An ImageNet-shaped tree: 25,003 training images, of which 100 are taken, and 39 for validation, of
+    which 3.
+    """
     root = write_photos(tmp_path_factory.mktemp("ilsvrc"), per_class=8, side=64)
     photos = {split: sorted((root / split).rglob("*.JPEG")) for split in ("train", "val")}
     for i in range(25_003 - len(photos["train"])):
@@ -159,7 +177,9 @@ def imagenet(tmp_path_factory):
 
 @pytest.mark.parametrize("line", [0, 2])
 def test_published_commands_run_on_a_model_of_the_real_shape(tmp_path, hub, imagenet, line):
-    """Representations and effects. Prompts for all classes would take minutes; the next test has every command."""
+    """Representations and effects. Prompts for all classes would take minutes; the next test has every
+    command.
+    """
     words = shlex.split(lines_of("published_commands.txt")[line])
     places = {"$datapath": imagenet, "$outputdir": tmp_path / "out"}
     cache = {"huggingface_hub.constants.HF_HUB_CACHE": str(hub / "hub")}
@@ -176,7 +196,9 @@ def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
     """All of them, on a smaller model under the name of ViT-B-32."""
     out, logs = tmp_path / "out put", tmp_path / "logs"
     logs.mkdir()
-    renditions = write_photos(tmp_path / "imagenet-r", splits=(".",), classes=SYNSETS[:2], per_class=10, side=64)
+    renditions = write_photos(
+        tmp_path / "imagenet-r", splits=(".",), classes=SYNSETS[:2], per_class=10, side=64
+    )
     places = {"$datapath": imagenet, "$outputdir": out, "$inputdir": out, "$IMAGENET_R": renditions}
     (tmp_path / "text_descriptions").mkdir()
     words = (ROOT / "text_descriptions" / "30k.txt").read_text().split()[:30_000:150]
@@ -193,16 +215,27 @@ def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
 
     names = {path.name for path in out.iterdir()}
     base, expected = "imagenet_train_mlps_ViT-B-32_openai_9", set()
-    expected |= {"imagenet_train_representations_ViT-B-32_openai.npy", "imagenet_train_classes.npy", f"{base}_100_pca.npy"}
+    expected |= {
+        "imagenet_train_representations_ViT-B-32_openai.npy",
+        "imagenet_train_classes.npy",
+        f"{base}_100_pca.npy",
+    }
     expected |= {"imagenet_classifier_ViT-B-32_openai.npy", f"{base}_100_norm.npy", "30k_ViT-B-32_openai.npy"}
     for layer in (8, 9, 10):
         described = f"imagenet_mlps_ViT-B-32_openai_{layer}_30k_decomposition_omp_1.0_128"
         expected |= {f"{described}.json", f"{described}.npz"}
     assert expected <= names and not [name for name in names if "partial" in name or "progress" in name]
     assert np.load(out / "imagenet_train_representations_ViT-B-32_openai.npy").shape == (100, 160)
-    assert np.load(out / "imagenet_train_classes.npy").tolist() == sorted(np.load(out / "imagenet_train_classes.npy"))
+    assert np.load(out / "imagenet_train_classes.npy").tolist() == sorted(
+        np.load(out / "imagenet_train_classes.npy")
+    )
     assert json.loads((out / "imagenet_val_ablations_ViT-B-32_openai_9_100.json").read_text())["images"] == 3
-    assert json.loads((out / "imagenet_r_val_ablations_imagenet_ViT-B-32_openai_9_100.json").read_text())["images"] == 2
+    assert (
+        json.loads((out / "imagenet_r_val_ablations_imagenet_ViT-B-32_openai_9_100.json").read_text())[
+            "images"
+        ]
+        == 2
+    )
     for folder, images in (("vacuum-cleaner_cat", 4), ("stop-sign_yield", 16)):
         [table] = out.glob(f"{folder}_second_order_seed0/files.csv")
         assert len(table.read_text().splitlines()) == images + 1
@@ -216,19 +249,27 @@ def test_the_tag_openai_is_read_from_the_local_cache_of_hugging_face(hub, tmp_pa
     """In a process of its own, by HF_HOME alone: its own loading path, and the activation of the tag."""
     code = "from utils.model.clip import load_clip; print(load_clip('ViT-B-32', 'openai', 'cpu').vit.blocks[0].mlp.gelu)"
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and "QuickGELU" in done.stdout, done.stderr[-1000:]
 
 
 # A folder that the published code left: arrays at its names, no records, nothing of ours
 
 
-LAYER, K, WORDS = 3, 5, ["a dog", "the sea", "red", "a temple in china", "flowers", "sky", "roof", "petals", "night", "house"]
+LAYER, K, WORDS = (
+    3,
+    5,
+    ["a dog", "the sea", "red", "a temple in china", "flowers", "sky", "roof", "petals", "night", "house"],
+)
 PUBLISHED = {"dataset": "imagenet", "layer": LAYER, "k": K, "texts": "pool", "components": 4, "alpha": 1.0}
 
 
 class Published:
-    """The published files of a tiny model, made from their definitions, in float64, by numpy and scikit-learn."""
+    """The published files of a tiny model, made from their definitions, in float64, by numpy and
+    scikit-learn.
+    """
 
     def __init__(self, root, model):
         self.root, self.model, self.folder = root, model, root / "published"
@@ -240,7 +281,9 @@ class Published:
         self.results = Results(self.folder, model, "random")
         visual = load_clip(model, "random", "cpu").text.visual.double()
         images = load_images("imagenet", self.photos, "train", self.clip.transform, subsample=1)
-        phi = torch.stack([definition.effects(visual, images[i][0].double(), LAYER) for i in range(len(images))]).numpy()
+        phi = torch.stack(
+            [definition.effects(visual, images[i][0].double(), LAYER) for i in range(len(images))]
+        ).numpy()
         centred = phi - phi.mean(axis=0)
         self.norms = np.linalg.norm(centred, axis=-1)  # [images, N]
         pcas = []
@@ -250,7 +293,9 @@ class Published:
             pcas.append(first if ((rows @ first) > 0).sum() > K // 2 else -first)
         self.mean, self.pcas, self.centred = phi.mean(axis=0), np.array(pcas), centred
         texts = self.embed(WORDS)
-        prompts = self.embed([open_clip.OPENAI_IMAGENET_TEMPLATES[0](name) for name in open_clip.IMAGENET_CLASSNAMES])
+        prompts = self.embed(
+            [open_clip.OPENAI_IMAGENET_TEMPLATES[0](name) for name in open_clip.IMAGENET_CLASSNAMES]
+        )
         self.save("merged", phi)
         self.save("pca", self.pcas)
         self.save("norm", np.sort(self.norms, axis=0)[-K:].T)
@@ -261,7 +306,9 @@ class Published:
         self.coefficients = coder.transform(self.pcas)
         self.described = {}
         for n, row in enumerate(self.coefficients):
-            self.described[n] = [(int(j), float(row[j]), WORDS[j]) for j in np.argsort(-abs(row), kind="stable")[:4]]
+            self.described[n] = [
+                (int(j), float(row[j]), WORDS[j]) for j in np.argsort(-abs(row), kind="stable")[:4]
+            ]
         path = self.results.path("decomposition", **PUBLISHED)
         path.write_text(json.dumps(self.described))
         scipy.sparse.save_npz(path.with_suffix(".npz"), scipy.sparse.csc_matrix(self.coefficients))
@@ -276,7 +323,16 @@ class Published:
 
     def run(self, script, *words, output, check=True, **options):
         (self.root / "logs").mkdir(exist_ok=True)
-        where = ["--model", self.model, "--pretrained", "random", "--input_dir", self.folder, "--output_dir", output]
+        where = [
+            "--model",
+            self.model,
+            "--pretrained",
+            "random",
+            "--input_dir",
+            self.folder,
+            "--output_dir",
+            output,
+        ]
         return run_stage_of_user(script, *where, *words, folder=self.root / "logs", check=check, **options)
 
 
@@ -298,7 +354,9 @@ def test_a_folder_of_the_published_code_holds_what_its_names_say(published):
 def test_components_of_published_effects(published, tmp_path):
     published.run("compute_pcas.py", "--mlp_layer", LAYER, "--top_k_pca", K, output=tmp_path)
     results = Results(tmp_path, published.model, "random")
-    found = {kind: np.load(results.path(kind, **PUBLISHED)) for kind in ("pca", "norm", "mean", "image_norms")}
+    found = {
+        kind: np.load(results.path(kind, **PUBLISHED)) for kind in ("pca", "norm", "mean", "image_norms")
+    }
     assert_allclose(np.abs((found["pca"] * published.pcas).sum(axis=1)), 1, atol=1e-4)
     assert_allclose(found["image_norms"], published.norms, rtol=1e-4)
     assert_allclose(found["mean"], published.mean, atol=1e-5)
@@ -307,7 +365,9 @@ def test_components_of_published_effects(published, tmp_path):
 def test_ablations_with_published_statistics(published, tmp_path):
     """Means come from the dense effects; the accuracies are those of a plain loop over the definition."""
     data = ["--data_path", published.photos, "--subsample", 1, "--num_workers", 0]
-    said = published.run("compute_ablations.py", *data, "--mlp_layer", LAYER, "--top_k_pca", K, output=tmp_path).stdout
+    said = published.run(
+        "compute_ablations.py", *data, "--mlp_layer", LAYER, "--top_k_pca", K, output=tmp_path
+    ).stdout
     assert "_merged.npy is averaged" in said
     predicted = np.load(tmp_path / f"imagenet_val_ablations_tiny_random_{LAYER}_{K}_predictions.npy")[:, 0]
     images = load_images("imagenet", published.photos, "val", published.clip.transform, subsample=1)
@@ -329,7 +389,14 @@ def test_ablations_with_published_statistics(published, tmp_path):
 
 
 def test_descriptions_from_published_components_and_texts(published, tmp_path):
-    texts = ["--text_descriptions", "pool", "--descriptions_dir", published.root / "my texts", "--components", 4]
+    texts = [
+        "--text_descriptions",
+        "pool",
+        "--descriptions_dir",
+        published.root / "my texts",
+        "--components",
+        4,
+    ]
     data = ["--data_path", published.photos, "--subsample", 1, "--num_workers", 0, "--evaluate"]
     stage = ["compute_sparse_decomposition.py", "--mlp_layer", LAYER, "--top_k_pca", K]
     published.run(*stage, *texts, *data, output=tmp_path)
@@ -340,27 +407,60 @@ def test_descriptions_from_published_components_and_texts(published, tmp_path):
 
 
 def test_an_evaluation_needs_images_where_no_record_says_where_they_were(published, tmp_path):
-    texts = ["--text_descriptions", "pool", "--descriptions_dir", published.root / "my texts", "--components", 4]
+    texts = [
+        "--text_descriptions",
+        "pool",
+        "--descriptions_dir",
+        published.root / "my texts",
+        "--components",
+        4,
+    ]
     stage = ["compute_sparse_decomposition.py", "--mlp_layer", LAYER, "--top_k_pca", K, "--evaluate"]
     done = published.run(*stage, *texts, output=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.endswith("error: --evaluate needs held-out images; add --data_path\n")
+    assert done.returncode == 1 and done.stderr.endswith(
+        "error: --evaluate needs held-out images; add --data_path\n"
+    )
 
 
 def test_texts_that_are_not_those_of_the_vectors_are_refused(published, tmp_path):
-    """Vectors without a record do not say what they were made of: as many texts in another order look the same."""
+    """Vectors without a record do not say what they were made of: as many texts in another order look the
+    same.
+    """
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "pool.txt").write_text("\n".join(WORDS[1:] + WORDS[:1]))
     texts = ["--text_descriptions", "pool", "--descriptions_dir", tmp_path / "texts", "--components", 4]
     stage = ["compute_sparse_decomposition.py", "--mlp_layer", LAYER, "--top_k_pca", K]
     done = published.run(*stage, *texts, output=tmp_path / "out", check=False)
-    assert done.returncode == 1 and "does not hold the vectors of" in done.stderr and "10 of 10 texts differ" in done.stderr
+    assert (
+        done.returncode == 1
+        and "does not hold the vectors of" in done.stderr
+        and "10 of 10 texts differ" in done.stderr
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("source", ["second_order", "random", "similar"])
 def test_an_attack_from_published_files(published, tmp_path, source):
-    words = ["--text_descriptions", "pool", "--descriptions_dir", published.root / "my texts", "--neurons_texts", 4]
-    words += ["--mlp_layers", LAYER, "--top_k_pca", K, "--neurons_num", 9, "--overall_words", 3, "--word_source", source]
+    words = [
+        "--text_descriptions",
+        "pool",
+        "--descriptions_dir",
+        published.root / "my texts",
+        "--neurons_texts",
+        4,
+    ]
+    words += [
+        "--mlp_layers",
+        LAYER,
+        "--top_k_pca",
+        K,
+        "--neurons_num",
+        9,
+        "--overall_words",
+        3,
+        "--word_source",
+        source,
+    ]
     models = ["--results_per_generation", 2]
     classes = ["--class_0", "tench", "--class_1", "goldfish", "--dataset_path", tmp_path]
     stage = "generate_adversarial_images.py"
@@ -369,7 +469,16 @@ def test_an_attack_from_published_files(published, tmp_path, source):
 
 
 def test_segmentation_from_published_files(published, tmp_path):
-    flags = ["--data_path", published.root / "discs.mat", "--mlp_layers", LAYER, "--top_neurons", 9, "--top_k_pca", K]
+    flags = [
+        "--data_path",
+        published.root / "discs.mat",
+        "--mlp_layers",
+        LAYER,
+        "--top_neurons",
+        9,
+        "--top_k_pca",
+        K,
+    ]
     published.run("compute_segmentation.py", *flags, "--num_workers", 0, output=tmp_path)
     assert (tmp_path / f"discs_segmentation_tiny_random_second_order_{LAYER}_9.json").is_file()
 
@@ -388,21 +497,38 @@ def test_a_notebook_looks_at_neurons_of_published_files(published):
         assert neurons.top_images(n, 4, by="projection").tolist() == expected.tolist()
     assert neurons.card(7, pictures=4).axes
     val = load_images("imagenet", published.photos, "val", published.clip.transform, subsample=1)
-    with pytest.raises(UserError, match="imagenet_val_mlps.*is missing.*compute_second_order_neuron_prs.py.*--split val"):
+    with pytest.raises(
+        UserError, match="imagenet_val_mlps.*is missing.*compute_second_order_neuron_prs.py.*--split val"
+    ):
         NeuronLayer(published.clip, published.results, val, LAYER, described=described, k=K)
 
 
 def test_a_notebook_looks_at_validation_images_once_their_effects_are_stored(published, tmp_path):
     for path in published.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    data = ["--data_path", published.photos, "--subsample", 1, "--num_workers", 0, "--split", "val", "--mlp_layer", LAYER]
+    data = [
+        "--data_path",
+        published.photos,
+        "--subsample",
+        1,
+        "--num_workers",
+        0,
+        "--split",
+        "val",
+        "--mlp_layer",
+        LAYER,
+    ]
     model = ["--model", published.model, "--pretrained", "random", "--output_dir", tmp_path]
     run_stage_of_user("compute_second_order_neuron_prs.py", *model, *data, folder=tmp_path)
     images = load_images("imagenet", published.photos, "val", published.clip.transform, subsample=1)
     results = Results(tmp_path, published.model, "random")
-    neurons = NeuronLayer(published.clip, results, images, LAYER, described={"texts": "pool", "components": 4}, k=K)
+    neurons = NeuronLayer(
+        published.clip, results, images, LAYER, described={"texts": "pool", "components": 4}, k=K
+    )
     visual = load_clip(published.model, "random", "cpu").text.visual.double()
-    phi = torch.stack([definition.effects(visual, images[i][0].double(), LAYER) for i in range(len(images))]).numpy()
+    phi = torch.stack(
+        [definition.effects(visual, images[i][0].double(), LAYER) for i in range(len(images))]
+    ).numpy()
     centred = phi - published.mean  # about the mean of the training images
     for n in (0, 7):
         norms, projections = neurons.measured(n)
@@ -412,7 +538,9 @@ def test_a_notebook_looks_at_validation_images_once_their_effects_are_stored(pub
 
 
 def test_inputs_are_looked_for_in_both_folders(published, tmp_path):
-    """The README's $inputdir is the folder of the stage before; what this stage's own folder has is found as well."""
+    """The README's $inputdir is the folder of the stage before; what this stage's own folder has is found as
+    well.
+    """
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     for kind in ("merged", "classifier"):
@@ -433,13 +561,24 @@ def test_published_pools_are_fetched_and_compared_with_their_sums(tmp_path, monk
     (there.parent / "LICENSE.txt").write_text("MIT License")
     for name in ("30k.txt", "google_10000_english.txt", "image_descriptions_per_class.txt"):
         (there / name).write_text("a\nb\n")
-    script = [sys.executable, ROOT / "text_descriptions/fetch_published.py", "--address", there.parent.as_uri()]
+    script = [
+        sys.executable,
+        ROOT / "text_descriptions/fetch_published.py",
+        "--address",
+        there.parent.as_uri(),
+    ]
     done = subprocess.run([*script, "--output_dir", here], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: 30k.txt has the sha256") and not list(here.iterdir())
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: 30k.txt has the sha256")
+        and not list(here.iterdir())
+    )
     fetching = runpy.run_path(str(ROOT / "text_descriptions/fetch_published.py"))
     right = hashlib.sha256(b"a\nb\n").hexdigest()
     monkeypatch.setitem(
-        fetching["main"].__globals__, "POOLS", {ours: (name, right) for ours, (name, _) in fetching["POOLS"].items()}
+        fetching["main"].__globals__,
+        "POOLS",
+        {ours: (name, right) for ours, (name, _) in fetching["POOLS"].items()},
     )
     monkeypatch.setattr(sys, "argv", ["fetch", "--address", there.parent.as_uri(), "--output_dir", str(here)])
     fetching["main"]()

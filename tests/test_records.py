@@ -1,4 +1,6 @@
-"""A result is kept only if nothing that it was made from has changed; results of earlier versions are read as they were then."""
+"""A result is kept only if nothing that it was made from has changed; results of earlier versions are read as
+they were then.
+"""
 
 import copy
 import hashlib
@@ -67,7 +69,9 @@ def test_every_byte_of_the_weights_counts(world):
         flat[rng.integers(len(flat))] += 1e-3
         save_file(edited, path)
         found.add(load_clip(str(world.root / "tiny.json"), str(path), "cpu").fingerprint)
-    found.add(load_clip(str(world.root / "tiny.json"), str(world.root / "weights.safetensors"), "cpu").fingerprint)
+    found.add(
+        load_clip(str(world.root / "tiny.json"), str(world.root / "weights.safetensors"), "cpu").fingerprint
+    )
     assert len(found) == 21 and all(len(fingerprint) == 16 for fingerprint in found)
 
 
@@ -98,9 +102,14 @@ def test_what_a_config_says_counts_where_no_weight_does(world, tmp_path, option)
     OPTIONS[option](config)
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     clips = [load_clip(str(folder / "tiny.json"), weights, "cpu") for folder in (world.root, tmp_path)]
-    images, tokens = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), clips[0].tokenizer(["a cat", "two"])
+    images, tokens = (
+        torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        clips[0].tokenizer(["a cat", "two"]),
+    )
     with torch.inference_mode():
-        found = [torch.cat([clip.vit(images).flatten(), clip.text.encode_text(tokens).flatten()]) for clip in clips]
+        found = [
+            torch.cat([clip.vit(images).flatten(), clip.text.encode_text(tokens).flatten()]) for clip in clips
+        ]
     assert not torch.allclose(*found, atol=1e-6)
     assert clips[0].fingerprint != clips[1].fingerprint
 
@@ -110,7 +119,9 @@ def data_of(root, **options):
 
 
 def test_images_that_were_copied_elsewhere_are_the_same(world, tmp_path):
-    shutil.copytree(world.photos / "val", tmp_path / "moved/val", copy_function=shutil.copyfile)  # with other times
+    shutil.copytree(
+        world.photos / "val", tmp_path / "moved/val", copy_function=shutil.copyfile
+    )  # with other times
     assert data_of(tmp_path / "moved") == data_of(world.photos)
 
 
@@ -136,11 +147,20 @@ def test_every_byte_of_the_images_counts(world, tmp_path, what):
 def test_values_of_earlier_versions_agree_at_any_depth():
     now = {"weights": Digest("new", "old"), "images": {"train": [Digest("b", "a")]}, "k": 5}
     assert like_json(now) == {"weights": "new", "images": {"train": ["b"]}, "k": 5}
-    stored = [{"weights": w, "images": {"train": [x]}, "k": 5} for w, x in (("new", "b"), ("old", "b"), ("old", "a"))]
+    stored = [
+        {"weights": w, "images": {"train": [x]}, "k": 5}
+        for w, x in (("new", "b"), ("old", "b"), ("old", "a"))
+    ]
     assert [agrees(found, like_json(now)) for found in stored] == [True] * 3
     assert [was(found, like_json(now)) for found in stored] == [False, True, True]
-    assert not agrees({**stored[0], "k": 6}, like_json(now)) and not agrees({"weights": "new"}, like_json(now))
-    assert agrees(None, Digest("new", None)) and not agrees(None, "new") and not agrees("other", Digest("new", None))
+    assert not agrees({**stored[0], "k": 6}, like_json(now)) and not agrees(
+        {"weights": "new"}, like_json(now)
+    )
+    assert (
+        agrees(None, Digest("new", None))
+        and not agrees(None, "new")
+        and not agrees("other", Digest("new", None))
+    )
 
 
 # stages
@@ -202,7 +222,9 @@ def test_effects_of_two_settings_do_not_pass_for_one(changed):
     top = ["--mlp_layer", 2, "--keep", "top", "--top_k_pca", 5, "--coefficient", 10, "--overwrite"]
     run(*changed.command("full", changed.base, *top)[0], log=changed.root / "top.log")
     line = changed.run("pcas", changed.base, "--overwrite", code=1).splitlines()[-1]
-    assert "was made with coefficient 10.0, and here it is 100.0" in line and "remove what is not meant" in line
+    assert (
+        "was made with coefficient 10.0, and here it is 100.0" in line and "remove what is not meant" in line
+    )
 
 
 def test_effects_that_are_replaced_while_they_are_read_are_noticed(changed):
@@ -254,7 +276,9 @@ def test_results_of_an_earlier_version_are_kept_and_a_line_says_so(changed):
     before = contents(changed.base)
     for name in ("representations", "full", "pcas", "ablations"):
         printed = changed.run(name, changed.base)
-        assert "kept" in printed and printed.count("were made by an earlier version") == (name != "full" or 1), name
+        assert "kept" in printed and printed.count("were made by an earlier version") == (
+            name != "full" or 1
+        ), name
     after = contents(changed.base)
     assert [name for name in before if name.endswith(".npy") and after[name] != before[name]] == []
 
@@ -291,7 +315,11 @@ def test_statistics_of_an_earlier_version_are_kept_beside_effects_that_were_made
 
 def test_later_stages_read_results_of_an_earlier_version(changed):
     make_earlier(changed)
-    for path in [*changed.base.glob("*_pca.*"), *changed.base.glob("*_ablations*"), *changed.base.glob("*_norm.*")]:
+    for path in [
+        *changed.base.glob("*_pca.*"),
+        *changed.base.glob("*_ablations*"),
+        *changed.base.glob("*_norm.*"),
+    ]:
         path.unlink()
     assert "kept" not in changed.run("pcas", changed.base)
     assert "wrote" in changed.run("ablations", changed.base)

@@ -1,4 +1,6 @@
-"""Every stage as a user runs it: a process of its own, the README's commands, on an ImageNet-shaped tree of photographs."""
+"""Every stage as a user runs it: a process of its own, the README's commands, on an ImageNet-shaped tree of
+photographs.
+"""
 
 import json
 import shutil
@@ -32,8 +34,13 @@ class World:
         self.data = ["--dataset", "imagenet", "--data_path", self.photos, "--subsample", 1]
 
     def run(self, script, *flags, output=None, **options):
-        where, few = ["--output_dir", output or self.output], {"templates": 2}  # test_clip_and_data.py takes all 80
-        return run_stage_of_user(script, *self.model, *where, *flags, folder=self.logs, constants=few, **options)
+        where, few = (
+            ["--output_dir", output or self.output],
+            {"templates": 2},
+        )  # test_clip_and_data.py takes all 80
+        return run_stage_of_user(
+            script, *self.model, *where, *flags, folder=self.logs, constants=few, **options
+        )
 
     def stages(self, output=None):
         """The commands of the README's order."""
@@ -41,8 +48,18 @@ class World:
         layers = ["--mlp_layer", "1", "3"]
         self.run("compute_representations.py", *passing, "--split", "train", output=output)
         self.run("compute_representations.py", *passing, "--split", "val", output=output)
-        self.run("compute_classifier_projection.py", "--dataset", "imagenet", "--batch_size", 8000, output=output)
-        self.run("compute_second_order_neuron_prs.py", *passing, "--split", "train", *layers, "--merged", output=output)
+        self.run(
+            "compute_classifier_projection.py", "--dataset", "imagenet", "--batch_size", 8000, output=output
+        )
+        self.run(
+            "compute_second_order_neuron_prs.py",
+            *passing,
+            "--split",
+            "train",
+            *layers,
+            "--merged",
+            output=output,
+        )
         pca = [*layers, "--top_k_pca", 5]
         self.run("compute_pcas.py", "--dataset", "imagenet", *pca, output=output)
         self.run("compute_ablations.py", *passing, *pca, output=output)
@@ -93,7 +110,9 @@ def test_files_have_the_names_shapes_dtypes_and_norms_of_the_table(world):
     integers = {"imagenet_train_classes.npy": "int64", "imagenet_val_classes.npy": "int64"}
     for name, array in files.items():
         assert array.dtype == integers.get(name, "int32" if "predictions" in name else "float32"), name
-    assert_allclose(np.linalg.norm(files["imagenet_val_representations_tiny_random.npy"], axis=1), 100, rtol=1e-5)
+    assert_allclose(
+        np.linalg.norm(files["imagenet_val_representations_tiny_random.npy"], axis=1), 100, rtol=1e-5
+    )
     assert_allclose(np.linalg.norm(files["words_tiny_random.npy"], axis=1), 100, rtol=1e-5)
     assert_allclose(np.linalg.norm(files["imagenet_classifier_tiny_random.npy"], axis=0), 1, rtol=1e-5)
     assert files["imagenet_val_classes.npy"].tolist() == sorted(list(range(4)) * 5)
@@ -114,7 +133,9 @@ def test_statistics_belong_to_the_merged_effects(world):
     merged = read(world, "imagenet_train_mlps_tiny_random_3_merged.npy").astype(float)
     norms = np.linalg.norm(merged - merged.mean(axis=0), axis=-1)
     assert_allclose(read(world, "imagenet_train_mlps_tiny_random_3_mean.npy"), merged.mean(axis=0), atol=1e-4)
-    assert_allclose(read(world, "imagenet_train_mlps_tiny_random_3_5_norm.npy"), np.sort(norms, axis=0)[-5:].T, rtol=1e-3)
+    assert_allclose(
+        read(world, "imagenet_train_mlps_tiny_random_3_5_norm.npy"), np.sort(norms, axis=0)[-5:].T, rtol=1e-3
+    )
 
 
 def test_a_merged_file_of_the_published_code_gives_the_same_statistics(world, tmp_path):
@@ -135,7 +156,8 @@ def test_predictions_are_those_of_ablated_representations(world):
     world.run("compute_second_order_neuron_prs.py", *passing, "--mlp_layer", 3, "--merged", output=output)
     phi = np.load(output / "imagenet_val_mlps_tiny_random_3_merged.npy").astype(float)
     mean, r, norms = (
-        read(world, f"imagenet_train_mlps_tiny_random_3_{part}.npy").astype(float) for part in ("mean", "5_pca", "5_norm")
+        read(world, f"imagenet_train_mlps_tiny_random_3_{part}.npy").astype(float)
+        for part in ("mean", "5_pca", "5_norm")
     )
     representation = read(world, "imagenet_val_representations_tiny_random.npy").astype(float)
     classifier = read(world, "imagenet_classifier_tiny_random.npy").astype(float)
@@ -144,22 +166,30 @@ def test_predictions_are_those_of_ablated_representations(world):
     large = (np.linalg.norm(c, axis=-1) > norms[:, 0])[..., None]
     variants = [representation, base, base + (c * ~large).sum(1), base + (c * large).sum(1)]
     variants.append(base + np.einsum("ind,nd,ne->ie", c, r, r))
-    matrix = scipy.sparse.load_npz(world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.npz")
+    matrix = scipy.sparse.load_npz(
+        world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.npz"
+    )
     t = read(world, "words_tiny_random.npy").astype(float)
     t -= t.mean(axis=0)
     rebuilt = matrix @ (100 * t / np.linalg.norm(t, axis=0))
     variants.append(base + np.einsum("ind,nd,ne->ie", c, rebuilt, rebuilt))
     truth = np.stack([(variant @ classifier).argmax(axis=1) for variant in variants], axis=1)
     ablated = read(world, "imagenet_val_ablations_tiny_random_1-3_5_predictions.npy")[:, 1]
-    evaluated = read(world, "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1.0_4_evaluation_predictions.npy")[:, 1]
+    evaluated = read(
+        world, "imagenet_mlps_tiny_random_1-3_words_decomposition_omp_1.0_4_evaluation_predictions.npy"
+    )[:, 1]
     assert (np.concatenate([ablated, evaluated], axis=1) == truth).mean() > 0.98
     classes = read(world, "imagenet_val_classes.npy")
-    stored = json.loads((world.output / "imagenet_val_ablations_tiny_random_1-3_5.json").read_text())["accuracy"]["3"]
+    stored = json.loads((world.output / "imagenet_val_ablations_tiny_random_1-3_5.json").read_text())[
+        "accuracy"
+    ]["3"]
     assert_allclose(list(stored.values()), 100 * (ablated == classes[:, None]).mean(axis=0))
 
 
 def test_descriptions_name_texts_of_the_pool(world):
-    content = json.loads((world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.json").read_text())
+    content = json.loads(
+        (world.output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.json").read_text()
+    )
     assert list(content) == [str(n) for n in range(N)]
     for entries in content.values():
         assert len(entries) == 4 and all(WORDS.splitlines()[i] == text for i, _, text in entries)
@@ -187,21 +217,48 @@ def test_a_stage_whose_results_are_there_makes_them_no_second_time(world):
     [
         ("compute_representations.py", ["--coefficient", 1], "coefficient"),
         ("compute_representations.py", ["--precision", "bfloat16"], "precision"),
-        ("compute_second_order_neuron_prs.py", ["--mlp_layer", 3, "--split", "train", "--subsample", 2], "data"),
-        ("compute_ablations.py", ["--mlp_layer", 1, 3, "--top_k_pca", 5, "--precision", "bfloat16"], "precision"),
-        ("compute_text_set_projection.py", ["--text_descriptions", "{words}", "--coefficient", 1], "coefficient"),
+        (
+            "compute_second_order_neuron_prs.py",
+            ["--mlp_layer", 3, "--split", "train", "--subsample", 2],
+            "data",
+        ),
+        (
+            "compute_ablations.py",
+            ["--mlp_layer", 1, 3, "--top_k_pca", 5, "--precision", "bfloat16"],
+            "precision",
+        ),
+        (
+            "compute_text_set_projection.py",
+            ["--text_descriptions", "{words}", "--coefficient", 1],
+            "coefficient",
+        ),
     ],
 )
 def test_runs_that_differ_in_a_flag_do_not_replace_each_others_results(world, script, flags, made):
     before = {path.name: path.read_bytes() for path in world.output.iterdir()}
     data = [] if "text" in script else [*world.data, "--batch_size", 4, "--num_workers", 0]
     done = world.run(script, *data, *(str(flag).format(words=world.words) for flag in flags), check=False)
-    assert done.returncode == 1 and f"is there, made with other {made}" in done.stderr and "--overwrite" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"is there, made with other {made}" in done.stderr
+        and "--overwrite" in done.stderr
+    )
     assert {path.name: path.read_bytes() for path in world.output.iterdir()} == before
 
 
 def test_descriptions_of_both_kinds_of_atoms_lie_beside_each_other(world, tmp_path):
-    flags = ["--mlp_layer", 3, "--top_k_pca", 5, "--text_descriptions", "words", "--components", 4, "--input_dir", world.output]
+    flags = [
+        "--mlp_layer",
+        3,
+        "--top_k_pca",
+        5,
+        "--text_descriptions",
+        "words",
+        "--components",
+        4,
+        "--input_dir",
+        world.output,
+    ]
     for kind in ("axis", "text"):
         world.run("compute_sparse_decomposition.py", *flags, "--normalise", kind, output=tmp_path)
     base = "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4"
@@ -224,7 +281,18 @@ def test_half_precision_halves_the_store(world, tmp_path):
 def test_statistics_of_imagenet_serve_imagenet_r(world):
     photos = write_photos(world.root / "renditions", splits=(".",), classes=SYNSETS[:2], per_class=2, side=48)
     output = world.root / "renditions_out"
-    flags = ["--dataset", "imagenet_r", "--data_path", photos, "--subsample", 1, "--num_workers", 0, "--mlp_layer", 3]
+    flags = [
+        "--dataset",
+        "imagenet_r",
+        "--data_path",
+        photos,
+        "--subsample",
+        1,
+        "--num_workers",
+        0,
+        "--mlp_layer",
+        3,
+    ]
     reads = ["--top_k_pca", 5, "--input_dir", world.output]
     world.run("compute_ablations.py", *flags, *reads, output=output)
     found = json.loads((output / "imagenet_r_val_ablations_imagenet_tiny_random_3_5.json").read_text())
@@ -233,7 +301,9 @@ def test_statistics_of_imagenet_serve_imagenet_r(world):
     world.run("compute_sparse_decomposition.py", *flags, *reads, *texts, output=output)
     assert (output / "imagenet_mlps_tiny_random_3_words_decomposition_omp_1.0_4.json").is_file()
     assert (output / "imagenet_r_mlps_tiny_random_3_words_decomposition_omp_1.0_4_evaluation.json").is_file()
-    said = world.run("compute_classifier_projection.py", "--dataset", "imagenet_r", "--batch_size", 8000).stdout
+    said = world.run(
+        "compute_classifier_projection.py", "--dataset", "imagenet_r", "--batch_size", 8000
+    ).stdout
     assert "kept" in said and "imagenet_classifier_tiny_random.npy" in said  # ImageNet's serves
 
 
@@ -244,20 +314,43 @@ def test_help_shows_the_command_and_every_default(tmp_path):
 
 
 # Bad input: (what is wrong, script, flags, words of the one line that answers)
-REPRESENTATIONS, EFFECTS, PCAS = "compute_representations.py", "compute_second_order_neuron_prs.py", "compute_pcas.py"
-ABLATIONS, DECOMPOSITION, TEXTS = "compute_ablations.py", "compute_sparse_decomposition.py", "compute_text_set_projection.py"
+REPRESENTATIONS, EFFECTS, PCAS = (
+    "compute_representations.py",
+    "compute_second_order_neuron_prs.py",
+    "compute_pcas.py",
+)
+ABLATIONS, DECOMPOSITION, TEXTS = (
+    "compute_ablations.py",
+    "compute_sparse_decomposition.py",
+    "compute_text_set_projection.py",
+)
 DATA = ["--dataset", "imagenet", "--data_path", "{photos}", "--num_workers", "0"]
 FAULTS = [
     ("unknown model", REPRESENTATIONS, [*DATA, "--model", "ViT-B-23"], ["did you mean", "ViT-B-32"]),
-    ("unknown tag", REPRESENTATIONS, [*DATA, "--model", "ViT-B-32", "--pretrained", "opeani"], ["did you mean openai"]),
+    (
+        "unknown tag",
+        REPRESENTATIONS,
+        [*DATA, "--model", "ViT-B-32", "--pretrained", "opeani"],
+        ["did you mean openai"],
+    ),
     (
         "checkpoint of another model",
         REPRESENTATIONS,
         [*DATA, "--pretrained", "{checkpoint}"],
         ["does not fit", "size mismatch for text_projection"],
     ),
-    ("no such checkpoint", REPRESENTATIONS, [*DATA, "--pretrained", "none.pt"], ["--pretrained none.pt", "no such file"]),
-    ("a ResNet", EFFECTS, [*DATA, "--model", "RN50", "--pretrained", "random"], ["ModifiedResNet", "ViT-B-32"]),
+    (
+        "no such checkpoint",
+        REPRESENTATIONS,
+        [*DATA, "--pretrained", "none.pt"],
+        ["--pretrained none.pt", "no such file"],
+    ),
+    (
+        "a ResNet",
+        EFFECTS,
+        [*DATA, "--model", "RN50", "--pretrained", "random"],
+        ["ModifiedResNet", "ViT-B-32"],
+    ),
     ("missing data", REPRESENTATIONS, ["--data_path", "{root}/none"], ["--data_path", "no such folder"]),
     (
         "empty data",
@@ -281,11 +374,31 @@ FAULTS = [
     ("no such layer", EFFECTS, [*DATA, "--mlp_layer", "7"], ["--mlp_layer 7", "0 to 3"]),
     ("last layer", EFFECTS, [*DATA, "--mlp_layer", "4"], ["no attention after it", "0 to 3"]),
     ("a layer that is no number", PCAS, ["--mlp_layer", "nine"], ["--mlp_layer nine"]),
-    ("effects missing", PCAS, ["--mlp_layer", "2"], ["_2_coefficients.npy is missing", "compute_second_order_neuron_prs.py"]),
-    ("effects of another data set", PCAS, ["--dataset", "CIFAR10", "--mlp_layer", "1"], ["missing", "--dataset CIFAR10"]),
+    (
+        "effects missing",
+        PCAS,
+        ["--mlp_layer", "2"],
+        ["_2_coefficients.npy is missing", "compute_second_order_neuron_prs.py"],
+    ),
+    (
+        "effects of another data set",
+        PCAS,
+        ["--dataset", "CIFAR10", "--mlp_layer", "1"],
+        ["missing", "--dataset CIFAR10"],
+    ),
     ("too few images", PCAS, ["--mlp_layer", "1", "--top_k_pca", "21"], ["--top_k_pca 21", "20 images"]),
-    ("effects of another size", PCAS, ["--mlp_layer", "1", "--input_dir", "{wrong_bias}"], ["shape", "compute_second_order"]),
-    ("truncated effects", PCAS, ["--mlp_layer", "1", "--input_dir", "{truncated}"], ["cannot be read", "compute_second_order"]),
+    (
+        "effects of another size",
+        PCAS,
+        ["--mlp_layer", "1", "--input_dir", "{wrong_bias}"],
+        ["shape", "compute_second_order"],
+    ),
+    (
+        "truncated effects",
+        PCAS,
+        ["--mlp_layer", "1", "--input_dir", "{truncated}"],
+        ["cannot be read", "compute_second_order"],
+    ),
     (
         "classifier missing",
         ABLATIONS,
@@ -331,19 +444,31 @@ FAULTS = [
         ["--mlp_layer", "3", "--top_k_pca", "5", "--text_descriptions", "words", "--components", "11"],
         ["--components 11", "10 texts"],
     ),
-    ("a file where the output should be", REPRESENTATIONS, [*DATA, "--output_dir", "{root}/words.txt"], ["words.txt"]),
+    (
+        "a file where the output should be",
+        REPRESENTATIONS,
+        [*DATA, "--output_dir", "{root}/words.txt"],
+        ["words.txt"],
+    ),
     ("a device that is none", REPRESENTATIONS, [*DATA, "--device", "tpu9"], ["--device tpu9"]),
 ]
 
 
 @pytest.fixture(scope="module")
 def faults(world):
-    """Run all of them, two at a time: {what: (finished process, files of the output directory that were not there before)}."""
+    """Run all of them, two at a time: {what: (finished process, files of the output directory that were not
+    there before)}.
+    """
     root = world.root
     (root / "empty" / "val").mkdir(parents=True)
     (root / "empty.txt").write_text("\n")
     (root / "latin.txt").write_bytes("façade\n".encode("latin-1"))
-    broken = write_photos(root / "broken", splits=("val",), classes=("a",), per_class=2, side=48) / "val" / "a" / "0001.JPEG"
+    broken = (
+        write_photos(root / "broken", splits=("val",), classes=("a",), per_class=2, side=48)
+        / "val"
+        / "a"
+        / "0001.JPEG"
+    )
     broken.write_bytes(broken.read_bytes()[:300])
     narrow = root / "narrow.json"
     narrow.write_text(json.dumps(TINY | {"embed_dim": 16}))
@@ -371,10 +496,14 @@ def faults(world):
         return dict(pool.map(run, FAULTS))
 
 
-@pytest.mark.parametrize(("what", "words"), [(fault[0], fault[3]) for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(
+    ("what", "words"), [(fault[0], fault[3]) for fault in FAULTS], ids=[fault[0] for fault in FAULTS]
+)
 def test_bad_input_is_answered_by_one_line(faults, what, words):
     done, changed = faults[what]
-    lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("images", "texts"))]  # bars
+    lines = [
+        line for line in done.stderr.splitlines() if line and not line.startswith(("images", "texts"))
+    ]  # bars
     assert done.returncode == 1, done.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:

@@ -43,7 +43,9 @@ LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
 
 
 def random_maps(n=8, side=24):
-    """Maps and masks with every special case: constant maps, no object, nothing but object, ignored pixels."""
+    """Maps and masks with every special case: constant maps, no object, nothing but object, ignored
+    pixels.
+    """
     rng = np.random.default_rng(0)
     masks = (rng.random((n, side, side)) < 0.3).astype(np.int8)
     maps = (0.6 * rng.random((n, side, side)) + 0.4 * masks * rng.random((n, side, side))).astype(np.float32)
@@ -98,7 +100,10 @@ def test_a_perfect_map_scores_100_and_an_inverted_one_0():
     perfect = scored((masks == 1).astype(np.float32), masks).result()
     assert list(perfect.values()) == [100] * 5
     inverted = scored((masks != 1).astype(np.float32), masks).result()
-    assert inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0 and inverted["mAP"] <= 50.0
+    assert (
+        inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0
+        and inverted["mAP"] <= 50.0
+    )
 
 
 def test_an_image_with_ignored_pixels_only_adds_a_0_to_the_mean_precision():
@@ -149,7 +154,9 @@ def test_maps_are_enlarged_then_scaled_and_constant_ones_are_background():
     maps = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     maps[1], maps[2] = 0.7, -3
     large = enlarge(maps, (3, 4), (24, 32))
-    assert large.shape == (4, 24, 32) and large.min() == 0 and large[[0, 3]].amax(dim=(1, 2)).tolist() == [1, 1]
+    assert (
+        large.shape == (4, 24, 32) and large.min() == 0 and large[[0, 3]].amax(dim=(1, 2)).tolist() == [1, 1]
+    )
     assert not large[1:3].any()
     patches = np.asarray(maps[0].reshape(3, 4).double())
     centres = [(np.arange(8 * n) + 0.5) / 8 - 0.5 for n in patches.shape]
@@ -213,7 +220,9 @@ def test_only_positive_neurons_are_taken_even_if_they_are_few():
 
 def test_random_neurons_depend_on_the_seed_and_the_image_alone():
     neurons, weights = random_neurons(4, 50, 10, seed=1)
-    assert all(len(set(row)) == 10 for row in neurons.tolist()) and weights.sum(dim=1).tolist() == pytest.approx([1] * 4)
+    assert all(len(set(row)) == 10 for row in neurons.tolist()) and weights.sum(
+        dim=1
+    ).tolist() == pytest.approx([1] * 4)
     assert torch.equal(random_neurons(2, 50, 10, seed=1)[0], neurons[:2])
     assert not torch.equal(random_neurons(4, 50, 10, seed=2)[0], neurons)
     assert neurons[0].tolist() != neurons[1].tolist()
@@ -231,7 +240,9 @@ def test_a_batch_in_the_middle_takes_the_neurons_of_its_images(clip, pixels):
 
 
 def test_attention_maps_are_those_of_the_running_model(clip, pixels):
-    """The last layer's attention, and the product over layers of (A + 1) / 2, from the model's own attention weights."""
+    """The last layer's attention, and the product over layers of (A + 1) / 2, from the model's own attention
+    weights.
+    """
     vit, patterns = clip.vit, []
     with vit.record("*.ln1.out") as cache:
         vit(pixels)
@@ -247,8 +258,8 @@ def test_attention_maps_are_those_of_the_running_model(clip, pixels):
 
 
 def score_with(visual, image, column, extra):
-    """The cosine of an image with a class, in a tower run by hand in float64, where `extra` [L, H, T, T] is added to the
-    attention probabilities. Returns it and the probabilities."""
+    """The cosine of an image with a class, in a tower run by hand in float64, where `extra` [L, H, T, T] is
+    added to the attention probabilities. Returns it and the probabilities."""
     z, patterns = visual._embeds(image[None])[0], []
     for block, more in zip(visual.transformer.resblocks, extra, strict=True):
         W_Q, W_K, W_V, b_Q, b_K, b_V, W_O = definition.heads(block.attn)
@@ -267,7 +278,9 @@ def test_methods_with_gradients_equal_a_tower_run_by_hand(clip, pixels):
     classifier = torch.from_numpy(random_inputs(vit)[1])
     visual = copy.deepcopy(vit.visual).double()
     with torch.inference_mode():  # as the stage runs them
-        cam, chefer = (method(vit, classifier, given(rows))(pixels, 0).double() for method in (GradCAMMaps, CheferMaps))
+        cam, chefer = (
+            method(vit, classifier, given(rows))(pixels, 0).double() for method in (GradCAMMaps, CheferMaps)
+        )
     for i, image in enumerate(pixels.double()):
         column = classifier[:, rows[i]].double()
         extra = torch.zeros(vit.L, vit.H, vit.T, vit.T, dtype=torch.float64, requires_grad=True)
@@ -288,7 +301,9 @@ def test_methods_with_gradients_equal_a_tower_run_by_hand(clip, pixels):
 
 
 def test_first_order_maps_are_the_class_scores_of_patches(clip, pixels):
-    """Of a head and a patch: the change of the frozen output when the patch's part is taken out, in float64."""
+    """Of a head and a patch: the change of the frozen output when the patch's part is taken out, in
+    float64.
+    """
     vit = clip.vit
     classifier = torch.from_numpy(random_inputs(vit)[1])
     maps = FirstOrderMaps(vit, classifier, predicted(classifier))(pixels, 0).double()
@@ -303,7 +318,9 @@ def test_first_order_maps_are_the_class_scores_of_patches(clip, pixels):
             x = block.ln_1(run.z[l])
             for h in range(vit.H):
                 for t in range(vit.T):
-                    part = run.A[l][h][0, t] * ((x[t] @ W_V[h] + b_V[h]) @ W_O[h] + block.attn.out_proj.bias / vit.H)
+                    part = run.A[l][h][0, t] * (
+                        (x[t] @ W_V[h] + b_V[h]) @ W_O[h] + block.attn.out_proj.bias / vit.H
+                    )
                     written = ((part - part.mean()) / sigma * visual.ln_post.weight) @ visual.proj
                     expected[t] += 100 / run.rep.norm() * written @ column
         assert_close(found, expected[1:], rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -343,9 +360,14 @@ def test_masks_are_squashed_or_follow_the_image(tmp_path, clip, geometry):
 def test_pixels_of_the_ignored_values_do_not_count(tmp_path, clip):
     images, masks = discs(3)
     unknown = [np.where(mask == -1, 255, mask).astype(np.uint8) for mask in masks]
-    first, second = write_mat(tmp_path / "minus.mat", images, masks), write_mat(tmp_path / "void.mat", images, unknown)
+    first, second = (
+        write_mat(tmp_path / "minus.mat", images, masks),
+        write_mat(tmp_path / "void.mat", images, unknown),
+    )
     for i in range(3):
-        found, same = (SegmentationSet(path, clip.transform, "paper", (SIDE, SIDE))[i][1] for path in (first, second))
+        found, same = (
+            SegmentationSet(path, clip.transform, "paper", (SIDE, SIDE))[i][1] for path in (first, second)
+        )
         assert torch.equal(found, same) and (found == -1).any()
         counted = SegmentationSet(second, clip.transform, "paper", (SIDE, SIDE), ignored=[-1])[i][1]
         assert torch.equal(counted, torch.where(found == -1, 1, found))
@@ -356,16 +378,22 @@ def test_masks_are_aligned_at_other_sizes_and_with_padding(tmp_path, clip):
     painted = [np.full_like(image, 255) for image in images]  # the padding is black
     path = write_mat(tmp_path / "set.mat", painted, masks)
     padded = image_transform_v2(PreprocessCfg(size=SIDE, resize_mode="longest"), is_train=False)
-    pixels, found = SegmentationSet(path, padded, "aligned", (SIDE, SIDE))[2]  # 40 x 72: padded above and below
+    pixels, found = SegmentationSet(path, padded, "aligned", (SIDE, SIDE))[
+        2
+    ]  # 40 x 72: padded above and below
     padding = pixels[0] < 0
     assert padding.any() and (found[padding] == -1).all() and (found[~padding] >= 0).any()
-    large, small = (SegmentationSet(path, clip.transform, "aligned", (side, side))[1][1] for side in (3 * SIDE, SIDE))
+    large, small = (
+        SegmentationSet(path, clip.transform, "aligned", (side, side))[1][1] for side in (3 * SIDE, SIDE)
+    )
     assert torch.equal(large[1::3, 1::3], small)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tiny_model, clip):
-    """A folder with a segmentation set, first components of three layers, and a classifier, named as the stages do."""
+    """A folder with a segmentation set, first components of three layers, and a classifier, named as the
+    stages do.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     images, masks = discs(7)
     write_mat(folder / "discs.mat", images, masks)
@@ -378,8 +406,28 @@ def inputs(tmp_path_factory, tiny_model, clip):
 
 
 def flags_of(inputs, tiny_model, output, *more):
-    flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", 0, "--top_neurons", 20]
-    flags += ["--data_path", inputs / "discs.mat", "--input_dir", inputs, "--output_dir", output, "--mlp_layers", *LAYERS]
+    flags = [
+        "--model",
+        tiny_model,
+        "--pretrained",
+        "random",
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        "--top_neurons",
+        20,
+    ]
+    flags += [
+        "--data_path",
+        inputs / "discs.mat",
+        "--input_dir",
+        inputs,
+        "--output_dir",
+        output,
+        "--mlp_layers",
+        *LAYERS,
+    ]
     return [str(flag) for flag in [*flags, *more]]
 
 
@@ -397,7 +445,9 @@ def read_row(output, row):
 
 
 def independent_scores(inputs, clip, choose):
-    """The scores of the made-up set in paper geometry, image by image; choose(products [M N]) gives indices."""
+    """The scores of the made-up set in paper geometry, image by image; choose(products [M N]) gives
+    indices.
+    """
     visual = clip.vit.visual
     pcas, classifier = random_inputs(clip.vit)
     images, masks = discs(7)
@@ -410,14 +460,20 @@ def independent_scores(inputs, clip, choose):
             list(activations_of(visual, pixels[None])[0][list(LAYERS), 1:].transpose(0, 2, 1))
         )  # [M N, T-1]
         mean = activations[top].mean(axis=0).reshape(1, 4, 4)
-        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[0]  # enlarged first, scaled afterwards
+        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[
+            0
+        ]  # enlarged first, scaled afterwards
         maps.append(((large - large.min()) / (large.max() - large.min())).float().numpy())
-        squashed.append(np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST)))
+        squashed.append(
+            np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST))
+        )
     return reference_scores(maps, squashed)
 
 
 def test_the_script_gives_the_scores_of_an_independent_computation(tmp_path, inputs, tiny_model, clip):
-    done = run_script("compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--save_img", "--num_workers", 2))
+    done = run_script(
+        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--save_img", "--num_workers", 2)
+    )
     row = read_row(tmp_path, "second_order_1-2-3_20")
     expected = independent_scores(inputs, clip, lambda products: np.argsort(-np.abs(products))[:20])
     assert row["scores"] == pytest.approx(expected, abs=1e-3)
@@ -448,7 +504,11 @@ def test_positive_neurons_and_classes_from_a_file(monkeypatch, tmp_path, inputs,
     for name in ("same.npy", "listed.json", "other.txt"):
         assert segment(monkeypatch, [*flags, "--class_source", str(tmp_path / name)]) is None
         scores[name] = read_row(tmp_path, f"second_order_1-2-3_20_positive_{name.split('.')[0]}")["scores"]
-    assert scores["same.npy"] == scores["listed.json"] == read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"]
+    assert (
+        scores["same.npy"]
+        == scores["listed.json"]
+        == read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"]
+    )
     assert scores["other.txt"] != scores["same.npy"]
 
 
@@ -456,11 +516,23 @@ def test_positive_neurons_and_classes_from_a_file(monkeypatch, tmp_path, inputs,
 def test_the_batch_size_changes_no_score(monkeypatch, tmp_path, inputs, tiny_model, method):
     found = []
     for batch_size in ("1", "3", "16"):
-        flags = flags_of(inputs, tiny_model, tmp_path, "--method", method, "--geometry", "aligned", "--batch_size", batch_size)
+        flags = flags_of(
+            inputs,
+            tiny_model,
+            tmp_path,
+            "--method",
+            method,
+            "--geometry",
+            "aligned",
+            "--batch_size",
+            batch_size,
+        )
         assert segment(monkeypatch, flags) is None
         middle = "" if method in ("attention", "rollout") else "_1-2-3_20"
         found.append(read_row(tmp_path, f"{method}{middle}_aligned")["scores"])
-    for scores in found[1:]:  # the tower's rounding depends on the batch and may swap scores that agree to 7 digits
+    for scores in found[
+        1:
+    ]:  # the tower's rounding depends on the batch and may swap scores that agree to 7 digits
         assert scores.pop("mAP") == pytest.approx(found[0]["mAP"], abs=1e-3)
         assert scores == {name: value for name, value in found[0].items() if name != "mAP"}
 
@@ -472,8 +544,16 @@ def test_random_is_a_method_that_needs_no_components(monkeypatch, tmp_path, inpu
         ["--method", "random", "--seed", "4", "--image_size", "48", "--mask_thr", "0.4"],
     ):
         assert segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path, *flags)) is None
-    row, other = read_row(tmp_path, "random_1-2-3_20"), read_row(tmp_path, "random_1-2-3_20_seed4_mask0.4_48px")
-    assert row["method"] == "random" and row["seed"] == 0 and other["size"] == [48, 48] and row["scores"] != other["scores"]
+    row, other = (
+        read_row(tmp_path, "random_1-2-3_20"),
+        read_row(tmp_path, "random_1-2-3_20_seed4_mask0.4_48px"),
+    )
+    assert (
+        row["method"] == "random"
+        and row["seed"] == 0
+        and other["size"] == [48, 48]
+        and row["scores"] != other["scores"]
+    )
 
 
 def test_the_classifier_may_be_in_another_folder(monkeypatch, tmp_path, inputs, tiny_model):
@@ -491,19 +571,37 @@ BAD = {
     "no file": (["--data_path", "{tmp}/none.mat"], "no such file"),
     "another layout": (["--data_path", "{tmp}/other.mat"], "does not have the layout"),
     "a damaged image": (["--data_path", "{tmp}/damaged.mat"], "image 1 "),
-    "a damaged image between good ones": (["--data_path", "{tmp}/damaged.mat", "--save_img", "--batch_size", "1"], "image 1 "),
+    "a damaged image between good ones": (
+        ["--data_path", "{tmp}/damaged.mat", "--save_img", "--batch_size", "1"],
+        "image 1 ",
+    ),
     "a negative seed": (["--random", "--seed", "-1"], "--seed -1"),
-    "components of another k": (["--top_k_pca", "50"], "compute_pcas.py --dataset imagenet --mlp_layer 1 --top_k_pca 50"),
-    "components of another data set": (["--dataset", "CIFAR10"], "compute_classifier_projection.py --dataset CIFAR10"),
-    "a layer without components": (["--mlp_layers", "0", "1"], "compute_pcas.py --dataset imagenet --mlp_layer 0"),
+    "components of another k": (
+        ["--top_k_pca", "50"],
+        "compute_pcas.py --dataset imagenet --mlp_layer 1 --top_k_pca 50",
+    ),
+    "components of another data set": (
+        ["--dataset", "CIFAR10"],
+        "compute_classifier_projection.py --dataset CIFAR10",
+    ),
+    "a layer without components": (
+        ["--mlp_layers", "0", "1"],
+        "compute_pcas.py --dataset imagenet --mlp_layer 0",
+    ),
     "a layer without effects": (["--mlp_layers", "3", "4"], "no attention after it"),
     "no layer": (["--mlp_layers", "x"], "0 to 3"),
     "too many neurons": (["--top_neurons", "9999"], "--top_neurons 9999"),
     "too many random neurons": (["--top_neurons", "9999", "--random"], "--top_neurons 9999"),
     "a threshold that no map can exceed": (["--mask_thr", "1.5"], "--mask_thr 1.5 is out of range"),
     "a clamp that no map can exceed": (["--thr", "1.5"], "--thr 1.5 is out of range"),
-    "too few classes": (["--class_source", "{tmp}/few.txt"], "has 2 classes and the segmentation set has 7 images"),
-    "a class out of range": (["--class_source", "{tmp}/range.json"], "image 3 has the class 7, and the classifier has 0 to 6"),
+    "too few classes": (
+        ["--class_source", "{tmp}/few.txt"],
+        "has 2 classes and the segmentation set has 7 images",
+    ),
+    "a class out of range": (
+        ["--class_source", "{tmp}/range.json"],
+        "image 3 has the class 7, and the classifier has 0 to 6",
+    ),
     "classes that are no numbers": (["--class_source", "{tmp}/words.txt"], "words.txt"),
     "classes that are no whole numbers": (["--class_source", "{tmp}/parts.npy"], "whole numbers"),
     "no class file": (["--class_source", "{tmp}/none.npy"], "none.npy"),
@@ -511,7 +609,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("flags, message", BAD.values(), ids=BAD)
-def test_bad_input_is_reported_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, inputs, tiny_model, flags, message):
+def test_bad_input_is_reported_in_one_line_and_leaves_nothing(
+    monkeypatch, tmp_path, inputs, tiny_model, flags, message
+):
     (tmp_path / "text.mat").write_text("MATLAB 5.0 MAT-file")
     with h5py.File(tmp_path / "other.mat", "w") as file:
         file["value/img"] = np.zeros((3, 1))
@@ -530,7 +630,9 @@ def test_bad_input_is_reported_in_one_line_and_leaves_nothing(monkeypatch, tmp_p
 
 
 def of_marks(monkeypatch, tmp_path, tiny_model, name, masks, *flags):
-    """What the script says, and its scores of attention maps of `discs` with these masks, or the files left."""
+    """What the script says, and its scores of attention maps of `discs` with these masks, or the files
+    left.
+    """
     path = write_mat(tmp_path / f"{name}.mat", discs(7)[0], masks)
     output = tmp_path / name
     flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", "0", *flags]
@@ -647,9 +749,16 @@ def test_components_of_other_weights_are_refused(monkeypatch, tmp_path, inputs, 
 def test_a_user_sees_one_line(tmp_path, inputs, tiny_model):
     (tmp_path / "text.mat").write_text("no")
     done = run_script(
-        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--data_path", tmp_path / "text.mat"), check=False
+        "compute_segmentation.py",
+        *flags_of(inputs, tiny_model, tmp_path, "--data_path", tmp_path / "text.mat"),
+        check=False,
     )
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and not done.stdout
+    )
 
 
 def test_an_unreadable_image_does_not_affect_the_others(tmp_path, clip):

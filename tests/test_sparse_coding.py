@@ -18,7 +18,12 @@ from utils.runtime.errors import UserError
 def vectors(texts, D, seed=0):
     """Made-up text vectors: with a common part and a falling spectrum, as real ones."""
     rng = np.random.default_rng(seed)
-    raw = rng.standard_normal((texts, D)) * np.linspace(2, 0.1, D) @ np.linalg.qr(rng.standard_normal((D, D)))[0] + 1.0
+    raw = (
+        rng.standard_normal((texts, D))
+        * np.linspace(2, 0.1, D)
+        @ np.linalg.qr(rng.standard_normal((D, D)))[0]
+        + 1.0
+    )
     return torch.from_numpy(100 * raw / np.linalg.norm(raw, axis=1, keepdims=True)).float()
 
 
@@ -36,7 +41,9 @@ def code(atoms, targets, n_nonzero, **options):
 def sklearn_code(atoms, targets, n_nonzero, dtype=np.float64):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        coder = SparseCoder(atoms.numpy().astype(dtype), transform_algorithm="omp", transform_n_nonzero_coefs=n_nonzero)
+        coder = SparseCoder(
+            atoms.numpy().astype(dtype), transform_algorithm="omp", transform_n_nonzero_coefs=n_nonzero
+        )
         return coder.transform(targets.numpy().astype(dtype))
 
 
@@ -46,7 +53,9 @@ def unit_targets(n, D, seed=1):
 
 
 @pytest.mark.parametrize("normalise", ["axis", "text"])
-@pytest.mark.parametrize(("texts", "D", "n_nonzero"), [(400, 48, 1), (400, 48, 16), (1500, 64, 40), (30, 48, 12)])
+@pytest.mark.parametrize(
+    ("texts", "D", "n_nonzero"), [(400, 48, 1), (400, 48, 16), (1500, 64, 40), (30, 48, 12)]
+)
 def test_supports_coefficients_and_residuals_are_scikit_learns(texts, D, n_nonzero, normalise):
     atoms = make_atoms(vectors(texts, D), normalise)
     targets = unit_targets(20, D)
@@ -54,7 +63,10 @@ def test_supports_coefficients_and_residuals_are_scikit_learns(texts, D, n_nonze
     theirs = sklearn_code(atoms, targets, n_nonzero)
     same = 0
     for n in range(len(targets)):
-        residuals = [np.linalg.norm(targets[n].double().numpy() - x[n] @ atoms.double().numpy()) for x in (ours, theirs)]
+        residuals = [
+            np.linalg.norm(targets[n].double().numpy() - x[n] @ atoms.double().numpy())
+            for x in (ours, theirs)
+        ]
         assert residuals[0] <= residuals[1] * 1.01 + 1e-6
         if set(np.flatnonzero(ours[n])) == set(np.flatnonzero(theirs[n])):
             same += 1
@@ -150,7 +162,9 @@ def test_descriptions_are_sorted_and_the_two_files_agree(tmp_path):
 
 
 def test_one_pursuit_holds_all_shorter_ones(tmp_path):
-    """The order of choice is kept beside the descriptions, and its first texts fit as a pursuit of so many texts does."""
+    """The order of choice is kept beside the descriptions, and its first texts fit as a pursuit of so many
+    texts does.
+    """
     rng = np.random.default_rng(4)
     atoms = torch.from_numpy(rng.standard_normal((300, 24)).astype(np.float32))
     targets = torch.from_numpy(rng.standard_normal((50, 24)).astype(np.float32))

@@ -45,16 +45,28 @@ def store(many, tmp_path):
     factorised, merged = (Results(tmp_path / kind, "tiny", "random") for kind in ("factorised", "merged"))
     for results in (factorised, merged):
         results.directory.mkdir()
-    parts = {"coefficients": phi.C, "bias": phi.kappa, "values": phi.directions.values, "outputs": phi.directions.outputs}
+    parts = {
+        "coefficients": phi.C,
+        "bias": phi.kappa,
+        "values": phi.directions.values,
+        "outputs": phi.directions.outputs,
+    }
     for part, tensor in parts.items():
         save_array(factorised.path(part, dataset="folder", layer=LAYER), tensor.numpy(), {})
-    np.save(merged.path("merged", dataset="folder", layer=LAYER), dense.astype(np.float32))  # as the published code leaves it
+    np.save(
+        merged.path("merged", dataset="folder", layer=LAYER), dense.astype(np.float32)
+    )  # as the published code leaves it
     return factorised, merged
 
 
 def compute(store, folder, k, memory=0.25):
     """Run compute_pcas.py in this process; returns a reader of what it wrote."""
-    where = {"input_dir": str(store.directory), "output_dir": str(folder), "model": "tiny", "pretrained": "random"}
+    where = {
+        "input_dir": str(store.directory),
+        "output_dir": str(folder),
+        "model": "tiny",
+        "pretrained": "random",
+    }
     asked = {
         "dataset": "folder",
         "mlp_layer": [str(LAYER)],
@@ -95,7 +107,9 @@ def test_statistics_equal_numpys_svd_on_the_dense_effects(many, store, tmp_path,
     assert_allclose(np.abs((read("pca") * pcas).sum(axis=1)), 1, atol=1e-5)
     assert_allclose(read("pca"), pcas, atol=2e-3)  # the sign rule included: K is odd, so there are no ties
     assert (read("explained") > 0).all() and (read("explained") <= 1).all()
-    assert {read(kind).dtype for kind in ("mean", "pca", "norm", "image_norms", "explained")} == {np.dtype("f4")}
+    assert {read(kind).dtype for kind in ("mean", "pca", "norm", "image_norms", "explained")} == {
+        np.dtype("f4")
+    }
 
 
 def test_the_sign_makes_more_than_half_of_the_rows_positive():
@@ -147,11 +161,21 @@ def test_copies_of_one_picture_leave_zeros_as_one_picture_does(tmp_path, tiny_mo
         Image.fromarray(load_sample_images().images[0]).resize((40, 40)).save(folder / f"{i:02d}.png")
     model = ["--model", tiny_model, "--pretrained", "random", "--output_dir", output, "--device", "cpu"]
     layer = ["--dataset", "folder", "--mlp_layer", 1, "--top_k_pca", 5]
-    images = ["--data_path", tmp_path / "photos", "--num_workers", 0, "--batch_size", 5]  # the last batch is smaller
+    images = [
+        "--data_path",
+        tmp_path / "photos",
+        "--num_workers",
+        0,
+        "--batch_size",
+        5,
+    ]  # the last batch is smaller
     run_script("compute_second_order_neuron_prs.py", *model, *layer, *images, "--keep", keep)
     printed = run_script("compute_pcas.py", *model, *layer).stdout
     assert "the first component explains 0.0 %" in printed
-    found = {kind: np.load(next(output.glob(f"*_1_{kind}.npy"))) for kind in ("5_pca", "5_norm", "5_explained", "mean")}
+    found = {
+        kind: np.load(next(output.glob(f"*_1_{kind}.npy")))
+        for kind in ("5_pca", "5_norm", "5_explained", "mean")
+    }
     assert not found["5_pca"].any() and not found["5_norm"].any() and not found["5_explained"].any()
     assert (np.linalg.norm(found["mean"], axis=1) > 0).all()
 
@@ -177,13 +201,17 @@ def test_all_layers_are_found_by_their_files(store):
     other = Results(store[0].directory, "tiny", "random_7")  # weights whose name begins alike are others
     save_array(other.path("merged", dataset="folder", layer=2), np.zeros(1), {})
     assert found(store[0]) == [LAYER]
-    with pytest.raises(UserError, match="make them with: python compute_second_order_neuron_prs.py .*--mlp_layer all"):
+    with pytest.raises(
+        UserError, match="make them with: python compute_second_order_neuron_prs.py .*--mlp_layer all"
+    ):
         found(store[0], "imagenet")
 
 
 def test_ablations_equal_plain_numpy_on_the_dense_effects(many):
     representation, factorised, phi = many
-    mean, pcas, top_norms, _ = numpy_statistics(phi[:25], K)  # the statistics are of other images than the last 15
+    mean, pcas, top_norms, _ = numpy_statistics(
+        phi[:25], K
+    )  # the statistics are of other images than the last 15
     statistics = Statistics(*(torch.from_numpy(a).float() for a in (mean, pcas, top_norms[:, 0])))
     unit = 100 * representation / representation.norm(dim=-1, keepdim=True)
     directions = factorised.directions
@@ -204,7 +232,11 @@ def test_ablations_equal_plain_numpy_on_the_dense_effects(many):
     }
     classifier = np.random.default_rng(2).standard_normal((24, 50))
     for i, name in enumerate(ABLATIONS):
-        assert_allclose(ours[:, i] @ classifier, truth[name] @ classifier, atol=2e-4 * np.abs(truth[name] @ classifier).max())
+        assert_allclose(
+            ours[:, i] @ classifier,
+            truth[name] @ classifier,
+            atol=2e-4 * np.abs(truth[name] @ classifier).max(),
+        )
     assert np.abs(truth["without all effects"] - unit).max() > 0.1  # there was something to ablate
 
 
@@ -219,5 +251,7 @@ def test_rebuilding_does_not_divide_by_the_vectors_norm(many):
 
 
 def test_accuracies_count_each_layer_and_ablation_alone():
-    predictions = np.array([[[1, 2], [0, 0]], [[1, 1], [3, 0]], [[0, 3], [3, 3]], [[1, 2], [3, 1]]])  # 4 images, 2 layers, 2 each
+    predictions = np.array(
+        [[[1, 2], [0, 0]], [[1, 1], [3, 0]], [[0, 3], [3, 3]], [[1, 2], [3, 1]]]
+    )  # 4 images, 2 layers, 2 each
     assert accuracies(predictions, np.array([1, 1, 0, 2])) == [[75.0, 50.0], [0.0, 0.0]]

@@ -38,12 +38,16 @@ def read(folder, layer, part):
 
 def dense(folder, layer):
     """The effects [images, N, D] in float64, from the parts of the full store."""
-    C, bias, values, outputs = (read(folder, layer, part).astype(float) for part in ("coefficients", "bias", "values", "outputs"))
+    C, bias, values, outputs = (
+        read(folder, layer, part).astype(float) for part in ("coefficients", "bias", "values", "outputs")
+    )
     return np.einsum("ikn,kne,keo->ino", C, values, outputs) + bias[:, None]
 
 
 def largest(norms, k):
-    """The k largest of every column, by falling norm, of equal ones the earlier: norms [images, N] -> [N, k]."""
+    """The k largest of every column, by falling norm, of equal ones the earlier: norms [images, N] -> [N,
+    k].
+    """
     return np.stack([sorted(range(len(column)), key=lambda i: (-column[i], i))[:k] for column in norms.T])
 
 
@@ -53,7 +57,9 @@ def test_the_largest_effects_are_those_of_the_definition(world):
     clip = load_clip(*world.model[1::2], "cpu")
     images = load_images("folder", world.photos, "train", clip.transform)
     visual = clip.vit.visual.double()
-    phi = torch.stack([definition.effects(visual, images[i][0].double(), layer) for i in range(len(images))]).numpy()
+    phi = torch.stack(
+        [definition.effects(visual, images[i][0].double(), layer) for i in range(len(images))]
+    ).numpy()
     mean = phi.mean(axis=0)
     norms = np.linalg.norm(phi - mean, axis=-1)
     top = largest(norms, K)
@@ -105,8 +111,13 @@ def test_fewer_images_than_were_kept_and_not_more(world):
     for layer in LAYERS:
         assert_allclose(read(output, layer, "3_norm"), read(full, layer, "3_norm"), rtol=2e-5)
         assert_allclose((read(output, layer, "3_pca") * read(full, layer, "3_pca")).sum(axis=1), 1, atol=1e-5)
-    line = the_line(world.run("pcas", world.root / "of_6", "--input_dir", world.whole / "top", "--top_k_pca", 6, code=1))
-    assert "has 5 images for a neuron, and --top_k_pca 6 needs 6" in line and "--keep top, a larger --top_k_pca" in line
+    line = the_line(
+        world.run("pcas", world.root / "of_6", "--input_dir", world.whole / "top", "--top_k_pca", 6, code=1)
+    )
+    assert (
+        "has 5 images for a neuron, and --top_k_pca 6 needs 6" in line
+        and "--keep top, a larger --top_k_pca" in line
+    )
     assert not list((world.root / "of_6").iterdir())
 
 
@@ -178,12 +189,16 @@ def test_of_images_that_are_there_twice_the_first_is_kept_by_one_process_and_by_
 
 
 def test_sums_do_not_depend_on_batches_or_processes(vit, images):
-    """Of two processes together, in batches of any size, they are those of all images in float64, to the step of the integers."""
+    """Of two processes together, in batches of any size, they are those of all images in float64, to the step
+    of the integers.
+    """
     directions = fold(vit, 2)
     _, [whole] = second_order(vit, images, [directions])
     sums = []
     for split in ([slice(0, 6)], [slice(0, 1), slice(1, 6)], [slice(2, 4), slice(4, 6), slice(0, 2)]):
-        work = SimpleNamespace(state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)})
+        work = SimpleNamespace(
+            state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
+        )
         total = Sums(work, 100.0)
         for rows in split:
             total.add(SecondOrder(whole.C[rows], whole.kappa[rows], directions))

@@ -1,4 +1,6 @@
-"""Towers that are pooled by attention, CoCa's and SigLIP's: the same representations, and effects by the definition."""
+"""Towers that are pooled by attention, CoCa's and SigLIP's: the same representations, and effects by the
+definition.
+"""
 
 import copy
 import json
@@ -51,14 +53,24 @@ def siglip(**options):
 
 def coca():
     """A small CoCa image tower: three queries, of which the first is read."""
-    options = {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 3, "heads": 4, "output_tokens": True}
+    options = {
+        "attentional_pool": True,
+        "attn_pooler_queries": 3,
+        "attn_pooler_heads": 3,
+        "heads": 4,
+        "output_tokens": True,
+    }
     return shaken(random_tower(**options))
 
 
 def run_siglip(model, image, m):
-    """Activations of MLP m, the last residual stream, the representation, and the parts of the definition; all in float64."""
+    """Activations of MLP m, the last residual stream, the representation, and the parts of the definition;
+    all in float64.
+    """
     trunk, seen = copy.deepcopy(model).double().trunk, []
-    handle = trunk.blocks[m].mlp.act.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    handle = trunk.blocks[m].mlp.act.register_forward_hook(
+        lambda module, inputs, output: seen.append(output[0])
+    )
     z = trunk.patch_embed(image.double()[None]) + trunk.pos_embed
     for block in trunk.blocks:
         z = block(z)
@@ -66,7 +78,12 @@ def run_siglip(model, image, m):
     pool, H = trunk.attn_pool, trunk.attn_pool.num_heads
     (W_K, W_V), (b_K, b_V) = pool.kv.weight.chunk(2), pool.kv.bias.chunk(2)
     parts = {"norm": trunk.norm, "q": pool.q(pool.latent)[0, 0].unflatten(0, (H, -1)), "b_O": pool.proj.bias}
-    parts |= {"W_K": W_K.unflatten(0, (H, -1)), "W_V": W_V.unflatten(0, (H, -1)), "b_K": b_K.view(H, -1), "b_V": b_V.view(H, -1)}
+    parts |= {
+        "W_K": W_K.unflatten(0, (H, -1)),
+        "W_V": W_V.unflatten(0, (H, -1)),
+        "b_K": b_K.view(H, -1),
+        "b_V": b_V.view(H, -1),
+    }
     parts |= {"W_O": pool.proj.weight.T.unflatten(0, (H, -1)), "out": lambda o, share: o}
     fc2 = trunk.blocks[m].mlp.fc2
     parts |= {"w": fc2.weight.T, "b_out": fc2.bias, "share": (1 + 2 * len(trunk.blocks)) * fc2.in_features}
@@ -76,7 +93,9 @@ def run_siglip(model, image, m):
 def run_coca(model, image, m):
     """The same of CoCa's."""
     visual, seen = copy.deepcopy(model).double(), []
-    handle = visual.transformer.resblocks[m].mlp.gelu.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    handle = visual.transformer.resblocks[m].mlp.gelu.register_forward_hook(
+        lambda module, inputs, output: seen.append(output[0])
+    )
     z = visual._embeds(image.double()[None])
     for block in visual.transformer.resblocks:
         z = block(z)
@@ -86,9 +105,17 @@ def run_coca(model, image, m):
     out = pool.attn(pool.ln_q(pool.query)[None], pool.ln_k(z), pool.ln_k(z))[0][0, 0]
     mu, sigma = definition.mean_and_sigma(out, visual.ln_post)
     b_Q, b_K, b_V = attn.in_proj_bias.chunk(3)
-    parts = {"norm": pool.ln_k, "q": (attn.q_proj_weight @ pool.ln_q(pool.query)[0] + b_Q).view(H, e), "b_O": attn.out_proj.bias}
+    parts = {
+        "norm": pool.ln_k,
+        "q": (attn.q_proj_weight @ pool.ln_q(pool.query)[0] + b_Q).view(H, e),
+        "b_O": attn.out_proj.bias,
+    }
     parts |= {"W_K": attn.k_proj_weight.unflatten(0, (H, e)), "W_V": attn.v_proj_weight.unflatten(0, (H, e))}
-    parts |= {"b_K": b_K.view(H, e), "b_V": b_V.view(H, e), "W_O": attn.out_proj.weight.T.unflatten(0, (H, e))}
+    parts |= {
+        "b_K": b_K.view(H, e),
+        "b_V": b_V.view(H, e),
+        "W_O": attn.out_proj.weight.T.unflatten(0, (H, e)),
+    }
     parts["out"] = lambda o, share: definition.straight(visual, o, mu, sigma, 1 / share)
     c_proj = visual.transformer.resblocks[m].mlp.c_proj
     parts |= {"w": c_proj.weight.T, "b_out": c_proj.bias}
@@ -98,7 +125,13 @@ def run_coca(model, image, m):
 
 PLAIN = {  # timm ViTs with a class token or an average, and how open_clip would have its head
     "class token, biased head": {"num_classes": 24},
-    "average of norms": {"num_classes": 24, "global_pool": "avg", "fc_norm": False, "class_token": False, "qkv_bias": False},
+    "average of norms": {
+        "num_classes": 24,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "class_token": False,
+        "qkv_bias": False,
+    },
     "average": {"num_classes": 24, "global_pool": "avg"},
     "norm before the blocks": {"num_classes": 24, "pre_norm": True, "init_values": 0.3},
 }
@@ -128,7 +161,12 @@ def test_plain_timm_towers_have_their_own_representations_and_the_effects_of_the
     order = FirstOrder(vit)
     with vit.record(*order.activations) as cache:
         representation = vit(images)
-    assert_close(order.parts(cache, representation).sum(), 100 * nn.functional.normalize(model(images), dim=1), rtol=0, atol=1e-3)
+    assert_close(
+        order.parts(cache, representation).sum(),
+        100 * nn.functional.normalize(model(images), dim=1),
+        rtol=0,
+        atol=1e-3,
+    )
     with vit.record("blocks.2.resid.pre") as cache:
         vit(images)
     assert_close(vit.after(1, cache["blocks.2.resid.pre"]), model(images), rtol=1e-5, atol=1e-5)
@@ -165,7 +203,9 @@ def test_effects_equal_the_definition(tower, images, where):
         p, z, rep, parts = by_hand(model, image, layer)
         truth = definition.pooled_effects(parts, p, z, rep)
         assert_close(effects.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
-        assert_close(total.double(), truth.sum(dim=0), rtol=0, atol=1e-5 * float(truth.sum(dim=0).abs().max()))
+        assert_close(
+            total.double(), truth.sum(dim=0), rtol=0, atol=1e-5 * float(truth.sum(dim=0).abs().max())
+        )
 
 
 def test_an_effect_is_what_the_frozen_pooling_loses(tower, images):
@@ -188,7 +228,12 @@ def test_an_effect_is_what_the_frozen_pooling_loses(tower, images):
             written.append(parts["out"](o, 1))
         lost = 100 * (written[0] - written[1]) / rep.norm()
         assert lost.norm() > 1e-3
-        assert_close((phi.dense()[0, n] - phi.kappa[0]).double(), lost, rtol=1e-3, atol=1e-5 * float(phi.dense().abs().max()))
+        assert_close(
+            (phi.dense()[0, n] - phi.kappa[0]).double(),
+            lost,
+            rtol=1e-3,
+            atol=1e-5 * float(phi.dense().abs().max()),
+        )
 
 
 def test_what_the_pooling_heads_mlp_adds_is_measured(images):
@@ -241,17 +286,35 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
 POOLINGS = {
     "average": {"pool_type": "avg", "final_ln_after_pool": True},
     "average of norms": {"pool_type": "avg"},
-    "attention": {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 3, "output_tokens": True},
+    "attention": {
+        "attentional_pool": True,
+        "attn_pooler_queries": 3,
+        "attn_pooler_heads": 3,
+        "output_tokens": True,
+    },
 }
 
 
 @pytest.mark.parametrize("kind", POOLINGS)
 def test_every_stage_runs_on_every_kind_of_pooling(tmp_path, kind):
-    """From images to descriptions, segmentation, the notebooks' class and concepts; accuracies as numpy has them."""
-    (tmp_path / "tiny.json").write_text(json.dumps({**TINY, "vision_cfg": TINY["vision_cfg"] | POOLINGS[kind]}))
+    """From images to descriptions, segmentation, the notebooks' class and concepts; accuracies as numpy has
+    them.
+    """
+    (tmp_path / "tiny.json").write_text(
+        json.dumps({**TINY, "vision_cfg": TINY["vision_cfg"] | POOLINGS[kind]})
+    )
     world = World(tmp_path, str(tmp_path / "tiny.json"), per_class=4)
     write_mat(tmp_path / "discs.mat", *discs(4))
-    for name in ("classifier", "representations", "full", "pcas", "ablations", "texts", "decomposition", "segmentation"):
+    for name in (
+        "classifier",
+        "representations",
+        "full",
+        "pcas",
+        "ablations",
+        "texts",
+        "decomposition",
+        "segmentation",
+    ):
         world.run(name, world.base)
     world.run("full", world.base, "--split", "val")
     world.run("segmentation", world.base, "--method", "attention")
@@ -261,34 +324,74 @@ def test_every_stage_runs_on_every_kind_of_pooling(tmp_path, kind):
     images = load_images("folder", world.photos, "val", clip.transform)
     names = {"dataset": "folder", "layer": layer, "k": 5}
     read = {
-        part: results.load(part, split="val", **names).astype(float) for part in ("coefficients", "values", "outputs", "bias")
+        part: results.load(part, split="val", **names).astype(float)
+        for part in ("coefficients", "values", "outputs", "bias")
     }
-    phi = np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"]) + read["bias"][:, None]
-    mean, classifier = results.load("mean", **names).astype(float), results.load("classifier", dataset="folder").astype(float)
+    phi = (
+        np.einsum("ikn,kne,keo->ino", read["coefficients"], read["values"], read["outputs"])
+        + read["bias"][:, None]
+    )
+    mean, classifier = (
+        results.load("mean", **names).astype(float),
+        results.load("classifier", dataset="folder").astype(float),
+    )
     with torch.inference_mode():
-        unit = 100 * torch.nn.functional.normalize(clip.vit(torch.stack([pixels for pixels, _ in images])), dim=1).numpy()
+        unit = (
+            100
+            * torch.nn.functional.normalize(
+                clip.vit(torch.stack([pixels for pixels, _ in images])), dim=1
+            ).numpy()
+        )
     predicted = ((unit - phi.sum(axis=1) + mean.sum(axis=0)) @ classifier).argmax(axis=1)
     layers = list(range(clip.vit.last + 1))
-    content = json.loads(results.path("ablations", dataset="folder", split="val", layer=layers, k=5).read_text())
+    content = json.loads(
+        results.path("ablations", dataset="folder", split="val", layer=layers, k=5).read_text()
+    )
     assert content["accuracy"][str(layer)]["without all effects"] == 100 * (predicted == images.labels).mean()
-    neurons = NeuronLayer(clip, results, images, layer=layer, described={"texts": "words", "components": 8}, k=5)
+    neurons = NeuronLayer(
+        clip, results, images, layer=layer, described={"texts": "words", "components": 8}, k=5
+    )
     assert len(neurons.top_images(3, 4)) == 4 and neurons.card(3, pictures=4, words=3).axes
     phi = neurons.effects(torch.stack([images[0][0]]))
-    [found] = concepts_of_images(phi, neurons.centred_norms, neurons.statistics.thresholds, neurons.descriptions)
+    [found] = concepts_of_images(
+        phi, neurons.centred_norms, neurons.statistics.thresholds, neurons.descriptions
+    )
     assert found.words == sorted(found.words, key=lambda item: (-item[1], item[0]))
 
 
 def test_the_stages_run_on_a_siglip_of_real_size(tmp_path):
     """Random weights; its tokenizer, which would come from the hub, is not asked for."""
     photos = write_photos(tmp_path / "photos", per_class=2, side=64)
-    model = ["--model", "ViT-B-16-SigLIP", "--pretrained", "random", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    model = [
+        "--model",
+        "ViT-B-16-SigLIP",
+        "--pretrained",
+        "random",
+        "--output_dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     data = ["--dataset", "folder", "--data_path", photos, "--batch_size", 8, "--num_workers", 0]
     effects = ["compute_second_order_neuron_prs.py", *model, *data, "--mlp_layer", 11]
     said = run_stage_of_user(*effects, "--split", "train", folder=tmp_path).stdout
     assert "the MLP after the pooling attention, which effects leave out, makes" in said
-    run_stage_of_user("compute_pcas.py", *model, "--dataset", "folder", "--mlp_layer", "all", "--top_k_pca", 5, folder=tmp_path)
+    run_stage_of_user(
+        "compute_pcas.py",
+        *model,
+        "--dataset",
+        "folder",
+        "--mlp_layer",
+        "all",
+        "--top_k_pca",
+        5,
+        folder=tmp_path,
+    )
     base = "folder_train_mlps_ViT-B-16-SigLIP_random_11_"
-    shapes = {name: np.load(tmp_path / "out" / f"{base}{name}.npy").shape for name in ("coefficients", "outputs", "5_pca")}
+    shapes = {
+        name: np.load(tmp_path / "out" / f"{base}{name}.npy").shape
+        for name in ("coefficients", "outputs", "5_pca")
+    }
     assert shapes == {"coefficients": (8, 12, 3072), "outputs": (12, 64, 768), "5_pca": (3072, 768)}
     texts = ["compute_text_set_projection.py", *model, "--text_descriptions", tmp_path / "words.txt"]
     (tmp_path / "words.txt").write_text("a dog\nthe sea\n")

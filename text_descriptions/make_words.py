@@ -21,7 +21,9 @@ def common_words(n):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--words", type=int, default=30_000)
     parser.add_argument("--output", type=Path, default="text_descriptions/30k.txt")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Concept discovery: the words that the active neurons of an image stand for (appendix A.5 of the paper).
 
-A neuron is active on an image if its centred norm there is larger than its k-th largest over the data set. A word's score is the
-sum of coefficient * norm over the active neurons whose descriptions have it.
+A neuron is active on an image if its centred norm there is larger than its k-th largest over the data set. A
+word's score is the sum of coefficient * norm over the active neurons whose descriptions have it.
 """
 
 from collections import defaultdict
@@ -13,7 +13,9 @@ import torch
 
 @dataclass
 class Concepts:
-    """What was found in one image: the active neurons and their norms, by falling norm; (word, score), by falling score."""
+    """What was found in one image: the active neurons and their norms, by falling norm; (word, score), by
+    falling score.
+    """
 
     neurons: list
     norms: list

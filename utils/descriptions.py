@@ -21,12 +21,14 @@ def decomposition_matrix(support, coefficients, texts):
     """Support and coefficients [N, S] as the pursuit finds them -> csc matrix [N, texts]."""
     chosen = support >= 0
     shape = (len(support), texts)
-    return scipy.sparse.coo_matrix((coefficients[chosen], (chosen.nonzero()[0], support[chosen])), shape=shape).tocsc()
+    return scipy.sparse.coo_matrix(
+        (coefficients[chosen], (chosen.nonzero()[0], support[chosen])), shape=shape
+    ).tocsc()
 
 
 def save_descriptions(path, support, coefficients, texts, record):
-    """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz beside it: the same
-    as a matrix, and the texts in the order of choice.
+    """Write the .json {neuron: [[text index, coefficient, text], ...]} by falling |coefficient|, and the .npz
+    beside it: the same as a matrix, and the texts in the order of choice.
 
     path, texts, record: of the json; of the pool; what the descriptions are made from.
     support, coefficients: [N, S], numpy arrays, in the order of choice.
@@ -56,7 +58,8 @@ def matrix_and_order(matrix, support):
 
 
 def load_support(path):
-    """The texts of every neuron in the order of choice, int64 [N, S], -1 where fewer were taken. path: of the descriptions' .npz.
+    """The texts of every neuron in the order of choice, int64 [N, S], -1 where fewer were taken. path: of the
+    descriptions' .npz.
 
     Raises UserError for descriptions of the published code, or of an earlier version, which do not have it.
     """
@@ -64,15 +67,20 @@ def load_support(path):
         with np.load(path, allow_pickle=False) as content:
             return content["support"].astype(np.int64)
     except KeyError as error:
-        raise UserError(f"{path} does not have the order in which texts were chosen; make it again with --overwrite") from error
+        raise UserError(
+            f"{path} does not have the order in which texts were chosen; make it again with --overwrite"
+        ) from error
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)[:100]}); make it again with --overwrite") from error
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)[:100]}); make it again with --overwrite"
+        ) from error
 
 
 def load_descriptions(results, sizes, expected=(), kind="decomposition", **names):
     """The descriptions of a layer's neurons: a list over neurons of [(text index, coefficient, text), ...].
 
-    results, names: `Results` of the folder; dataset, layer, texts, components, alpha, normalise in the file's name.
+    results, names: `Results` of the folder; dataset, layer, texts, components, alpha, normalise in the file's
+        name.
     sizes: {"N": number of neurons}.
     expected: {key: value} that the record beside must agree with where it has the key.
     kind: 'decomposition', what neurons write, or 'fires_on'.
@@ -83,7 +91,9 @@ def load_descriptions(results, sizes, expected=(), kind="decomposition", **names
     again = f"make it again with: {command} --overwrite"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        descriptions = [[(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))]
+        descriptions = [
+            [(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))
+        ]
     except FileNotFoundError as error:
         raise UserError(results.missing(path, command)) from error
     except (ValueError, TypeError, KeyError) as error:
@@ -91,16 +101,20 @@ def load_descriptions(results, sizes, expected=(), kind="decomposition", **names
     if not np.isfinite([c for entries in descriptions for _, c, _ in entries]).all():
         raise UserError(f"{path} holds NaN or infinity; {again}")
     if len(descriptions) != sizes["N"]:
-        raise UserError(f"{path} describes {len(descriptions)} neurons, and the layer has {sizes['N']}; {again}")
+        raise UserError(
+            f"{path} describes {len(descriptions)} neurons, and the layer has {sizes['N']}; {again}"
+        )
     results.check_record(path, dict(expected), again)
     return descriptions
 
 
 def describe(path, texts, atoms, targets, record, overwrite=False):
-    """Pursue the first components of a layer, BLOCK at a time, by all processes, and write their descriptions.
+    """Pursue the first components of a layer, BLOCK at a time, by all processes, and write their
+    descriptions.
 
     path: of the json; while the pursuit goes on, its blocks lie beside.
-    texts, atoms: the pool, [texts, D]. targets: [N, D]. record: what the descriptions are made from, components included.
+    texts, atoms: the pool, [texts, D]. targets: [N, D]. record: what the descriptions are made from,
+        components included.
     overwrite: discard finished descriptions and earlier progress.
     """
     check_components(record["components"], len(texts))
@@ -117,10 +131,15 @@ def _describe(path, texts, atoms, targets, record, overwrite, made):
     components = record["components"]
     support, weights = (path.with_name(f"{path.stem}_{part}.npy") for part in ("support", "coefficients"))
     if not made:
-        arrays = {support: ((len(targets), components), "int32"), weights: ((len(targets), components), "float32")}
+        arrays = {
+            support: ((len(targets), components), "int32"),
+            weights: ((len(targets), components), "float32"),
+        }
         with Pass(arrays, record, pieces_of(len(targets), omp.BLOCK), overwrite=overwrite) as work:
             for n, _ in work.over(description="OMP", unit="neuron"):
-                work[support][n], work[weights][n] = orthogonal_matching_pursuit(atoms, targets[n], components)
+                work[support][n], work[weights][n] = orthogonal_matching_pursuit(
+                    atoms, targets[n], components
+                )
     if is_rank_zero():
         if not made:
             save_descriptions(path, np.load(support), np.load(weights), texts=texts, record=record)

@@ -1,9 +1,11 @@
-"""Second-order effects on disk: factorised, dense, or the largest only. Three readers give what the statistics need.
+"""Second-order effects on disk: factorised, dense, or the largest only. Three readers give what the
+statistics need.
 
 Factorised: coefficients [images, K, N], values [K, N, e], outputs [K, e, D], bias [images, D];
     phi[i, n] = sum_k coefficients[i, k, n] values[k, n] @ outputs[k] + bias[i].
 Dense (`--merged`, and the published code): merged [images, N, D].
-The largest only (`--keep top`): top_coefficients [N, kept, K] (centred, by falling norm), top_images [N, kept], top_mean [N, D],
+The largest only (`--keep top`): top_coefficients [N, kept, K] (centred, by falling norm), top_images [N,
+kept], top_mean [N, D],
     values, outputs and bias.
 """
 
@@ -21,7 +23,13 @@ from utils.runtime.files import read_array, sampled_digest, save_atomic
 from utils.runtime.records import Digest, digest_of_parts, digests_of_files, load_record, publish
 
 READ_IMAGES = 512  # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's memory
-SAME = ("fingerprint", "data", "coefficient", "preprocessing", "precision")  # what all parts of effects have to agree in
+SAME = (
+    "fingerprint",
+    "data",
+    "coefficient",
+    "preprocessing",
+    "precision",
+)  # what all parts of effects have to agree in
 FORMS = ("coefficients", "top_coefficients", "merged")
 
 
@@ -33,14 +41,17 @@ def open_effects(results, dataset, split, layer, device="cpu"):
 
     Raises UserError when there are none, or when parts of them do not belong together.
     """
-    names, readers = {"dataset": dataset, "split": split, "layer": layer}, (FactorisedEffects, TopEffects, DenseEffects)
+    names, readers = (
+        {"dataset": dataset, "split": split, "layer": layer},
+        (FactorisedEffects, TopEffects, DenseEffects),
+    )
     stored = [reader for reader in readers if results.find(reader.main, **names).is_file()]
     return (stored or readers)[0](results, names, device)
 
 
 def mean_effects(results, sizes, expected, **names):
-    """Mean effects of the train split [N, D]: those of compute_pcas.py; in a folder of the published code, which has none, the
-    mean of its effects. Parameters as in `Results.load`."""
+    """Mean effects of the train split [N, D]: those of compute_pcas.py; in a folder of the published code,
+    which has none, the mean of its effects. Parameters as in `Results.load`."""
     path, merged = (results.find(kind, **names) for kind in ("mean", "merged"))
     if path.is_file() or not merged.is_file():
         return results.load("mean", sizes, expected, **names)
@@ -55,7 +66,11 @@ def copy_norms(effects, results):
     source, target = effects.results.find("image_norms", **names), results.path("image_norms", **names)
     if is_rank_zero() and source.resolve() != target.resolve():
         with open(source, "rb") as file:
-            save_atomic(target, lambda out: shutil.copyfileobj(file, out), partial(publish, record=load_record(source)))
+            save_atomic(
+                target,
+                lambda out: shutil.copyfileobj(file, out),
+                partial(publish, record=load_record(source)),
+            )
 
 
 def identity_of(path):
@@ -76,9 +91,9 @@ def slices(neurons, floats, memory):
 class _Effects:
     """What the readers share.
 
-    Attributes: N, D, images (sizes), kept (number of a neuron's effects that are stored), path (of the main array), record (what
-    the effects were made from), has_norms (whether the norms of all effects are stored with them), main and parts (the kinds of
-    their arrays).
+    Attributes: N, D, images (sizes), kept (number of a neuron's effects that are stored), path (of the main
+    array), record (what the effects were made from), has_norms (whether the norms of all effects are stored
+    with them), main and parts (the kinds of their arrays).
     """
 
     has_norms = False
@@ -88,7 +103,13 @@ class _Effects:
         self.seen = [identity_of(path) for path in self.files()]
         self.path, self.array = results.find(self.main, **names), results.load(self.main, mmap=True, **names)
         record = load_record(self.path)
-        own = ("shape", "dtype", "method_number", "layers", "batch_size")  # of the array, not of what it was made from
+        own = (
+            "shape",
+            "dtype",
+            "method_number",
+            "layers",
+            "batch_size",
+        )  # of the array, not of what it was made from
         self.record = {key: record[key] for key in record if key not in own}
         if record and self.array.dtype != np.float32:
             self.record["store_dtype"] = str(self.array.dtype)
@@ -127,7 +148,9 @@ class _Effects:
         """A copy on the device, in float32. Raises UserError when it is not finite."""
         found = torch.from_numpy(np.array(array, np.float32)).to(self.device)
         if not found.isfinite().all():
-            raise UserError(f"the effects of {self.path} hold NaN or infinity; make them again with: {self.again()}")
+            raise UserError(
+                f"the effects of {self.path} hold NaN or infinity; make them again with: {self.again()}"
+            )
         return found
 
     def again(self):
@@ -142,7 +165,9 @@ class _Effects:
             copied[rows] = take(read_array(self.path, mmap=True)[rows])
             if not np.isfinite(copied[rows]).all():
                 image = rows.start + np.argwhere(~np.isfinite(copied[rows]))[0][0]
-                raise UserError(f"{self.path} holds NaN or infinity, first for image {image}; make it again with: {self.again()}")
+                raise UserError(
+                    f"{self.path} holds NaN or infinity, first for image {image}; make it again with: {self.again()}"
+                )
         return torch.from_numpy(copied).to(self.device)
 
     def row_blocks(self):
@@ -166,15 +191,23 @@ class FactorisedEffects(_Effects):
         self.floats = max(self.images * K, 3 * K * self.D)
 
     def top(self, neurons, k):
-        """Statistics of a slice of n neurons: mean effects [n, D]; the k largest centred effects, by falling norm [n, k, D]; the
-        norms of all centred effects [images, n], None where they are stored already."""
+        """Statistics of a slice of n neurons: mean effects [n, D]; the k largest centred effects, by falling
+        norm [n, k, D]; the norms of all centred effects [images, n], None where they are stored already."""
         C = self.read_rows(lambda rows: rows[:, :, neurons])  # [images, K, n]
         directions = self.directions._replace(values=self.directions.values[:, neurons])
-        B_n, mean_C, mean_bias = directions.B(), C.mean(dim=0).T, self.bias.mean(dim=0)  # [n, K, D], [n, K], [D]
+        B_n, mean_C, mean_bias = (
+            directions.B(),
+            C.mean(dim=0).T,
+            self.bias.mean(dim=0),
+        )  # [n, K, D], [n, K], [D]
         centred_norms = CentredNorms(directions, (mean_C.T, mean_bias))
-        norms = torch.cat([centred_norms(SecondOrder(C[i], self.bias[i], directions)) for i in self.row_blocks()])
+        norms = torch.cat(
+            [centred_norms(SecondOrder(C[i], self.bias[i], directions)) for i in self.row_blocks()]
+        )
         images = norms.topk(k, dim=0).indices.T  # [n, k]
-        x = C[images, :, torch.arange(len(images), device=images.device)[:, None]] - mean_C[:, None]  # [n, k, K]
+        x = (
+            C[images, :, torch.arange(len(images), device=images.device)[:, None]] - mean_C[:, None]
+        )  # [n, k, K]
         top = torch.bmm(x, B_n) + (self.bias[images] - mean_bias)
         return torch.einsum("nk,nko->no", mean_C, B_n) + mean_bias, top, norms
 
@@ -226,11 +259,16 @@ class TopEffects(_Effects):
         self.outputs, self.D = self.tensor(outputs), outputs.shape[2]
         self.values = self.load("values", mmap=True, K=self.K, N=self.N, e=outputs.shape[1])
         self.mean = self.load("top_mean", N=self.N, D=self.D)
-        self.top_images, self.bias = self.load("top_images", N=self.N, k=self.kept), self.load("bias", D=self.D)
+        self.top_images, self.bias = (
+            self.load("top_images", N=self.N, k=self.kept),
+            self.load("bias", D=self.D),
+        )
         self.images, self.floats = len(self.bias), max(self.kept * self.K, 3 * self.K * self.D)
         self.load("image_norms", mmap=True, images=self.images, N=self.N)
         if self.top_images.min() < 0 or self.top_images.max() >= self.images:
-            raise UserError(f"{self.path} is of other images than the bias beside it; make them again with: {self.again()}")
+            raise UserError(
+                f"{self.path} is of other images than the bias beside it; make them again with: {self.again()}"
+            )
 
     def top(self, neurons, k):
         """As `FactorisedEffects.top`."""

@@ -16,7 +16,10 @@ def accuracy_table(table):
     names = list(next(iter(table.values())))
     width = max(map(len, names))
     lines = [" " * 6 + "  ".join(f"{name:>{width}}" for name in names)]
-    lines += [f"{layer:>5} " + "  ".join(f"{row[name]:>{width}.2f}" for name in names) for layer, row in table.items()]
+    lines += [
+        f"{layer:>5} " + "  ".join(f"{row[name]:>{width}.2f}" for name in names)
+        for layer, row in table.items()
+    ]
     return "\n".join(["layer, accuracy in per cent", *lines])
 
 
@@ -58,18 +61,32 @@ def plot_lines(curves, xlabel, ylabel, path):
 
 
 def plot_grades(graded, path):
-    """How the correlations of a layer's neurons are distributed: a panel for each of {layer: `Graded`}, a line for each row."""
+    """How the correlations of a layer's neurons are distributed: a panel for each of {layer: `Graded`}, a
+    line for each row.
+    """
     columns = min(3, len(graded))
     rows = -(-len(graded) // columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(4.6 * columns, 4.6 * rows), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(4.6 * columns, 4.6 * rows), squeeze=False, layout="constrained"
+    )
     for axes in grid.flat[len(graded) :]:
         axes.set_axis_off()
     for axes, (layer, of) in zip(grid.flat, graded.items(), strict=False):
         for i, row in enumerate(of.rows):
             values = np.sort(of.of(row, of.measures[2] if len(of.measures) > 2 else of.measures[0]))
             style = ":" if row.startswith("null") else "-"
-            axes.plot(values, np.linspace(0, 1, len(values)), style, color=f"C{i}", label=f"{ROWS[row]} ({values.mean():.2f})")
-        axes.set(title=f"layer {layer}", xlabel="correlation with the effect, held-out images", ylabel="share of neurons below")
+            axes.plot(
+                values,
+                np.linspace(0, 1, len(values)),
+                style,
+                color=f"C{i}",
+                label=f"{ROWS[row]} ({values.mean():.2f})",
+            )
+        axes.set(
+            title=f"layer {layer}",
+            xlabel="correlation with the effect, held-out images",
+            ylabel="share of neurons below",
+        )
         axes.set_xlim(-0.8, 1)
         axes.axvline(0, color="black", linewidth=0.6)
         axes.legend(fontsize="x-small", title="mean in brackets", title_fontsize="x-small", loc="upper center",
@@ -78,7 +95,9 @@ def plot_grades(graded, path):
 
 
 def plot_maps(pictures, masks, maps, path):
-    """Segmentations side by side: pictures [n, S, S, 3] in [0, 1], masks [n, S, S] of 1, 0 and -1, and {method: [n, S, S]}."""
+    """Segmentations side by side: pictures [n, S, S, 3] in [0, 1], masks [n, S, S] of 1, 0 and -1, and
+    {method: [n, S, S]}.
+    """
     count, columns = len(pictures), ["input", "mask", *maps]
     size = (1.6 * len(columns), 1.7 * count)
     figure, grid = pyplot.subplots(count, len(columns), figsize=size, squeeze=False, layout="constrained")
@@ -115,10 +134,19 @@ def plot_attacks(rows, path):
 
 def segmentation_table(rows):
     """A plain-text table of {method: scores in per cent}, as `utils.segmentation.Scores` gives them."""
-    columns = {"PixAcc": "pixel_accuracy", "mIoU": "mIoU", "mAP": "mAP", "IoU bg": "IoU_background", "IoU obj": "IoU_object"}
+    columns = {
+        "PixAcc": "pixel_accuracy",
+        "mIoU": "mIoU",
+        "mAP": "mAP",
+        "IoU bg": "IoU_background",
+        "IoU obj": "IoU_object",
+    }
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name:>9}" for name in columns)]
-    lines += [f"{name:<{width}}" + "".join(f"{row[key]:>9.2f}" for key in columns.values()) for name, row in rows.items()]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{row[key]:>9.2f}" for key in columns.values())
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -132,33 +160,44 @@ def plot_precision_recall(precision, recall, label, path):
 
 
 def to_pictures(pixels, transform, size):
-    """What the model saw, to look at: pixels [B, 3, side, side] -> [B, *size, 3] in [0, 1]; transform: what made them."""
+    """What the model saw, to look at: pixels [B, 3, side, side] -> [B, *size, 3] in [0, 1]; transform: what
+    made them.
+    """
     normalise = transform.transforms[-1]
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
-    pictures = torch.nn.functional.interpolate(pixels * std + mean, size=size, mode="bilinear", antialias=True)
+    pictures = torch.nn.functional.interpolate(
+        pixels * std + mean, size=size, mode="bilinear", antialias=True
+    )
     return pictures.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_segmentation(path, picture, mask, heat, thr):
-    """Write side by side as .png: the picture [S, S, 3] in [0, 1], its mask [S, S] (1, 0, and -1 for ignored, in grey), the
-    prediction heat > thr, and the heat map [S, S] in [0, 1] over the picture."""
+    """Write side by side as .png: the picture [S, S, 3] in [0, 1], its mask [S, S] (1, 0, and -1 for ignored,
+    in grey), the prediction heat > thr, and the heat map [S, S] in [0, 1] over the picture."""
     overlay = 0.5 * picture + 0.5 * pyplot.get_cmap("jet")(heat)[..., :3]
     flat = [np.repeat(panel[..., None], 3, axis=-1) for panel in (np.where(mask < 0, 0.5, mask), heat > thr)]
-    panels = [np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)]
+    panels = [
+        np.pad(panel, ((2, 2), (2, 2), (0, 0)), constant_values=1) for panel in (picture, *flat, overlay)
+    ]
     strip = Image.fromarray((255 * np.concatenate(panels, axis=1)).round().astype(np.uint8))
     save_atomic(path, lambda file: strip.save(file, format="png"))
 
 
 def plot_neuron(title, pictures, maps, sides, norms=None, threshold=None):
-    """A neuron's card, as a figure: top pictures, bright where it fires; texts with signed coefficients; histogram of its norms.
+    """A neuron's card, as a figure: top pictures, bright where it fires; texts with signed coefficients;
+    histogram of its norms.
 
-    pictures, maps: [n, S, S, 3] in [0, 1]; the neuron's post-GELU activations on their patches, [n, rows, columns].
+    pictures, maps: [n, S, S, 3] in [0, 1]; the neuron's post-GELU activations on their patches, [n, rows,
+        columns].
     sides: {what they are: [(text, coefficient), ...]}.
-    norms, threshold: its centred norm on every image, [images]; the norm above which an effect is significant.
+    norms, threshold: its centred norm on every image, [images]; the norm above which an effect is
+        significant.
     """
     columns, parts = min(len(pictures), 8), len(sides) + (norms is not None)
     rows = -(-len(pictures) // columns)
-    figure = pyplot.figure(figsize=(1.1 * columns + 3.2 * parts, max(2.6, 1.15 * rows + 0.5)), layout="constrained")
+    figure = pyplot.figure(
+        figsize=(1.1 * columns + 3.2 * parts, max(2.6, 1.15 * rows + 0.5)), layout="constrained"
+    )
     figure.suptitle(words(title), fontsize="medium")
     left, *middle = figure.subfigures(1, 1 + parts, width_ratios=[1.1 * columns, *[3.2] * parts])
     grid = left.subplots(rows, columns, squeeze=False).reshape(-1)
@@ -166,7 +205,9 @@ def plot_neuron(title, pictures, maps, sides, norms=None, threshold=None):
     for axes in grid:
         axes.set_axis_off()
     for axes, picture, heat in zip(grid, pictures, maps, strict=False):
-        light = Image.fromarray((heat / top).astype(np.float32)).resize(picture.shape[1::-1], Image.Resampling.BILINEAR)
+        light = Image.fromarray((heat / top).astype(np.float32)).resize(
+            picture.shape[1::-1], Image.Resampling.BILINEAR
+        )
         axes.imshow(picture * (0.3 + 0.7 * np.clip(np.asarray(light), 0, 1))[..., None])
     for part, (name, described) in zip(middle, sides.items(), strict=False):
         axes = part.subplots()

@@ -1,8 +1,9 @@
-"""First-order effects: what heads, MLPs and neurons write straight into the representation (section 3.2 of the paper, eq. 3).
+"""First-order effects: what heads, MLPs and neurons write straight into the representation (section 3.2 of
+the paper, eq. 3).
 
-The representation is what the last LayerNorm and the projection make of a sum: the class token's embedding, and what every
-attention and every MLP adds to the class token (or the average of the patches, where the output is read from these). With its
-standard deviation held fixed that LayerNorm is linear, so that
+The representation is what the last LayerNorm and the projection make of a sum: the class token's embedding,
+and what every attention and every MLP adds to the class token (or the average of the patches, where the
+output is read from these). With its standard deviation held fixed that LayerNorm is linear, so that
 
     rep  = J(embedding) + sum_l [ sum_h sum_i J(head_lh(i)) + J(mlp_l) ] + beta_post P
     J(c) = ((c - mean c) * gamma_post / sigma_post) P
@@ -33,7 +34,9 @@ class ToOutput(NamedTuple):
         return (c @ self.weights) * self.scale.view(-1, *[1] * (c.ndim - 1))
 
     def pull(self, v):
-        """The direction of the residual stream that v [B, D] is read from: <J(c), v> = <c, pull(v)>. [B, d]."""
+        """The direction of the residual stream that v [B, D] is read from: <J(c), v> = <c, pull(v)>. [B,
+        d].
+        """
         return self.scale[:, None] * (v @ self.weights.T)
 
 
@@ -58,12 +61,20 @@ class FirstOrder:
 
     def __init__(self, vit):
         if vit.pooling == "attention":
-            raise UserError("this model pools its tokens by attention, so nothing but that reaches the output: no first order")
+            raise UserError(
+                "this model pools its tokens by attention, so nothing but that reaches the output: no first order"
+            )
         self.vit, self.weights = vit, centred_output(vit)
         self.constant = vit.output_weights()[2].to(self.weights)
-        self.heads = [[part.to(self.weights) for part in vit.head_weights(l)[2:]] for l in range(vit.L)]  # W_V, b_V, W_O, b_O
+        self.heads = [
+            [part.to(self.weights) for part in vit.head_weights(l)[2:]] for l in range(vit.L)
+        ]  # W_V, b_V, W_O, b_O
         self.of_heads = [*vit.path(0), *(f"blocks.{l}.ln1.out" for l in range(vit.L))]
-        self.activations = [*self.of_heads, *(f"blocks.{l}.mlp.out" for l in range(vit.L)), "blocks.0.resid.pre"]
+        self.activations = [
+            *self.of_heads,
+            *(f"blocks.{l}.mlp.out" for l in range(vit.L)),
+            "blocks.0.resid.pre",
+        ]
 
     def to_output(self, cache, representation, coefficient=COEFFICIENT):
         """`ToOutput` of a batch. cache: what was recorded. representation: [B, D], as the model gives it."""
@@ -74,13 +85,20 @@ class FirstOrder:
         """`Parts` of a batch."""
         J, heads = self.to_output(cache, representation, coefficient), []
         for l, (W_V, b_V, W_O, b_O) in enumerate(self.heads):
-            x = einsum("bht,btd->bhd", cache[f"blocks.{l}.attn.row"], cache[f"blocks.{l}.ln1.out"])  # rows sum to 1
+            x = einsum(
+                "bht,btd->bhd", cache[f"blocks.{l}.attn.row"], cache[f"blocks.{l}.ln1.out"]
+            )  # rows sum to 1
             heads.append(einsum("bhe,heo->bho", einsum("bhd,hed->bhe", x, W_V) + b_V, W_O) + b_O / len(W_O))
         mlps = torch.stack(
             [self.vit.pool(cache[f"blocks.{l}.mlp.out"], cache) for l in range(len(self.heads))], dim=1
         )  # [B, L, d]
         constant = coefficient / representation.norm(dim=-1, keepdim=True) * self.constant
-        return Parts(J(self.vit.pool(cache["blocks.0.resid.pre"], cache)), J(torch.stack(heads, dim=1)), J(mlps), constant)
+        return Parts(
+            J(self.vit.pool(cache["blocks.0.resid.pre"], cache)),
+            J(torch.stack(heads, dim=1)),
+            J(mlps),
+            constant,
+        )
 
     def tokens(self, cache, representation, direction, coefficient=COEFFICIENT):
         """What every head takes from every token along a direction: <J(head_lh(i)), direction>, [B, L, H, T].
@@ -97,7 +115,9 @@ class FirstOrder:
 
 
 def centred_output(vit):
-    """gamma_post P with the LayerNorm's centring in it, float32 [d, D]: c @ it = ((c - mean c) gamma_post) P."""
+    """gamma_post P with the LayerNorm's centring in it, float32 [d, D]: c @ it = ((c - mean c) gamma_post)
+    P.
+    """
     P, gamma, _ = vit.output_weights()
     weights = gamma[:, None] * P
     return (weights - weights.mean(dim=0)).to(vit.device, torch.float32)
@@ -105,8 +125,8 @@ def centred_output(vit):
 
 @torch.no_grad()
 def fold_direct(vit, layer):
-    """The weights' part of the direct effects of one layer's neurons, as `Directions` with K = 1: B[n] = J(w_n), sigma_post left
-    out. `constants` [1, D]: each neuron's share of J(b_out)."""
+    """The weights' part of the direct effects of one layer's neurons, as `Directions` with K = 1: B[n] =
+    J(w_n), sigma_post left out. `constants` [1, D]: each neuron's share of J(b_out)."""
     w, b_out = vit.mlp_weights(layer)
     outputs = centred_output(vit)
     share = (b_out.to(outputs) @ outputs) / vit.N

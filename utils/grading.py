@@ -1,12 +1,14 @@
 """How far a description can be trusted: what a neuron writes and what it fires on, graded on held-out images.
 
-A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of the texts' presences
-there. A judge says how present a text is: the model, by the similarity of image and text (`features` are representations and
-`vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the identity). So a description is one direction
-of the features, and all that is graded here are directions.
+A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of
+the texts' presences
+there. A judge says how present a text is: the model, by the similarity of image and text (`features` are
+representations and `vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the
+identity). So a description is one direction of the features, and all that is graded here are directions.
 
-Beyond the paper. Grades are those that notice missing and extra labels, over all held-out images: Pearson correlation and average
-precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F features, R rows of the table.
+Beyond the paper. Grades are those that notice missing and extra labels, over all held-out images: Pearson
+correlation and average precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F
+features, R rows of the table.
 """
 
 import numpy as np
@@ -29,7 +31,13 @@ SIDES = {  # rows of each side, its own texts first
     "writes": ("writes", "one_written", "direction", "null_writes"),
     "fires_on": ("fires_on", "one_fired_on", "wpmi", "null_fires_on"),
 }
-MEASURES = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")  # the first two where a truth judges
+MEASURES = (
+    "pearson",
+    "auprc",
+    "pearson_without",
+    "auprc_without",
+    "drop",
+)  # the first two where a truth judges
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS = 1024  # that are worked on together
 
@@ -39,8 +47,9 @@ class Judge:
 
     features: [images, F]. vectors: [T, F].
 
-    Presences are features @ vectors.T, [images, T]; standardised over the images they are the atoms. All lie in the space of the
-    features, so a basis of that space has atoms and targets of F numbers at most in place of one for every image.
+    Presences are features @ vectors.T, [images, T]; standardised over the images they are the atoms. All lie
+    in the space of the features, so a basis of that space has atoms and targets of F numbers at most in place
+    of one for every image.
 
     Attributes: atoms [T, rank] of unit norm (0 for a text that is equally present everywhere), spread [T].
     """
@@ -71,12 +80,16 @@ class Judge:
 
     def direction(self, description):
         """The directions [N, F] of sparse sums [N, T] of standardised presences."""
-        scaled = scipy.sparse.csr_matrix(description) @ scipy.sparse.diags(1 / np.maximum(self.spread.cpu().numpy(), 1e-300))
+        scaled = scipy.sparse.csr_matrix(description) @ scipy.sparse.diags(
+            1 / np.maximum(self.spread.cpu().numpy(), 1e-300)
+        )
         return written(scaled, self.vectors)
 
 
 def written(description, vectors):
-    """The directions [N, F] of what neurons write: sparse sums [N, T] of texts, as the decomposition has them."""
+    """The directions [N, F] of what neurons write: sparse sums [N, T] of texts, as the decomposition has
+    them.
+    """
     return torch.from_numpy(scipy.sparse.csr_matrix(description) @ vectors.double().cpu().numpy()).float()
 
 
@@ -88,7 +101,9 @@ def as_matrix(descriptions, texts):
 
 
 def only(description, chosen):
-    """A description [N, T] with the texts chosen [N] alone, -1 for none, each with the sign of its coefficient."""
+    """A description [N, T] with the texts chosen [N] alone, -1 for none, each with the sign of its
+    coefficient.
+    """
     matrix, n = scipy.sparse.csr_matrix(description), np.arange(description.shape[0])
     signs = np.sign(np.asarray(matrix[n, np.maximum(chosen, 0)]).ravel()) * (np.asarray(chosen) >= 0)
     return scipy.sparse.csr_matrix((signs, (n, np.maximum(chosen, 0))), shape=matrix.shape)
@@ -105,11 +120,12 @@ def of_another(directions):
 
 
 class SoftWPMI:
-    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells most about the images
-    on which the neuron acts most.
+    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells
+    most about the images on which the neuron acts most.
 
-    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x) the softmax
-    over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label has the largest log P(t) - log mean_n P(t).
+    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with
+    P(t|x) the softmax over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label has the
+    largest log P(t) - log mean_n P(t).
 
     representations, vectors: [images, D], [T, D]. effects: [images, N].
     """
@@ -146,7 +162,9 @@ class Along:
 
     def __init__(self, directions, vectors):
         self.vectors = vectors = torch.stack(list(vectors.values())).to(directions.values)  # [R, N, D]
-        heads = [torch.einsum("nko,rno->nkr", directions.B(n), vectors[:, n]) for n in blocks_of(vectors.shape[1])]
+        heads = [
+            torch.einsum("nko,rno->nkr", directions.B(n), vectors[:, n]) for n in blocks_of(vectors.shape[1])
+        ]
         self.along = torch.cat(heads)  # [N, K, R]
 
     def __call__(self, phi):
@@ -163,7 +181,8 @@ def correlation(predicted, effects):
 
 
 def average_precision(predicted, positive):
-    """Average precision of every column, as scikit-learn's `average_precision_score`: equal predictions count together.
+    """Average precision of every column, as scikit-learn's `average_precision_score`: equal predictions count
+    together.
 
     predicted: [..., images, n]. positive: bool [images, n], one of a column at least. Returns [..., n].
     """
@@ -194,11 +213,12 @@ def grades(features, directions, effects, share, own=None, mean=None):
 
     features, directions: [images, F], [R, n, F].
     effects: [images, n], along the components. share: of the images that count as those the neuron acts on.
-    own, mean: <phi_n, v> of every image and of the mean effect, [images, R, n] and [R, n]; None where a neuron has no part in the
-        features.
+    own, mean: <phi_n, v> of every image and of the mean effect, [images, R, n] and [R, n]; None where a
+        neuron has no part in the features.
 
-    Returns {measure: [R, n]}: pearson and auprc; and with `own` the same without the neuron's own effect, and drop: how far the
-    similarity with the description, in units of `features`, falls where the neuron acts when its effect is put at its mean.
+    Returns {measure: [R, n]}: pearson and auprc; and with `own` the same without the neuron's own effect, and
+    drop: how far the similarity with the description, in units of `features`, falls where the neuron acts
+        when its effect is put at its mean.
     """
     predicted, positive = torch.einsum("if,rnf->rin", features, directions), most_active(effects, share)
     found = {"pearson": correlation(predicted, effects), "auprc": average_precision(predicted, positive)}
@@ -212,8 +232,8 @@ def grades(features, directions, effects, share, own=None, mean=None):
 
 
 def summary(graded, rows, measures):
-    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that score above the
-    95th percentile of the null of their side.
+    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that
+    score above the 95th percentile of the null of their side.
 
     graded: [N, rows, measures].
     """

@@ -18,9 +18,9 @@ def blocks_of(neurons):
 class CentredNorms:
     """|phi_n(I) - mean_n| for all neurons of a layer.
 
-    An effect is a combination of the K directions B_n, plus kappa. Its norm is a quadratic form in the coefficients, with the
-    Gram matrix G_n = B_n B_n^T. The coefficients are centred first, so that nothing cancels when effects vary little about a
-    large mean.
+    An effect is a combination of the K directions B_n, plus kappa. Its norm is a quadratic form in the
+    coefficients, with the Gram matrix G_n = B_n B_n^T. The coefficients are centred first, so that nothing
+    cancels when effects vary little about a large mean.
 
     Parameters
     directions: `Directions` of the layer.
@@ -41,7 +41,8 @@ class CentredNorms:
             (self.origin, self.shift), self.rest = mean, None
         else:
             self.origin, self.shift, self.rest = new(K, N), 0, new(mean.shape)
-        # G is symmetric: strips of its columns are kept from the diagonal down, with what lies below the diagonal doubled
+        # G is symmetric: strips of its columns are kept from the diagonal down, with what lies below the
+        # diagonal doubled
         self.strips = [new(N, K - first, min(STRIP, K - first)) for first in range(0, K, STRIP)]
         for n in blocks_of(N):
             B_n = directions.B(n)  # [n, K, D]
@@ -63,7 +64,9 @@ class CentredNorms:
         for n in blocks_of(norms.shape[1]):
             x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
-            squares = quadratic(x, [strip[n] for strip in self.strips]) + 2 * B_kappa.mul_(x).sum(dim=1) + size
+            squares = (
+                quadratic(x, [strip[n] for strip in self.strips]) + 2 * B_kappa.mul_(x).sum(dim=1) + size
+            )
             if self.rest is not None:
                 rest = self.rest[n]
                 squares += rest.square().sum(dim=-1) - 2 * kappa @ rest.T

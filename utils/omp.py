@@ -20,7 +20,9 @@ def rebuilt_from(support, atoms, targets, block=BLOCK):
     for rows in torch.arange(len(support)).split(block):
         chosen = torch.as_tensor(support)[rows]
         A = (wide[chosen.clamp_min(0)] * (chosen >= 0)[..., None]).mT  # [n, D, m]
-        solution = torch.linalg.lstsq(A, torch.as_tensor(targets)[rows].cpu().double()[..., None], driver="gelsd").solution
+        solution = torch.linalg.lstsq(
+            A, torch.as_tensor(targets)[rows].cpu().double()[..., None], driver="gelsd"
+        ).solution
         found.append((A @ solution)[..., 0])
     return torch.cat(found).float()
 
@@ -28,8 +30,8 @@ def rebuilt_from(support, atoms, targets, block=BLOCK):
 def make_atoms(text_vectors, normalise="axis"):
     """The dictionary of the decomposition: text vectors [texts, D], centred, and scaled to norm 100.
 
-    normalise: 'axis' divides by the norm over the texts, so every embedding dimension has norm 100 (the published behaviour);
-    'text' gives every atom norm 100.
+    normalise: 'axis' divides by the norm over the texts, so every embedding dimension has norm 100 (the
+    published behaviour); 'text' gives every atom norm 100.
     """
     centred = text_vectors - text_vectors.mean(dim=0)
     norms = centred.norm(dim=0) if normalise == "axis" else centred.norm(dim=1, keepdim=True)
@@ -43,30 +45,37 @@ def check_components(components, texts):
 
 
 def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
-    """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes one by one.
+    """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes
+    one by one.
 
-    Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all chosen atoms again
-    by least squares. Correlations of a block of targets are one matrix product; the fit is a QR decomposition that grows by a
-    column (Gram-Schmidt, orthogonalised twice), solved once at the end. No texts x texts matrix is formed.
+    Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all
+    chosen atoms again by least squares. Correlations of a block of targets are one matrix product; the fit is
+    a QR decomposition that grows by a column (Gram-Schmidt, orthogonalised twice), solved once at the end. No
+    texts x texts matrix is formed.
 
     atoms, targets: [texts, D] and [n, D], float32 on the same device.
     n_nonzero, block: atoms per target, targets at a time.
 
-    Returns support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early, and coefficients
-    [n, n_nonzero], 0 there. A target stops as in scikit-learn: when the largest squared correlation is below the dtype's eps,
-    when an atom would be taken twice, or when it depends on those already taken. Of equal atoms the earliest is taken.
+    Returns support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early, and
+    coefficients [n, n_nonzero], 0 there. A target stops as in scikit-learn: when the largest squared
+    correlation is below the dtype's eps, when an atom would be taken twice, or when it depends on those
+    already taken. Of equal atoms the earliest is taken.
 
     Raises UserError when more atoms are asked for than there are.
     """
     check_components(n_nonzero, len(atoms))
     first, distinct = _first_of_equal(atoms)
-    found = [_pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)]
+    found = [
+        _pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)
+    ]
     support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
     return torch.where(support >= 0, first[support], support), coefficients
 
 
 def _first_of_equal(atoms):
-    """Drop exact duplicates, which would win or lose by rounding: indices of the earliest ones, and those atoms."""
+    """Drop exact duplicates, which would win or lose by rounding: indices of the earliest ones, and those
+    atoms.
+    """
     seen = {}
     for index, row in enumerate(atoms.cpu().numpy()):
         seen.setdefault(hashlib.sha1(row.tobytes()).digest(), index)

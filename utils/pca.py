@@ -13,8 +13,8 @@ def principal_directions(rows):
     rows: [n, k, D], centred effects of n neurons on their own k images; not centred again.
 
     Returns
-    r [n, D], unit vectors, signed so that more than half of the rows project positively, on a tie so that the projections' sum is
-    positive; and explained [n], the share of the rows' squared norm along r.
+    r [n, D], unit vectors, signed so that more than half of the rows project positively, on a tie so that the
+    projections' sum is positive; and explained [n], the share of the rows' squared norm along r.
     """
     # The Gram matrix squares the condition number, which float64 carries; it is far smaller than the rows.
     wide = double(rows)
@@ -39,8 +39,9 @@ def statistics(effects, neurons, k):
     neurons: slice.
     k: images per neuron.
 
-    Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n]; image_norms [images, n] unless they are
-    stored already. A neuron whose effects do not vary has zeros for all but the mean.
+    Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n]; image_norms
+    [images, n] unless they are stored already. A neuron whose effects do not vary has zeros for all but the
+    mean.
     """
     mean, top, norms = effects.top(neurons, k)
     # effects that are equal on all images, as on copies of one picture: what is left of them is rounding

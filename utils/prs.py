@@ -1,8 +1,10 @@
-"""The projected residual stream: second-order effects of MLP neurons (eq. 5 of the paper; with LayerNorms eq. 11).
+"""The projected residual stream: second-order effects of MLP neurons (eq. 5 of the paper; with LayerNorms eq.
+11).
 
-phi_n(I) is what neuron n of MLP layer m adds to the representation of image I through the attention of later layers, straight to
-the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). That is linear in the neuron's activations
-p[i, n], so it factorises into numbers of the image and directions of the weights:
+phi_n(I) is what neuron n of MLP layer m adds to the representation of image I through the attention of later
+layers, straight to the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). That
+is linear in the neuron's activations p[i, n], so it factorises into numbers of the image and directions of
+the weights:
 
     phi_n(I) = sum_k C[k, n](I) B[k, n] + kappa(I)        k = (l, h): the K = (L - 1 - m) H heads of all layers l > m   (eq. 11)
 
@@ -10,7 +12,8 @@ p[i, n], so it factorises into numbers of the image and directions of the weight
     B[k, n] = ((w_n * gamma_l) W_V W_O * gamma_post) P                                 directions of the weights   `fold`
     kappa   = the neurons' equal shares of all LayerNorm means and biases              both                        `constant`
 
-Letters: B images, T tokens (0 is the class token), L layers, H heads, N neurons, d width, e = d/H head width, D output width.
+Letters: B images, T tokens (0 is the class token), L layers, H heads, N neurons, d width, e = d/H head width,
+    D output width.
 """
 
 from typing import NamedTuple
@@ -44,7 +47,10 @@ class SecondOrder(NamedTuple):
     def dense(self):
         """The effects themselves, phi [B, N, D] (eq. 11)."""
         # contiguous: BLAS needs a unit stride, and the fallback is a hundred times slower
-        return torch.bmm(self.C.permute(2, 0, 1).contiguous(), self.directions.B()).transpose(0, 1) + self.kappa[:, None]
+        return (
+            torch.bmm(self.C.permute(2, 0, 1).contiguous(), self.directions.B()).transpose(0, 1)
+            + self.kappa[:, None]
+        )
 
     def sum(self):
         """sum_n phi_n [B, D], without forming phi."""
@@ -53,7 +59,9 @@ class SecondOrder(NamedTuple):
 
 
 def of_images(a, p, kappa, directions):
-    """C = a p of every image: eq. 5, the attention sums over tokens; eq. 11, with the LayerNorms' factors in a."""
+    """C = a p of every image: eq. 5, the attention sums over tokens; eq. 11, with the LayerNorms' factors in
+    a.
+    """
     return SecondOrder(torch.bmm(a, p), kappa, directions)
 
 
@@ -61,12 +69,14 @@ def of_images(a, p, kappa, directions):
 def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_images):
     """One forward pass: the representations, and the second-order effects of one or several layers.
 
-    vit, images, directions: HookedViT; [B, 3, side, side], transformed; list of `Directions`, one for each layer.
+    vit, images, directions: HookedViT; [B, 3, side, side], transformed; list of `Directions`, one for each
+        layer.
     coefficient: norm of a representation, in whose units the effects are.
     form: what makes a `SecondOrder` of the factors of C.
 
-    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each of the `directions`. It computes
-    a layer's effects when they are asked for, and drops its activations, so one layer's are in memory at a time.
+    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each of the
+    `directions`. It computes a layer's effects when they are asked for, and drops its activations, so one
+    layer's are in memory at a time.
     """
     first = min(item.layer for item in directions)
     activations = [f"blocks.{item.layer}.mlp.post" for item in directions]
@@ -78,9 +88,13 @@ def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_image
 
 
 def effect(vit, cache, directions, scale):
-    """a [B, K, T], p [B, T, N], kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale: coefficient / |rep| [B]."""
+    """a [B, K, T], p [B, T, N], kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale:
+    coefficient / |rep| [B].
+    """
     later = vit.later(directions.layer)
-    rows = [cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later]  # a / sigma, each [B, H, T]
+    rows = [
+        cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later
+    ]  # a / sigma, each [B, H, T]
     means = [cache[f"blocks.{l}.ln1.mean"] for l in later]  # each [B, T]
     rstd_post, mu_post = 1 / cache["ln_post.std"], cache["ln_post.mean"]  # each [B]
     kappa = scale[:, None] * constant(rows, means, rstd_post, mu_post, constants=directions.constants)
@@ -90,7 +104,9 @@ def effect(vit, cache, directions, scale):
 
 
 def constant(rows, means, rstd_post, mu_post, constants):
-    """kappa / scale [B, D]: [sum_i a/sigma, sum_i a mu/sigma, 1, mu_post] / sigma_post, and 1, weigh their directions."""
+    """kappa / scale [B, D]: [sum_i a/sigma, sum_i a mu/sigma, 1, mu_post] / sigma_post, and 1, weigh their
+    directions.
+    """
     s = cat(rows, dim=1).sum(dim=-1)  # [B, K]
     t = cat([einsum("bht,bt->bh", row, mean) for row, mean in zip(rows, means, strict=True)], dim=1)  # [B, K]
     one = torch.ones_like(mu_post)[:, None]
@@ -102,9 +118,9 @@ def constant(rows, means, rstd_post, mu_post, constants):
 def fold(vit, layer):
     """Fold every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).
 
-    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it normalises (eq. 11): c =
-    (1 + 2 l) N before attention l, and c (1 + 2 L) H at the output. A pooling attention counts as l = L; at the output the sum is
-    over its own H heads alone, so c H contribute.
+    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it
+    normalises (eq. 11): c = (1 + 2 l) N before attention l, and c (1 + 2 L) H at the output. A pooling
+    attention counts as l = L; at the output the sum is over its own H heads alone, so c H contribute.
     """
     (w, b_out), (P, gamma_post, constant_post) = vit.mlp_weights(layer), vit.output_weights()
     values, outputs, with_s, with_t, rest = [], [], [], [], torch.zeros(3, vit.D).to(P)

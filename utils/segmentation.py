@@ -1,4 +1,5 @@
-"""Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the object (section 5.2).
+"""Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the
+object (section 5.2).
 
 A method makes maps over the patches of images. They are enlarged to the size of the masks, scaled to [0, 1],
 and scored. Letters as in `utils.prs`. M is the number of MLP layers whose neurons are taken together.
@@ -26,7 +27,8 @@ from utils.runtime.records import complete, save_array
 
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
 BLOCK = 256  # classes whose neurons are ranked at a time
-BINS = 65536  # thresholds of the precision/recall curve: a power of two, so that each float32 score has its exact bin
+# thresholds of the precision/recall curve: a power of two, so that each float32 score has its exact bin
+BINS = 65536
 
 
 def neurons_of_classes(pcas, classifier, top, sign="both"):
@@ -35,9 +37,11 @@ def neurons_of_classes(pcas, classifier, top, sign="both"):
     pcas: [M N, D], first components r_n of all layers.
     classifier: [D, classes].
     top: neurons per class.
-    sign: 'both' takes the largest |<r_n, class>| (the paper's rule); 'positive' the largest <r_n, class>, and only those above 0.
+    sign: 'both' takes the largest |<r_n, class>| (the paper's rule); 'positive' the largest <r_n, class>, and
+        only those above 0.
 
-    Returns neurons [classes, top] and weights [classes, top], which sum to 1 (to 0 where no neuron is positive).
+    Returns neurons [classes, top] and weights [classes, top], which sum to 1 (to 0 where no neuron is
+    positive).
     """
     products = (columns.T @ pcas.T for columns in classifier.split(BLOCK, dim=1))  # each [block, M N]
     best = [(block.abs() if sign == "both" else block).topk(top, dim=1) for block in products]
@@ -47,13 +51,17 @@ def neurons_of_classes(pcas, classifier, top, sign="both"):
 
 
 def random_neurons(images, total, top, seed):
-    """`top` of `total` neurons for every image, by seed and number of the image: the same two as above, [images, top]."""
+    """`top` of `total` neurons for every image, by seed and number of the image: the same two as above,
+    [images, top].
+    """
     chosen = [np.random.default_rng((seed, i)).choice(total, top, replace=False) for i in range(images)]
     return torch.from_numpy(np.stack(chosen)), torch.full((images, top), 1 / top)
 
 
 def given(rows):
-    """The rows [images] of some table that belong to the images, as a function (representation [B, D], first image) -> [B]."""
+    """The rows [images] of some table that belong to the images, as a function (representation [B, D], first
+    image) -> [B].
+    """
     return lambda representation, image: rows[image : image + len(representation)]
 
 
@@ -104,7 +112,9 @@ class NeuronMaps(_RecordedMaps):
         rows = self.row_of(representation, image)
         mean = representation.new_zeros(len(rows), len(self.activations) * self.vit.N)
         mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
-        layers = zip(self.activations, mean.split(self.vit.N, dim=1), strict=True)  # weights [B, N] of each layer
+        layers = zip(
+            self.activations, mean.split(self.vit.N, dim=1), strict=True
+        )  # weights [B, N] of each layer
         return sum(torch.einsum("btn,bn->bt", cache[name], weights) for name, weights in layers)
 
 
@@ -120,8 +130,9 @@ class AttentionMaps(_RecordedMaps):
 
 
 class RolloutMaps(_RecordedMaps):
-    """Method: attention rollout (Abnar and Zuidema, 2020), the class token's row of the product over all layers of (A + 1) / 2,
-    with A averaged over heads. Only the row is carried, from the last layer down: one layer's A exists at a time."""
+    """Method: attention rollout (Abnar and Zuidema, 2020), the class token's row of the product over all
+    layers of (A + 1) / 2, with A averaged over heads. Only the row is carried, from the last layer down: one
+    layer's A exists at a time."""
 
     def __init__(self, vit):
         super().__init__(vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)])
@@ -136,7 +147,8 @@ class RolloutMaps(_RecordedMaps):
 
 
 class FirstOrderMaps(_RecordedMaps):
-    """Method: what all heads take from a patch along the class (TextSpan: Gandelsman, Efros and Steinhardt, 2024).
+    """Method: what all heads take from a patch along the class (TextSpan: Gandelsman, Efros and Steinhardt,
+    2024).
 
     vit, classifier, row_of: HookedViT; [D, classes]; each image's class, as `given` or `predicted` says.
     """
@@ -179,8 +191,8 @@ class _GradientMaps(_Method):
 
 
 class GradCAMMaps(_GradientMaps):
-    """Method: GradCAM of the last attention: the class token's attention to every patch, each head weighted by its mean gradient;
-    what speaks against the class becomes 0."""
+    """Method: GradCAM of the last attention: the class token's attention to every patch, each head weighted
+    by its mean gradient; what speaks against the class becomes 0."""
 
     def __init__(self, vit, classifier, row_of):
         super().__init__(vit, classifier, row_of, [vit.L - 1])
@@ -194,8 +206,8 @@ class GradCAMMaps(_GradientMaps):
 
 
 class CheferMaps(_GradientMaps):
-    """Method: gradient-weighted attention (Chefer, Gur and Wolf, 2021), the class token's row of the product over all layers of
-    1 + A', with A' the mean over heads of the positive part of gradient * A."""
+    """Method: gradient-weighted attention (Chefer, Gur and Wolf, 2021), the class token's row of the product
+    over all layers of 1 + A', with A' the mean over heads of the positive part of gradient * A."""
 
     def __init__(self, vit, classifier, row_of):
         super().__init__(vit, classifier, row_of, range(vit.L))
@@ -212,8 +224,13 @@ METHODS = ("second_order", "random", "attention", "rollout", *TOWARDS_CLASS)
 
 
 def settings_of(args, layers):
-    """What maps and scores depend on, for all methods and for this one. args: of compute_segmentation.py. layers: MLP layers."""
-    settings = {name: getattr(args, name) for name in ("method", "geometry", "image_size", "mask_thr", "thr", "ignore_index")}
+    """What maps and scores depend on, for all methods and for this one. args: of compute_segmentation.py.
+    layers: MLP layers.
+    """
+    settings = {
+        name: getattr(args, name)
+        for name in ("method", "geometry", "image_size", "mask_thr", "thr", "ignore_index")
+    }
     if args.method in ("second_order", "random"):
         settings |= {"layers": layers, "top_neurons": args.top_neurons}
     if args.method == "second_order" or args.method in TOWARDS_CLASS:
@@ -224,7 +241,8 @@ def settings_of(args, layers):
 
 
 def choose_method(settings, clip, results, classifiers, images):
-    """The method that makes the maps, and {"inputs": digest of the results it uses}. Raises UserError for missing results.
+    """The method that makes the maps, and {"inputs": digest of the results it uses}. Raises UserError for
+    missing results.
 
     settings: as compute_segmentation.py records them.
     clip: the loaded `Clip`.
@@ -240,36 +258,55 @@ def choose_method(settings, clip, results, classifiers, images):
         return {"attention": AttentionMaps, "rollout": RolloutMaps}[name](vit), {}
     layers, top = settings.get("layers", ()), settings.get("top_neurons", 0)
     if top > (total := len(layers) * vit.N):
-        raise UserError(f"--top_neurons {top}: the --mlp_layers have {total} neurons; take fewer neurons, or more layers")
+        raise UserError(
+            f"--top_neurons {top}: the --mlp_layers have {total} neurons; take fewer neurons, or more layers"
+        )
     if name == "random":
         if settings["seed"] < 0:
             raise UserError(f"--seed {settings['seed']} is negative; give 0 or more")
-        neurons, weights = (table.to(clip.device) for table in random_neurons(images, total, top, settings["seed"]))
+        neurons, weights = (
+            table.to(clip.device) for table in random_neurons(images, total, top, settings["seed"])
+        )
         return NeuronMaps(vit, layers, neurons, weights, row_of=given(torch.arange(images))), {}
-    read = {"sizes": vit.sizes, "expected": {"fingerprint": clip.fingerprint}, "dataset": settings["train_dataset"]}
+    read = {
+        "sizes": vit.sizes,
+        "expected": {"fingerprint": clip.fingerprint},
+        "dataset": settings["train_dataset"],
+    }
     classifier = torch.from_numpy(classifiers.load("classifier", **read)).to(clip.device, torch.float32)
     row_of, used = predicted(classifier), [classifier]
     if settings["class_source"] != "predicted":
-        rows = torch.from_numpy(read_classes(settings["class_source"], images, classifier.shape[1])).to(clip.device)
+        rows = torch.from_numpy(read_classes(settings["class_source"], images, classifier.shape[1])).to(
+            clip.device
+        )
         row_of, used = given(rows), [classifier, rows]
     if name in TOWARDS_CLASS:
         return TOWARDS_CLASS[name](vit, classifier, row_of), {"inputs": digest(*used)}
     read["expected"] = clip.expected
-    pcas = np.concatenate([results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers])
+    pcas = np.concatenate(
+        [results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers]
+    )
     pcas = torch.from_numpy(pcas).to(clip.device, torch.float32)
     neurons, weights = neurons_of_classes(pcas, classifier, top, settings["neuron_sign"])
-    return NeuronMaps(vit, layers, neurons, weights, row_of=row_of), {"inputs": digest(neurons, weights, *used)}
+    return NeuronMaps(vit, layers, neurons, weights, row_of=row_of), {
+        "inputs": digest(neurons, weights, *used)
+    }
 
 
 def enlarge(maps, grid, size):
     """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels: maps over patches [B, patches] ->
     [B, *size]. A constant map becomes 0.
 
-    In float64 inside: pixels beyond the outermost patch centres are equal then, and are not ranked by rounding.
+    In float64 inside: pixels beyond the outermost patch centres are equal then, and are not ranked by
+        rounding.
     """
-    large = torch.nn.functional.interpolate(maps.double().unflatten(1, grid)[:, None], size=size, mode="bilinear")[:, 0]
+    large = torch.nn.functional.interpolate(
+        maps.double().unflatten(1, grid)[:, None], size=size, mode="bilinear"
+    )[:, 0]
     low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)
-    constant = high - low <= 4 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())  # up to rounding
+    constant = high - low <= 4 * torch.finfo(maps.dtype).eps * torch.maximum(
+        high.abs(), low.abs()
+    )  # up to rounding
     return torch.where(constant, 0, (large - low) / torch.where(constant, 1, high - low)).float()
 
 
@@ -279,16 +316,19 @@ class Scores:
     mask_thr: pixels above it, in [0, 1), are predicted as object.
     thr: in [0, 1); scores below it count as it in the precision/recall curve (a clamp of the published code).
 
-    Pixel accuracy and the IoU of both classes come from counts over all images; a class that neither exists nor is predicted has
-    IoU 0. mAP is the mean over images of scikit-learn's average precision of the two maps (1 - map, map) together against the
-    one-hot mask; 0 for an image with ignored pixels only. The precision/recall curve comes from a histogram of all pixels'
+    Pixel accuracy and the IoU of both classes come from counts over all images; a class that neither exists
+    nor is predicted has IoU 0. mAP is the mean over images of scikit-learn's average precision of the two
+    maps (1 - map, map) together against the one-hot mask; 0 for an image with ignored pixels only. The
+    precision/recall curve comes from a histogram of all pixels'
     scores: it is exact at the thresholds 0, 1/65536, ..., 1.
     """
 
     def __init__(self, mask_thr=0.5, thr=0.0):
         for flag, value in (("--mask_thr", mask_thr), ("--thr", thr)):
             if not 0 <= value < 1:
-                raise UserError(f"{flag} {value} is out of range; maps go from 0 to 1: give at least 0 and less than 1")
+                raise UserError(
+                    f"{flag} {value} is out of range; maps go from 0 to 1: give at least 0 and less than 1"
+                )
         self.mask_thr, self.thr, self.images, self.precision_sum = mask_thr, np.float32(thr), 0, 0.0
         self.counts = np.zeros((2, 2), np.int64)  # [in the mask, predicted]
         self.histogram = np.zeros((2, BINS + 1), np.int64)  # [in the mask, score]
@@ -301,7 +341,10 @@ class Scores:
             self.images += 1
             self.counts += np.bincount(2 * inside + (scores > self.mask_thr), minlength=4).reshape(2, 2)
             bins = (np.maximum(scores, self.thr) * BINS).astype(np.int64)
-            self.histogram += [np.bincount(bins[~inside], minlength=BINS + 1), np.bincount(bins[inside], minlength=BINS + 1)]
+            self.histogram += [
+                np.bincount(bins[~inside], minlength=BINS + 1),
+                np.bincount(bins[inside], minlength=BINS + 1),
+            ]
             if len(scores):
                 one_hot = np.concatenate([~inside, inside])
                 self.precision_sum += average_precision_score(one_hot, np.concatenate([1 - scores, scores]))
@@ -311,11 +354,16 @@ class Scores:
         right = self.counts.diagonal()
         union = self.counts.sum(axis=0) + self.counts.sum(axis=1) - right
         iou = 100 * right / np.maximum(union, 1)
-        accuracy, mAP = 100 * right.sum() / max(self.counts.sum(), 1), 100 * self.precision_sum / max(self.images, 1)
+        accuracy, mAP = (
+            100 * right.sum() / max(self.counts.sum(), 1),
+            100 * self.precision_sum / max(self.images, 1),
+        )
         return dict(zip(SCORES, map(float, (accuracy, iou.mean(), mAP, *iou)), strict=True))
 
     def precision_recall(self):
-        """Precision and recall of score >= threshold, [BINS + 2] each, by rising threshold; at the end (1, 0), for no pixel."""
+        """Precision and recall of score >= threshold, [BINS + 2] each, by rising threshold; at the end (1,
+        0), for no pixel.
+        """
         wrong, right = np.cumsum(self.histogram[:, ::-1], axis=1)[:, ::-1]
         found = wrong + right
         precision = np.where(found > 0, right / np.maximum(found, 1), 1.0)
@@ -336,13 +384,16 @@ def row_name(settings):
         settings["mask_thr"] != 0.5 and f"mask{settings['mask_thr']:g}",
         settings["thr"] and f"thr{settings['thr']:g}",
         settings["image_size"] and f"{settings['image_size']}px",
-        tuple(settings["ignore_index"]) != IGNORED_VALUES and f"ignore{'_'.join(map(str, settings['ignore_index']))}",
+        tuple(settings["ignore_index"]) != IGNORED_VALUES
+        and f"ignore{'_'.join(map(str, settings['ignore_index']))}",
     )
     return "_".join(part for part in parts if part)
 
 
 def save_scores(path, scores, record):
-    """Write precision and recall beside `path`, then the scores to `path`. Returns (scores, precision, recall)."""
+    """Write precision and recall beside `path`, then the scores to `path`. Returns (scores, precision,
+    recall).
+    """
     result, curve = scores.result(), scores.precision_recall()
     for name, values in zip(("precision", "recall"), curve, strict=True):
         save_array(path.with_name(f"{path.stem}_{name}.npy"), values, record)

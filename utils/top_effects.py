@@ -1,8 +1,10 @@
-"""Second-order effects of many layers without storing all of them: only each neuron's largest ones stay (`--keep top`).
+"""Second-order effects of many layers without storing all of them: only each neuron's largest ones stay
+(`--keep top`).
 
-`compute_pcas.py` needs every neuron's mean effect, the centred norm of every effect, and the k largest centred effects. Two
-passes over the images give these. The first sums the coefficients. The second takes the norms about the mean (`utils.norms`) and
-keeps the coefficients of the k largest. Shapes as in `utils.prs`; k images per neuron.
+`compute_pcas.py` needs every neuron's mean effect, the centred norm of every effect, and the k largest
+centred effects. Two passes over the images give these. The first sums the coefficients. The second takes the
+norms about the mean (`utils.norms`) and keeps the coefficients of the k largest. Shapes as in `utils.prs`; k
+images per neuron.
 """
 
 import numpy as np
@@ -14,8 +16,18 @@ from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 
 FULL = ("bias", "values", "outputs")  # written with --keep full, besides the large arrays
-TOP = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", "values", "outputs")  # written with --keep top
-FIXED = 2.0**32  # sums are int64 multiples of 1/FIXED: integer addition is exact, so batch order and process count do not matter
+TOP = (
+    "bias",
+    "image_norms",
+    "top_coefficients",
+    "top_images",
+    "top_mean",
+    "values",
+    "outputs",
+)  # written with --keep top
+FIXED = (
+    2.0**32
+)  # sums are int64 multiples of 1/FIXED: integer addition is exact, so batch order and process count do not matter
 ENTERING = 8192  # effects that are copied into the kept ones at a time
 MERGED = 64  # neurons whose kept effects are merged at a time
 LAST_IMAGE = 2**32 - 1
@@ -37,8 +49,12 @@ def start_of(vit, layers, k, images):
 
 
 def of_batch(a, p, kappa, directions):
-    """The effects summed over a batch, as those of one image: one product for all images, and no C of each."""
-    return SecondOrder((a.transpose(0, 1).flatten(1) @ p.flatten(0, 1))[None], kappa.sum(dim=0, keepdim=True), directions)
+    """The effects summed over a batch, as those of one image: one product for all images, and no C of
+    each.
+    """
+    return SecondOrder(
+        (a.transpose(0, 1).flatten(1) @ p.flatten(0, 1))[None], kappa.sum(dim=0, keepdim=True), directions
+    )
 
 
 class Sums:
@@ -54,18 +70,22 @@ class Sums:
             self.work.state[f"{name}{phi.directions.layer}"] += total.numpy()
 
     def means(self, layers, images):
-        """Means over all `images` of all processes, {layer: (C [K, N], kappa [D])}, once every process is here."""
+        """Means over all `images` of all processes, {layer: (C [K, N], kappa [D])}, once every process is
+        here.
+        """
         names = {layer: (f"C{layer}", f"kappa{layer}") for layer in layers}
         gathered = self.work.gather([name for pair in names.values() for name in pair])
-        mean = {name: (sum(parts) / (images * self.scale)).astype(np.float32) for name, parts in gathered.items()}
+        mean = {
+            name: (sum(parts) / (images * self.scale)).astype(np.float32) for name, parts in gathered.items()
+        }
         return {layer: tuple(torch.from_numpy(mean[name]) for name in pair) for layer, pair in names.items()}
 
 
 class TopK:
     """The k largest centred effects of every neuron of a layer, in the state and scratch of a `Pass`.
 
-    The state has keys, uint64 [N, k]: `key_of` the kept effects, 0 where none is kept yet. The scratch has their centred
-    coefficients, float32 [N, k, K].
+    The state has keys, uint64 [N, k]: `key_of` the kept effects, 0 where none is kept yet. The scratch has
+    their centred coefficients, float32 [N, k, K].
 
     work: `Pass`.
     directions: `Directions` of the layer.
@@ -74,7 +94,11 @@ class TopK:
 
     def __init__(self, work, directions, mean):
         layer, device = directions.layer, directions.values.device
-        self.directions, self.keys, self.scratch = directions, work.state[f"keys{layer}"], work.scratch[f"top{layer}"]
+        self.directions, self.keys, self.scratch = (
+            directions,
+            work.state[f"keys{layer}"],
+            work.scratch[f"top{layer}"],
+        )
         self.mean_C, self.mean_kappa = (part.to(device) for part in mean)
         self.mean_rows = self.mean_C.T.contiguous()  # [N, K]
         self.norms = CentredNorms(directions, (self.mean_C, self.mean_kappa))
@@ -101,7 +125,9 @@ class TopK:
 
 
 def enter(keys, new):
-    """Replace keys [N, k] in place by larger ones of new [N, B]; returns neuron, place and column of each that enters."""
+    """Replace keys [N, k] in place by larger ones of new [N, B]; returns neuron, place and column of each
+    that enters.
+    """
     k, B = keys.shape[1], new.shape[1]
     neurons = np.flatnonzero(new.max(axis=1) > keys.min(axis=1))
     both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
@@ -114,9 +140,11 @@ def enter(keys, new):
 
 
 def key_of(norms, images):
-    """Sort keys, uint64: the norm (float32) in the high 32 bits, the reversed image index in the low 32, so that ties go to the
-    earlier image."""
-    bits = np.ascontiguousarray(np.abs(norms)).view(np.uint32)  # bits of floats that are not negative rise with them
+    """Sort keys, uint64: the norm (float32) in the high 32 bits, the reversed image index in the low 32, so
+    that ties go to the earlier image."""
+    bits = np.ascontiguousarray(np.abs(norms)).view(
+        np.uint32
+    )  # bits of floats that are not negative rise with them
     return bits.astype(np.uint64) << np.uint64(32) | (LAST_IMAGE - images).astype(np.uint64)
 
 
@@ -126,7 +154,8 @@ def image_of(keys):
 
 
 def write_top(work, tops, path):
-    """Merge the processes' candidates into the results: per neuron the k largest, descending, ties to the earlier image.
+    """Merge the processes' candidates into the results: per neuron the k largest, descending, ties to the
+    earlier image.
 
     work: `Pass`. tops: list of `TopK`. path: function (kind, layer=...) -> path of a result.
     """
@@ -138,15 +167,21 @@ def write_top(work, tops, path):
         work[path("top_images", layer=layer)][:] = image_of(np.take_along_axis(keys, order, axis=1))
         for start in range(0, len(order), MERGED):
             n = slice(start, start + MERGED)
-            kept = work.gather_scratch(f"top{layer}")  # mapped again each time: pages once read would count as ours
+            kept = work.gather_scratch(
+                f"top{layer}"
+            )  # mapped again each time: pages once read would count as ours
             every = np.concatenate([file[n] for file in kept], axis=1)  # [n, processes k, K]
-            work[path("top_coefficients", layer=layer)][n] = np.take_along_axis(every, order[n, :, None], axis=1)
+            work[path("top_coefficients", layer=layer)][n] = np.take_along_axis(
+                every, order[n, :, None], axis=1
+            )
         work[path("top_mean", layer=layer)][:] = top.mean()
     write_weights(work, [top.directions for top in tops], path)
 
 
 def write_weights(work, directions, path):
-    """Write the weights' part of the effects of some layers, a list of `Directions`; the rest as in `write_top`."""
+    """Write the weights' part of the effects of some layers, a list of `Directions`; the rest as in
+    `write_top`.
+    """
     for item in directions if is_rank_zero() else ():
         for part in ("values", "outputs"):
             work[path(part, layer=item.layer)][:] = getattr(item, part)

@@ -1,8 +1,8 @@
 """Semantic adversarial images (section 5.1 of the paper): pictures of one class that CLIP takes for another.
 
-Five steps: mine words from the descriptions of the neurons that separate the two classes, drop words too close to class_0, write
-descriptions of class_1 with the rest, draw them, classify the drawings. CLIP should take them for class_0, which none names. The
-classes are any two texts.
+Five steps: mine words from the descriptions of the neurons that separate the two classes, drop words too
+close to class_0, write descriptions of class_1 with the rest, draw them, classify the drawings. CLIP should
+take them for class_0, which none names. The classes are any two texts.
 """
 
 import csv
@@ -27,7 +27,15 @@ from utils.runtime.locks import Lock
 from utils.runtime.passes import pieces_of, walk
 from utils.runtime.records import agrees, like_json, load_record
 
-FILES = ("candidates.json", "words.json", "generations.json", "prompts.json", "images.json", "files.csv", "results.json")
+FILES = (
+    "candidates.json",
+    "words.json",
+    "generations.json",
+    "prompts.json",
+    "images.json",
+    "files.csv",
+    "results.json",
+)
 BLOCK = 256  # words compared with class_0 at a time
 TEMPLATE_WORDS = 3  # words in one description of `template_descriptions`
 GENERATIONS = 3  # attempts of a language model
@@ -80,7 +88,8 @@ class Run:
                 path.unlink(missing_ok=True)
 
     def step(self, file, settings, make):
-        """The content of a result file: what an earlier run saved, else what make() returns, a dict, which is saved.
+        """The content of a result file: what an earlier run saved, else what make() returns, a dict, which is
+        saved.
 
         Raises UserError for a file that is damaged or was made with other settings.
         """
@@ -96,31 +105,49 @@ class Run:
         earlier, settings = content["settings"], like_json(settings)
         differing = [key for key in settings | earlier if not agrees(earlier.get(key), settings.get(key))]
         if differing:
-            raise UserError(f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --dataset_path")
+            raise UserError(
+                f"{path} was made with other {', '.join(differing)}; {scratch}, or choose another --dataset_path"
+            )
         print(f"kept {path}")
         return content
 
 
 def load_named_classifier(results, dataset, clip):
-    """The zero-shot classifier [D, classes] on the model's device, and its class names: those in its record, else ImageNet's."""
+    """The zero-shot classifier [D, classes] on the model's device, and its class names: those in its record,
+    else ImageNet's.
+    """
     dataset = train_set_of(dataset)
-    classifier = results.load("classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset)
+    classifier = results.load(
+        "classifier", clip.vit.sizes, {"fingerprint": clip.fingerprint}, dataset=dataset
+    )
     path, count = results.find("classifier", dataset=dataset), classifier.shape[1]
-    class_names = load_record(path).get("class_names") or (classes_of(dataset)["class_names"] if dataset in IMAGENET else [])
+    class_names = load_record(path).get("class_names") or (
+        classes_of(dataset)["class_names"] if dataset in IMAGENET else []
+    )
     if len(class_names) != count:
         command = results.command("classifier", dataset=dataset)
-        raise UserError(f"{path} does not name its {count} classes; make it again with: {command} --overwrite")
+        raise UserError(
+            f"{path} does not name its {count} classes; make it again with: {command} --overwrite"
+        )
     return torch.from_numpy(classifier).to(clip.device), class_names
 
 
 def find_classifier(results, dataset, clip, classes):
-    """(classifier, class names) as `load_named_classifier` gives them, if it is there and has both classes; else (None, [])."""
+    """(classifier, class names) as `load_named_classifier` gives them, if it is there and has both classes;
+    else (None, []).
+    """
     if not results.find("classifier", dataset=train_set_of(dataset)).is_file():
         command = results.command("classifier", dataset=train_set_of(dataset))
-        print(f"note: no classifier of {dataset}, so images are judged between the two names alone; make it with: {command}")
+        print(
+            f"note: no classifier of {dataset}, so images are judged between the two names alone; make it with: {command}"
+        )
         return None, []
     classifier, class_names = load_named_classifier(results, dataset, clip)
-    return (classifier, class_names) if None not in [place_of(name, class_names) for name in classes] else (None, [])
+    return (
+        (classifier, class_names)
+        if None not in [place_of(name, class_names) for name in classes]
+        else (None, [])
+    )
 
 
 def plain(name):
@@ -134,7 +161,9 @@ def place_of(name, class_names):
 
 
 def names_class(text, name, inside=False):
-    """Whether a text names a class, singular or plural. inside: also within a longer word ("horseback"), from four letters on."""
+    """Whether a text names a class, singular or plural. inside: also within a longer word ("horseback"), from
+    four letters on.
+    """
     stem = r"[\s_-]+".join(re.escape(part) for part in name.lower().split())
     plurals = (("", "(?:s|es|'s)?"), ("y", "ies"), ("fe", "ves"), ("f", "ves"), ("man", "men"))
     pattern = "|".join(stem.removesuffix(end) + plural for end, plural in plurals if stem.endswith(end))
@@ -144,7 +173,9 @@ def names_class(text, name, inside=False):
 
 
 def banned(text, class_0, blocked):
-    """Why a word or description must not be used: it names class_0 or a word of the block list. None if it may be used."""
+    """Why a word or description must not be used: it names class_0 or a word of the block list. None if it
+    may be used.
+    """
     if names_class(text, class_0, inside=True):
         return f"names {class_0}"
     named = next((name for name in blocked if names_class(text, name)), None)
@@ -183,7 +214,8 @@ def read_words(path):
 
 
 class NeuronWords:
-    """Words of neurons: of those whose first components separate the classes most, or of random ones (Table 3 of the paper).
+    """Words of neurons: of those whose first components separate the classes most, or of random ones (Table 3
+    of the paper).
 
     pcas, descriptions: {layer: first components [N, D]}; {layer: as `load_descriptions` gives them}.
     """
@@ -193,12 +225,18 @@ class NeuronWords:
 
     @classmethod
     def load(cls, results, clip, layers, **names):
-        """Read those of some layers. results: `Results`. names: dataset, texts, components, alpha, k: in the files' names."""
+        """Read those of some layers. results: `Results`. names: dataset, texts, components, alpha, k: in the
+        files' names.
+        """
         sizes = clip.vit.sizes
         pcas = {layer: results.load("pca", sizes, clip.expected, layer=layer, **names) for layer in layers}
         described = {}
         for layer in layers:
-            expected = {"fingerprint": clip.fingerprint, "top_k_pca": names["k"], "targets": digest(pcas[layer])}
+            expected = {
+                "fingerprint": clip.fingerprint,
+                "top_k_pca": names["k"],
+                "targets": digest(pcas[layer]),
+            }
             described[layer] = load_descriptions(results, sizes, expected, layer=layer, **names)
         return cls(pcas, described)
 
@@ -213,9 +251,11 @@ class NeuronWords:
         v: [D], the difference of the classes' text vectors.
         neurons_num: neurons to take, from all layers together.
         seed: of the random neurons; None takes those with the largest |<r_n, v>|.
-        shares: {word: weight} that the scores are multiplied by, such as `PoolWords.shares` (not in the paper).
+        shares: {word: weight} that the scores are multiplied by, such as `PoolWords.shares` (not in the
+            paper).
 
-        Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, with the positive scores only.
+        Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, with the
+        positive scores only.
         """
         along = [[layer, n, float(x)] for layer, r in self.pcas.items() for n, x in enumerate(r @ v)]
         if seed is not None:
@@ -230,14 +270,17 @@ class NeuronWords:
 
 
 class PoolWords:
-    """Words of the whole text set, for two baselines: those most similar to the difference of the classes, or random ones.
+    """Words of the whole text set, for two baselines: those most similar to the difference of the classes, or
+    random ones.
 
     results, texts, descriptions_dir: as in `load_texts`.
     clip: the loaded `Clip`.
     """
 
     def __init__(self, results, texts, descriptions_dir, clip):
-        results.load("texts", clip.vit.sizes, {"fingerprint": clip.fingerprint}, mmap=True, texts=texts)  # or raises
+        results.load(
+            "texts", clip.vit.sizes, {"fingerprint": clip.fingerprint}, mmap=True, texts=texts
+        )  # or raises
         self.texts, self.vectors, _ = load_texts(results, texts, descriptions_dir, lambda: clip)
 
     def digest(self):
@@ -245,11 +288,17 @@ class PoolWords:
         return digest(self.vectors, np.frombuffer(as_text(self.texts), np.uint8))
 
     def similar(self, v):
-        """All texts, sorted by the cosine of their vectors with v [D], the difference of the classes' text vectors."""
+        """All texts, sorted by the cosine of their vectors with v [D], the difference of the classes' text
+        vectors.
+        """
         norms = np.linalg.norm(self.vectors, axis=1)
         cosines = self.vectors @ (v / np.linalg.norm(v)) / np.maximum(norms, np.finfo(norms.dtype).tiny)
         scores = dict(zip(self.texts, cosines.tolist(), strict=True))  # duplicates count once
-        return {"words": [[text, score] for text, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]}
+        return {
+            "words": [
+                [text, score] for text, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+            ]
+        }
 
     def shares(self, v):
         """{word: what its vector, from the mean over all texts, has along v [D]}."""
@@ -271,7 +320,8 @@ def filter_words(candidates, class_0, count, encode, threshold, blocked):
     threshold: the largest cosine with class_0 that a word may have.
     blocked: words that are banned besides class_0.
 
-    Returns {"words": [{"word", "score", "cosine"}, ...], "dropped": the same with "reason"}. Raises UserError if no word is left.
+    Returns {"words": [{"word", "score", "cosine"}, ...], "dropped": the same with "reason"}. Raises UserError
+    if no word is left.
     """
     taken, dropped, own = [], [], encode([class_0])[0]
     for start in range(0, len(candidates), BLOCK):
@@ -293,7 +343,9 @@ def filter_words(candidates, class_0, count, encode, threshold, blocked):
 
 
 def template_descriptions(words, class_1, count, seed):
-    """Descriptions without a language model: class_1 and a few of the words. Fewer than `count` if there are few words."""
+    """Descriptions without a language model: class_1 and a few of the words. Fewer than `count` if there are
+    few words.
+    """
     rng = random.Random(f"descriptions {seed}")
     start = f"a photo of {'an' if class_1[0].lower() in 'aeiou' else 'a'} {class_1}"
     samples = (rng.sample(words, min(TEMPLATE_WORDS, len(words))) for _ in range(20 * count))
@@ -312,9 +364,14 @@ def usable(descriptions, class_0, class_1, blocked):
 
 
 def parse_list(answer, cut_off):
-    """The entries of a numbered or bulleted list, without quotes and emphasis; if it was cut off, without the last."""
+    """The entries of a numbered or bulleted list, without quotes and emphasis; if it was cut off, without the
+    last.
+    """
     lines = [line for line in answer.splitlines() if line.strip()]
-    entries = [re.match(r"\s*[*_]*(?:\d+\s*[.):]|[-*•])[*_]*\s+(.+)", line) for line in (lines[:-1] if cut_off else lines)]
+    entries = [
+        re.match(r"\s*[*_]*(?:\d+\s*[.):]|[-*•])[*_]*\s+(.+)", line)
+        for line in (lines[:-1] if cut_off else lines)
+    ]
     texts = (entry[1].strip().strip("\"'“”*_").strip() for entry in entries if entry)
     return [text for text in texts if text]
 
@@ -323,11 +380,13 @@ def write_descriptions(run, settings, ask, words):
     """Let a language model write descriptions, and save its answers as they are in generations.json.
 
     run: `Run`.
-    settings: class_0, class_1, block_list, text_model, results_per_generation (descriptions in one answer), seed.
+    settings: class_0, class_1, block_list, text_model, results_per_generation (descriptions in one answer),
+        seed.
     ask: `LanguageModel`; asked again only while no description is usable.
     words: what descriptions are made of.
 
-    Returns {"descriptions": [...], "dropped": [[text, reason], ...]}. Raises UserError if no answer is usable.
+    Returns {"descriptions": [...], "dropped": [[text, reason], ...]}. Raises UserError if no answer is
+    usable.
     """
     class_0, class_1, count = (settings[key] for key in ("class_0", "class_1", "results_per_generation"))
     request = REQUEST.format(count=count, class_0=class_0, class_1=class_1, words=", ".join(words))
@@ -341,7 +400,11 @@ def write_descriptions(run, settings, ask, words):
         if good:
             return {"descriptions": good, "dropped": dropped}
     reasons = " or ".join(sorted({reason for _, reason in dropped}))
-    gave = f"{len(dropped)} descriptions, each of which {reasons}" if dropped else "no numbered list of descriptions"
+    gave = (
+        f"{len(dropped)} descriptions, each of which {reasons}"
+        if dropped
+        else "no numbered list of descriptions"
+    )
     raise UserError(
         f"--text_model {settings['text_model']} gave {gave}{' (an answer was cut off)' if cut_off else ''} in {GENERATIONS} "
         f"attempts, see {file}; try another --text_model, a smaller --results_per_generation, or --text_model template (the "
@@ -350,15 +413,24 @@ def write_descriptions(run, settings, ask, words):
 
 
 def plan_drawings(folder, descriptions, each, seed):
-    """Which file shows which description, drawn from which seed: `each` pictures of every one. Deletes earlier drawings."""
+    """Which file shows which description, drawn from which seed: `each` pictures of every one. Deletes
+    earlier drawings.
+    """
     for path in folder.glob("images/*.png"):
         path.unlink()
     texts = enumerate(text for text in descriptions for _ in range(each))
-    return {"images": [{"file": f"images/{i:05d}.png", "description": text, "seed": SEEDS * seed + i} for i, text in texts]}
+    return {
+        "images": [
+            {"file": f"images/{i:05d}.png", "description": text, "seed": SEEDS * seed + i}
+            for i, text in texts
+        ]
+    }
 
 
 def draw(folder, drawings, load):
-    """Draw what is planned and missing. load: () -> a function (description, seed) -> PIL image, called only if needed."""
+    """Draw what is planned and missing. load: () -> a function (description, seed) -> PIL image, called only
+    if needed.
+    """
     missing = [item for item in drawings if not (folder / item["file"]).is_file()]
     if missing:
         model = load()
@@ -370,9 +442,14 @@ def draw(folder, drawings, load):
 
 @torch.inference_mode()
 def representations(folder, drawings, clip, batch_size=16):
-    """Unit representations of the drawings [images, D]. folder, drawings: of the run, and as `plan_drawings` returns them."""
+    """Unit representations of the drawings [images, D]. folder, drawings: of the run, and as `plan_drawings`
+    returns them.
+    """
     images = Images([(str(folder / item["file"]), 0) for item in drawings], [], [], clip.transform)
-    vectors = [clip.vit(pixels) for _, pixels in walk(pieces_of(len(images), batch_size), Loader(images, clip.device))]
+    vectors = [
+        clip.vit(pixels)
+        for _, pixels in walk(pieces_of(len(images), batch_size), Loader(images, clip.device))
+    ]
     return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
 
 
@@ -384,16 +461,23 @@ def judge(vectors, texts, classes, classifier=None, class_names=()):
     classes: the two names.
     classifier, class_names: [D, classes] and their names; not needed where they do not hold both.
 
-    Returns "binary", whether the cosine with class_0 is above that with class_1 (the published score); the cosines; and where the
-    classifier has both classes "predicted", the name of its largest logit, and "adversarial", whether that is class_0.
+    Returns "binary", whether the cosine with class_0 is above that with class_1 (the published score); the
+    cosines; and where the classifier has both classes "predicted", the name of its largest logit, and
+    "adversarial", whether that is class_0.
     """
     of_0, of_1 = (vectors @ torch.as_tensor(texts).to(vectors).T).T.tolist()
     columns = {"binary": [int(a > b) for a, b in zip(of_0, of_1, strict=True)]}
     places = [place_of(name, class_names) for name in classes]
     if None not in places:
         found = (vectors @ classifier).argmax(dim=1).tolist()
-        columns |= {"predicted": [class_names[i] for i in found], "adversarial": [int(i == places[0]) for i in found]}
-    return columns | {"cosine_class_0": [f"{x:.5f}" for x in of_0], "cosine_class_1": [f"{x:.5f}" for x in of_1]}
+        columns |= {
+            "predicted": [class_names[i] for i in found],
+            "adversarial": [int(i == places[0]) for i in found],
+        }
+    return columns | {
+        "cosine_class_0": [f"{x:.5f}" for x in of_0],
+        "cosine_class_1": [f"{x:.5f}" for x in of_1],
+    }
 
 
 def blacked_out(folder, drawings):
@@ -406,10 +490,11 @@ def blacked_out(folder, drawings):
 
 
 def rates(columns, class_1, keep=None):
-    """Counts and rates in per cent: binary_rate, images with "binary"; where there are predictions argmax_rate, images whose
-    largest logit is that of class_0, and class_1_rate, of class_1.
+    """Counts and rates in per cent: binary_rate, images with "binary"; where there are predictions
+    argmax_rate, images whose largest logit is that of class_0, and class_1_rate, of class_1.
 
-    columns: as `judge` gives them, and which are "black"; these do not count. keep: which images count; None for all.
+    columns: as `judge` gives them, and which are "black"; these do not count. keep: which images count; None
+        for all.
     """
     every, black = range(len(columns["binary"])), columns.get("black") or [0] * len(columns["binary"])
     keep = [i for i in every if not black[i] and (keep is None or keep[i])]
@@ -429,8 +514,8 @@ def rates(columns, class_1, keep=None):
 
 
 def write_table(path, drawings, columns):
-    """Write files.csv: a row for each image. A person may set "keep" to 0 to leave it out; what an earlier file has there
-    stays, and is returned."""
+    """Write files.csv: a row for each image. A person may set "keep" to 0 to leave it out; what an earlier
+    file has there stays, and is returned."""
     kept = read_table(path)[1] if path.is_file() else []
     kept = kept if len(kept) == len(drawings) else [1] * len(drawings)
     table = io.StringIO()
@@ -443,30 +528,45 @@ def write_table(path, drawings, columns):
 
 
 def read_table(path):
-    """Read files.csv again: columns as `judge` gives them, and which images count. Raises UserError for what it does not hold."""
+    """Read files.csv again: columns as `judge` gives them, and which images count. Raises UserError for what
+    it does not hold.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); run the same command without --recount first") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); run the same command without --recount first"
+        ) from error
     first = text.partition("\n")[0]
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count)))  # as a spreadsheet program saves it
+    rows = list(
+        csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=first.count))
+    )  # as a spreadsheet program saves it
     for number, row in enumerate(rows, start=2):
         for name in ("keep", "black", "binary"):
             if row.get(name) not in ("0", "1"):
                 raise UserError(f"{path}, line {number}: {name} is {row.get(name)!r}; it has to be 0 or 1")
         if row.get("adversarial") not in ("0", "1", "", None):
-            raise UserError(f"{path}, line {number}: adversarial is {row['adversarial']!r}; it has to be 0, 1 or empty")
+            raise UserError(
+                f"{path}, line {number}: adversarial is {row['adversarial']!r}; it has to be 0, 1 or empty"
+            )
     columns = {name: [int(row[name]) for row in rows] for name in ("black", "binary")}
     if rows and all(row.get("predicted") and row.get("adversarial") for row in rows):
-        columns |= {"predicted": [row["predicted"] for row in rows], "adversarial": [int(row["adversarial"]) for row in rows]}
+        columns |= {
+            "predicted": [row["predicted"] for row in rows],
+            "adversarial": [int(row["adversarial"]) for row in rows],
+        }
     return columns, [int(row["keep"]) for row in rows]
 
 
 def report(run, found, class_0, class_1):
-    """Write results.json and print the rates, the published one first. run: `Run`. found: as `rates` gives them."""
+    """Write results.json and print the rates, the published one first. run: `Run`. found: as `rates` gives
+    them.
+    """
     settings = read_json(run.folder / "images.json", "", "remove it, or add --overwrite")["settings"]
     save_json(run.folder / "results.json", {"settings": settings, **found})
-    print(f"{found['binary_rate']:.1f} % of {found['images']} images of {class_1} are nearer to {class_0} (the two bare names)")
+    print(
+        f"{found['binary_rate']:.1f} % of {found['images']} images of {class_1} are nearer to {class_0} (the two bare names)"
+    )
     if found["black"]:
         print(f"{found['black']} pictures are black, as safety filters make them, and do not count")
     if "argmax_rate" in found:

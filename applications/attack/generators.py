@@ -1,7 +1,8 @@
-"""The outside models of the semantic adversarial attack: sentence similarity, language model, text-to-image model.
+"""The outside models of the semantic adversarial attack: sentence similarity, language model, text-to-image
+model.
 
-Their packages (requirements-adversarial.txt) are imported here only, when a model is loaded. Weights are read from safetensors
-only, and no code that comes with a model is run.
+Their packages (requirements-adversarial.txt) are imported here only, when a model is loaded. Weights are read
+from safetensors only, and no code that comes with a model is run.
 """
 
 import contextlib
@@ -20,8 +21,15 @@ from utils.runtime.files import one_line
 
 INSTALL = "pip install -r requirements-adversarial.txt"
 FLUX = "black-forest-labs/FLUX.1-schnell"
-FLUX_OPTIONS = {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}  # its authors' settings
-DEEPFLOYD = ("DeepFloyd/IF-I-XL-v1.0", "DeepFloyd/IF-II-L-v1.0")  # 64 pixels, then 256: more than a CLIP reads
+FLUX_OPTIONS = {
+    "num_inference_steps": 4,
+    "guidance_scale": 0.0,
+    "max_sequence_length": 256,
+}  # its authors' settings
+DEEPFLOYD = (
+    "DeepFloyd/IF-I-XL-v1.0",
+    "DeepFloyd/IF-II-L-v1.0",
+)  # 64 pixels, then 256: more than a CLIP reads
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 TOKENS = 64  # room for one description
 ALTERNATIVES = {  # what works without the model
@@ -38,7 +46,9 @@ def parse_options(text):
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"--image_options {text} is not a json object such as '{{\"num_inference_steps\": 20}}'")
+        raise UserError(
+            f"--image_options {text} is not a json object such as '{{\"num_inference_steps\": 20}}'"
+        )
     return options
 
 
@@ -57,7 +67,10 @@ def require_packages(similarity_model="clip", text_model="template", image_model
     if text_model.endswith(".gguf"):
         needed.append((f"--text_model {text_model}", "gguf"))
     if image_model is not None and not is_function(image_model):
-        needed += [(f"--image_model {image_model}", package) for package in ("diffusers", "transformers", "accelerate")]
+        needed += [
+            (f"--image_model {image_model}", package)
+            for package in ("diffusers", "transformers", "accelerate")
+        ]
     for flag, package in needed:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package.replace('_', '-')}: {INSTALL}")
@@ -74,8 +87,14 @@ def one_line_errors(flag, model, failed_on=None):
     except Exception as error:  # the hub, its cache and each library raise their own
         instead = "" if is_function(model) else f"; {ALTERNATIVES[flag]}"
         if isinstance(error, torch.OutOfMemoryError):
-            smaller = "add --offload, or choose a smaller model" if flag == "--image_model" else "choose a smaller model"
-            raise UserError(f"the device has not enough memory for {flag} {model}; {smaller}{instead}") from error
+            smaller = (
+                "add --offload, or choose a smaller model"
+                if flag == "--image_model"
+                else "choose a smaller model"
+            )
+            raise UserError(
+                f"the device has not enough memory for {flag} {model}; {smaller}{instead}"
+            ) from error
         reason = f"{type(error).__name__}: {one_line(error)[:160]}"
         what = f"failed on {failed_on}: {reason}" if failed_on else why_not_loaded(flag, model, error, reason)
         raise UserError(f"{flag} {model} {what}{instead}") from error
@@ -98,7 +117,9 @@ def why_not_loaded(flag, model, error, reason):
         return f"is gated: accept its licence on {page}, log in with `hf auth login`, and run the same command again"
     if not local and ("repositorynotfound" in said or "not a valid model identifier" in said):
         return f"is neither a folder nor a model that your Hugging Face account can see at https://huggingface.co/{model}"
-    if "safetensors" in said and ("no file named" in said or "does not appear to have" in said or "not found" in said):
+    if "safetensors" in said and (
+        "no file named" in said or "does not appear to have" in said or "not found" in said
+    ):
         return f"has no weights in safetensors, and others are not opened; choose another {flag}"
     return f"could not be {'loaded' if local else 'fetched or loaded'}: {reason}"
 
@@ -120,7 +141,9 @@ def load_similarity(model, clip, batch_size):
 
 
 class LanguageModel:
-    """An instruct model of the transformers library: a Hugging Face id, a folder, or a .gguf file, with a chat template."""
+    """An instruct model of the transformers library: a Hugging Face id, a folder, or a .gguf file, with a
+    chat template.
+    """
 
     def __init__(self, model, device):
         self.model, self.device = model, device
@@ -134,21 +157,30 @@ class LanguageModel:
             lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype="auto", **weights, **options)
             self.lm = lm.to(device).eval()
         if not self.tokenizer.chat_template:
-            raise UserError(f"--text_model {model} has no chat template; choose an instruct model, or --text_model template")
+            raise UserError(
+                f"--text_model {model} has no chat template; choose an instruct model, or --text_model template"
+            )
 
     @torch.inference_mode()
     def __call__(self, request, descriptions, seed):
-        """Answer a request for so many descriptions. Returns the text, and whether it was cut off at the limit."""
+        """Answer a request for so many descriptions. Returns the text, and whether it was cut off at the
+        limit.
+        """
         chat, form = [{"role": "user", "content": request}], {"return_tensors": "pt", "return_dict": True}
         inputs = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, **form).to(self.device)
         prompt = inputs["input_ids"].shape[1]
         room = getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
         limit = min(TOKENS * (descriptions + 1), room - prompt)
         if limit < TOKENS:
-            raise UserError(f"the request has {prompt} tokens and --text_model {self.model} reads {room}; lower --overall_words")
+            raise UserError(
+                f"the request has {prompt} tokens and --text_model {self.model} reads {room}; lower --overall_words"
+            )
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        with torch.random.fork_rng(range(torch.cuda.device_count())), one_line_errors("--text_model", self.model, "the request"):
+        with (
+            torch.random.fork_rng(range(torch.cuda.device_count())),
+            one_line_errors("--text_model", self.model, "the request"),
+        ):
             torch.manual_seed(seed)
             output = self.lm.generate(**inputs, max_new_tokens=limit, pad_token_id=pad, **SAMPLING)
         answer = output[0, prompt:]
@@ -158,7 +190,8 @@ class LanguageModel:
 def load_image_model(model, device, options, offload=False):
     """A function (description, seed) -> PIL image.
 
-    model: FLUX, DeepFloyd, a diffusers id or folder, or package.module:function, called as function(description, seed=seed).
+    model: FLUX, DeepFloyd, a diffusers id or folder, or package.module:function, called as
+        function(description, seed=seed).
     device: where a pipeline draws.
     options: more keyword arguments of that function, or of the pipeline's call.
     offload: keep only the active part of the pipeline on the device.
@@ -177,7 +210,9 @@ def load_image_model(model, device, options, offload=False):
         with one_line_errors("--image_model", model, f"{description!r} (seed {seed})"):
             image = function(description, seed=seed, **options)
         if not isinstance(image, Image.Image):
-            raise UserError(f"--image_model {model} returned a {type(image).__name__}, and a PIL image is needed")
+            raise UserError(
+                f"--image_model {model} returned a {type(image).__name__}, and a PIL image is needed"
+            )
         return image.convert("RGB")
 
     return draw
@@ -197,11 +232,15 @@ class Pipeline:
             self.pipe.enable_model_cpu_offload(device=device) if offload else self.pipe.to(device)
 
     def __call__(self, description, seed, **options):
-        return self.pipe(prompt=description, generator=torch.Generator("cpu").manual_seed(seed), **options).images[0]
+        return self.pipe(
+            prompt=description, generator=torch.Generator("cpu").manual_seed(seed), **options
+        ).images[0]
 
 
 class DeepFloyd:
-    """A pipeline that draws a small picture, and one that enlarges it; both read the text vectors of the first."""
+    """A pipeline that draws a small picture, and one that enlarges it; both read the text vectors of the
+    first.
+    """
 
     def __init__(self, first, second, device, offload=False):
         self.first = Pipeline(first, device, offload).pipe

@@ -1,1 +1,3 @@
-"""The gallery of neurons: what a pass over the images collects, the files of the page, and the page itself."""
+"""The gallery of neurons: what a pass over the images collects, the files of the page, and the page
+itself.
+"""

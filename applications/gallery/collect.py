@@ -1,5 +1,6 @@
-"""What the gallery needs from the images: small pictures, where neurons fire on their top images, which neurons are active on an
-image and what they stand for, and the heads through which neurons act. Letters as in `utils.prs`."""
+"""What the gallery needs from the images: small pictures, where neurons fire on their top images, which
+neurons are active on an image and what they stand for, and the heads through which neurons act. Letters as in
+`utils.prs`."""
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ ACTIVE, WORDS = 24, 12  # neurons and words that an image shows
 
 
 def top_rows(projections, count=TOP):
-    """The images of every neuron's largest effects along its component, and of its most negative ones: two int [N, count], the
-    most extreme first, of equal ones the earlier image.
+    """The images of every neuron's largest effects along its component, and of its most negative ones: two
+    int [N, count], the most extreme first, of equal ones the earlier image.
 
     projections: [images, N].
     """
@@ -26,11 +27,13 @@ def top_rows(projections, count=TOP):
 
 
 class Pairs:
-    """The (neuron, image) pairs whose maps are shown, in the order of the images: those of a batch lie together on disk.
+    """The (neuron, image) pairs whose maps are shown, in the order of the images: those of a batch lie
+    together on disk.
 
     top: (positive, negative) of `top_rows`. images: their number.
 
-    Attributes: top; neurons [pairs], images [pairs]; place [2, N, count], where the pair of a neuron's j-th picture is.
+    Attributes: top; neurons [pairs], images [pairs]; place [2, N, count], where the pair of a neuron's j-th
+        picture is.
     """
 
     def __init__(self, top, images):
@@ -53,7 +56,8 @@ class Collector:
     """Looks at batches of images for one layer.
 
     directions, statistics: `Directions`; `utils.ablation.Statistics`.
-    descriptions: of what neurons write, as `load_descriptions` gives them; text_ids: {text: its place in the pool}.
+    descriptions: of what neurons write, as `load_descriptions` gives them; text_ids: {text: its place in the
+        pool}.
     pairs: `Pairs` of the split.
     """
 
@@ -64,15 +68,20 @@ class Collector:
         self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
 
     def maps(self, rows, p, prefix):
-        """Post-GELU activations on the patches of the pairs of some images: their slice, and [pairs, patches]. p: [B, T, N]."""
+        """Post-GELU activations on the patches of the pairs of some images: their slice, and [pairs,
+        patches]. p: [B, T, N].
+        """
         found, images, neurons = self.pairs.of(rows)
         return found, p[torch.from_numpy(images), prefix:, torch.from_numpy(neurons)]
 
     def concepts(self, phi):
-        """The most active neurons of every image with their norms, and its strongest words with their scores: four arrays
-        [B, ACTIVE], [B, ACTIVE], [B, WORDS], [B, WORDS], -1 and 0 where there are fewer."""
+        """The most active neurons of every image with their norms, and its strongest words with their scores:
+        four arrays [B, ACTIVE], [B, ACTIVE], [B, WORDS], [B, WORDS], -1 and 0 where there are fewer."""
         found = concepts_of_images(phi, self.centred_norms, self.statistics.thresholds, self.descriptions)
-        neurons, words = np.full((len(found), ACTIVE), -1, np.int32), np.full((len(found), WORDS), -1, np.int32)
+        neurons, words = (
+            np.full((len(found), ACTIVE), -1, np.int32),
+            np.full((len(found), WORDS), -1, np.int32),
+        )
         norms, scores = np.zeros(neurons.shape, np.float32), np.zeros(words.shape, np.float32)
         for b, concepts in enumerate(found):
             count = min(ACTIVE, len(concepts.neurons))
@@ -82,7 +91,9 @@ class Collector:
         return neurons, norms, words, scores
 
     def through_heads(self, phi):
-        """sum_b y_k y [K, N], with y the effects along the components, and y_k the part that goes through head k."""
+        """sum_b y_k y [K, N], with y the effects along the components, and y_k the part that goes through
+        head k.
+        """
         y = self.rebuilt.projections(phi)
         return torch.einsum("bkn,bn->kn", phi.C, y) * self.rebuilt.along
 

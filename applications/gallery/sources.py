@@ -14,25 +14,34 @@ from utils.statistics import load_classifier
 class Sources(Inputs):
     """The results that the gallery shows. args, inputs, and what is raised: as in `Inputs`.
 
-    Attributes, besides those: text_ids {text: its place in the pool}; graded {layer: `Graded`}; splits {split: Images}; pairs
-    {(layer, split): Pairs}; classifier [D, classes] or None, class_names, labels {split: [images]}, their places; size of the
-    pictures, None without; record, what the gallery is made of.
+    Attributes, besides those: text_ids {text: its place in the pool}; graded {layer: `Graded`}; splits
+    {split: Images}; pairs {(layer, split): Pairs}; classifier [D, classes] or None, class_names, labels
+    {split: [images]}, their places; size of the pictures, None without; record, what the gallery is made of.
     """
 
     def __init__(self, args, inputs):
         super().__init__(args, inputs)
         self.size = None if args.no_pictures else args.picture_size
-        self.text_ids = {text: i for i, text in reversed(list(enumerate(self.texts)))}  # of equal texts the first
+        self.text_ids = {
+            text: i for i, text in reversed(list(enumerate(self.texts)))
+        }  # of equal texts the first
         self.splits = {"train": self.images, args.split: self.held_out}
         self._find_classes()
         self.graded, self.pairs = {}, {}
-        self.record = complete({**self.clip.record, **self.names, "layers": self.layers, "coefficient": args.coefficient})
-        self.record |= {"size": self.size, "images": {split: of.record["data"] for split, of in self.splits.items()}}
+        self.record = complete(
+            {**self.clip.record, **self.names, "layers": self.layers, "coefficient": args.coefficient}
+        )
+        self.record |= {
+            "size": self.size,
+            "images": {split: of.record["data"] for split, of in self.splits.items()},
+        }
         self.record["classes"] = digest(*([] if self.classifier is None else [self.classifier]))
         self.record["results"] = {str(layer): self._look_at(layer) for layer in self.layers}
 
     def _look_at(self, layer):
-        """Load a layer's grades and find its top images; what else it has is checked, and let go. Returns its digest."""
+        """Load a layer's grades and find its top images; what else it has is checked, and let go. Returns its
+        digest.
+        """
         of, described = self.statistics[layer], digest_of_sides(self.sides(layer, self.inputs))
         expected = {**self.of_images(self.held_out), "statistics": of.digest()}
         expected |= {"share": self.share, "descriptions": described}
@@ -47,11 +56,16 @@ class Sources(Inputs):
         return [of.digest(), described, Digest(more, digest(*looked_at))]
 
     def _find_classes(self):
-        """Labels are places of classes in the zero-shot classifier where there is one, else in all folders of both splits."""
+        """Labels are places of classes in the zero-shot classifier where there is one, else in all folders of
+        both splits.
+        """
         dataset, self.classifier = train_set_of(self.args.dataset), None
         path = self.inputs.find("classifier", dataset=dataset)
         if path.is_file():
-            found = {split: load_classifier(self.inputs, self.clip, images) for split, images in self.splits.items()}
+            found = {
+                split: load_classifier(self.inputs, self.clip, images)
+                for split, images in self.splits.items()
+            }
             self.labels = {split: labels.tolist() for split, (_, labels) in found.items()}
             self.classifier = found["train"][0].cpu().numpy()
             self.class_names = load_record(path).get("class_names", self.images.class_names)
@@ -60,7 +74,9 @@ class Sources(Inputs):
             for images in self.splits.values():
                 names |= dict(zip(images.folders, images.class_names, strict=True))
             place, self.class_names = {folder: i for i, folder in enumerate(names)}, list(names.values())
-            self.labels = {split: [place[of.folders[i]] for i in of.labels] for split, of in self.splits.items()}
+            self.labels = {
+                split: [place[of.folders[i]] for i in of.labels] for split, of in self.splits.items()
+            }
 
     def of_images(self, images):
         """What records of results about some `Images` must say."""
@@ -70,13 +86,17 @@ class Sources(Inputs):
         """Every neuron's effects along its component, [images, N]."""
         images, names = self.splits[split], self.held_out_names if split != "train" else self.names
         expected = {**self.of_images(images), "statistics": self.statistics[layer].digest()}
-        return self.inputs.load("projections", {"images": len(images), "N": self.clip.vit.N}, expected, layer=layer, **names)
+        return self.inputs.load(
+            "projections", {"images": len(images), "N": self.clip.vit.N}, expected, layer=layer, **names
+        )
 
     @property
     def representations(self):
         """Of the training images, as evaluate_descriptions.py left them: a tensor [images, D]."""
         sizes = {"images": len(self.images), "D": self.clip.vit.D}
-        return torch.from_numpy(self.inputs.load("representations", sizes, self.of_images(self.images), **self.names))
+        return torch.from_numpy(
+            self.inputs.load("representations", sizes, self.of_images(self.images), **self.names)
+        )
 
     def numbers(self, layer):
         """Of every neuron: share explained, mean norm of its largest effects."""
@@ -89,8 +109,8 @@ class Sources(Inputs):
         return self.statistics[layer], writes, self.text_ids, self.pairs[layer, split]
 
     def arrays(self, parts, split, layers):
-        """The arrays of the pass over a split, its state, and its record. parts: the folder of the arrays. Shares of the heads
-        are those of the training images."""
+        """The arrays of the pass over a split, its state, and its record. parts: the folder of the arrays.
+        Shares of the heads are those of the training images."""
         vit, count, arrays, state = self.clip.vit, len(self.splits[split]), {}, {}
         rows, columns = vit.grid
         if self.size:
@@ -98,11 +118,19 @@ class Sources(Inputs):
         for layer in layers:
             of, K = self.pairs[layer, split], vit.K(layer)
             made_of = {"results": self.record["results"][str(layer)], "pairs": digest(of.images, of.neurons)}
-            shapes = {"maps": (len(of.neurons), rows * columns), "neurons": (count, ACTIVE), "norms": (count, ACTIVE)}
+            shapes = {
+                "maps": (len(of.neurons), rows * columns),
+                "neurons": (count, ACTIVE),
+                "norms": (count, ACTIVE),
+            }
             shapes |= {"words": (count, WORDS), "scores": (count, WORDS)}
             if split == "train":
                 shapes["heads"], state[f"heads{layer}"] = (K, vit.N), ((K, vit.N), "float64")
             for name, shape in shapes.items():
                 dtype = "int32" if name in ("neurons", "words") else "float32"
                 arrays[parts / f"{split}_{layer}_{name}.npy"] = (shape, dtype, made_of)
-        return arrays, state, {**self.clip.record, **self.splits[split].record, "coefficient": self.args.coefficient}
+        return (
+            arrays,
+            state,
+            {**self.clip.record, **self.splits[split].record, "coefficient": self.args.coefficient},
+        )

@@ -1,7 +1,8 @@
 """The files of the gallery: scripts of data, sheets of pictures, the page, and a parquet file of all neurons.
 
-FORMAT.md, which `write_page` lays beside them, writes the format down. Data are scripts that call gallery.receive(key, value),
-because a page that is opened from the file system may not read files in another way.
+FORMAT.md, which `write_page` lays beside them, writes the format down. Data are scripts that call
+gallery.receive(key, value), because a page that is opened from the file system may not read files in another
+way.
 """
 
 import base64
@@ -61,26 +62,36 @@ def save_script(path, key, value):
 
 def write_page(folder, title):
     """Write the page, its script and style, and FORMAT.md."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, keep_trailing_newline=True
+    )
     (folder / "index.html").write_text(environment.get_template("gallery.html").render(title=title))
     for name in ("gallery.css", "gallery.js", "FORMAT.md"):
         shutil.copyfile(HERE / name, folder / name)
 
 
 def write_sheets(folder, split, thumbnails):
-    """Write the pictures of a split in sheets, `COLUMNS` times `ROWS` in each. thumbnails: uint8 [images, size, size, 3]."""
+    """Write the pictures of a split in sheets, `COLUMNS` times `ROWS` in each. thumbnails: uint8 [images,
+    size, size, 3].
+    """
     folder.mkdir(exist_ok=True)
     per_sheet, size = COLUMNS * ROWS, thumbnails.shape[1]
     for number, first in enumerate(range(0, len(thumbnails), per_sheet)):
         some = np.zeros((per_sheet, size, size, 3), np.uint8)
         part = thumbnails[first : first + per_sheet]
         some[: len(part)] = part
-        sheet = some.reshape(ROWS, COLUMNS, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(ROWS * size, COLUMNS * size, 3)
+        sheet = (
+            some.reshape(ROWS, COLUMNS, size, size, 3)
+            .transpose(0, 2, 1, 3, 4)
+            .reshape(ROWS * size, COLUMNS * size, 3)
+        )
         Image.fromarray(sheet).save(folder / f"{split}_{number}.jpg", quality=80)
 
 
 class Side:
-    """One side of the descriptions of a layer, writes or fires on. descriptions: as `load_descriptions` gives them."""
+    """One side of the descriptions of a layer, writes or fires on. descriptions: as `load_descriptions` gives
+    them.
+    """
 
     def __init__(self, descriptions):
         self.descriptions = descriptions
@@ -92,11 +103,15 @@ class Side:
     def strongest(self):
         """The first SHOWN texts of every neuron, in columns for the grid."""
         filled = [(of + [[-1, 0]] * SHOWN)[:SHOWN] for of in self.entries]
-        return {"texts": [i for of in filled for i, _ in of], "coefficients": [c for of in filled for _, c in of]}
+        return {
+            "texts": [i for of in filled for i, _ in of],
+            "coefficients": [c for of in filled for _, c in of],
+        }
 
 
 class Predicted:
-    """How well single texts predict the effects of neurons: correlations over the training images, for the search.
+    """How well single texts predict the effects of neurons: correlations over the training images, for the
+    search.
 
     judge: `grading.Judge` of the training images. effects: [images, N], along the components.
     """
@@ -115,24 +130,30 @@ class Predicted:
     def of(self, texts):
         """Correlations of each neuron's effects with some texts, [N, m] of their ids; 0 for an id of -1."""
         chosen = torch.as_tensor(texts)
-        found = [(self.atoms[ids.clamp_min(0)] @ target) * (ids >= 0) for ids, target in zip(chosen, self.targets, strict=True)]
+        found = [
+            (self.atoms[ids.clamp_min(0)] @ target) * (ids >= 0)
+            for ids, target in zip(chosen, self.targets, strict=True)
+        ]
         return torch.stack(found).numpy()
 
 
 class LayerFiles:
     """The data of one layer's neurons, as files.
 
-    Made from: layer, sides {writes, fires_on: Side}, predicted (`Predicted`), graded (`Graded`), pcas [N, D], explained [N], norm
-    [N], k (images of a neuron's largest effects), chance (AUPRC of a random order), classifier [D, classes] or None, heads
-    [(layer, head), ...] and shares [heads, N], nearest as `nearest_neurons` gives them, and splits {split: {"projections"
-    [images, N], "top" (positive, negative), "maps" [pairs, patches], "pairs"}}.
+    Made from: layer, sides {writes, fires_on: Side}, predicted (`Predicted`), graded (`Graded`), pcas [N, D],
+    explained [N], norm [N], k (images of a neuron's largest effects), chance (AUPRC of a random order),
+    classifier [D, classes] or None, heads [(layer, head), ...] and shares [heads, N], nearest as
+    `nearest_neurons` gives them, and splits {split: {"projections" [images, N], "top" (positive, negative),
+    "maps" [pairs, patches], "pairs"}}.
     """
 
     def __init__(self, **parts):
         self.__dict__.update(parts)
         self.N = len(self.pcas)
         size = np.abs(self.splits["train"]["projections"])
-        self.threshold = np.partition(size, -self.k, axis=0)[-self.k]  # [N], the smallest of the k largest effects along r_n
+        self.threshold = np.partition(size, -self.k, axis=0)[
+            -self.k
+        ]  # [N], the smallest of the k largest effects along r_n
         self.along_classes = None if self.classifier is None else self.pcas @ self.classifier  # [N, classes]
 
     def write(self, folder):
@@ -142,10 +163,18 @@ class LayerFiles:
         if self.along_classes is not None:
             scale = np.abs(self.along_classes).max(axis=0).clip(1e-30)
             values = np.round(127 * self.along_classes / scale).astype(np.int8).T
-            save_script(folder / "classes.js", f"classes {self.layer}", {"scale": short(scale), "values": packed(values)})
+            save_script(
+                folder / "classes.js",
+                f"classes {self.layer}",
+                {"scale": short(scale), "values": packed(values)},
+            )
         for number, first in enumerate(range(0, self.N, NEURONS)):
             details = [self.detail(n) for n in range(first, min(first + NEURONS, self.N))]
-            save_script(folder / f"neurons_{number}.js", f"neurons {self.layer} {number}", {"first": first, "neurons": details})
+            save_script(
+                folder / f"neurons_{number}.js",
+                f"neurons {self.layer} {number}",
+                {"first": first, "neurons": details},
+            )
 
     def grid(self):
         """What the grid shows of all neurons, in columns."""
@@ -168,13 +197,17 @@ class LayerFiles:
         """Everything that a neuron's page shows."""
         found = {name: side.entries[n] for name, side in self.sides.items()}
         rows = zip(self.graded.rows, short(self.graded.values[n]), strict=True)
-        found["grades"] = {row: dict(zip(self.graded.measures, numbers, strict=True)) for row, numbers in rows}
+        found["grades"] = {
+            row: dict(zip(self.graded.measures, numbers, strict=True)) for row, numbers in rows
+        }
         found["auprc_chance"] = self.chance
         found["top"] = {split: self.pictures(of, n) for split, of in self.splits.items()}
         found["threshold"] = short(self.threshold[n])
         found["histogram"] = self.histogram(n)
         order = np.argsort(-np.abs(self.shares[:, n]), kind="stable")[:HEADS]
-        found["heads"] = [[*self.heads[k], share] for k, share in zip(order, short(self.shares[order, n]), strict=True)]
+        found["heads"] = [
+            [*self.heads[k], share] for k, share in zip(order, short(self.shares[order, n]), strict=True)
+        ]
         found["for"], found["against"] = self.classes(n)
         found["nearest"] = self.nearest[n]
         return found
@@ -196,23 +229,33 @@ class LayerFiles:
     def histogram(self, n):
         """Counts of the neuron's effects along its component in equal bins."""
         columns = {split: of["projections"][:, n] for split, of in self.splits.items()}
-        edges = [min(column.min() for column in columns.values()), max(column.max() for column in columns.values())]
+        edges = [
+            min(column.min() for column in columns.values()),
+            max(column.max() for column in columns.values()),
+        ]
         edges = [float(edges[0]), max(float(edges[1]), float(edges[0]) + 1e-6)]
-        counts = {split: np.histogram(column, BINS, range=edges)[0].tolist() for split, column in columns.items()}
+        counts = {
+            split: np.histogram(column, BINS, range=edges)[0].tolist() for split, column in columns.items()
+        }
         return {"edges": short(edges), **counts}
 
     def classes(self, n):
-        """The classes that the neuron's component speaks for most, and against: two lists of (class, <r_n, classifier>)."""
+        """The classes that the neuron's component speaks for most, and against: two lists of (class, <r_n,
+        classifier>).
+        """
         if self.along_classes is None:
             return [], []
         values = self.along_classes[n]
         order = np.argsort(-values, kind="stable")
         parts = (order[values[order] > 0][:CLASSES], order[values[order] < 0][::-1][:CLASSES])
-        return ([list(pair) for pair in zip(part.tolist(), short(values[part]), strict=True)] for part in parts)
+        return (
+            [list(pair) for pair in zip(part.tolist(), short(values[part]), strict=True)] for part in parts
+        )
 
 
 def nearest_neurons(pcas, layer):
-    """For every neuron of a layer the ones of all layers whose components are nearest, either sign: (layer, neuron, cosine).
+    """For every neuron of a layer the ones of all layers whose components are nearest, either sign: (layer,
+    neuron, cosine).
 
     pcas: {layer: unit components [N, D]}.
     """
@@ -224,7 +267,9 @@ def nearest_neurons(pcas, layer):
         own = layers.index(layer) * N + some
         size = np.abs(cosines)
         size[np.arange(len(some)), own] = -1
-        order = np.argsort(-size, axis=1, kind="stable")[:, :NEAREST] if size.shape[1] < 4096 else _largest(size)
+        order = (
+            np.argsort(-size, axis=1, kind="stable")[:, :NEAREST] if size.shape[1] < 4096 else _largest(size)
+        )
         for row, places in zip(cosines, order, strict=True):
             values = zip(places.tolist(), short(row[places]), strict=True)
             found.append([[layers[place // N], place % N, value] for place, value in values])
@@ -238,7 +283,9 @@ def _largest(size):
 
 
 def write_images(folder, key, neurons, norms, words, scores):
-    """Write the active neurons and the words of a split's images. Arrays as `Collector.concepts` gives them, of all images."""
+    """Write the active neurons and the words of a split's images. Arrays as `Collector.concepts` gives them,
+    of all images.
+    """
     for number, first in enumerate(range(0, len(neurons), IMAGES)):
         images = []
         for i in range(first, min(first + IMAGES, len(neurons))):
@@ -252,7 +299,9 @@ def write_images(folder, key, neurons, norms, words, scores):
 
 
 def write_parquet(path, files):
-    """Write a row for every neuron of some layers (`LayerFiles`): numbers, grades, and texts with coefficients of both sides."""
+    """Write a row for every neuron of some layers (`LayerFiles`): numbers, grades, and texts with
+    coefficients of both sides.
+    """
     pairs = pyarrow.list_(pyarrow.struct([("text", pyarrow.string()), ("coefficient", pyarrow.float32())]))
     tables = []
     for of in files:
@@ -265,23 +314,40 @@ def write_parquet(path, files):
         }
         for row in of.graded.rows:
             for measure in of.graded.measures:
-                columns[f"{row}_{measure}"] = pyarrow.array(np.asarray(of.graded.of(row, measure), np.float32))
+                columns[f"{row}_{measure}"] = pyarrow.array(
+                    np.asarray(of.graded.of(row, measure), np.float32)
+                )
         for name, side in of.sides.items():
-            entries = [[{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions]
+            entries = [
+                [{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions
+            ]
             columns[name] = pyarrow.array(entries, pairs)
         for split, parts in of.splits.items():
             for sign, name, rows in zip((1, -1), ("positive", "negative"), parts["top"], strict=True):
-                kept = [some[sign * parts["projections"][some, n] > 0].tolist() for n, some in enumerate(rows)]
+                kept = [
+                    some[sign * parts["projections"][some, n] > 0].tolist() for n, some in enumerate(rows)
+                ]
                 columns[f"{split}_{name}"] = pyarrow.array(kept, pyarrow.list_(pyarrow.int32()))
         tables.append(pyarrow.table(columns))
     pyarrow.parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
 
 
-OURS = ("index.html", "index.meta.json", "gallery.css", "gallery.js", "FORMAT.md", "neurons.parquet", "data", "pictures")
+OURS = (
+    "index.html",
+    "index.meta.json",
+    "gallery.css",
+    "gallery.js",
+    "FORMAT.md",
+    "neurons.parquet",
+    "data",
+    "pictures",
+)
 
 
 def check_folder(gallery):
-    """Raise UserError when a folder can be no gallery; returns the folder beside it where the parts of one lie meanwhile."""
+    """Raise UserError when a folder can be no gallery; returns the folder beside it where the parts of one
+    lie meanwhile.
+    """
     fix = "choose another --gallery, or remove it"
     if not gallery.name:
         raise UserError(f"--gallery {gallery} is the root of all folders; give a folder in it")
@@ -291,14 +357,17 @@ def check_folder(gallery):
     page = (gallery / "index.html").is_file() and (gallery / "FORMAT.md").is_file()
     if gallery.is_dir() and any(gallery.iterdir()) and not page:
         raise UserError(f"{gallery} is there and is no gallery; {fix}")
-    if parts.exists() and not all(".npy" in path.name or path.name.endswith(".meta.json") for path in parts.rglob("*")):
+    if parts.exists() and not all(
+        ".npy" in path.name or path.name.endswith(".meta.json") for path in parts.rglob("*")
+    ):
         raise UserError(f"{parts} is there, and the parts of the gallery are to go there; {fix}")
     return parts
 
 
 def write_gallery(folder, sources, parts, earlier):
-    """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the passes. earlier: the
-    folder of an earlier gallery, if there is one: what others have put there (.git, CNAME) is kept."""
+    """Write everything. folder: an empty one. sources: `Sources`. parts: the folder with the arrays of the
+    passes. earlier: the folder of an earlier gallery, if there is one: what others have put there (.git,
+    CNAME) is kept."""
     for path in earlier.iterdir() if earlier.is_dir() else ():
         if path.name not in OURS:
             (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
@@ -317,11 +386,16 @@ def write_gallery(folder, sources, parts, earlier):
             maps = read_array(parts / f"{split}_{layer}_maps.npy", mmap=True)
             pairs, projections = sources.pairs[layer, split], sources.projections(layer, split)
             of_splits[split] = {"projections": projections, "top": pairs.top, "maps": maps, "pairs": pairs}
-            found = (np.load(parts / f"{split}_{layer}_{name}.npy") for name in ("neurons", "norms", "words", "scores"))
+            found = (
+                np.load(parts / f"{split}_{layer}_{name}.npy")
+                for name in ("neurons", "norms", "words", "scores")
+            )
             write_images(data / str(layer), (layer, split), *found)
         projections = of_splits["train"]["projections"]
         centred = projections - projections.mean(axis=0)
-        heads = np.load(parts / f"train_{layer}_heads.npy") / np.square(centred, dtype=np.float64).sum(axis=0).clip(1e-30)
+        heads = np.load(parts / f"train_{layer}_heads.npy") / np.square(centred, dtype=np.float64).sum(
+            axis=0
+        ).clip(1e-30)
         of = LayerFiles(
             layer=layer,
             sides={side: Side(texts) for side, texts in sources.sides(layer, sources.inputs).items()},
@@ -329,7 +403,11 @@ def write_gallery(folder, sources, parts, earlier):
             graded=sources.graded[layer],
             pcas=pcas[layer],
             classifier=sources.classifier,
-            heads=[(l if l < vit.L else -1, h) for l in vit.later(layer) for h in range(vit.K(layer) // len(vit.later(layer)))],
+            heads=[
+                (l if l < vit.L else -1, h)
+                for l in vit.later(layer)
+                for h in range(vit.K(layer) // len(vit.later(layer)))
+            ],
             shares=heads,
             nearest=nearest_neurons(pcas, layer),
             splits=of_splits,

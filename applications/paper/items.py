@@ -1,4 +1,5 @@
-"""The tables and figures of the paper, each a function that runs the stages it needs and returns its rows and pictures.
+"""The tables and figures of the paper, each a function that runs the stages it needs and returns its rows and
+pictures.
 
 The paper's values are those of ViT-B-32 with OpenAI's weights on ImageNet, unless the item says otherwise.
 """
@@ -73,7 +74,9 @@ class Item(NamedTuple):
     make: Callable
 
 
-def item(name, title, layers="", passes=lambda paper: 0, disk=lambda paper: 0, lacks=lambda paper: "", seed="none"):
+def item(
+    name, title, layers="", passes=lambda paper: 0, disk=lambda paper: 0, lacks=lambda paper: "", seed="none"
+):
     """Register a function as an item."""
 
     def register(function):
@@ -128,26 +131,44 @@ def table1(paper):
     table, _, _ = paper.accuracies([layer])
     first, row, of = paper.first_order, table[layer], {"n": images, "beside": chance_of(paper)}
     rows = [Row("accuracy, nothing ablated", row["baseline"], **of)]
-    rows += [Row(f"accuracy without the indirect effects of layer {layer}", first[f"indirect {layer}"], 52.3, **of)]
-    rows += [Row(f"accuracy without the second-order effects of layer {layer}", row["without all effects"], 29.6, **of)]
+    rows += [
+        Row(f"accuracy without the indirect effects of layer {layer}", first[f"indirect {layer}"], 52.3, **of)
+    ]
+    rows += [
+        Row(
+            f"accuracy without the second-order effects of layer {layer}",
+            row["without all effects"],
+            29.6,
+            **of,
+        )
+    ]
     if f"mlp {layer}" in first:
         rows += [Row(f"accuracy without the direct effects of layer {layer}", first[f"mlp {layer}"], **of)]
     neurons, effects = paper.drawn(layer)
     k, count = min(paper.args.top_k_pca, len(effects)), len(neurons)
     for kind, published in (("indirect", 11.0), ("second-order", None), ("direct", None)):
         own = np.asarray(effects[:, measures.EFFECTS.index(kind)], np.float64)
-        for which, limit, value in ((f"the {k} largest", k, published), (f"all {len(effects)}", None, None)) if own.any() else ():
+        for which, limit, value in (
+            ((f"the {k} largest", k, published), (f"all {len(effects)}", None, None)) if own.any() else ()
+        ):
             share = 100 * float(np.mean([measures.explained(own[:, n], limit) for n in range(count)]))
             floor = f"at least {100 / min(limit or len(effects), paper.clip.vit.D):.2g} %"
-            note = "a number times one direction, and a share of the bias" if kind == "direct" else "drawn neurons, drawn images"
-            what = f"variance explained by the first component: {kind} effects, {which} of {len(effects)} images"
+            note = (
+                "a number times one direction, and a share of the bias"
+                if kind == "direct"
+                else "drawn neurons, drawn images"
+            )
+            what = (
+                f"variance explained by the first component: {kind} effects, {which} of {len(effects)} images"
+            )
             rows.append(Row(what, share, value, beside=floor, n=count, note=note))
     whole = paper.results.load("explained", layer=layer, **paper.names())
-    what = (
-        f"variance explained by the first component: second-order effects, the {paper.args.top_k_pca} largest of all train images"
-    )
+    what = f"variance explained by the first component: second-order effects, the {paper.args.top_k_pca} largest of all train images"
     floor = f"at least {100 / min(paper.args.top_k_pca, paper.clip.vit.D):.2g} %"
-    return [*rows, Row(what, 100 * float(whole.mean()), 48.2, beside=floor, n=len(whole), note="all neurons")], []
+    return [
+        *rows,
+        Row(what, 100 * float(whole.mean()), 48.2, beside=floor, n=len(whole), note="all neurons"),
+    ], []
 
 
 def by_layer(paper, layers, name, **more):
@@ -156,11 +177,16 @@ def by_layer(paper, layers, name, **more):
     shutil.copy(picture, paper.picture(name))
     rows = []
     for layer, row in table.items():
-        rows += [Row(f"layer {layer}: {what}", value, n=images, beside=chance_of(paper)) for what, value in row.items()]
+        rows += [
+            Row(f"layer {layer}: {what}", value, n=images, beside=chance_of(paper))
+            for what, value in row.items()
+        ]
     return rows, [paper.picture(name)]
 
 
-@item("fig3", "Ablations of second-order effects, layer by layer", "all", lambda p: 2.6 * train(p) + 2 * val(p))
+@item(
+    "fig3", "Ablations of second-order effects, layer by layer", "all", lambda p: 2.6 * train(p) + 2 * val(p)
+)
 def fig3(paper):
     return by_layer(paper, paper.all_layers, "fig3")
 
@@ -187,7 +213,13 @@ def fig10(paper):
     return by_layer(paper, paper.all_layers, "fig10", dataset="imagenet_r", data_path=paper.args.imagenet_r)
 
 
-@item("fig4", "Accuracy by the number of texts that describe a neuron", "one", val, seed="0, of the random texts")
+@item(
+    "fig4",
+    "Accuracy by the number of texts that describe a neuron",
+    "one",
+    val,
+    seed="0, of the random texts",
+)
 def fig4(paper):
     rows, curves = [], {}
     counts = sorted({m for m in paper.args.counts if m <= paper.args.components} | {paper.args.components})
@@ -197,10 +229,16 @@ def fig4(paper):
         except UserError as error:
             rows.append(Row(f"{texts}: left out", None, note=str(error)))
             continue
-        curves |= {texts: values, f"{texts}, chosen at random": random, "first components": dict.fromkeys(counts, component)}
+        curves |= {
+            texts: values,
+            f"{texts}, chosen at random": random,
+            "first components": dict.fromkeys(counts, component),
+        }
         for m in counts:
             beside = f"random texts {random[m]:.1f} %, first components {component:.1f} %"
-            rows.append(Row(f"{texts}, {m} text{'s' if m > 1 else ''}", values[m], n=val(paper), beside=beside))
+            rows.append(
+                Row(f"{texts}, {m} text{'s' if m > 1 else ''}", values[m], n=val(paper), beside=beside)
+            )
     if not curves:
         raise UserError(rows[0].note)
     plot(curves, "texts for a neuron", "accuracy (%)", paper.picture("fig4"))
@@ -208,7 +246,9 @@ def fig4(paper):
 
 
 def by_number_of_texts(paper, texts, counts):
-    """{number of texts: accuracy}, the same of random texts, and the accuracy with the first components, from one pursuit."""
+    """{number of texts: accuracy}, the same of random texts, and the accuracy with the first components, from
+    one pursuit.
+    """
     layer = paper.layer
     paper.descriptions(texts, [layer])
     path = paper.results.path("decomposition", layer=layer, **paper.names(**paper.described(texts)))
@@ -217,12 +257,23 @@ def by_number_of_texts(paper, texts, counts):
     support, atoms = load_support(path.with_suffix(".npz")), make_atoms(torch.from_numpy(vectors))
     by_chance = np.random.default_rng(0).integers(0, len(pool), support.shape)
     rebuilt = [rebuilt_from(chosen[:, :m], atoms, pcas) for chosen in (support, by_chance) for m in counts]
-    found, labels = paper.predictions(f"fig4_{texts}", layer, [each.to(paper.clip.device) for each in (*rebuilt, pcas)])
+    found, labels = paper.predictions(
+        f"fig4_{texts}", layer, [each.to(paper.clip.device) for each in (*rebuilt, pcas)]
+    )
     values = accuracies(found[:, None], labels)[0]
-    return dict(zip(counts, values, strict=False)), dict(zip(counts, values[len(counts) :], strict=False)), values[-1]
+    return (
+        dict(zip(counts, values, strict=False)),
+        dict(zip(counts, values[len(counts) :], strict=False)),
+        values[-1],
+    )
 
 
-@item("table2", "Texts of single neurons (Tables 2 and 5), and of all neurons of the layer", "one", seed="0, of the random texts")
+@item(
+    "table2",
+    "Texts of single neurons (Tables 2 and 5), and of all neurons of the layer",
+    "one",
+    seed="0, of the random texts",
+)
 def table2(paper):
     layer, texts = paper.layer, paper.texts[0]
     paper.descriptions(texts, [layer])
@@ -231,7 +282,9 @@ def table2(paper):
     pcas, norms = (paper.results.load(kind, layer=layer, **paper.names()) for kind in ("pca", "norm"))
     _, vectors, _ = load_texts(paper.results, texts, paper.args.descriptions_dir, lambda: paper.clip)
     atoms = make_atoms(torch.from_numpy(vectors)).numpy()
-    matrix = scipy.sparse.load_npz(paper.results.path("decomposition", layer=layer, **names).with_suffix(".npz"))
+    matrix = scipy.sparse.load_npz(
+        paper.results.path("decomposition", layer=layer, **names).with_suffix(".npz")
+    )
     left = np.linalg.norm(pcas - matrix @ atoms, axis=1)
     support = np.random.default_rng(0).integers(0, len(atoms), (len(pcas), paper.args.components))
     chance = np.linalg.norm(pcas - rebuilt_from(support, atoms, torch.from_numpy(pcas)).numpy(), axis=1)
@@ -246,8 +299,19 @@ def table2(paper):
     rows = []
     for n in paper.neurons_or(np.argsort(-norms.mean(axis=1), kind="stable")[:8]):
         words = ", ".join(f"{'' if c > 0 else '-'}{text}" for _, c, text in described[n][:8])
-        rows.append(Row(f"neuron {n}: {words}", float(left[n]), unit="|r - texts|", beside=f"random texts {chance[n]:.2f}", n=1))
-    what, beside = f"all {len(left)} neurons, mean; every text in {path.name}", f"random texts {chance.mean():.2f}"
+        rows.append(
+            Row(
+                f"neuron {n}: {words}",
+                float(left[n]),
+                unit="|r - texts|",
+                beside=f"random texts {chance[n]:.2f}",
+                n=1,
+            )
+        )
+    what, beside = (
+        f"all {len(left)} neurons, mean; every text in {path.name}",
+        f"random texts {chance.mean():.2f}",
+    )
     return [*rows, Row(what, float(left.mean()), unit="|r - texts|", beside=beside, n=len(left))], []
 
 
@@ -264,9 +328,18 @@ def fig5(paper):
 
     layer, split = paper.layer, paper.args.split
     paper.descriptions(paper.texts[0], [layer])
-    paper.stage("compute_second_order_neuron_prs.py", *paper.image_flags(split), "--mlp_layer", layer, "--keep", "full")
+    paper.stage(
+        "compute_second_order_neuron_prs.py",
+        *paper.image_flags(split),
+        "--mlp_layer",
+        layer,
+        "--keep",
+        "full",
+    )
     data, described = paper.images(split).images, paper.described(paper.texts[0])
-    neurons = NeuronLayer(paper.clip, paper.results, data, layer=layer, described=described, k=paper.args.top_k_pca)
+    neurons = NeuronLayer(
+        paper.clip, paper.results, data, layer=layer, described=described, k=paper.args.top_k_pca
+    )
     count = min(SHOWN, len(data))
     drawn = np.random.default_rng(0).permuted(np.tile(data.labels, (1000, 1)), axis=1)[:, :count]
     chance = 100 * np.mean([np.bincount(labels).max() for labels in drawn]) / count
@@ -276,16 +349,31 @@ def fig5(paper):
         save_figure(neurons.card(n, pictures=count), pictures[-1])
         classes = data.labels[neurons.top_images(n, count, by="projection")]
         share, beside = 100 * float(np.bincount(classes).max() / count), f"any {count} images {chance:.1f} %"
-        rows.append(Row(f"neuron {n}: share of the most frequent class in the {count} top images", share, beside=beside, n=count))
+        rows.append(
+            Row(
+                f"neuron {n}: share of the most frequent class in the {count} top images",
+                share,
+                beside=beside,
+                n=count,
+            )
+        )
     return rows, pictures
 
 
-@item("fig8", "Concepts of images (Fig. 8; --images FOLDER for your own)", "one", lambda p: 64, seed="0, of the images")
+@item(
+    "fig8",
+    "Concepts of images (Fig. 8; --images FOLDER for your own)",
+    "one",
+    lambda p: 64,
+    seed="0, of the images",
+)
 def fig8(paper):
     layer, texts = paper.layer, paper.texts[0]
     paper.descriptions(texts, [layer])
     vit, statistics = paper.clip.vit, paper.statistics([layer])[layer]
-    described = load_descriptions(paper.results, vit.sizes, layer=layer, **paper.names(**paper.described(texts)))
+    described = load_descriptions(
+        paper.results, vit.sizes, layer=layer, **paper.names(**paper.described(texts))
+    )
     directions = fold(vit, layer)
     norms, data = (
         CentredNorms(directions, statistics.mean),
@@ -296,7 +384,10 @@ def fig8(paper):
         for _, pixels in walk(data.pieces, data.loader, "concepts"):
             _, [phi] = second_order(vit, pixels, [directions])
             found += concepts_of_images(phi, norms, statistics.thresholds, described)
-    names = [here(image) if paper.args.images else data.images.class_names[label] for image, label in data.images.samples]
+    names = [
+        here(image) if paper.args.images else data.images.class_names[label]
+        for image, label in data.images.samples
+    ]
     listed = [
         [name, rank, f"{score:.5f}", text]
         for name, each in zip(names, found, strict=True)
@@ -306,7 +397,9 @@ def fig8(paper):
     rows, beside = [], f"{100 * min(1, paper.args.top_k_pca / train(paper)):.2g} % of train images"
     for name, each in list(zip(names, found, strict=True))[:16]:
         words = ", ".join(f"{text} {score:.2f}" for text, score in each.words[:5])
-        rows.append(Row(f"{name}: {words}; active neurons", 100 * len(each.neurons) / vit.N, beside=beside, n=1))
+        rows.append(
+            Row(f"{name}: {words}; active neurons", 100 * len(each.neurons) / vit.N, beside=beside, n=1)
+        )
     violin = "the paper's image, a violin: violin .69, guitar .49, chords .40, faceted .32, cranes .32"
     return [*rows, Row(violin, None, note="another image; try it with --images")], []
 
@@ -322,13 +415,21 @@ def own_images(paper):
     tell(left_out)
     if not files:
         raise UserError(f"--images {root} has no pictures")
-    images = Images([(str(path), 0) for path in files], ["images"], ["images"], paper.clip.transform, dataset="images")
-    return measures.Images(images, Loader(images, paper.args.device, paper.args.num_workers), paper.args.batch_size, "images")
+    images = Images(
+        [(str(path), 0) for path in files], ["images"], ["images"], paper.clip.transform, dataset="images"
+    )
+    return measures.Images(
+        images, Loader(images, paper.args.device, paper.args.num_workers), paper.args.batch_size, "images"
+    )
 
 
 def without_first_order(paper):
     """What Figs. 11 and 12 lack."""
-    return "this model pools its tokens by attention, so there is no first order" if paper.clip.vit.pooling == "attention" else ""
+    return (
+        "this model pools its tokens by attention, so there is no first order"
+        if paper.clip.vit.pooling == "attention"
+        else ""
+    )
 
 
 @item(
@@ -344,7 +445,9 @@ def fig11(paper):
             curves[f"without {kind} {title}"] = {l: first[f"{kind} {how}{l}"] for l in layers}
     plot(curves, "layer", "accuracy (%)", paper.picture("fig11"))
     of = {"n": val(paper), "beside": f"{chance_of(paper)}, nothing ablated {first['baseline']:.1f} %"}
-    rows = [Row(f"layer {l}: {name}", value, **of) for name, curve in curves.items() for l, value in curve.items()]
+    rows = [
+        Row(f"layer {l}: {name}", value, **of) for name, curve in curves.items() for l, value in curve.items()
+    ]
     return rows, [paper.picture("fig11")]
 
 
@@ -365,7 +468,9 @@ def causal(paper):
             if not own.any():  # no direct effects
                 continue
             pairs = [[(n + shift) % len(neurons) for n in range(len(neurons))] for shift in (0, 1)]
-            each, other = ([measures.agreement(own[:, n], truth[:, m]) for n, m in enumerate(of)] for of in pairs)
+            each, other = (
+                [measures.agreement(own[:, n], truth[:, m]) for n, m in enumerate(of)] for of in pairs
+            )
             curves.setdefault(kind, {})[layer] = float(np.mean(each))
             what, beside = (
                 f"layer {layer}: correlation of {kind} effects with what is lost",
@@ -406,26 +511,53 @@ def table4(paper):
         )
     rows = []
     for method, found in scores.items():
-        for key, published in zip(("pixel_accuracy", "mIoU", "mAP"), PAPER_SEGMENTATION.get(method, (None,) * 3), strict=True):
+        for key, published in zip(
+            ("pixel_accuracy", "mIoU", "mAP"), PAPER_SEGMENTATION.get(method, (None,) * 3), strict=True
+        ):
             beside = f"random neurons {scores['random']['scores'][key]:.1f} %"
-            rows.append(Row(f"{method}: {key}", found["scores"][key], published, beside=beside, n=found["images"]))
+            rows.append(
+                Row(f"{method}: {key}", found["scores"][key], published, beside=beside, n=found["images"])
+            )
     note = "not computed here; the paper's Table 4 has the values"
     rows += [Row(f"{name}: all scores", None, note=note) for name in ("LRP", "partial LRP")]
     size = clip.vit.visual.image_size
     pixels, masks = zip(
-        *torch.utils.data.Subset(SegmentationSet(args.segmentation, clip.transform, size=size), range(len(maps["random"]))),
+        *torch.utils.data.Subset(
+            SegmentationSet(args.segmentation, clip.transform, size=size), range(len(maps["random"]))
+        ),
         strict=True,
     )
     enlarged = {name: enlarge(torch.tensor(each), clip.vit.grid, size).numpy() for name, each in maps.items()}
-    plot_maps(to_pictures(torch.stack(pixels), clip.transform, size), torch.stack(masks).numpy(), enlarged, paper.picture("fig7"))
+    plot_maps(
+        to_pictures(torch.stack(pixels), clip.transform, size),
+        torch.stack(masks).numpy(),
+        enlarged,
+        paper.picture("fig7"),
+    )
     return rows, [paper.picture("fig7")]
 
 
 def segmentation_of(paper, method):
     """Where compute_segmentation.py puts the scores of a method, and its flags."""
     args, classes = paper.args, paper.args.class_source
-    words = ["--data_path", args.segmentation, "--method", method, "--dataset", paper.dataset, "--precision", args.precision]
-    words += ["--batch_size", args.batch_size, "--num_workers", args.num_workers, "--top_k_pca", args.top_k_pca]
+    words = [
+        "--data_path",
+        args.segmentation,
+        "--method",
+        method,
+        "--dataset",
+        paper.dataset,
+        "--precision",
+        args.precision,
+    ]
+    words += [
+        "--batch_size",
+        args.batch_size,
+        "--num_workers",
+        args.num_workers,
+        "--top_k_pca",
+        args.top_k_pca,
+    ]
     settings = {
         "method": method,
         "geometry": "paper",
@@ -453,7 +585,9 @@ PAPER_ATTACKS = {"second_order": (5.3, 22.7, 8.0, 5.7, 7.0), "similar": (1.0, 3.
     "late",
     lambda p: train(p) + 2 * p.args.drawn_neurons * p.args.drawn_images * len(p.late),
     disk=lambda p: p.drawn_on_disk(p.late),
-    lacks=without("image_model", "it needs a drawing model: --image_model (and --text_model, --similarity_model)"),
+    lacks=without(
+        "image_model", "it needs a drawing model: --image_model (and --text_model, --similarity_model)"
+    ),
     seed="0, 1, ... of words, descriptions and pictures (--seeds)",
 )
 def table3(paper):
@@ -472,19 +606,31 @@ def table3(paper):
         "indirect": f"words by indirect effects of {args.drawn_neurons} drawn neurons a layer",
     }
     published = {
-        (source, task): value for source, values in PAPER_ATTACKS.items() for task, value in zip(TASKS, values, strict=True)
+        (source, task): value
+        for source, values in PAPER_ATTACKS.items()
+        for task, value in zip(TASKS, values, strict=True)
     }
     for source, title in sources.items():
         by_seed = {seed: [] for seed in range(args.seeds)}
         for class_0, class_1 in paper.tasks:
-            found, task = [attack(paper, (class_0, class_1), source, seed) for seed in range(args.seeds)], f"{class_1}:{class_0}"
+            found, task = (
+                [attack(paper, (class_0, class_1), source, seed) for seed in range(args.seeds)],
+                f"{class_1}:{class_0}",
+            )
             values = [rates["binary_rate"] for rates, _ in found]
             for seed, value in enumerate(values):
                 by_seed[seed].append(value)
             what, mean = f"{title}: {class_1}, taken for {class_0}", float(np.mean(values))
             beside = f"random words {floor.setdefault(task, mean):.1f} %"
             rows.append(
-                Row(what, mean, published.get((source, task)), beside=beside, n=found[0][0]["images"], note=spread(values))
+                Row(
+                    what,
+                    mean,
+                    published.get((source, task)),
+                    beside=beside,
+                    n=found[0][0]["images"],
+                    note=spread(values),
+                )
             )
             if source == "second_order" and len(shown) < 4:
                 shown.append((class_0, class_1, found[0][1]))
@@ -493,7 +639,15 @@ def table3(paper):
             f"random words {np.mean(list(floor.values())):.1f} %",
         )
         what = f"{title}: all {len(paper.tasks)} tasks"
-        rows.append(Row(what, float(np.mean(whole)), beside=beside, n=rows[-1].n * len(paper.tasks), note=spread(whole)))
+        rows.append(
+            Row(
+                what,
+                float(np.mean(whole)),
+                beside=beside,
+                n=rows[-1].n * len(paper.tasks),
+                note=spread(whole),
+            )
+        )
     plot_attacks(attributions(paper, shown), paper.picture("fig6"))
     return rows, [paper.picture("fig6")]
 
@@ -506,9 +660,32 @@ def spread(values):
 def attack(paper, classes, source, seed):
     """The rates of one attack, and its folder. classes: class_0, class_1."""
     args, (class_0, class_1), folder = paper.args, classes, paper.folder / "attacks"
-    words = ["--class_0", class_0, "--class_1", class_1, "--seed", seed, "--dataset", paper.dataset, "--dataset_path", folder]
-    words += ["--mlp_layers", *paper.late, "--neurons_num", args.neurons_num, "--overall_words", args.overall_words]
-    words += ["--text_descriptions", paper.pools[paper.attack_texts], "--descriptions_dir", args.descriptions_dir]
+    words = [
+        "--class_0",
+        class_0,
+        "--class_1",
+        class_1,
+        "--seed",
+        seed,
+        "--dataset",
+        paper.dataset,
+        "--dataset_path",
+        folder,
+    ]
+    words += [
+        "--mlp_layers",
+        *paper.late,
+        "--neurons_num",
+        args.neurons_num,
+        "--overall_words",
+        args.overall_words,
+    ]
+    words += [
+        "--text_descriptions",
+        paper.pools[paper.attack_texts],
+        "--descriptions_dir",
+        args.descriptions_dir,
+    ]
     words += ["--components", args.attack_components or args.components, "--top_k_pca", args.top_k_pca]
     words += ["--results_per_generation", args.results_per_generation, "--batch_size", args.pictures]
     for name in ("text_model", "image_model", "similarity_model", "cosim_similarity", "image_options"):
@@ -521,19 +698,30 @@ def attack(paper, classes, source, seed):
 
 
 def indirect_words(paper, class_0, class_1):
-    """A file of the words of drawn neurons by their indirect effects; components, texts and scores as those of second order."""
+    """A file of the words of drawn neurons by their indirect effects; components, texts and scores as those
+    of second order.
+    """
     args, pcas, described = paper.args, {}, {}
-    pool, vectors, _ = load_texts(paper.results, paper.attack_texts, args.descriptions_dir, lambda: paper.clip)
+    pool, vectors, _ = load_texts(
+        paper.results, paper.attack_texts, args.descriptions_dir, lambda: paper.clip
+    )
     atoms = make_atoms(torch.from_numpy(vectors))
     for layer in paper.late:
         _, effects = paper.drawn(layer)
-        own = torch.from_numpy(np.array(effects[:, measures.EFFECTS.index("indirect")])).transpose(0, 1)  # [n, images, D]
+        own = torch.from_numpy(np.array(effects[:, measures.EFFECTS.index("indirect")])).transpose(
+            0, 1
+        )  # [n, images, D]
         own = own - own.mean(dim=1, keepdim=True)
         largest = own.norm(dim=-1).topk(min(args.top_k_pca, own.shape[1]), dim=1).indices
         r, _ = principal_directions(own.gather(1, largest[..., None].expand(-1, -1, own.shape[-1])))
-        support, coefficients = orthogonal_matching_pursuit(atoms, r, args.attack_components or args.components)
+        support, coefficients = orthogonal_matching_pursuit(
+            atoms, r, args.attack_components or args.components
+        )
         texts = (zip(s, c, strict=True) for s, c in zip(support.tolist(), coefficients.tolist(), strict=True))
-        pcas[layer], described[layer] = r.numpy(), [[(i, c, pool[i]) for i, c in each if i >= 0] for each in texts]
+        pcas[layer], described[layer] = (
+            r.numpy(),
+            [[(i, c, pool[i]) for i, c in each if i >= 0] for each in texts],
+        )
     v = np.subtract(*text_vectors(paper.clip, [class_0, class_1], 2))
     path = paper.folder / f"indirect_{'_'.join(class_0.split())}_{'_'.join(class_1.split())}.json"
     save_json(path, adversarial.NeuronWords(pcas, described).mine(v, args.neurons_num)["words"])
@@ -541,8 +729,8 @@ def indirect_words(paper, class_0, class_1):
 
 
 def attributions(paper, shown):
-    """Pictures of attacks that count, those that fool first, and where the wrong class is seen in them (for a tower with a first
-    order): [(title, [(picture, map, caption), ...]), ...]."""
+    """Pictures of attacks that count, those that fool first, and where the wrong class is seen in them (for a
+    tower with a first order): [(title, [(picture, map, caption), ...]), ...]."""
     vit, found = paper.clip.vit, []
     for class_0, class_1, folder in shown:
         with open(folder / "files.csv", encoding="utf-8") as file:
@@ -550,19 +738,31 @@ def attributions(paper, shown):
         items = sorted(items, key=lambda item: (item["binary"] != "1", item["file"]))[:5]
         pictures = [Image.open(folder / item["file"]).convert("RGB") for item in items]
         captions = [
-            f"{f'taken for {class_0}' if item['binary'] == '1' else 'not fooled'}: {item['description']}" for item in items
+            f"{f'taken for {class_0}' if item['binary'] == '1' else 'not fooled'}: {item['description']}"
+            for item in items
         ]
         maps = np.zeros((len(items), *vit.grid))
         if vit.pooling != "attention":
             v = np.subtract(*text_vectors(paper.clip, [class_0, class_1], 2))
-            maps = towards(paper.clip, torch.stack([paper.clip.transform(picture) for picture in pictures]), torch.from_numpy(v))
-        found.append((f"{class_1}, which should be taken for {class_0}", list(zip(pictures, maps, captions, strict=True))))
+            maps = towards(
+                paper.clip,
+                torch.stack([paper.clip.transform(picture) for picture in pictures]),
+                torch.from_numpy(v),
+            )
+        found.append(
+            (
+                f"{class_1}, which should be taken for {class_0}",
+                list(zip(pictures, maps, captions, strict=True)),
+            )
+        )
     return found
 
 
 @torch.inference_mode()
 def towards(clip, pixels, v):
-    """What all heads take from each patch along a direction v [D]: pixels [n, 3, side, side] -> array [n, rows, columns]."""
+    """What all heads take from each patch along a direction v [D]: pixels [n, 3, side, side] -> array [n,
+    rows, columns].
+    """
     order = FirstOrder(clip.vit)
     with clip.vit.record(*order.of_heads) as cache:
         representation = clip.vit(pixels.to(clip.device))
@@ -591,14 +791,24 @@ def table7(paper):
 
     args, path = paper.args, paper.folder / "image_descriptions.json"
     require_packages(text_model=args.text_model)
-    settings = {"request": read_request(args.request), "text_model": args.text_model, "count": args.descriptions_per_class}
+    settings = {
+        "request": read_request(args.request),
+        "text_model": args.text_model,
+        "count": args.descriptions_per_class,
+    }
     done = read_json(path, "", "remove it") if path.is_file() else {}
-    answers = done["answers"] if isinstance(done, dict) and done.get("settings") == settings and not args.overwrite else {}
+    answers = (
+        done["answers"]
+        if isinstance(done, dict) and done.get("settings") == settings and not args.overwrite
+        else {}
+    )
     ask, classes = None, paper.images(args.split).images.class_names
     for i, name in enumerate(tqdm(classes, desc="descriptions", unit="class")):
         if name not in answers:
             ask = ask or LanguageModel(args.text_model, args.device)
-            request = settings["request"].replace("{count}", str(settings["count"])).replace("{class_name}", name)
+            request = (
+                settings["request"].replace("{count}", str(settings["count"])).replace("{class_name}", name)
+            )
             answers[name] = adversarial.parse_list(*ask(request, settings["count"], i))
             save_json(path, {"settings": settings, "answers": answers})
     pairs = [(name, text) for name in classes for text in answers[name]]
@@ -609,7 +819,10 @@ def table7(paper):
     naming = 100 * float(np.mean([adversarial.names_class(text, name) for name, text in pairs]))
     rows = [
         Row(
-            f"descriptions in {target.name} (use it with --text_descriptions {here(target)})", len(texts), unit="", n=len(classes)
+            f"descriptions in {target.name} (use it with --text_descriptions {here(target)})",
+            len(texts),
+            unit="",
+            n=len(classes),
         )
     ]
     return [*rows, Row("of these, name their class", naming, n=len(pairs))], []
@@ -624,5 +837,7 @@ def read_request(path):
     except (OSError, ValueError) as error:
         raise UserError(f"--request {path} cannot be read as UTF-8 text") from error
     if "{class_name}" not in request:
-        raise UserError(f"--request {path} does not have {{class_name}} in it, so every class would be asked for the same")
+        raise UserError(
+            f"--request {path} does not have {{class_name}} in it, so every class would be asked for the same"
+        )
     return request

@@ -1,7 +1,9 @@
-"""What the paper measures besides its second-order effects: direct and indirect effects, and first-order parts by layer.
+"""What the paper measures besides its second-order effects: direct and indirect effects, and first-order
+parts by layer.
 
-Letters as in `utils.prs`. Each pass leaves its arrays in the folder paper_MODEL_PRETRAINED, and is resumed or skipped as every
-other pass. A tower that is pooled by attention has no first-order parts and no direct effects; they are 0 here.
+Letters as in `utils.prs`. Each pass leaves its arrays in the folder paper_MODEL_PRETRAINED, and is resumed or
+skipped as every other pass. A tower that is pooled by attention has no first-order parts and no direct
+effects; they are 0 here.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,9 @@ EFFECTS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons,
 
 
 class Images(NamedTuple):
-    """Images to go over. images: `Images` of `utils.data.images`; loader: `Loader`; batch_size; name: in the names of files."""
+    """Images to go over. images: `Images` of `utils.data.images`; loader: `Loader`; batch_size; name: in the
+    names of files.
+    """
 
     images: object
     loader: object
@@ -40,8 +44,8 @@ def scaled(representation):
 
 @torch.inference_mode()
 def means(clip, data, folder, overwrite=False):
-    """Means over images: post-GELU activations of every layer and token [L, T, N]; and the first-order parts [2, L, D] that all
-    heads of a layer write together, and its MLP.
+    """Means over images: post-GELU activations of every layer and token [L, T, N]; and the first-order parts
+    [2, L, D] that all heads of a layer write together, and its MLP.
 
     clip, data: the loaded `Clip`; `Images`. folder: where the arrays lie.
     """
@@ -50,7 +54,9 @@ def means(clip, data, folder, overwrite=False):
     arrays = {paths[0]: ((vit.L, vit.T, vit.N), "float32"), paths[1]: ((2, vit.L, vit.D), "float32")}
     state = {"p": ((vit.L, vit.T, vit.N), "float64"), "parts": ((2, vit.L, vit.D), "float64")}
     record = {**clip.record, **data.images.record, "coefficient": COEFFICIENT}
-    with Pass(arrays, record, data.pieces, {"batch_size": data.batch_size}, state=state, overwrite=overwrite) as work:
+    with Pass(
+        arrays, record, data.pieces, {"batch_size": data.batch_size}, state=state, overwrite=overwrite
+    ) as work:
         for _, pixels in work.over(data.loader, description="means"):
             with vit.record("*.mlp.post", *(order.activations if order else ())) as cache:
                 representation = vit(pixels)
@@ -59,10 +65,14 @@ def means(clip, data, folder, overwrite=False):
                 both = torch.stack([parts.heads.sum(dim=2), parts.mlps])  # [2, B, L, D]
                 work.state["parts"] += both.sum(dim=1, dtype=torch.float64).cpu().numpy()
             for l in range(vit.L):
-                work.state["p"][l] += cache[f"blocks.{l}.mlp.post"].sum(dim=0, dtype=torch.float64).cpu().numpy()
+                work.state["p"][l] += (
+                    cache[f"blocks.{l}.mlp.post"].sum(dim=0, dtype=torch.float64).cpu().numpy()
+                )
         if not work.finished:
             sums = work.gather(["p", "parts"])
-            work[paths[0]][:], work[paths[1]][:] = ((sum(sums[name]) / len(data.images)).astype(np.float32) for name in sums)
+            work[paths[0]][:], work[paths[1]][:] = (
+                (sum(sums[name]) / len(data.images)).astype(np.float32) for name in sums
+            )
     return [torch.from_numpy(np.load(path)).to(clip.device) for path in paths]
 
 
@@ -75,7 +85,9 @@ def first_order_names(vit):
     """The names of `first_order_ablations`, in order."""
     if vit.pooling == "attention":
         return ["baseline"]
-    kinds = [f"{kind} {how}{l}" for kind in ("attention", "mlp") for how in ("", "up to ") for l in range(vit.L)]
+    kinds = [
+        f"{kind} {how}{l}" for kind in ("attention", "mlp") for how in ("", "up to ") for l in range(vit.L)
+    ]
     return ["baseline", *kinds]
 
 
@@ -83,7 +95,8 @@ def first_order_names(vit):
 def first_order_ablations(clip, data, folder, averages, indirect, classifier, overwrite=False):
     """Predicted classes when first-order parts, and the activations of whole layers, are at their means.
 
-    averages: what `means` gives for the train split. indirect: MLP layers whose activations are replaced in the running model.
+    averages: what `means` gives for the train split. indirect: MLP layers whose activations are replaced in
+        the running model.
     classifier: [D, classes].
 
     Returns {name: [images]}, by `first_order_names`, and "indirect LAYER".
@@ -119,20 +132,29 @@ def drawn(total, count, seed=0):
 
 @torch.inference_mode()
 def drawn_effects(clip, data, folder, layer, mean_p, neurons, overwrite=False):
-    """Effects of drawn neurons of a layer in three ways, and what deleting them does: float32 [images, 4, n, D], by EFFECTS.
+    """Effects of drawn neurons of a layer in three ways, and what deleting them does: float32 [images, 4, n,
+    D], by EFFECTS.
 
-    "deleted" is what the representation loses when the neuron's activations become 0 in the running model; "indirect" when they
-    become their mean. The forward passes are in float32, whatever the precision of others: one neuron is less than bfloat16's
+    "deleted" is what the representation loses when the neuron's activations become 0 in the running model;
+    "indirect" when they become their mean. The forward passes are in float32, whatever the precision of
+    others: one neuron is less than bfloat16's
     rounding. mean_p: [T, N] of the layer. neurons: which.
     """
     vit, path = HookedViT(clip.vit.visual), folder / f"{data.name}_{layer}_{len(neurons)}_drawn.npy"
     arrays = {path: ((len(data.images), len(EFFECTS), len(neurons), vit.D), "float32")}
     record = {key: value for key, value in clip.record.items() if key != "precision"}
-    record |= {**data.images.record, "layer": layer, "neurons": [int(n) for n in neurons], "average": digest(mean_p)}
+    record |= {
+        **data.images.record,
+        "layer": layer,
+        "neurons": [int(n) for n in neurons],
+        "average": digest(mean_p),
+    }
     with Pass(arrays, record, data.pieces, {"batch_size": data.batch_size}, overwrite=overwrite) as work:
         if not work.finished:
             second, direct = fold(vit, layer), None if vit.pooling == "attention" else fold_direct(vit, layer)
-            changes = [IndirectEffects(vit, layer, mean, neurons) for mean in (mean_p, torch.zeros_like(mean_p))]
+            changes = [
+                IndirectEffects(vit, layer, mean, neurons) for mean in (mean_p, torch.zeros_like(mean_p))
+            ]
         for rows, pixels in work.over(data.loader, description=f"layer {layer}"):
             representation, [phi] = second_order(vit, pixels, [second])
             with vit.record(*changes[0].activations, *vit.path(vit.L)) as cache:
@@ -166,14 +188,17 @@ def explained(effects, k=None):
 
 
 def agreement(effects, truth):
-    """Pearson correlation of one neuron's effects with what happens, over all images and output dimensions, both centred over
+    """Pearson correlation of one neuron's effects with what happens, over all images and output dimensions,
+    both centred over
     images: [images, D] each."""
     a, b = ((x - x.mean(axis=0)).ravel().astype(np.float64) for x in (effects, truth))
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300))
 
 
 class ManyRebuilt:
-    """`Rebuilt` with several sets of vectors: [B, V, D]. directions, mean: of the layer. vectors: list of [N, D]."""
+    """`Rebuilt` with several sets of vectors: [B, V, D]. directions, mean: of the layer. vectors: list of [N,
+    D].
+    """
 
     def __init__(self, directions, mean, vectors):
         self.directions, self.each = directions, [Rebuilt(directions, mean, item) for item in vectors]

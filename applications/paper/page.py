@@ -62,12 +62,20 @@ def number(value, unit):
     """A value with its unit, as it stands in a table."""
     if value is None:
         return ""
-    text = f"{value:,.0f}" if unit == "" and float(value).is_integer() else f"{value:.1f}" if unit == "%" else f"{value:.3f}"
+    text = (
+        f"{value:,.0f}"
+        if unit == "" and float(value).is_integer()
+        else f"{value:.1f}"
+        if unit == "%"
+        else f"{value:.3f}"
+    )
     return f"{text} {unit}".strip()
 
 
 def cells(row, comparable=True):
-    """A row's cells, in the order of COLUMNS. row: a `Row` as a dict. comparable: whether model, data, layer are the paper's."""
+    """A row's cells, in the order of COLUMNS. row: a `Row` as a dict. comparable: whether model, data, layer
+    are the paper's.
+    """
     both = comparable and row["ours"] is not None and row["paper"] is not None
     difference = f"{row['ours'] - row['paper']:+.1f}" if both else ""
     count = "" if row["n"] is None else f"{row['n']:,}"
@@ -86,7 +94,8 @@ def write(folder, model, note, items):
     """Write paper.json, .md and .html.
 
     model, note: MODEL_PRETRAINED; a line for the top, or None.
-    items: {name: {"title", "settings", "comparable", "left_out", "rows": [`Row` as a dict], "pictures", "commands", "cost"}}.
+    items: {name: {"title", "settings", "comparable", "left_out", "rows": [`Row` as a dict], "pictures",
+        "commands", "cost"}}.
     """
     title, lines = f"Second-order effects of neurons, {model}", [*([note] if note else []), ABOUT]
     save_json(folder / "paper.json", {"title": title, "about": lines, "items": items})
@@ -97,7 +106,14 @@ def write(folder, model, note, items):
     save_atomic(folder / "paper.md", lambda file: file.write(markdown(title, lines, items).encode()))
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
-    parts = {"title": title, "lines": lines, "items": items, "columns": COLUMNS, "style": Markup(STYLE), "policy": Markup(policy)}
+    parts = {
+        "title": title,
+        "lines": lines,
+        "items": items,
+        "columns": COLUMNS,
+        "style": Markup(STYLE),
+        "policy": Markup(policy),
+    }
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     save_atomic(folder / "paper.html", lambda file: file.write(page.render(**parts).encode()))
 
@@ -111,7 +127,10 @@ def markdown(title, lines, items):
             parts += [f"Left out: {item['left_out']}", ""]
             continue
         parts += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        parts += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row["cells"]) + " |" for row in item["rows"]]
+        parts += [
+            "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row["cells"]) + " |"
+            for row in item["rows"]
+        ]
         parts += [
             "",
             *(f"![{item['title']}]({picture})" for picture in item["pictures"]),

@@ -1,4 +1,6 @@
-"""What the items of the paper share: a model, images, the stages that they need, and where their files lie."""
+"""What the items of the paper share: a model, images, the stages that they need, and where their files
+lie.
+"""
 
 import functools
 import json
@@ -31,7 +33,9 @@ TASKS = ("horse:automobile", "dog:deer", "bird:frog", "ship:truck", "ship:automo
 
 
 class Row(NamedTuple):
-    """A number of a table or figure. beside: a chance level or baseline, in words. n: images or neurons behind it."""
+    """A number of a table or figure. beside: a chance level or baseline, in words. n: images or neurons
+    behind it.
+    """
 
     what: str
     ours: float | None
@@ -46,25 +50,55 @@ def add_flags(parser):
     """The flags of reproduce_paper.py."""
     flags.add_data(parser, required=False)
     add = parser.add_argument_group("more data").add_argument
-    add("--class_names", help="a text file with one class name a line (--dataset folder), as in compute_classifier_projection.py")
+    add(
+        "--class_names",
+        help="a text file with one class name a line (--dataset folder), as in compute_classifier_projection.py",
+    )
     add("--imagenet_r", help="ImageNet-R's root folder (Fig. 10)")
     add("--segmentation", help="gtsegs_ijcv.mat (Table 4, Fig. 7)")
     add("--class_source", help="the class of each of its images, as in compute_segmentation.py")
     add("--images", type=Path, help="a folder of pictures whose concepts are wanted (Fig. 8)")
     add = parser.add_argument_group("method").add_argument
     add("--mlp_layer", default="9", help="the layer of Tables 1 and 2 and Figs. 4, 5 and 8")
-    add("--mlp_layers", nargs="+", default=["8", "9", "10"], help="the layers of segmentation and adversarial images")
+    add(
+        "--mlp_layers",
+        nargs="+",
+        default=["8", "9", "10"],
+        help="the layers of segmentation and adversarial images",
+    )
     flags.add_top_k(parser)
     add("--text_descriptions", nargs="+", default=["30k"], help="pools of texts; the first describes neurons")
     add("--descriptions_dir", default="text_descriptions", help="where they are")
     add("--components", type=flags.positive_int, default=128, help="texts per neuron")
-    add("--counts", type=flags.positive_int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="numbers of texts in Fig. 4")
-    add("--neurons", type=int, nargs="+", help="neurons of Table 2 and Fig. 5; default: those with the largest effects")
-    add("--drawn_neurons", type=flags.positive_int, default=100, help="neurons of a layer whose indirect effects are computed")
+    add(
+        "--counts",
+        type=flags.positive_int,
+        nargs="+",
+        default=[4, 8, 16, 32, 64, 128],
+        help="numbers of texts in Fig. 4",
+    )
+    add(
+        "--neurons",
+        type=int,
+        nargs="+",
+        help="neurons of Table 2 and Fig. 5; default: those with the largest effects",
+    )
+    add(
+        "--drawn_neurons",
+        type=flags.positive_int,
+        default=100,
+        help="neurons of a layer whose indirect effects are computed",
+    )
     add("--drawn_images", type=flags.positive_int, default=500, help="train images on which they are")
     add("--top_neurons", type=flags.positive_int, default=200, help="neurons that segment an image")
     add = parser.add_argument_group("adversarial images").add_argument
-    add("--tasks", nargs="+", default=list(TASKS), metavar="DRAWN:SEEN", help="what is drawn, and what it should be taken for")
+    add(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        metavar="DRAWN:SEEN",
+        help="what is drawn, and what it should be taken for",
+    )
     add("--seeds", type=flags.positive_int, default=3, help="seeds 0, 1, ...")
     add("--attack_texts", help="the pool of their words; default: the first of --text_descriptions")
     add("--attack_components", type=flags.positive_int, help="texts per neuron; default: --components")
@@ -75,8 +109,17 @@ def add_flags(parser):
     for name in ("text_model", "image_model", "similarity_model", "image_options"):
         add(f"--{name}", help="as in generate_adversarial_images.py")
     add("--cosim_similarity", type=float, help="as in generate_adversarial_images.py")
-    add("--request", type=Path, help="a file with another request for Table 7, with {count} and {class_name} in it")
-    add("--descriptions_per_class", type=flags.positive_int, default=30, help="descriptions of Table 7 for each class")
+    add(
+        "--request",
+        type=Path,
+        help="a file with another request for Table 7, with {count} and {class_name} in it",
+    )
+    add(
+        "--descriptions_per_class",
+        type=flags.positive_int,
+        default=30,
+        help="descriptions of Table 7 for each class",
+    )
     add("--note", help="a line for the top of the page")
     flags.add_compute(parser, precision=True, memory=True)
 
@@ -87,7 +130,9 @@ def here(path):
 
 
 def parse_tasks(tasks):
-    """[(class_0, which should be seen, class_1, which is drawn), ...] of `--tasks`. Raises UserError for no DRAWN:SEEN."""
+    """[(class_0, which should be seen, class_1, which is drawn), ...] of `--tasks`. Raises UserError for no
+    DRAWN:SEEN.
+    """
     found = []
     for task in tasks:
         drawn, _, seen = (" ".join(part.split()) for part in task.partition(":"))
@@ -98,11 +143,15 @@ def parse_tasks(tasks):
 
 
 def pools_of(args):
-    """{name: as it was given} of the text sets. Raises UserError when two have one name, which their files would share."""
+    """{name: as it was given} of the text sets. Raises UserError when two have one name, which their files
+    would share.
+    """
     pools = {}
     for given in (args.attack_texts or args.text_descriptions[0], *args.text_descriptions):
         if pools.setdefault(text_set(given), given) != given:
-            raise UserError(f"{pools[text_set(given)]} and {given} have one name, so their results would be one file; rename one")
+            raise UserError(
+                f"{pools[text_set(given)]} and {given} have one name, so their results would be one file; rename one"
+            )
     return pools
 
 
@@ -111,9 +160,9 @@ class Paper:
 
     args: its flags.
 
-    Attributes: folder, where pictures and tables lie; results: `Results`; pools, texts, attack_texts: text sets; tasks: as
-    `parse_tasks` gives them; commands: the stages of the current item; wanted: how far the components have to reach ("one",
-    "late", "all").
+    Attributes: folder, where pictures and tables lie; results: `Results`; pools, texts, attack_texts: text
+    sets; tasks: as `parse_tasks` gives them; commands: the stages of the current item; wanted: how far the
+    components have to reach ("one", "late", "all").
 
     Raises UserError for flags that cannot be.
     """
@@ -131,7 +180,9 @@ class Paper:
 
     @functools.cached_property
     def clip(self):
-        return load_clip(self.args.model, self.args.pretrained, self.args.device, precision=self.args.precision)
+        return load_clip(
+            self.args.model, self.args.pretrained, self.args.device, precision=self.args.precision
+        )
 
     @functools.cached_property
     def layer(self):
@@ -156,7 +207,9 @@ class Paper:
         return sorted({layer for reach in self.wanted for layer in reaches[reach]()})
 
     def neurons_or(self, largest):
-        """The neurons that `--neurons` names, else `largest`. Raises UserError for one that does not exist."""
+        """The neurons that `--neurons` names, else `largest`. Raises UserError for one that does not
+        exist.
+        """
         N = self.clip.vit.N
         if wrong := [n for n in self.args.neurons or () if not 0 <= n < N]:
             raise UserError(f"--neurons {wrong[0]}: a layer of this model has the neurons 0 to {N - 1}")
@@ -165,7 +218,9 @@ class Paper:
     # Stages
 
     def stage(self, script, *words):
-        """Run a stage in this process, as one types it, unless this run has done so before. Raises UserError when it fails."""
+        """Run a stage in this process, as one types it, unless this run has done so before. Raises UserError
+        when it fails.
+        """
         args = self.args
         shared = {
             "--model": args.model,
@@ -197,13 +252,22 @@ class Paper:
         """The flags of a data set, as the stages take them."""
         args = self.args
         words = ["--dataset", dataset or self.dataset, "--data_path", data_path or args.data_path]
-        words += ["--batch_size", args.batch_size, "--num_workers", args.num_workers, "--precision", args.precision]
+        words += [
+            "--batch_size",
+            args.batch_size,
+            "--num_workers",
+            args.num_workers,
+            "--precision",
+            args.precision,
+        ]
         words += ["--subsample", args.subsample] if args.subsample else []
         return words + (["--split", split] if split else [])
 
     def classifier(self):
         """Make the zero-shot classifier."""
-        images = ["--data_path", self.args.data_path] if self.dataset not in ("imagenet", "imagenet_r") else []
+        images = (
+            ["--data_path", self.args.data_path] if self.dataset not in ("imagenet", "imagenet_r") else []
+        )
         names = ["--class_names", self.args.class_names] if self.args.class_names else []
         self.stage("compute_classifier_projection.py", "--dataset", self.dataset, *images, *names)
 
@@ -221,7 +285,9 @@ class Paper:
         given = self.pools[texts]
         self.stage("compute_text_set_projection.py", "--text_descriptions", given, *where)
         words = ["--dataset", self.dataset, "--mlp_layer", *layers, "--text_descriptions", given, *where, *k]
-        self.stage("compute_sparse_decomposition.py", *words, "--components", components or self.args.components)
+        self.stage(
+            "compute_sparse_decomposition.py", *words, "--components", components or self.args.components
+        )
 
     def names(self, **more):
         """What is in the names of results of the train split."""
@@ -257,11 +323,15 @@ class Paper:
 
     @functools.cached_property
     def first_order(self):
-        """{name: accuracy in per cent} without first-order parts, and without the indirect effects of the layer."""
+        """{name: accuracy in per cent} without first-order parts, and without the indirect effects of the
+        layer.
+        """
         classifier, labels = self.judged
         made_of = {"averages": self.averages, "indirect": [self.layer], "classifier": classifier}
         data = self.images(self.args.split)
-        found = measures.first_order_ablations(self.clip, data, self.folder, **made_of, overwrite=self.args.overwrite)
+        found = measures.first_order_ablations(
+            self.clip, data, self.folder, **made_of, overwrite=self.args.overwrite
+        )
         return {name: 100 * float((classes == labels).mean()) for name, classes in found.items()}
 
     @functools.lru_cache  # noqa: B019
@@ -270,7 +340,9 @@ class Paper:
         neurons = measures.drawn(self.clip.vit.N, self.args.drawn_neurons, layer)
         of_layer = {"layer": layer, "mean_p": self.averages[0][layer], "neurons": neurons}
         data = self.images("train", self.args.drawn_images)
-        return neurons, measures.drawn_effects(self.clip, data, self.folder, **of_layer, overwrite=self.args.overwrite)
+        return neurons, measures.drawn_effects(
+            self.clip, data, self.folder, **of_layer, overwrite=self.args.overwrite
+        )
 
     def statistics(self, layers):
         wanted = {"clip": self.clip, "coefficient": measures.COEFFICIENT}
@@ -281,28 +353,61 @@ class Paper:
         self.classifier()
         self.components()
         dataset, layers = dataset or self.dataset, self.all_layers if "all" in self.wanted else layers
-        words = [*self.image_flags(self.args.split, dataset, data_path), "--mlp_layer", *layers, "--memory", self.args.memory]
+        words = [
+            *self.image_flags(self.args.split, dataset, data_path),
+            "--mlp_layer",
+            *layers,
+            "--memory",
+            self.args.memory,
+        ]
         self.stage("compute_ablations.py", *words, "--top_k_pca", self.args.top_k_pca)
-        names = {"dataset": dataset, "split": self.args.split, "train_dataset": self.train_set, "k": self.args.top_k_pca}
+        names = {
+            "dataset": dataset,
+            "split": self.args.split,
+            "train_dataset": self.train_set,
+            "k": self.args.top_k_pca,
+        }
         path = self.results.path("ablations", layer=layers, **names)
         content = json.loads(path.read_text())
-        return {int(layer): row for layer, row in content["accuracy"].items()}, content["images"], path.with_suffix(".png")
+        return (
+            {int(layer): row for layer, row in content["accuracy"].items()},
+            content["images"],
+            path.with_suffix(".png"),
+        )
 
     @torch.inference_mode()
     def predictions(self, name, layer, vectors):
-        """Predicted classes of the val images with effects projected on several sets of vectors, [images, V]; and the labels.
+        """Predicted classes of the val images with effects projected on several sets of vectors, [images, V];
+        and the labels.
 
         name: of the file. vectors: list of [N, D].
         """
-        (classifier, labels), data, statistics = self.judged, self.images(self.args.split), self.statistics([layer])[layer]
+        (classifier, labels), data, statistics = (
+            self.judged,
+            self.images(self.args.split),
+            self.statistics([layer])[layer],
+        )
         path = self.folder / f"{data.name}_{layer}_{name}.npy"
         arrays = {path: ((len(data.images), 1, len(vectors)), "int32")}
-        record = {**self.clip.record, **data.images.record, "statistics": statistics.digest(), "vectors": digest(*vectors)}
+        record = {
+            **self.clip.record,
+            **data.images.record,
+            "statistics": statistics.digest(),
+            "vectors": digest(*vectors),
+        }
         record["classifier"] = digest(classifier)
-        with Pass(arrays, record, data.pieces, {"batch_size": data.batch_size}, overwrite=self.args.overwrite) as work:
-            many = None if work.finished else measures.ManyRebuilt(fold(self.clip.vit, layer), statistics.mean, vectors)
+        with Pass(
+            arrays, record, data.pieces, {"batch_size": data.batch_size}, overwrite=self.args.overwrite
+        ) as work:
+            many = (
+                None
+                if work.finished
+                else measures.ManyRebuilt(fold(self.clip.vit, layer), statistics.mean, vectors)
+            )
             for rows, pixels in work.over(data.loader):
-                work[path][rows] = classify(self.clip.vit, pixels, [many], classifier, coefficient=measures.COEFFICIENT)
+                work[path][rows] = classify(
+                    self.clip.vit, pixels, [many], classifier, coefficient=measures.COEFFICIENT
+                )
         return np.load(path)[:, 0], labels
 
     def picture(self, name):
@@ -321,7 +426,14 @@ class Paper:
 
     def drawn_on_disk(self, layers):
         """Bytes of the effects of drawn neurons of some layers."""
-        return 4 * len(layers) * self.args.drawn_images * len(measures.EFFECTS) * self.args.drawn_neurons * self.clip.vit.D
+        return (
+            4
+            * len(layers)
+            * self.args.drawn_images
+            * len(measures.EFFECTS)
+            * self.args.drawn_neurons
+            * self.clip.vit.D
+        )
 
     @functools.cached_property
     def seconds_of_an_image(self):

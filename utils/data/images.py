@@ -30,14 +30,22 @@ from utils.runtime.files import one_line
 from utils.runtime.records import Digest, digests_of_files
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, in the order of the classes
-STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}  # the paper's 5,124 and 5,000 images
-IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # data sets with ImageNet's class names, and their splits
+STRIDES = {
+    ("imagenet", "train"): 250,
+    ("imagenet", "val"): 10,
+    ("imagenet_r", "val"): 10,
+}  # the paper's 5,124 and 5,000 images
+IMAGENET = {
+    "imagenet": ("train", "val"),
+    "imagenet_r": ("val",),
+}  # data sets with ImageNet's class names, and their splits
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
 
 @dataclass
 class Images(Dataset):
-    """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong.
+    """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that
+    says what is wrong.
 
     samples, folders, class_names: list of (path or PIL image, label); the folder and the name of every label.
     transform, dataset, split, data_path: as in `load_images`.
@@ -67,7 +75,9 @@ class Images(Dataset):
             return image
         try:
             opened = Image.open(image)
-            white = isinstance(self.transform, Preprocessing) and self.transform.record["transparent"] == "white"
+            white = (
+                isinstance(self.transform, Preprocessing) and self.transform.record["transparent"] == "white"
+            )
             return to_rgb(on_white(opened) if white else opened)
         except Exception as error:  # what a damaged file raises depends on its format
             what = f"the image {image} cannot be read ({one_line(error)[:100]})"
@@ -86,7 +96,9 @@ class Images(Dataset):
         """
         files = digests_of_files([image for image, _ in self.samples if isinstance(image, str)])
         found = []
-        for image, label in tqdm(self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero()):
+        for image, label in tqdm(
+            self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero()
+        ):
             if not isinstance(image, str):
                 item = f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
             else:
@@ -95,16 +107,22 @@ class Images(Dataset):
                 except OSError as error:
                     what = f"the image {error.filename} cannot be read ({error.strerror})"
                     raise UserError(f"{what}; fix or remove it, and run the same command again") from error
-            found.append(hashlib.sha256(f"{item} {label}".encode("utf-8", "surrogateescape")).hexdigest()[:16])
+            found.append(
+                hashlib.sha256(f"{item} {label}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            )
         return found
 
     @cached_property
     def record(self):
-        """What results say about the images and how they are read. `data` changes when images come, go, or change name or bytes;
-        not with the root, which is noted as `data_path`."""
+        """What results say about the images and how they are read. `data` changes when images come, go, or
+        change name or bytes; not with the root, which is noted as `data_path`."""
         earlier = hashlib.sha256()  # as versions did that looked at sizes
         for image, label in self.samples:
-            size = f"{Path(image).parts[-2:]} {os.stat(image).st_size}" if isinstance(image, str) else str(image.size)
+            size = (
+                f"{Path(image).parts[-2:]} {os.stat(image).st_size}"
+                if isinstance(image, str)
+                else str(image.size)
+            )
             earlier.update(f"{size} {label}\n".encode())
         now = hashlib.sha256("".join(self.digests).encode())
         data = Digest(now.hexdigest()[:16], earlier.hexdigest()[:12])
@@ -114,13 +132,19 @@ class Images(Dataset):
 
     @property
     def classes(self):
-        """What results say about labels: the folder and the name of every label. Labels of other results are matched by these."""
+        """What results say about labels: the folder and the name of every label. Labels of other results are
+        matched by these.
+        """
         return {"folders": self.folders, "class_names": self.class_names}
 
     def summary(self):
-        """Lines to see at a glance whether these are the images that were meant, and what the model gets of them."""
+        """Lines to see at a glance whether these are the images that were meant, and what the model gets of
+        them.
+        """
         modes = Counter(mode_of(image) for image, _ in self.samples)
-        other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB")
+        other = ", ".join(
+            f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB"
+        )
         counts = f"{len(self)} of {pairing(**self.classes)}"
         how = f"\n{describe(self.transform)}" if isinstance(self.transform, Preprocessing) else ""
         return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{how}"
@@ -133,7 +157,9 @@ def pairing(folders, class_names):
 
 
 def mode_of(image):
-    """Mode of a picture, from its header; RGB for one that cannot be opened, which is reported when it is read."""
+    """Mode of a picture, from its header; RGB for one that cannot be opened, which is reported when it is
+    read.
+    """
     if not isinstance(image, str):
         return image.mode
     try:
@@ -146,8 +172,12 @@ def mode_of(image):
 
 
 def to_rgb(image):
-    """A PIL image in 8-bit RGB. Raises ValueError where the range of its values is not known (32-bit integers, floats)."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # a PNG has 16 bits at most
+    """A PIL image in 8-bit RGB. Raises ValueError where the range of its values is not known (32-bit
+    integers, floats).
+    """
+    if image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PNG"
+    ):  # a PNG has 16 bits at most
         image = Image.fromarray(np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}, whose range of values is not known: convert it to 8 bits")
@@ -158,8 +188,8 @@ def to_rgb(image):
 class Loader:
     """Reads pieces (slices) of a data set: loader(pieces) yields images [B, 3, side, side] on `device`.
 
-    Warnings of the libraries that read images are counted, and told once at the end. Raises UserError for an image that cannot be
-    read.
+    Warnings of the libraries that read images are counted, and told once at the end. Raises UserError for an
+    image that cannot be read.
     """
 
     images: Dataset
@@ -196,15 +226,22 @@ def _next(batches):
     """The next batch, None after the last. Raises UserError when a process that loads images has ended."""
     try:
         return next(batches, None)
-    except (RuntimeError, OSError, EOFError) as error:  # the last two, when it dies while it hands a batch over
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # the last two, when it dies while it hands a batch over
         if isinstance(error, RuntimeError) and not re.search("DataLoader worker|shared memory", str(error)):
             raise
         why = "a process that loads images has ended, for want of memory or of shared memory (/dev/shm)"
-        raise UserError(f"{why}; use a smaller --num_workers and run the same command again to resume") from error
+        raise UserError(
+            f"{why}; use a smaller --num_workers and run the same command again to resume"
+        ) from error
 
 
 def _start_worker(_):
-    gc.freeze()  # a collection would write to the pages that a loader process shares with its parent, and so copy them
+    # a collection would write to the pages that a loader process shares with its parent, and so copy them
+    gc.freeze()
 
 
 @dataclass
@@ -220,7 +257,9 @@ class _Batches(Dataset):
         if torch.utils.data.get_worker_info():
             memory.trim()  # a loader process would grow with every batch
         errors = [item for item in items if isinstance(item, UserError)]
-        return errors[0] if errors else torch.utils.data.default_collate(items), [one_line(each.message) for each in caught]
+        return errors[0] if errors else torch.utils.data.default_collate(items), [
+            one_line(each.message) for each in caught
+        ]
 
 
 def _as_it_is(batch):
@@ -228,15 +267,18 @@ def _as_it_is(batch):
 
 
 def train_set_of(dataset):
-    """The data set whose train split, components, descriptions and classifier a data set takes: ImageNet's for ImageNet-R."""
+    """The data set whose train split, components, descriptions and classifier a data set takes: ImageNet's
+    for ImageNet-R.
+    """
     return "imagenet" if dataset == "imagenet_r" else dataset
 
 
 def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
-    """floor(images / subsample) of a data set's images, each `subsample`-th, in the order of its sorted folders.
+    """floor(images / subsample) of a data set's images, each `subsample`-th, in the order of its sorted
+    folders.
 
-    dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or folder
-        (ROOT/SPLIT/CLASS/image).
+    dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or
+        folder (ROOT/SPLIT/CLASS/image).
     data_path, split: ROOT; train or val, for `folder` the name of a folder.
     transform: PIL image -> [3, side, side].
     subsample: stride, None for the paper's.
@@ -259,8 +301,13 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     stride = subsample or STRIDES.get((dataset, split), 1)
     count = len(samples) // stride
     if count == 0:
-        raise UserError(f"{data_path} has {len(samples)} images of {split}, and every {stride}-th is taken; lower --subsample")
-    taken, where = samples[: count * stride : stride], {"dataset": dataset, "split": split, "data_path": str(data_path)}
+        raise UserError(
+            f"{data_path} has {len(samples)} images of {split}, and every {stride}-th is taken; lower --subsample"
+        )
+    taken, where = (
+        samples[: count * stride : stride],
+        {"dataset": dataset, "split": split, "data_path": str(data_path)},
+    )
     images = Images(taken, list(folders), names, transform, **where)
     if transform is not None:
         print(images.summary())
@@ -269,7 +316,9 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
 
 
 def classes_of(dataset, data_path=None, split="val", class_names=None):
-    """The folders and the names of a data set's classes, in the order of its labels. Parameters as in `load_images`."""
+    """The folders and the names of a data set's classes, in the order of its labels. Parameters as in
+    `load_images`.
+    """
     if class_names and dataset != "folder":
         raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
     if dataset in IMAGENET:
@@ -282,9 +331,9 @@ def classes_of(dataset, data_path=None, split="val", class_names=None):
 def names_for(folders, file=None):
     """Name every folder: by itself without underscores, or by its line in a text file.
 
-    Where the lines are the names of the folders, each folder gets its own line, whatever their order. Else they
-    name the folders in order. Raises UserError where there are more or fewer lines than folders, or a folder's
-    name stands at another folder's place.
+    Where the lines are the names of the folders, each folder gets its own line, whatever their order. Else
+    they name the folders in order. Raises UserError where there are more or fewer lines than folders, or a
+    folder's name stands at another folder's place.
     """
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
@@ -294,8 +343,12 @@ def names_for(folders, file=None):
         raise UserError(f"--class_names {file} has {counts}")
     own = _lines_of(folders, lines)
     if all(len(each) == 1 for each in own):
-        return [lines[i].strip("\"'").rstrip("/") or lines[i] for [i] in own]  # as ls -Q and ls -p list folders
-    first_words = [re.split(r"[\s:;,=]", line, maxsplit=1)[0] for line in lines]  # of lines such as "n01440764 tench"
+        return [
+            lines[i].strip("\"'").rstrip("/") or lines[i] for [i] in own
+        ]  # as ls -Q and ls -p list folders
+    first_words = [
+        re.split(r"[\s:;,=]", line, maxsplit=1)[0] for line in lines
+    ]  # of lines such as "n01440764 tench"
     for place, folder in enumerate(folders):
         if folder in first_words and first_words[place] != folder and not own[place]:
             own[place] = [first_words.index(folder)]
@@ -321,7 +374,9 @@ def _lines_of(folders, lines):
 
 
 def _plain(name):
-    """The letters and digits of a name, small, with composed accents; a number before the name does not count."""
+    """The letters and digits of a name, small, with composed accents; a number before the name does not
+    count.
+    """
     letters = "".join(letter for letter in unicodedata.normalize("NFC", name.casefold()) if letter.isalnum())
     return re.sub(r"^\d+(?=\D)", "", letters) or letters or name
 
@@ -345,7 +400,9 @@ def _class_folders(root, data_path, split):
 
 
 def _class_names(root):
-    """List the class folders, by name, or by value if all are whole numbers; count the pictures beside them."""
+    """List the class folders, by name, or by value if all are whole numbers; count the pictures beside
+    them.
+    """
     there = entries(root)
     names = [entry.name for entry in there if is_folder(entry)]
     for entry in there:
@@ -368,7 +425,9 @@ def _imagenet(dataset, data_path, split):
     index = {wnid: i for i, wnid in enumerate(WNIDS)}
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
-        raise UserError(f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder")
+        raise UserError(
+            f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder"
+        )
     return [(path, index[wnids[label]]) for path, label in samples], left_out
 
 
@@ -380,4 +439,6 @@ def _cifar(dataset, data_path, split):
     except (OSError, RuntimeError) as error:
         why = f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
         raise UserError(why) from error
-    return [(Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)], images.classes
+    return [
+        (Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)
+    ], images.classes

@@ -33,15 +33,16 @@ UNREADABLE = (OSError, LookupError, ValueError, TypeError, AttributeError, Runti
 class SegmentationSet(Dataset):
     """Images and masks of a MATLAB v7.3 file like gtsegs_ijcv.mat.
 
-    Item i is read when it is asked for: (transformed image [3, side, side], int8 mask [size] of 0, 1 and IGNORED), or the
-    UserError that says what is wrong. In the file, `/value/img` [images, 1] refers to uint8 arrays [3, W, H], and `/value/gt`
-    [images, 1] to cells that refer to masks [W, H]: 0 on the background, -1, 255 or NaN where it is unknown, else
-    on the object.
+    Item i is read when it is asked for: (transformed image [3, side, side], int8 mask [size] of 0, 1 and
+    IGNORED), or the UserError that says what is wrong. In the file, `/value/img` [images, 1] refers to uint8
+    arrays [3, W, H], and `/value/gt` [images, 1] to cells that refer to masks [W, H]: 0 on the background,
+    -1, 255 or NaN where it is unknown, else on the object.
 
     path: the file, or the folder with gtsegs_ijcv.mat.
     transform: open_clip's validation transform of the images.
-    geometry: of masks: 'paper' squashes the whole mask to `size`, whatever is cropped from the image (the published behaviour);
-        'aligned' resizes and crops the mask as the image, and ignores what the image is padded with.
+    geometry: of masks: 'paper' squashes the whole mask to `size`, whatever is cropped from the image (the
+        published behaviour); 'aligned' resizes and crops the mask as the image, and ignores what the image is
+        padded with.
     size: (rows, columns) of the masks.
     ignored: values of mask pixels that do not count; NaN never does.
     images: False leaves the images' place empty, when only masks are needed.
@@ -49,22 +50,36 @@ class SegmentationSet(Dataset):
     Attribute: record, what results say about the set: its name, and a digest of the file.
     """
 
-    def __init__(self, path, transform, geometry="paper", size=(224, 224), ignored=IGNORED_VALUES, images=True):
+    def __init__(
+        self, path, transform, geometry="paper", size=(224, 224), ignored=IGNORED_VALUES, images=True
+    ):
         path = Path(path)
         self.path = path / "gtsegs_ijcv.mat" if path.is_dir() else path
         self.transform, self.ignored = transform if images else None, tuple(ignored)
         geometric = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
-        steps = [deepcopy(step) for step in transform.transforms if geometry == "aligned" and isinstance(step, geometric)]
+        steps = [
+            deepcopy(step)
+            for step in transform.transforms
+            if geometry == "aligned" and isinstance(step, geometric)
+        ]
         for step in steps:
             step.interpolation, step.fill = InterpolationMode.NEAREST, IGNORED % 256
         self.mask_transform = Compose([*steps, Resize(size, InterpolationMode.NEAREST)])
         if not self.path.is_file():
-            raise UserError(f"--data_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout")
+            raise UserError(
+                f"--data_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout"
+            )
         try:
             with h5py.File(self.path) as file:
-                shapes = [file[name].shape for name in ("value/img", "value/gt") if h5py.check_ref_dtype(file[name].dtype)]
+                shapes = [
+                    file[name].shape
+                    for name in ("value/img", "value/gt")
+                    if h5py.check_ref_dtype(file[name].dtype)
+                ]
         except OSError as error:
-            raise UserError(f"--data_path {self.path} is not a MATLAB v7.3 file ({one_line(error)[:100]})") from error
+            raise UserError(
+                f"--data_path {self.path} is not a MATLAB v7.3 file ({one_line(error)[:100]})"
+            ) from error
         except (KeyError, AttributeError):
             shapes = []
         if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != (1,) or not shapes[0][0]:
@@ -83,11 +98,15 @@ class SegmentationSet(Dataset):
 
     def __getitem__(self, index):
         try:
-            with h5py.File(self.path) as file:  # opened for each item: another process could not use the handle
+            with h5py.File(
+                self.path
+            ) as file:  # opened for each item: another process could not use the handle
                 image = file[file["value/img"][index, 0]][()]  # [3, W, H]
                 mask = _mask_in(file, index)
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (3, *mask.shape):
-                raise ValueError(f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed")
+                raise ValueError(
+                    f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed"
+                )
         except UNREADABLE as error:
             return self._unreadable(index, error)
         unknown = np.isin(mask, self.ignored) | np.isnan(mask)
@@ -115,7 +134,9 @@ class SegmentationSet(Dataset):
             raise UserError(f"masks of {self.path} {self._without_object(held)}")
         if 0 not in held:
             fix = "give masks with 0 on the background"
-            raise UserError(f"masks of {self.path} hold {_listed(held, ' and ')} alone, so no pixel is background; {fix}")
+            raise UserError(
+                f"masks of {self.path} hold {_listed(held, ' and ')} alone, so no pixel is background; {fix}"
+            )
         hidden = [value for value in held if value > 0 and value in self.ignored]
         if objects[-1] > 1:
             shown = objects if len(objects) <= SHOWN else [*objects[: SHOWN - 1], "...", objects[-1]]
@@ -135,14 +156,18 @@ class SegmentationSet(Dataset):
             raise self._unreadable(index, error) from error
         if len(values) > MANY:
             what = f"the mask of image {index} holds {len(values)} values, as soft edges or a picture do"
-            raise UserError(f"{self.path}: {what}; give masks of classes, 0 on the background and 1 on the object")
+            raise UserError(
+                f"{self.path}: {what}; give masks of classes, 0 on the background and 1 on the object"
+            )
         for value in values:
             of_class = isinstance(value, int) and 0 <= value <= LARGEST
             if of_class or value in self.ignored or math.isnan(value):
                 continue
             fix = f"if it marks unknown pixels, add it: --ignore_index {_listed([*self.ignored, value], ' ')}"
             if isinstance(value, float):
-                fix = "give whole numbers: 0 on the background, 1 on the object, -1 (--ignore_index) if unknown"
+                fix = (
+                    "give whole numbers: 0 on the background, 1 on the object, -1 (--ignore_index) if unknown"
+                )
             wrong = f"the mask of image {index} holds {value}, which is no class from 0 to {LARGEST}"
             raise UserError(f"{self.path}: {wrong}; {fix}")
         return values
@@ -177,14 +202,18 @@ def _listed(values, between=", "):
 
 
 def read_classes(path, images, classes):
-    """The class of every image, int64 [images] in 0 to classes - 1, from .npy, .json (a list), or text (one index a line)."""
+    """The class of every image, int64 [images] in 0 to classes - 1, from .npy, .json (a list), or text (one
+    index a line).
+    """
     path = Path(path)
     try:
         if path.suffix == ".npy":
             found = read_array(path)
         else:
             text = path.read_text(encoding="utf-8")
-            found = np.array(json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()])
+            found = np.array(
+                json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()]
+            )
     except (OSError, EOFError, ValueError) as error:
         raise UserError(
             f"--class_source {path} cannot be read ({one_line(error)[:120]}); give one class index per image"
@@ -192,9 +221,13 @@ def read_classes(path, images, classes):
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise UserError(f"--class_source {path} does not hold whole numbers; give one class index per image")
     if len(found) != images:
-        raise UserError(f"--class_source {path} has {len(found)} classes and the segmentation set has {images} images")
+        raise UserError(
+            f"--class_source {path} has {len(found)} classes and the segmentation set has {images} images"
+        )
     wrong = np.flatnonzero((found < 0) | (found >= classes))
     if len(wrong):
         i = wrong[0]
-        raise UserError(f"--class_source {path}: image {i} has the class {found[i]}, and the classifier has 0 to {classes - 1}")
+        raise UserError(
+            f"--class_source {path}: image {i} has the class {found[i]}, and the classifier has 0 to {classes - 1}"
+        )
     return found.astype(np.int64)

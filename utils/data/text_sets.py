@@ -17,38 +17,50 @@ SAMPLES = 16  # texts that are embedded to see whether a file of vectors is thei
 
 
 def load_texts(results, name, descriptions_dir, load_clip):
-    """A text set that compute_text_set_projection.py embedded: the texts, their vectors [texts, D], and the fingerprint of the
-    weights (None when it is unknown).
+    """A text set that compute_text_set_projection.py embedded: the texts, their vectors [texts, D], and the
+    fingerprint of the weights (None when it is unknown).
 
     results, name: `Results` of the folder with the vectors; the set, as a user names it.
-    descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published code).
-    load_clip: () -> the `Clip`. It is called for vectors without texts beside, to see whether NAME.txt is what they were made of.
+    descriptions_dir: where NAME.txt is when the texts do not lie beside the vectors (vectors of the published
+        code).
+    load_clip: () -> the `Clip`. It is called for vectors without texts beside, to see whether NAME.txt is
+        what they were made of.
 
     Raises UserError when something is missing, or when the vectors are not those of the texts.
     """
     path, vectors = results.find("texts", texts=name), results.load("texts", texts=name)
-    file = path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else find_texts(name, descriptions_dir)
+    file = (
+        path.with_suffix(".txt") if path.with_suffix(".txt").is_file() else find_texts(name, descriptions_dir)
+    )
     texts = read_texts(file)
     if len(texts) != len(vectors):
-        counts, command = f"{len(texts)} texts and {path} {len(vectors)} vectors", results.command("texts", texts=name)
+        counts, command = (
+            f"{len(texts)} texts and {path} {len(vectors)} vectors",
+            results.command("texts", texts=name),
+        )
         raise UserError(f"{file} has {counts}; make the vectors again with: {command} --overwrite")
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     odd = np.flatnonzero((lengths < LENGTHS[0]) | (lengths > LENGTHS[1]))
     if len(odd):
         what = f"a vector of length {lengths[odd[0]]:.2g} for text {odd[0]}, where 100 is usual"
-        raise UserError(f"{path} holds {what}; make it again with: {results.command('texts', texts=name)} --overwrite")
+        raise UserError(
+            f"{path} holds {what}; make it again with: {results.command('texts', texts=name)} --overwrite"
+        )
     record = load_record(path)
     if record.get("content", digest_of_texts(texts)) != digest_of_texts(texts):
         command = results.command("texts", texts=name)
-        raise UserError(f"{file} does not hold the texts that {path} was made of; make both again with: {command} --overwrite")
+        raise UserError(
+            f"{file} does not hold the texts that {path} was made of; make both again with: {command} --overwrite"
+        )
     if file != path.with_suffix(".txt") and "content" not in record:
         check_texts(load_clip(), file, texts, path, vectors)
     return texts, vectors, record.get("fingerprint")
 
 
 def check_texts(clip, file, texts, path, vectors):
-    """Raise UserError unless the vectors in `path` are those of the texts in `file`: of a sample, the model's own vector has to
-    be nearest to the one at the same place. Not of all, because the published code uses another activation in its text tower."""
+    """Raise UserError unless the vectors in `path` are those of the texts in `file`: of a sample, the model's
+    own vector has to be nearest to the one at the same place. Not of all, because the published code uses
+    another activation in its text tower."""
     some = np.linspace(0, len(texts) - 1, min(SAMPLES, len(texts))).astype(int)
     own, given = text_vectors(clip, [texts[i] for i in some], SAMPLES), np.asarray(vectors[some], np.float32)
     given = given / np.maximum(np.linalg.norm(given, axis=1, keepdims=True), 1e-30)
@@ -61,8 +73,15 @@ def check_texts(clip, file, texts, path, vectors):
 
 
 def find_texts(given, directory):
-    """The file of a text set: as it is given, or in a directory, with or without .txt; both also beside the scripts."""
-    places = (folder / place / f"{given}{end}" for folder in (Path(), ROOT) for place in ("", directory) for end in ("", ".txt"))
+    """The file of a text set: as it is given, or in a directory, with or without .txt; both also beside the
+    scripts.
+    """
+    places = (
+        folder / place / f"{given}{end}"
+        for folder in (Path(), ROOT)
+        for place in ("", directory)
+        for end in ("", ".txt")
+    )
     return next((path for path in places if path.is_file()), Path(directory) / f"{text_set(given)}.txt")
 
 
@@ -74,7 +93,9 @@ def read_texts(path):
     try:
         content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv") from error
+        raise UserError(
+            f"{path} is not UTF-8 ({one_line(error)}); convert it, for example with iconv"
+        ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     texts = [line.strip() for line in content.replace("\r", "\n").split("\n") if line.strip()]

@@ -4,11 +4,11 @@ import torch
 
 
 def last_statistics(visual, z):
-    """Mean and deviation [B] of the last LayerNorm as the output has them, z [B, T, d] or, pooled before, [B, d]; and the weights
-    of the tokens [B, T], None where they are the same for all images.
+    """Mean and deviation [B] of the last LayerNorm as the output has them, z [B, T, d] or, pooled before, [B,
+    d]; and the weights of the tokens [B, T], None where they are the same for all images.
 
-    Where each patch is normalised before the average, the mean over patches of x_q / sigma_q is sum_q w_q x_q / sigma, with
-    1 / sigma the mean of all 1 / sigma_q and w_q proportional to them.
+    Where each patch is normalised before the average, the mean over patches of x_q / sigma_q is sum_q w_q x_q
+    / sigma, with 1 / sigma the mean of all 1 / sigma_q and w_q proportional to them.
     """
     if z.ndim == 2 or visual.pool_type == "tok":
         z = z[:, 0] if z.ndim == 3 else z
@@ -22,7 +22,9 @@ def last_statistics(visual, z):
 
 def norm_std(z, eps):
     """What a LayerNorm divides by, sqrt(biased variance + eps): z [..., d] -> [...]."""
-    _, _, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)  # on a CPU var() takes twenty times longer
+    _, _, rstd = torch.native_layer_norm(
+        z, z.shape[-1:], None, None, eps
+    )  # on a CPU var() takes twenty times longer
     return 1 / rstd[..., 0]
 
 
@@ -39,25 +41,34 @@ def class_attention(attn, x):
     attn: the block's nn.MultiheadAttention.
     x: its input, the output of LN1 [B, T, d].
 
-    The score of token i is q.(W_K x_i + b_K). It is computed as (q W_K).x_i, without any key: b_K adds the same to all tokens.
+    The score of token i is q.(W_K x_i + b_K). It is computed as (q W_K).x_i, without any key: b_K adds the
+    same to all tokens.
     """
     (W_Q, W_K, _), (b_Q, _, _) = projections(attn)
     q = torch.nn.functional.linear(x[:, 0], W_Q, b_Q).unflatten(-1, (attn.num_heads, -1))  # [B, H, e]
-    q = torch.einsum("bhe,hed->bhd", q, W_K.unflatten(0, (attn.num_heads, -1))) * q.shape[-1] ** -0.5  # seen from the stream
+    q = (
+        torch.einsum("bhe,hed->bhd", q, W_K.unflatten(0, (attn.num_heads, -1))) * q.shape[-1] ** -0.5
+    )  # seen from the stream
     return torch.softmax(torch.einsum("bhd,btd->bht", q, x).float(), dim=-1)
 
 
 def query_attention(pool, x):
     """The same of the first learned query of a pooling attention: x [B, T, d], its normalised tokens."""
     (W_Q, W_K, _), (b_Q, _, _) = projections(pool.attn)
-    q = torch.nn.functional.linear(pool.ln_q(pool.query)[0], W_Q, b_Q).unflatten(0, (pool.attn.num_heads, -1))  # [H, e]
+    q = torch.nn.functional.linear(pool.ln_q(pool.query)[0], W_Q, b_Q).unflatten(
+        0, (pool.attn.num_heads, -1)
+    )  # [H, e]
     q = torch.einsum("he,hed->hd", q, W_K.unflatten(0, (pool.attn.num_heads, -1))) * q.shape[-1] ** -0.5
     return torch.softmax(torch.einsum("hd,btd->bht", q, x).float(), dim=-1)
 
 
 def attention_pattern(attn, x):
-    """The attention probabilities of every head, from all tokens to all: attn as above, x [B, T, d] -> [B, H, T, T]."""
-    query_key = torch.nn.functional.linear(x, attn.in_proj_weight[: -attn.embed_dim], attn.in_proj_bias[: -attn.embed_dim])
+    """The attention probabilities of every head, from all tokens to all: attn as above, x [B, T, d] -> [B, H,
+    T, T].
+    """
+    query_key = torch.nn.functional.linear(
+        x, attn.in_proj_weight[: -attn.embed_dim], attn.in_proj_bias[: -attn.embed_dim]
+    )
     q, k = query_key.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, e] each
     return probabilities(q, k)
 
@@ -68,8 +79,8 @@ def probabilities(q, k):
 
 
 class KeptQueries:
-    """Lets a block's nn.MultiheadAttention hand its queries and keys [B, H, T, e] to `keep` in each forward pass, until `remove`:
-    to compute them once more would cost a sixth of the block."""
+    """Lets a block's nn.MultiheadAttention hand its queries and keys [B, H, T, e] to `keep` in each forward
+    pass, until `remove`: to compute them once more would cost a sixth of the block."""
 
     def __init__(self, attn, keep):
         self.attn, self.keep, self.before = attn, keep, attn.__dict__.get("forward")
@@ -77,7 +88,9 @@ class KeptQueries:
 
     def _forward(self, x, *_, **__):
         joint = torch.nn.functional.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
-        q, k, v = joint.unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, e] each
+        q, k, v = joint.unflatten(-1, (3, self.attn.num_heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # [B, H, T, e] each
         self.keep(q, k)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return self.attn.out_proj(out.transpose(1, 2).flatten(2)), None
@@ -90,7 +103,9 @@ class KeptQueries:
 
 
 def attention_output(attn, change, x):
-    """What a block's attention gives when its probabilities are changed: change(A [B, H, T, T]) -> A. attn, x: as above."""
+    """What a block's attention gives when its probabilities are changed: change(A [B, H, T, T]) -> A. attn,
+    x: as above.
+    """
     W_V, b_V = attn.in_proj_weight[2 * attn.embed_dim :], attn.in_proj_bias[2 * attn.embed_dim :]
     values = torch.nn.functional.linear(x, W_V, b_V).unflatten(-1, (attn.num_heads, -1))  # [B, T, H, e]
     A = change(attention_pattern(attn, x))

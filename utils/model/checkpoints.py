@@ -18,7 +18,12 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.factory import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed, set_model_preprocess_cfg
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+    set_model_preprocess_cfg,
+)
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
 
@@ -54,7 +59,11 @@ KEEP = (  # for a user who trusts a file: saves its tensors, in the dicts where 
     'torch.save(keep(torch.load(%s, map_location="cpu", weights_only=False)), "tensors.pt")'
 )
 CORE = getattr(np, "_core", None) or np.core  # its name since numpy 2
-NUMPY = [CORE.multiarray.scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?"))]
+NUMPY = [
+    CORE.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
+]
 
 # Names of Hugging Face's CLIPModel, and open_clip's
 HF_PLAIN = {
@@ -93,7 +102,9 @@ def read_checkpoint(pretrained):
     file, key = file_and_key(str(pretrained))
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"--pretrained {path} is a folder; for a folder with a config use --model local-dir:{path}")
+        raise UserError(
+            f"--pretrained {path} is a folder; for a folder with a config use --model local-dir:{path}"
+        )
     if not path.is_file():
         raise UserError(f"--pretrained {path}: there is no such file")
     if shard := SHARD.fullmatch(path.name):
@@ -141,7 +152,9 @@ def read_file(path, shards=True):
         packed = "gzip" if start.startswith(b"\x1f\x8b") else "tar" if start[257:262] == b"ustar" else ""
         packed = packed or ("zip" if inside and not any(name.endswith("data.pkl") for name in inside) else "")
         if packed:
-            raise UserError(f"{path} is a {packed} archive; unpack it, and give the weights file that is in it")
+            raise UserError(
+                f"{path} is a {packed} archive; unpack it, and give the weights file that is in it"
+            )
         # Opened here, because torch would go by the ending of a path
         with torch.serialization.safe_globals(NUMPY), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -191,7 +204,9 @@ def read_shards(path, places):
         content = read_file(shard, shards=False)
         parts = list(state_dicts(content).values())
         if len(parts) != 1:
-            raise UserError(f"{shard} holds {len(parts) or 'no'} state dicts, where a shard holds one; download it again")
+            raise UserError(
+                f"{shard} holds {len(parts) or 'no'} state dicts, where a shard holds one; download it again"
+            )
         weights |= parts[0]
     return weights
 
@@ -225,7 +240,9 @@ def state_dicts(content, key="", depth=4):
     if not isinstance(content, dict):
         return {}
     found = {}
-    tensors = {INNER.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        INNER.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)
+    }
     if any("." in name for name in tensors):
         for prefix, state in without_prefix(tensors).items():
             found[".".join(filter(None, [key, prefix]))] = state
@@ -265,7 +282,9 @@ def choose(found, key, path):
     under = " and ".join(name or "the top level" for name in found)
     first = next(iter(found))
     if key is not None:
-        those = [name for name in found if f"{name}.".startswith(f"{key}.")]  # KEY, or the only KEY.KEY below it
+        those = [
+            name for name in found if f"{name}.".startswith(f"{key}.")
+        ]  # KEY, or the only KEY.KEY below it
         if len(those) != 1 and key not in found:
             raise UserError(f"{path} has no weights under {key}, but under {under}: {_flag(path, first)}")
         return found[key if key in found else those[0]]
@@ -308,7 +327,8 @@ def convert_hugging_face(state):
         else:
             found[new] = value.T.contiguous() if new in TRANSPOSED else value
     return {
-        name: torch.cat([value[part] for part in "qkv"]) if isinstance(value, dict) else value for name, value in found.items()
+        name: torch.cat([value[part] for part in "qkv"]) if isinstance(value, dict) else value
+        for name, value in found.items()
     }
 
 
@@ -335,14 +355,17 @@ def load_weights(model, path, image_only=False):
     path: as `read_checkpoint` takes it.
     image_only: whether the text tower may be missing; then it is removed from the model.
 
-    Raises UserError when the weights do not fit, or when the config says that they were trained with another activation.
+    Raises UserError when the weights do not fit, or when the config says that they were trained with another
+    activation.
     """
     state = read_checkpoint(path)
     own = model.state_dict()
     path = file_and_key(str(path))[0]
     check_beside(model, path)
     if OPENAIS <= state.keys() and not has_quick_gelu(model):
-        print(f"note: {path} looks like a file of OpenAI's; if it is, its weights need a --model with -quickgelu")
+        print(
+            f"note: {path} looks like a file of OpenAI's; if it is, its weights need a --model with -quickgelu"
+        )
     state = renamed(model, {name: as_floats(name, value, path) for name, value in state.items()})
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
@@ -360,15 +383,26 @@ def load_weights(model, path, image_only=False):
         resize_pos_embed(state, model)
         resize_text_pos_embed(state, model)
     sizes = ((name, list(value.shape), list(own[name].shape)) for name, value in state.items())
-    refuse([f"size mismatch for {name}, {found} for {wanted}" for name, found, wanted in sizes if found != wanted], path)
+    refuse(
+        [
+            f"size mismatch for {name}, {found} for {wanted}"
+            for name, found, wanted in sizes
+            if found != wanted
+        ],
+        path,
+    )
     model.load_state_dict(state, strict=False)
 
 
 def as_floats(name, value, path):
-    """A tensor of a checkpoint in float32. Raises UserError for weights of another kind, such as quantised ones."""
+    """A tensor of a checkpoint in float32. Raises UserError for weights of another kind, such as quantised
+    ones.
+    """
     if value.is_floating_point() or value.ndim == 0 or BUFFERS.search(name):
         return value.float()
-    raise UserError(f"{path} holds {name} as {value.dtype}, and weights are floating-point numbers; convert them first")
+    raise UserError(
+        f"{path} holds {name} as {value.dtype}, and weights are floating-point numbers; convert them first"
+    )
 
 
 def has_quick_gelu(model):
@@ -395,7 +429,11 @@ def check_beside(model, path):
         if transformer is None:
             continue
         block = transformer.resblocks[0]
-        found = {"heads": block.attn.num_heads, "layer_norm_eps": block.ln_1.eps, "activation": repr(block.mlp.gelu)}
+        found = {
+            "heads": block.attn.num_heads,
+            "layer_norm_eps": block.ln_1.eps,
+            "activation": repr(block.mlp.gelu),
+        }
         wanted = {"heads": said.num_attention_heads, "layer_norm_eps": said.layer_norm_eps}
         wanted["activation"] = repr(activation(said.hidden_act, folder))
         for key in [key for key in wanted if wanted[key] != found[key]]:
@@ -468,7 +506,9 @@ def read_beside(path):
 
 
 def read_config(folder, kinds=("clip",)):
-    """The config of a `CLIPModel` in a folder; {} if there is none. kinds: values of model_type that count."""
+    """The config of a `CLIPModel` in a folder; {} if there is none. kinds: values of model_type that
+    count.
+    """
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8-sig"))
         return config if config.get("model_type") in kinds else {}
@@ -496,18 +536,23 @@ def parse_config(config, folder):
 
 
 def activation(name, folder):
-    """The module of an activation, by its name in a config of the transformers library. Raises UserError for an unknown one."""
+    """The module of an activation, by its name in a config of the transformers library. Raises UserError for
+    an unknown one.
+    """
     if name in ("quick_gelu", "gelu"):
         return open_clip.transformer.QuickGELU() if name == "quick_gelu" else torch.nn.GELU()
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise UserError(f"{folder}/config.json: hidden_act is {name!r}, which the transformers library does not have")
+        raise UserError(
+            f"{folder}/config.json: hidden_act is {name!r}, which the transformers library does not have"
+        )
     return ACT2FN[name]
 
 
 def model_of_config(config, folder):
-    """An open_clip model of the shape and activations of a `CLIPModel`'s config, and a maker of its tokenizer.
+    """An open_clip model of the shape and activations of a `CLIPModel`'s config, and a maker of its
+    tokenizer.
 
     folder: where its tokenizer's files are.
     """
@@ -517,7 +562,9 @@ def model_of_config(config, folder):
     image |= {**_shape(vision), "head_width": vision.hidden_size // vision.num_attention_heads}
     words = {"context_length": text.max_position_embeddings, "vocab_size": text.vocab_size}
     words |= {**_shape(text), "heads": text.num_attention_heads}
-    if text.eos_token_id != 2:  # old configs have 2 whatever the end token is; then transformers reads at the largest one
+    if (
+        text.eos_token_id != 2
+    ):  # old configs have 2 whatever the end token is; then transformers reads at the largest one
         words |= {"pool_type": "eos", "eos_id": text.eos_token_id}
     model = open_clip.CLIP(parsed.projection_dim, vision_cfg=image, text_cfg=words)
     towers = ((vision, [model.visual]), (text, [model.transformer, model.ln_final]))
@@ -529,10 +576,16 @@ def model_of_config(config, folder):
 
 
 def as_before(parsed):
-    """Whether earlier versions computed the same for a `CLIPConfig`: they knew one activation, for both towers, and one eps."""
+    """Whether earlier versions computed the same for a `CLIPConfig`: they knew one activation, for both
+    towers, and one eps.
+    """
     towers = (parsed.vision_config, parsed.text_config)
     one = {tower.hidden_act for tower in towers} in ({"gelu"}, {"quick_gelu"})
-    return one and all(tower.layer_norm_eps == 1e-5 for tower in towers) and towers[1].eos_token_id in (2, OPENAI - 1)
+    return (
+        one
+        and all(tower.layer_norm_eps == 1e-5 for tower in towers)
+        and towers[1].eos_token_id in (2, OPENAI - 1)
+    )
 
 
 def _shape(config):

@@ -57,8 +57,8 @@ class Preprocessing(Compose):
 
     @property
     def digest(self):
-        """Sixteen hex digits of `record`, for records of results. Those of earlier versions have none; they agree with it if the
-        pixels were the same then."""
+        """Sixteen hex digits of `record`, for records of results. Those of earlier versions have none; they
+        agree with it if the pixels were the same then."""
         content = json.dumps(self.record, sort_keys=True).encode()
         digest = hashlib.sha256(content).hexdigest()[:16]
         return Digest(digest, None) if self.record == self.earlier_record else digest

@@ -1,4 +1,6 @@
-"""Vectors of texts and classes, at the price of their words: most of what `encode_text` computes is padding."""
+"""Vectors of texts and classes, at the price of their words: most of what `encode_text` computes is
+padding.
+"""
 
 import numpy as np
 import open_clip
@@ -22,7 +24,8 @@ def too_long(clip, texts):
 def text_vectors(clip, texts, batch_size):
     """Unit text vectors, without a template: list of texts -> float32 array [texts, D].
 
-    Texts are sorted by length, and each batch is cut to its longest, where nothing after a text's end token matters.
+    Texts are sorted by length, and each batch is cut to its longest, where nothing after a text's end token
+    matters.
 
     Raises UserError for tokens that the model does not have.
     """
@@ -46,7 +49,9 @@ def text_vectors(clip, texts, batch_size):
 def zero_shot_classifier(clip, class_names, batch_size):
     """The zero-shot classifier over OpenAI's 80 templates: unit columns, float32 array [D, classes]."""
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-    prompts = text_vectors(clip, [template(name) for name in class_names for template in templates], batch_size)
+    prompts = text_vectors(
+        clip, [template(name) for name in class_names for template in templates], batch_size
+    )
     columns = prompts.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return (columns / np.linalg.norm(columns, axis=1, keepdims=True)).T
 
@@ -64,18 +69,24 @@ def refuse_unknown(model, tokens):
 
 
 def causal_tower(model):
-    """The text tower of an open_clip model if it is causal and read at the end token, so that nothing after that matters; else
-    None."""
+    """The text tower of an open_clip model if it is causal and read at the end token, so that nothing after
+    that matters; else None."""
     tower = getattr(model, "text", model)
     if not isinstance(tower, TextTransformer | open_clip.CLIP) or tower.attn_mask is None:
         return None
-    return tower if getattr(tower, "cls_emb", None) is None and pooling(tower)[0] in ("argmax", "eos") else None
+    return (
+        tower if getattr(tower, "cls_emb", None) is None and pooling(tower)[0] in ("argmax", "eos") else None
+    )
 
 
 def pooling(tower):
     """How a text tower is pooled, and the number of its end token."""
     own = isinstance(tower, TextTransformer)
-    return (tower.pool_type, tower.eos_id) if own else (tower.text_pool_type, getattr(tower, "text_eos_id", None))
+    return (
+        (tower.pool_type, tower.eos_id)
+        if own
+        else (tower.text_pool_type, getattr(tower, "text_eos_id", None))
+    )
 
 
 def end_tokens(tower, tokens):
@@ -87,7 +98,9 @@ def end_tokens(tower, tokens):
 
 
 def encode_cut(tower, tokens, ends):
-    """What `encode_text` gives, from the first tokens alone: [B, n], of which `ends` [B] are read -> [B, D]."""
+    """What `encode_text` gives, from the first tokens alone: [B, n], of which `ends` [B] are read -> [B,
+    D].
+    """
     n = tokens.shape[1]
     x = tower.token_embedding(tokens) + tower.positional_embedding[:n]
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:n, :n]))

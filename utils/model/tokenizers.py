@@ -40,7 +40,9 @@ class FolderTokenizer:
         return tokens
 
     def is_openais(self):
-        """Whether it cuts some sentences as OpenAI's tokenizer does, which earlier versions took for every folder."""
+        """Whether it cuts some sentences as OpenAI's tokenizer does, which earlier versions took for every
+        folder.
+        """
         texts = [template("sea lion") for template in OPENAI_IMAGENET_TEMPLATES]
         openais = SimpleTokenizer()
         return all(self.tokenizer(text)["input_ids"][1:-1] == openais.encode(text) for text in texts)
@@ -100,7 +102,9 @@ def _special_tokens(folder):
     """What the files beside a tokenizer.json say about its special tokens: {"eos_token": text, ...}."""
     given = {}
     for name in SPECIAL_FILES:
-        content = json.loads((folder / name).read_text(encoding="utf-8-sig")) if (folder / name).is_file() else {}
+        content = (
+            json.loads((folder / name).read_text(encoding="utf-8-sig")) if (folder / name).is_file() else {}
+        )
         for key in SPECIAL:
             token = content.get(key)
             token = token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,6 @@
-"""Image towers of timm in open_clip's form, with their own parameters, so that the same hooks and weights serve both."""
+"""Image towers of timm in open_clip's form, with their own parameters, so that the same hooks and weights
+serve both.
+"""
 
 import timm.models.vision_transformer as timm_vit
 import torch
@@ -11,8 +13,9 @@ from utils.runtime.errors import UserError
 
 
 class PooledTower(nn.Module):
-    """A ViT whose tokens are pooled by attention with one learned query, as SigLIP's: rep = o + MLP(LN(o)), with o the output of
-    the attention. The names are those of open_clip's VisionTransformer. It has no class token, last LayerNorm or projection."""
+    """A ViT whose tokens are pooled by attention with one learned query, as SigLIP's: rep = o + MLP(LN(o)),
+    with o the output of the attention. The names are those of open_clip's VisionTransformer. It has no class
+    token, last LayerNorm or projection."""
 
     pool_type, final_ln_after_pool, proj, ln_post = "attention", False, None, None
 
@@ -25,7 +28,11 @@ class PooledTower(nn.Module):
             LatentPool(trunk.norm, trunk.attn_pool),
             nn.Sequential(trunk.attn_pool.norm, trunk.attn_pool.mlp),
         )
-        self.grid_size, self.image_size, self.output_dim = trunk.patch_embed.grid_size, image_size, trunk.embed_dim
+        self.grid_size, self.image_size, self.output_dim = (
+            trunk.patch_embed.grid_size,
+            image_size,
+            trunk.embed_dim,
+        )
 
     def forward(self, images):
         z = self.patch_embed(images) + self.pos_embed
@@ -48,7 +55,9 @@ class LatentPool(nn.Module):
         width = pool.proj.in_features
         with torch.device("meta"):
             self.attn = nn.MultiheadAttention(width, pool.num_heads, batch_first=True)
-        self.attn.in_proj_weight = nn.Parameter(torch.cat([pool.q.weight, pool.kv.weight]), requires_grad=False)
+        self.attn.in_proj_weight = nn.Parameter(
+            torch.cat([pool.q.weight, pool.kv.weight]), requires_grad=False
+        )
         self.attn.in_proj_bias = nn.Parameter(torch.cat([pool.q.bias, pool.kv.bias]), requires_grad=False)
         self.attn.out_proj = pool.proj
 
@@ -58,8 +67,8 @@ class LatentPool(nn.Module):
 
 
 class TokenTower(nn.Module):
-    """A timm ViT whose output is read from the class token or from an average of the patches by a linear head (`proj`, perhaps
-    `bias`), as MobileCLIP-B's. The names are those of open_clip's VisionTransformer."""
+    """A timm ViT whose output is read from the class token or from an average of the patches by a linear head
+    (`proj`, perhaps `bias`), as MobileCLIP-B's. The names are those of open_clip's VisionTransformer."""
 
     attn_pool = None
 
@@ -96,7 +105,9 @@ class TokenTower(nn.Module):
     def _pool(self, z):
         """As open_clip's: what the projection is given, and the tokens."""
         z = z if self.final_ln_after_pool else self.ln_post(z)
-        pooled = z[:, 0] if self.pool_type == "tok" else z[:, int(hasattr(self, "class_embedding")) :].mean(dim=1)
+        pooled = (
+            z[:, 0] if self.pool_type == "tok" else z[:, int(hasattr(self, "class_embedding")) :].mean(dim=1)
+        )
         return self.ln_post(pooled) if self.final_ln_after_pool else pooled, z
 
 
@@ -114,7 +125,8 @@ def as_block(block):
 
 
 def in_open_clips_form(visual):
-    """An image tower as `HookedViT` reads it: a plain timm ViT becomes a `PooledTower` or `TokenTower`, others stay as they are.
+    """An image tower as `HookedViT` reads it: a plain timm ViT becomes a `PooledTower` or `TokenTower`,
+    others stay as they are.
 
     Raises UserError, with the reason, for a timm tower that cannot.
     """
@@ -122,36 +134,61 @@ def in_open_clips_form(visual):
         return visual
     trunk = visual.trunk
     if reason := next((reason for reason, holds in reasons(visual, trunk) if holds), None):
-        raise UserError(f"this model's image tower is timm's {type(trunk).__name__}{reason}; choose a plain ViT or SigLIP")
+        raise UserError(
+            f"this model's image tower is timm's {type(trunk).__name__}{reason}; choose a plain ViT or SigLIP"
+        )
     if trunk.attn_pool is not None:
         return PooledTower(trunk, visual.image_size)
     return TokenTower(trunk, head_of(visual), visual.image_size)
 
 
 def head_of(visual):
-    """The linear layer after a timm tower's pooling: timm's own, or open_clip's; None where there is another number of them."""
-    layers = [part for part in (visual.trunk.head, *visual.head) if not isinstance(part, nn.Identity | nn.Dropout)]
+    """The linear layer after a timm tower's pooling: timm's own, or open_clip's; None where there is another
+    number of them.
+    """
+    layers = [
+        part for part in (visual.trunk.head, *visual.head) if not isinstance(part, nn.Identity | nn.Dropout)
+    ]
     return layers[0] if len(layers) == 1 and isinstance(layers[0], nn.Linear) else None
 
 
 def reasons(visual, trunk):
-    """(reason, whether it holds) why a timm tower is not covered; a later one is looked at only if no earlier one holds."""
+    """(reason, whether it holds) why a timm tower is not covered; a later one is looked at only if no earlier
+    one holds.
+    """
     yield ", not a ViT", type(trunk) is not timm_vit.VisionTransformer
     pool, block = trunk.attn_pool, trunk.blocks[0]
     parts = (
-        (block.attn.q_norm, block.attn.norm, block.mlp.norm) if type(block) is timm_vit.Block and type(block.mlp) is Mlp else ()
+        (block.attn.q_norm, block.attn.norm, block.mlp.norm)
+        if type(block) is timm_vit.Block and type(block.mlp) is Mlp
+        else ()
     )
-    yield " with blocks that are not plain pre-norm", not parts or not all(isinstance(part, nn.Identity) for part in parts)
+    yield (
+        " with blocks that are not plain pre-norm",
+        not parts or not all(isinstance(part, nn.Identity) for part in parts),
+    )
     yield " with register tokens", trunk.reg_token is not None
     if pool is None:
-        yield " with more layers around its blocks", head_of(visual) is None or trunk.global_pool not in ("token", "avg")
+        yield (
+            " with more layers around its blocks",
+            head_of(visual) is None or trunk.global_pool not in ("token", "avg"),
+        )
         norms = [isinstance(norm, nn.LayerNorm) for norm in (trunk.norm, trunk.fc_norm)]
         yield " without one last LayerNorm", sum(norms) != 1 or (trunk.global_pool == "token" and norms[1])
-        yield " that averages the class token with its patches", trunk.pool_include_prefix and trunk.global_pool == "avg"
+        yield (
+            " that averages the class token with its patches",
+            trunk.pool_include_prefix and trunk.global_pool == "avg",
+        )
         return
     yield " with another kind of pooling", type(pool) is not AttentionPoolLatent
-    yield " with several queries in its pooling", pool.latent_len != 1 or pool.pool != "token" or pool.mlp is None
+    yield (
+        " with several queries in its pooling",
+        pool.latent_len != 1 or pool.pool != "token" or pool.mlp is None,
+    )
     yield " with a class token besides its pooling", trunk.cls_token is not None or pool.pos_embed is not None
     rest = (trunk.norm_pre, trunk.fc_norm, trunk.head, pool.q_norm, pool.k_norm)
-    yield " with more layers around its blocks", not all(isinstance(x, nn.Identity) for x in rest) or len(visual.head) > 0
+    yield (
+        " with more layers around its blocks",
+        not all(isinstance(x, nn.Identity) for x in rest) or len(visual.head) > 0,
+    )
     yield " with images of any size", trunk.dynamic_img_size

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 compute_representations.py ...
 
-Every process (rank) computes its share and writes it into the same files. Processes exchange no tensors; they only meet at a few
-barriers. Without torchrun there is one process, rank 0.
+Every process (rank) computes its share and writes it into the same files. Processes exchange no tensors; they
+only meet at a few barriers. Without torchrun there is one process, rank 0.
 """
 
 import os
@@ -55,7 +55,8 @@ def barrier():
         try:
             dist.barrier()
         except RuntimeError as error:
-            # on this machine torchrun kills us before this prints; on other machines the user needs the message
+            # on this machine torchrun kills us before this prints; on other machines the user needs the
+            # message
             time.sleep(5)
             raise UserError(
                 "another process of this run has ended; fix what it reports (maybe on another machine) and run the same command "
@@ -64,6 +65,8 @@ def barrier():
 
 
 def shard(items):
-    """This process's part of a list. Parts are contiguous, in the order of the ranks, and differ by one item at most."""
+    """This process's part of a list. Parts are contiguous, in the order of the ranks, and differ by one item
+    at most.
+    """
     n, parts = len(items), world_size()
     return items[n * rank() // parts : n * (rank() + 1) // parts]

@@ -14,7 +14,13 @@ from utils.runtime.errors import UserError
 from utils.runtime.locks import Lock, open_alone
 
 BLOCK = 2**23  # bytes of zeros that are written at a time
-UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # what a disk answers that cannot do it
+UNSUPPORTED = (
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EBADF,
+)  # what a disk answers that cannot do it
 ADVICE = {  # what to do about errors of the system that are none of the disk
     errno.EMFILE: "let this shell open more of them: ulimit -n 4096; then run the same command again",
     errno.ENAMETOOLONG: "rename the files of --model, --pretrained or the texts, or take fewer layers at a time",
@@ -29,11 +35,15 @@ def writing(path):
         yield
     except OSError as error:
         fix = ADVICE.get(error.errno, "fix this, then run the same command again")
-        raise UserError(f"{path} cannot be written ({error.strerror}); what is finished is kept: {fix}") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); what is finished is kept: {fix}"
+        ) from error
 
 
 def save_atomic(path, write, rename=os.replace):
-    """Call write(file) on a temporary file beside `path`, then move it there in one step, with rename(from, to)."""
+    """Call write(file) on a temporary file beside `path`, then move it there in one step, with rename(from,
+    to).
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open_alone(partial) as file:
@@ -47,8 +57,8 @@ def save_atomic(path, write, rename=os.replace):
 
 
 def reserve(file, size):
-    """Make a file that is open for reading and writing `size` bytes long, and take room on the disk for all of it; rows in holes
-    are eight times slower, and a full disk would end a process that maps them."""
+    """Make a file that is open for reading and writing `size` bytes long, and take room on the disk for all
+    of it; rows in holes are eight times slower, and a full disk would end a process that maps them."""
     file.flush()
     start = file.seek(0, os.SEEK_END)
     if hasattr(os, "posix_fallocate"):
@@ -75,7 +85,9 @@ def sync_file(file):
 
 def save_json(path, content):
     """Write a json file in one step."""
-    save_atomic(path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()))
+    save_atomic(
+        path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    )
 
 
 def save_table(path, table):
@@ -87,7 +99,9 @@ def save_table(path, table):
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """Yield a folder that appears as `path`, in place of an earlier one, once all its files are written. None yields None."""
+    """Yield a folder that appears as `path`, in place of an earlier one, once all its files are written. None
+    yields None.
+    """
     if path is None:
         yield None
         return
@@ -105,7 +119,8 @@ def whole_folder(path):
 
 
 def read_json(path, what, fix):
-    """Read a json file. what: what it is, such as a flag. fix: what to do about a damaged file, the end of the message.
+    """Read a json file. what: what it is, such as a flag. fix: what to do about a damaged file, the end of
+    the message.
 
     Raises FileNotFoundError when it is not there and UserError when it is damaged.
     """
@@ -116,14 +131,17 @@ def read_json(path, what, fix):
 
 
 def read_array(path, mmap=False):
-    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else, whatever numpy raises.
+    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else,
+    whatever numpy raises.
 
     mmap: map it. Where the disk cannot be mapped, the array is read.
     """
     try:
         if mmap:
             with contextlib.suppress(OSError):
-                array = np.load(path, mmap_mode="c", allow_pickle=False)  # private: some network disks map nothing else
+                array = np.load(
+                    path, mmap_mode="c", allow_pickle=False
+                )  # private: some network disks map nothing else
                 array.flags.writeable = False
                 return array
         return np.load(path, allow_pickle=False)
@@ -137,7 +155,9 @@ def one_line(error):
 
 
 def digest(*arrays):
-    """Twelve hex digits of the content of tensors or arrays. A resumed run compares them with those of its inputs."""
+    """Twelve hex digits of the content of tensors or arrays. A resumed run compares them with those of its
+    inputs.
+    """
     content = hashlib.sha256()
     for array in arrays:
         array = array.cpu().numpy() if hasattr(array, "cpu") else array

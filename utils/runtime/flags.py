@@ -27,26 +27,40 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def stage_parser(description, reads=True):
-    """The parser of a stage script, with the flags of every stage; `reads`: whether it reads results of earlier ones."""
+    """The parser of a stage script, with the flags of every stage; `reads`: whether it reads results of
+    earlier ones.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="ViT-B-32", help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json")
+    add(
+        "--model",
+        default="ViT-B-32",
+        help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json",
+    )
     help = "open_clip tag, path of a weights file (its activation is --model's; FILE::KEY for one of several), or 'random'"
     add("--pretrained", default="openai", help=help)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="./output_dir", help="where results are written")
     if reads:
         add("--input_dir", help="where results of earlier stages are; default: --output_dir")
-    add("--overwrite", action="store_true", help="start from scratch: replace results, discard earlier progress")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start from scratch: replace results, discard earlier progress",
+    )
     return parser
 
 
 def add_device(parser):
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU"
+    )
 
 
 def add_compute(parser, batch_size=16, precision=False, memory=False):
-    """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers --memory."""
+    """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers
+    --memory.
+    """
     group = parser.add_argument_group("computation")
     add_device(group)
     add = group.add_argument
@@ -54,11 +68,18 @@ def add_compute(parser, batch_size=16, precision=False, memory=False):
     if precision:
         add("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
     if memory:
-        add("--memory", type=float, default=4, help="GB for the folded weights of layers that share one pass over the images")
+        add(
+            "--memory",
+            type=float,
+            default=4,
+            help="GB for the folded weights of layers that share one pass over the images",
+        )
 
 
 def add_unused(parser, *names):
-    """Published flags that have no meaning here, and are accepted so that published commands run unchanged."""
+    """Published flags that have no meaning here, and are accepted so that published commands run
+    unchanged.
+    """
     help = "no meaning here; accepted as a flag of the published code"
     for name in names:
         parser.add_argument(name, dest="unused", default=argparse.SUPPRESS, help=help)
@@ -69,19 +90,30 @@ def add_data(parser, split="val", required=True):
     group = parser.add_argument_group("data")
     add_dataset(group)
     group.add_argument("--data_path", required=required, help="the data set's root folder")
-    group.add_argument("--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root")
-    group.add_argument("--subsample", type=positive_int, help="take every Nth image; default: imagenet train 250, val 10, -R 10")
+    group.add_argument(
+        "--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root"
+    )
+    group.add_argument(
+        "--subsample",
+        type=positive_int,
+        help="take every Nth image; default: imagenet train 250, val 10, -R 10",
+    )
     add_workers(group)
 
 
 def add_training_images(parser):
     """The flags of the images that texts are fitted to."""
-    parser.add_argument("--train_data_path", help="root folder of the training images; default: --data_path, or where they lay")
+    parser.add_argument(
+        "--train_data_path",
+        help="root folder of the training images; default: --data_path, or where they lay",
+    )
     parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
 
 
 def add_described(parser):
-    """The flags of the stages that look at descriptions: images of both splits, layers, and which descriptions."""
+    """The flags of the stages that look at descriptions: images of both splits, layers, and which
+    descriptions.
+    """
     add_data(parser)
     add_training_images(parser)
     add_layers(parser)
@@ -91,15 +123,21 @@ def add_described(parser):
 
 
 def add_workers(parser):
-    parser.add_argument("--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images")
+    parser.add_argument(
+        "--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images"
+    )
 
 
 def add_dataset(parser):
-    parser.add_argument("--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files")
+    parser.add_argument(
+        "--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files"
+    )
 
 
 def add_layers(parser):
-    parser.add_argument("--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'")
+    parser.add_argument(
+        "--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'"
+    )
 
 
 def add_top_k(parser, help="as in compute_pcas.py"):
@@ -107,13 +145,21 @@ def add_top_k(parser, help="as in compute_pcas.py"):
 
 
 def add_coefficient(parser):
-    parser.add_argument("--coefficient", type=float, default=100.0, help="norm that a representation is scaled to")
+    parser.add_argument(
+        "--coefficient", type=float, default=100.0, help="norm that a representation is scaled to"
+    )
 
 
 def add_texts(parser, components=32, also=()):
     """The flags that name descriptions. also: other names of --components."""
-    parser.add_argument("--text_descriptions", default="30k", help="name of the text set, as in compute_text_set_projection.py")
-    parser.add_argument("--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors")
+    parser.add_argument(
+        "--text_descriptions",
+        default="30k",
+        help="name of the text set, as in compute_text_set_projection.py",
+    )
+    parser.add_argument(
+        "--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors"
+    )
     parser.add_argument("--components", *also, type=positive_int, default=components, help="texts per neuron")
     parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
 
@@ -146,7 +192,9 @@ def choose_device(name):
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; use cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another")
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another"
+        )
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -155,7 +203,9 @@ def choose_device(name):
 
 
 def results_of(args, **known):
-    """Two `Results` of a stage: what it reads (from --input_dir, else from --output_dir), and what it writes."""
+    """Two `Results` of a stage: what it reads (from --input_dir, else from --output_dir), and what it
+    writes.
+    """
     of_model = partial(Results, model=args.model, pretrained=args.pretrained, **known)
     return of_model(args.input_dir, also=args.output_dir), of_model(args.output_dir)
 
@@ -174,7 +224,8 @@ def same_command(**changes):
 def run(main, parser, parallel=False, written="output_dir"):
     """Parse the flags, run a stage, and turn a user's mistake into one line on stderr and exit code 1.
 
-    parallel: whether the processes of torchrun share this stage's work. If not, rank 0 does it and the others leave.
+    parallel: whether the processes of torchrun share this stage's work. If not, rank 0 does it and the others
+        leave.
     written: the flag of the folder that the stage writes into.
     """
     for stream in (sys.stdout, sys.stderr):

@@ -12,7 +12,9 @@ def parse_layers(layers, vit):
     """
     last = vit.last
     if last < 0:
-        raise UserError("this model has one layer, and no attention comes after its MLP; there are no second-order effects")
+        raise UserError(
+            "this model has one layer, and no attention comes after its MLP; there are no second-order effects"
+        )
     if [str(l) for l in layers] == ["all"]:
         return list(range(last + 1))
     for l in layers:
@@ -26,7 +28,8 @@ def parse_layers(layers, vit):
 
 
 def stored_layers(results, kinds, layers, **names):
-    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files in the folder.
+    """The layers that `--mlp_layer` names where no model is loaded: numbers as they are, 'all' by the files
+    in the folder.
 
     results: `Results` of the folder.
     kinds: of artifacts; a layer counts with any of them. names: the other fields of their names.
@@ -44,18 +47,22 @@ def stored_layers(results, kinds, layers, **names):
         files = (file.name for folder in results.folders if folder.is_dir() for file in folder.iterdir())
         names_of_kind = (name for name in files if name.startswith(prefix) and name.endswith(suffix))
         middles = (name.removeprefix(prefix).removesuffix(suffix) for name in names_of_kind)
-        found |= {int(middle) for middle in middles if middle.isdecimal()}  # others are of weights with a longer name
+        found |= {
+            int(middle) for middle in middles if middle.isdecimal()
+        }  # others are of weights with a longer name
     if not found:
         command = results.command(kinds[0], layer="all", **names)
-        raise UserError(f"{results.directory} has no {' or '.join(kinds)} of {names['dataset']}; make them with: {command}")
+        raise UserError(
+            f"{results.directory} has no {' or '.join(kinds)} of {names['dataset']}; make them with: {command}"
+        )
     return sorted(found)
 
 
 def groups_of_layers(vit, layers, memory):
     """Divide layers into lists that share one pass over the images.
 
-    memory: bytes that the folded weights [K, N, e] and the Gram matrices (half of [N, K, K]) of a list may take. A list has at
-        least one layer.
+    memory: bytes that the folded weights [K, N, e] and the Gram matrices (half of [N, K, K]) of a list may
+        take. A list has at least one layer.
     """
     groups, used = [], memory
     for layer in layers:

@@ -3,10 +3,10 @@
     with Lock(path, files):
         ...
 
-Beside `path` lies PATH.lock, which says which process of which machine works on which files, and since when. The operating
-system locks the file as well, and gives that up when the process ends, however it ends: a lock that was left by a killed
-process, or before a restart, is taken over. Where the file is of another machine, whose processes cannot be seen from
-here, the message says how to go on.
+Beside `path` lies PATH.lock, which says which process of which machine works on which files, and since when.
+The operating system locks the file as well, and gives that up when the process ends, however it ends: a lock
+that was left by a killed process, or before a restart, is taken over. Where the file is of another machine,
+whose processes cannot be seen from here, the message says how to go on.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ class Lock:
     """The right to make some files. Raises UserError, on entering, when another process has it.
 
     path: what the lock is named after.
-    files: all files that it is about, in the folder of `path`; default: `path` alone. Another lock of the folder that is
-        about one of them counts as well.
-    rank: which of torchrun's processes takes it; for the others nothing happens. Rank 0 takes it for all. What others take
-        besides, after it, says whether one of them still runs when rank 0 has died.
+    files: all files that it is about, in the folder of `path`; default: `path` alone. Another lock of the
+        folder that is about one of them counts as well.
+    rank: which of torchrun's processes takes it; for the others nothing happens. Rank 0 takes it for all.
+        What others take besides, after it, says whether one of them still runs when rank 0 has died.
     """
 
     def __init__(self, path, files=None, rank=0):
@@ -81,7 +81,9 @@ class Lock:
             _ours.discard(self.path)
 
     def _take(self, patient):
-        """Take the lock file. Returns None, or why it cannot be taken. patient: whether an empty file may still be filled in."""
+        """Take the lock file. Returns None, or why it cannot be taken. patient: whether an empty file may
+        still be filled in.
+        """
         ours, file = True, None
         try:
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+b", buffering=0)
@@ -99,7 +101,9 @@ class Lock:
             return reason
         except FileNotFoundError:
             if self.path.is_symlink():
-                raise UserError(f"{self.path} is a link to nothing; remove it, and run the same command again") from None
+                raise UserError(
+                    f"{self.path} is a link to nothing; remove it, and run the same command again"
+                ) from None
             return _message(self.path, {}, known=True)  # it has just been released
         except IsADirectoryError:
             raise UserError(f"{self.path} is a folder; remove it, and run the same command again") from None
@@ -116,7 +120,9 @@ class Lock:
         if held:
             return _message(self.path, content, known=True)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-            return _message(self.path, content, known=True)  # released, and taken by another, since it was opened
+            return _message(
+                self.path, content, known=True
+            )  # released, and taken by another, since it was opened
         if ours or _is_over(content, held):
             return None
         if not content and not patient:  # its owner had no time to fill it in
@@ -230,11 +236,15 @@ def _started(process):
 
 
 def _held(file):
-    """Whether another process holds the system's lock of a file, which otherwise becomes ours; None if the system cannot say."""
+    """Whether another process holds the system's lock of a file, which otherwise becomes ours; None if the
+    system cannot say.
+    """
     if fcntl is None:
         return None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: processes that load images would inherit it
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not flock: processes that load images would inherit it
     except OSError as error:
         return True if error.errno in HELD else None
     return False

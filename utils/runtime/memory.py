@@ -1,4 +1,5 @@
-"""How the process of a stage takes memory from the C library. Only glibc can be told; elsewhere nothing happens here.
+"""How the process of a stage takes memory from the C library. Only glibc can be told; elsewhere nothing
+happens here.
 
 `manage` is called once, by `flags.run`. In a notebook or another program nothing is changed.
 """
@@ -11,8 +12,8 @@ _managed = False
 
 
 def manage():
-    """From now on blocks of 4 MB or more go back to the system when they are freed: weights that are loaded and folded would
-    leave holes between those that stay."""
+    """From now on blocks of 4 MB or more go back to the system when they are freed: weights that are loaded
+    and folded would leave holes between those that stay."""
     global _managed
     _managed = True
     _glibc("mallopt", MMAP_THRESHOLD, 2**22)
@@ -20,7 +21,9 @@ def manage():
 
 @contextlib.contextmanager
 def steady():
-    """For a loop over batches: what one batch frees is kept for the next. To get it again, page by page, takes time."""
+    """For a loop over batches: what one batch frees is kept for the next. To get it again, page by page,
+    takes time.
+    """
     if not _managed:
         yield
         return
@@ -34,7 +37,9 @@ def steady():
 
 
 def trim():
-    """Give back what lies free; a long loop calls it now and then, because the holes between what is kept grow."""
+    """Give back what lies free; a long loop calls it now and then, because the holes between what is kept
+    grow.
+    """
     if _managed:
         _glibc("malloc_trim", 0)
 

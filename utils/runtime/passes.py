@@ -1,14 +1,16 @@
-"""Long passes over images or neurons: shared by all processes, resumed after an interruption, whole files only.
+"""Long passes over images or neurons: shared by all processes, resumed after an interruption, whole files
+only.
 
     with Pass({path: ((len(images), vit.D), "float32")}, record, pieces_of(len(images), 16)) as work:
         for rows, pixels in work.over(loader):
             work[path][rows] = vit(pixels)
 
-A piece (a batch of images, a block of neurons) is done when its turn of the loop has ended and its rows are written. Arrays grow
-as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first lies X.npy.TAG.progress.RANK: the pieces that
-this process has done, and its `work.state`. When all pieces are done, the arrays get their names and records. An array that is
-there with the same record is kept; a pass whose arrays are all there has nothing left to do. While a pass runs, X.npy.lock keeps
-others from making the same arrays.
+A piece (a batch of images, a block of neurons) is done when its turn of the loop has ended and its rows are
+written. Arrays grow as X.npy.TAG.partial; TAG stands for what the pass is made from. Beside the first lies
+X.npy.TAG.progress.RANK: the pieces that this process has done, and its `work.state`. When all pieces are
+done, the arrays get their names and records. An array that is there with the same record is kept; a pass
+whose arrays are all there has nothing left to do. While a pass runs, X.npy.lock keeps others from making the
+same arrays.
 """
 
 import contextlib
@@ -37,14 +39,17 @@ COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take
 TRIM = 32  # turns after which free memory is given back
 QUEUE = 2**27  # bytes that may wait for the writing thread
 OPEN = 64  # files that are open at a time; some systems allow 256
-TEMPORARY = re.compile(r"(?P<array>.+)\.(?P<tag>[0-9a-f]{12})\.(?P<rest>.+)", re.DOTALL)  # the name of a file beside an array
+TEMPORARY = re.compile(
+    r"(?P<array>.+)\.(?P<tag>[0-9a-f]{12})\.(?P<rest>.+)", re.DOTALL
+)  # the name of a file beside an array
 
 
 class Pieces(list):
     """Slices of rows.
 
-    digests: what each row is made from, one string of hex digits for each; None where that is not known. An interrupted
-        pass is resumed although some rows have changed since, as long as none of their pieces is done.
+    digests: what each row is made from, one string of hex digits for each; None where that is not known. An
+        interrupted pass is resumed although some rows have changed since, as long as none of their pieces is
+        done.
     """
 
     def __init__(self, slices, digests=None):
@@ -56,7 +61,9 @@ class Pieces(list):
 
 
 def pieces_of(rows, size):
-    """`Pieces` of `size` rows. rows: how many there are, or a data set, whose `digests` then say what each is made from."""
+    """`Pieces` of `size` rows. rows: how many there are, or a data set, whose `digests` then say what each is
+    made from.
+    """
     count = rows if isinstance(rows, int) else len(rows)
     slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return Pieces(slices, getattr(rows, "digests", None))
@@ -69,7 +76,10 @@ def walk(pieces, load=None, description="images", unit="image"):
     """
     items = load(pieces) if load else [None] * len(pieces)
     count = sum(piece.stop - piece.start for piece in pieces)
-    with memory.steady(), tqdm(total=count, desc=description, unit=unit, disable=not distributed.is_rank_zero()) as bar:
+    with (
+        memory.steady(),
+        tqdm(total=count, desc=description, unit=unit, disable=not distributed.is_rank_zero()) as bar,
+    ):
         for turn, (piece, item) in enumerate(zip(pieces, items, strict=True)):
             yield piece, item
             bar.update(piece.stop - piece.start)
@@ -78,7 +88,9 @@ def walk(pieces, load=None, description="images", unit="image"):
 
 
 def _temporary(arrays, tag=None):
-    """The files that passes have left beside some arrays, which lie in one folder: those of one tag, or of all."""
+    """The files that passes have left beside some arrays, which lie in one folder: those of one tag, or of
+    all.
+    """
     names, found = {path.name for path in arrays}, []
     for file in next(iter(arrays)).parent.iterdir():
         parts = TEMPORARY.fullmatch(file.name)
@@ -98,7 +110,8 @@ def _taken(file):
 def require_space(arrays, scratch=0, overwrite=False):
     """Say how much will be written. Raises UserError, before any work is done, when the disk is too small.
 
-    arrays: {path: (shape, dtype)} in one folder. Finished ones need no more room, unless they are to be overwritten.
+    arrays: {path: (shape, dtype)} in one folder. Finished ones need no more room, unless they are to be
+        overwritten.
     scratch: bytes of other files.
     """
     folder = next(iter(arrays)).parent
@@ -117,19 +130,19 @@ class Pass:
     """The loop over pieces that can be interrupted.
 
     Parameters
-    arrays: {path: (shape, dtype)} of the results, or (shape, dtype, what this one alone is made from besides). Inside the `with`,
-        work[path][rows] = block and work[path][:, columns] = block write them; a thread does it while the loop goes on, so a
-        block must not be changed afterwards.
+    arrays: {path: (shape, dtype)} of the results, or (shape, dtype, what this one alone is made from
+        besides). Inside the `with`, work[path][rows] = block and work[path][:, columns] = block write them; a
+        thread does it while the loop goes on, so a block must not be changed afterwards.
     record: what the arrays are made from. It becomes their record.
     pieces: slices.
     settings: what else an interrupted pass must agree with to be resumed (batch size, layers).
-    state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`). They are saved with the
-        progress. Each process has its own, so as many processes must resume the pass.
+    state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`).
+        They are saved with the progress. Each process has its own, so as many processes must resume the pass.
     scratch: the same for arrays too large for memory (`work.scratch`).
     overwrite: discard finished results and earlier progress.
 
-    Raises UserError when results made from something else are there, when an unfinished pass with other settings has written into
-    the first array, and when the disk is too small.
+    Raises UserError when results made from something else are there, when an unfinished pass with other
+    settings has written into the first array, and when the disk is too small.
     """
 
     def __init__(self, arrays, record, pieces, settings=None, state=None, scratch=None, overwrite=False):
@@ -138,8 +151,12 @@ class Pass:
         alone = {Path(path): spec[2] for path, spec in arrays.items() if len(spec) > 2}
         self.state = {name: np.zeros(*spec) for name, spec in (state or {}).items()}
         self.scratch = dict(scratch or {})
-        identity = {key: value for key, value in complete(record).items() if key not in NOTES} | (settings or {})
-        identity["arrays"] = {path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()}
+        identity = {key: value for key, value in complete(record).items() if key not in NOTES} | (
+            settings or {}
+        )
+        identity["arrays"] = {
+            path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()
+        }
         identity |= {"inputs": {path.name: made_of for path, made_of in alone.items()}} if alone else {}
         identity["division into pieces"] = _hash([[piece.start, piece.stop] for piece in pieces])
         if state:
@@ -150,7 +167,8 @@ class Pass:
         self.tag = _hash({key: value for key, value in identity.items() if key not in by_rows})
         self.first = next(iter(self.arrays))
         self.files = {
-            path: ArrayFile(path, complete(record | alone.get(path, {}), *spec), self) for path, spec in self.arrays.items()
+            path: ArrayFile(path, complete(record | alone.get(path, {}), *spec), self)
+            for path, spec in self.arrays.items()
         }
         self.open_files = OrderedDict()  # the latest used last
         self.finished, self._lock = False, None
@@ -186,12 +204,18 @@ class Pass:
         return self
 
     def _is_made(self):
-        """Whether all arrays are there. Raises UserError when one is there that was made from something else."""
-        return all([is_made(file.path, file.record, self.overwrite) for file in self.files.values()])  # looks at each
+        """Whether all arrays are there. Raises UserError when one is there that was made from something
+        else.
+        """
+        return all(
+            [is_made(file.path, file.record, self.overwrite) for file in self.files.values()]
+        )  # looks at each
 
     def _take_lock(self):
         """Take the lock of the arrays that are not there yet."""
-        to_make = [file.path for file in self.files.values() if not is_made(file.path, file.record, self.overwrite)]
+        to_make = [
+            file.path for file in self.files.values() if not is_made(file.path, file.record, self.overwrite)
+        ]
         return Lock((to_make or [self.first])[0], to_make, distributed.rank()).take()
 
     def _prepare(self):
@@ -202,7 +226,9 @@ class Pass:
             self._lock = self._take_lock()
             self.finished = self._is_made()
         if self.finished:
-            print(f"kept {self.first.name}: made from the same inputs with the same flags (--overwrite makes it again)")
+            print(
+                f"kept {self.first.name}: made from the same inputs with the same flags (--overwrite makes it again)"
+            )
             if _temporary(self.arrays, self.tag) or is_locked(self.arrays):
                 with contextlib.suppress(UserError):  # another run makes them again
                     self._lock = self._lock or Lock(self.first, self.arrays).take()
@@ -212,7 +238,9 @@ class Pass:
         earlier = [] if self.overwrite else self._progress_files(every_tag=True)
         for path in earlier:
             self._check_progress(path)
-        if earlier and all(file.partial.is_file() or is_made(file.path, file.record) for file in self.files.values()):
+        if earlier and all(
+            file.partial.is_file() or is_made(file.path, file.record) for file in self.files.values()
+        ):
             return
         self._clean(every_tag=self.overwrite)
         try:
@@ -225,7 +253,9 @@ class Pass:
             raise
 
     def _check_progress(self, path):
-        """Raise UserError when an unfinished run has written into the first array that this one does not resume."""
+        """Raise UserError when an unfinished run has written into the first array that this one does not
+        resume.
+        """
         saved = read_progress(path)
         started = self.identity if saved is None else json.loads(str(saved["identity"]))
         differing = [key for key in self.identity if started.get(key) != self.identity[key]]
@@ -238,11 +268,15 @@ class Pass:
             )
 
     def _same_rows(self, saved):
-        """Whether the rows that have changed since some progress was saved are all of pieces that are not done."""
+        """Whether the rows that have changed since some progress was saved are all of pieces that are not
+        done.
+        """
         if not len(self._rows) or np.shape(saved.get("rows")) != self._rows.shape:
             return False
         changed = saved["rows"] != self._rows
-        return not any(changed[piece].any() for piece, done in zip(self.pieces, saved["done"], strict=True) if done)
+        return not any(
+            changed[piece].any() for piece, done in zip(self.pieces, saved["done"], strict=True) if done
+        )
 
     def _resume(self):
         """Open the files, and read the progress of all processes."""
@@ -264,7 +298,8 @@ class Pass:
             self._lock.release()
 
     def over(self, load=None, part=slice(None), description="images", unit="image"):
-        """Yield (piece, item) for this process's share of what is not done; load, description, unit as in `walk`.
+        """Yield (piece, item) for this process's share of what is not done; load, description, unit as in
+        `walk`.
 
         part: a slice of the pieces, for passes that go over the images more than once.
         """
@@ -289,7 +324,9 @@ class Pass:
         """Called after every turn; tests stop here."""
 
     def commit(self, wait=True):
-        """Save the progress: first the rows reach the disk, then the record of them, so that a machine may die in between."""
+        """Save the progress: first the rows reach the disk, then the record of them, so that a machine may
+        die in between.
+        """
         self._saved, self._saving = time.monotonic(), self._submit(self._save)
         if wait:
             self._wait(self._saving)
@@ -308,7 +345,9 @@ class Pass:
 
     def gather_scratch(self, name):
         """The same of a scratch array, as read-only memory maps. To be called after `gather`."""
-        return [self.scratch[name].of_file(self.beside(name, rank)) for rank in range(distributed.world_size())]
+        return [
+            self.scratch[name].of_file(self.beside(name, rank)) for rank in range(distributed.world_size())
+        ]
 
     def _submit(self, task):
         """Queue a task for the writing thread. After the first error nothing more is done there."""
@@ -325,7 +364,9 @@ class Pass:
     def write(self, task, size):
         """Queue the writing of a block of `size` bytes; wait while more than QUEUE bytes are waiting."""
         self._blocks.append((self._submit(task), size))
-        while sum(waiting for _, waiting in self._blocks) > QUEUE or self._blocks and self._blocks[0][0].done():
+        while (
+            sum(waiting for _, waiting in self._blocks) > QUEUE or self._blocks and self._blocks[0][0].done()
+        ):
             self._wait(self._blocks.popleft()[0])
 
     def _wait(self, future=None):
@@ -337,11 +378,22 @@ class Pass:
 
     def _save(self):
         began = time.monotonic()
-        for file in [*self.files.values(), *(item for item in self.scratch.values() if isinstance(item, Scratch))]:
+        for file in [
+            *self.files.values(),
+            *(item for item in self.scratch.values() if isinstance(item, Scratch)),
+        ]:
             file.sync()
-        content = {"identity": json.dumps(self.identity), "done": self._done, "rows": self._rows, **self.state}
+        content = {
+            "identity": json.dumps(self.identity),
+            "done": self._done,
+            "rows": self._rows,
+            **self.state,
+        }
         with writing(self.first):
-            save_atomic(self.beside("progress"), lambda file: (np.savez(file, **content), file.flush(), sync_file(file)))
+            save_atomic(
+                self.beside("progress"),
+                lambda file: (np.savez(file, **content), file.flush(), sync_file(file)),
+            )
         self._cost = time.monotonic() - began if self.state else 0.0
 
     def __exit__(self, kind, error, trace):
@@ -375,7 +427,11 @@ class Pass:
 
     def _publish(self):
         """Give the arrays their names. Raises UserError when pieces are missing."""
-        saved = [progress["done"] for path in self._progress_files() if (progress := read_progress(path)) is not None]
+        saved = [
+            progress["done"]
+            for path in self._progress_files()
+            if (progress := read_progress(path)) is not None
+        ]
         if not saved or not np.any(saved, axis=0).all():
             raise UserError(f"{self.first} is not complete; run the same command again")
         for file in self.files.values():
@@ -387,7 +443,9 @@ class Pass:
         return [path for path in files if re.search(r"\.progress\.\d+\Z", path.name)]
 
     def _clean(self, every_tag=False):
-        """Remove what is no result; on demand also what other interrupted passes have left for these arrays."""
+        """Remove what is no result; on demand also what other interrupted passes have left for these
+        arrays.
+        """
         for leftover in _temporary(self.arrays, None if every_tag else self.tag):
             leftover.unlink(missing_ok=True)
 
@@ -400,7 +458,8 @@ class Pass:
 
 
 class ArrayFile:
-    """An .npy of a `Pass`, written piece by piece. The room for all of it is taken at the start. It never holds NaN or infinity.
+    """An .npy of a `Pass`, written piece by piece. The room for all of it is taken at the start. It never
+    holds NaN or infinity.
 
     path: of the result. record: of the finished array. work: the `Pass`.
     """
@@ -415,7 +474,11 @@ class ArrayFile:
     def create(self):
         """Make the file, with room for the whole array."""
         with writing(self.partial), open(self.partial, "w+b") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": self.shape,
+            }
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
             reserve(file, file.tell() + _bytes(self.shape, self.dtype))
@@ -429,7 +492,8 @@ class ArrayFile:
                 self._start = file.tell()
 
     def __setitem__(self, index, block):
-        """file[rows] = block, or file[:, columns] = block: a tensor or array, copied to the host here, written by the thread.
+        """file[rows] = block, or file[:, columns] = block: a tensor or array, copied to the host here,
+        written by the thread.
 
         Raises ValueError when the block is of another shape than these rows, or of another kind of numbers.
         """
@@ -438,7 +502,9 @@ class ArrayFile:
         block = np.asarray(block)
         self._check(index, block)
         block = np.ascontiguousarray(block, self.dtype)
-        if self.dtype.kind == "f" and not torch.from_numpy(block).sum(dtype=torch.float32).isfinite():  # quicker than each alone
+        if (
+            self.dtype.kind == "f" and not torch.from_numpy(block).sum(dtype=torch.float32).isfinite()
+        ):  # quicker than each alone
             raise UserError(
                 f"{self.path} would hold NaN or infinity; look at its inputs, or repeat the command without float16 "
                 "(--precision, --store_dtype)"
@@ -447,7 +513,9 @@ class ArrayFile:
             self.work.write(lambda: self._write(index, block), block.nbytes)
 
     def _converted(self, block):
-        """A tensor as an array, converted on its device where it is of the right kind: numpy is slow at half precision."""
+        """A tensor as an array, converted on its device where it is of the right kind: numpy is slow at half
+        precision.
+        """
         block = block.detach()
         floats = block.dtype.is_floating_point
         if floats and self.dtype.kind == "f":
@@ -504,7 +572,9 @@ class ArrayFile:
 
 
 class Scratch:
-    """An array of one process in a file that is mapped into memory. Where the disk cannot be mapped, all of it is in memory."""
+    """An array of one process in a file that is mapped into memory. Where the disk cannot be mapped, all of
+    it is in memory.
+    """
 
     def __init__(self, path, shape, dtype, resumed):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
@@ -513,7 +583,9 @@ class Scratch:
             with writing(path), open(path, "w+b") as file:
                 reserve(file, size)  # a full disk would end the process by a signal, without a message
         if not path.is_file() or path.stat().st_size != size:  # a map would fill with zeros what is cut off
-            raise UserError(f"{path} of an interrupted run is missing or cut off; add --overwrite to start from scratch")
+            raise UserError(
+                f"{path} of an interrupted run is missing or cut off; add --overwrite to start from scratch"
+            )
         self._map = None
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), size)

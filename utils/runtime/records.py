@@ -1,7 +1,7 @@
 """Values of records, and how they compare with those of earlier versions.
 
-A record says what a result was made from. Where a later version computes a value in another way, a `Digest` carries both
-values, so that results of the earlier version are still recognised.
+A record says what a result was made from. Where a later version computes a value in another way, a `Digest`
+carries both values, so that results of the earlier version are still recognised.
 """
 
 import functools
@@ -18,7 +18,9 @@ from utils.runtime.files import read_array, read_json, save_atomic, save_json
 
 BLOCK = 2**24  # bytes hashed at a time
 THREADS = min(8, os.cpu_count() or 1)  # hashlib lets them run side by side
-METHOD = 1  # raise it when a change of the mathematics changes results: results of another number are made again
+METHOD = (
+    1  # raise it when a change of the mathematics changes results: results of another number are made again
+)
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
 ADDED = ("preprocessing", "tokenizer")  # keys that records of earlier versions do not have
 
@@ -64,12 +66,16 @@ def like_json(value):
 
 
 def agrees(found, wanted):
-    """Whether a value of a stored record is the wanted one, or the one that an earlier version wrote in its place."""
+    """Whether a value of a stored record is the wanted one, or the one that an earlier version wrote in its
+    place.
+    """
     return found == wanted or was(found, wanted)
 
 
 def was(found, wanted):
-    """Whether a stored value differs from the wanted one, but is what an earlier version wrote in its place."""
+    """Whether a stored value differs from the wanted one, but is what an earlier version wrote in its
+    place.
+    """
     if isinstance(wanted, Digest):
         return found != wanted and found == wanted.earlier
     if isinstance(wanted, dict) and isinstance(found, dict) and found.keys() == wanted.keys():
@@ -91,7 +97,9 @@ def tell_earlier(folder):
 
 
 def digest_of_parts(parts):
-    """Sixteen hex digits of a list of buffers, in this order: all their bytes. The buffers are hashed side by side."""
+    """Sixteen hex digits of a list of buffers, in this order: all their bytes. The buffers are hashed side by
+    side.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
         return hashlib.sha256("".join(pool.map(_sha256, parts)).encode()).hexdigest()[:16]
 
@@ -121,7 +129,9 @@ def record_path(path):
 
 
 def load_record(path):
-    """How a result was made; {} for one that came without a record. Raises UserError when the record is damaged."""
+    """How a result was made; {} for one that came without a record. Raises UserError when the record is
+    damaged.
+    """
     fix = f"remove it together with {path} and make both again"
     try:
         record = read_json(record_path(path), "", fix)
@@ -139,7 +149,8 @@ def complete(record, shape=None, dtype=None):
 
 
 def is_made(path, record, overwrite=False):
-    """Whether a result is there with this very record (as `complete` gives it), so that it need not be made again.
+    """Whether a result is there with this very record (as `complete` gives it), so that it need not be made
+    again.
 
     Raises UserError when it is there with another record: nothing is replaced without --overwrite.
     """
@@ -160,14 +171,18 @@ def is_made(path, record, overwrite=False):
         return False  # of older mathematics
     if differing:
         how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
-        raise UserError(f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it")
+        raise UserError(
+            f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it"
+        )
     if any(was(found.get(key), record[key]) for key in compared):
         tell_earlier(path.parent)
     return True
 
 
 def publish(partial, path, record):
-    """Give a finished file its name, and write its record. A result never stands beside the record of another one."""
+    """Give a finished file its name, and write its record. A result never stands beside the record of another
+    one.
+    """
     Path(path).unlink(missing_ok=True)
     save_json(record_path(path), to_json(record))
     os.replace(partial, path)
@@ -178,4 +193,8 @@ def save_array(path, array, record):
     if not np.isfinite(array).all():
         raise UserError(f"{path} would hold NaN or infinity; it is not written: look at what it is made from")
     record = complete(record, array.shape, array.dtype)
-    save_atomic(path, lambda file: np.save(file, array, allow_pickle=False), lambda new, path: publish(new, path, record))
+    save_atomic(
+        path,
+        lambda file: np.save(file, array, allow_pickle=False),
+        lambda new, path: publish(new, path, record),
+    )

@@ -1,7 +1,8 @@
 """What every result is called, which command makes it, and what it was made from.
 
-Every array is a plain .npy in one folder. Beside `X.npy` lies its record `X.meta.json`: shape, dtype, and what it was made from.
-The next stage compares it. A result without a record (made by the published code) is accepted after a look at its shape.
+Every array is a plain .npy in one folder. Beside `X.npy` lies its record `X.meta.json`: shape, dtype, and
+what it was made from. The next stage compares it. A result without a record (made by the published code) is
+accepted after a look at its shape.
 """
 
 import errno
@@ -24,7 +25,9 @@ from utils.runtime.records import (
     was,
 )
 
-NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes, so that there is room for the names of temporary files
+NAME_MAX = 255 - len(
+    ".0123456789ab.progress.00.partial"
+)  # bytes, so that there is room for the names of temporary files
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt", ".index.json")
 
 
@@ -50,7 +53,9 @@ EMBEDS, CLASSIFIER = f"compute_representations.py {IMAGES}", f"compute_classifie
 EFFECTS = f"compute_second_order_neuron_prs.py {IMAGES} --mlp_layer {{layer}}"
 MERGED, TOP = f"{EFFECTS} --merged", f"{EFFECTS} --keep top --top_k_pca {{k}}"
 PCAS = "compute_pcas.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k}"
-ABLATES = f"compute_ablations.py {IMAGES} --train_dataset {{train_dataset}} --mlp_layer {{layer}} --top_k_pca {{k}}"
+ABLATES = (
+    f"compute_ablations.py {IMAGES} --train_dataset {{train_dataset}} --mlp_layer {{layer}} --top_k_pca {{k}}"
+)
 TEXTS = "compute_text_set_projection.py --text_descriptions {texts} --descriptions_dir {descriptions_dir}"
 DESCRIBES = (
     "compute_sparse_decomposition.py --dataset {dataset} --mlp_layer {layer} --top_k_pca {k} --text_descriptions {texts} "
@@ -66,37 +71,77 @@ LOOKS = GRADES_ALL.replace("evaluate_descriptions.py", "make_gallery.py").replac
 SEGMENTS = "compute_segmentation.py --data_path {data_path}"
 
 ARTIFACTS = {
-    "representations": Artifact("{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x unit representations"),
+    "representations": Artifact(
+        "{dataset}_{split}_representations_{clip}.npy", "images D", EMBEDS, "100 x unit representations"
+    ),
     "classes": Artifact("{dataset}_{split}_classes.npy", "images", EMBEDS, "labels", "int64"),
-    "classifier": Artifact("{dataset}_classifier_{clip}.npy", "D classes", CLASSIFIER, "unit columns, mean over 80 templates"),
-    "coefficients": Artifact(LAYER + "coefficients.npy", "images K N", EFFECTS, "C, the images' part of the effects"),
+    "classifier": Artifact(
+        "{dataset}_classifier_{clip}.npy", "D classes", CLASSIFIER, "unit columns, mean over 80 templates"
+    ),
+    "coefficients": Artifact(
+        LAYER + "coefficients.npy", "images K N", EFFECTS, "C, the images' part of the effects"
+    ),
     "bias": Artifact(LAYER + "bias.npy", "images D", EFFECTS, "kappa, equal for all neurons"),
-    "values": Artifact(LAYER + "values.npy", "K N e", EFFECTS, "the weights' part: neuron n written into head k"),
+    "values": Artifact(
+        LAYER + "values.npy", "K N e", EFFECTS, "the weights' part: neuron n written into head k"
+    ),
     "outputs": Artifact(LAYER + "outputs.npy", "K e D", EFFECTS, "head k written into the representation"),
-    "merged": Artifact(LAYER + "merged.npy", "images N D", MERGED, "`--merged`: the effects, as in the published code"),
-    "top_coefficients": Artifact(LAYER + "top_coefficients.npy", "N k K", TOP, "`--keep top`: the k largest centred effects"),
+    "merged": Artifact(
+        LAYER + "merged.npy", "images N D", MERGED, "`--merged`: the effects, as in the published code"
+    ),
+    "top_coefficients": Artifact(
+        LAYER + "top_coefficients.npy", "N k K", TOP, "`--keep top`: the k largest centred effects"
+    ),
     "top_images": Artifact(LAYER + "top_images.npy", "N k", TOP, "their images", "int32"),
     "top_mean": Artifact(LAYER + "top_mean.npy", "N D", TOP, "mean effects"),
     "pca": Artifact(LAYER + "{k}_pca.npy", "N D", PCAS, "first components"),
-    "norm": Artifact(LAYER + "{k}_norm.npy", "N k", PCAS, "norms of the k largest centred effects, ascending"),
-    "explained": Artifact(LAYER + "{k}_explained.npy", "N", PCAS, "share of their squared norm along the component"),
+    "norm": Artifact(
+        LAYER + "{k}_norm.npy", "N k", PCAS, "norms of the k largest centred effects, ascending"
+    ),
+    "explained": Artifact(
+        LAYER + "{k}_explained.npy", "N", PCAS, "share of their squared norm along the component"
+    ),
     "mean": Artifact(LAYER + "mean.npy", "N D", PCAS, "mean effects"),
     "image_norms": Artifact(LAYER + "image_norms.npy", "images N", PCAS, "centred norm of every effect"),
-    "ablations": Artifact(ABLATIONS + ".json", "", ABLATES, "five accuracies for every layer; also `.csv`, `.png`"),
-    "predictions": Artifact(ABLATIONS + "_predictions.npy", "images layers 5", ABLATES, "predicted classes", "int32"),
-    "texts": Artifact("{texts}_{clip}.npy", "texts D", TEXTS, "100 x unit text vectors; the texts in a `.txt` beside"),
-    "decomposition": Artifact(DESCRIPTIONS + ".json", "", DESCRIBES, "{neuron: [[text index, coefficient, text]]}; also `.npz`"),
-    "evaluation": Artifact(DESCRIPTIONS + "_evaluation.json", "", EVALUATES, "accuracy with effects rebuilt from the texts"),
-    "evaluated": Artifact(DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "classes", "int32"),
-    "projections": Artifact(LAYER + "{k}_projections.npy", "images N", GRADES_ALL, "effects along the first components"),
-    "fires_on": Artifact(FIRES_ON + ".json", "", GRADES_ALL, "texts that neurons fire on, as the decomposition; also `.npz`"),
+    "ablations": Artifact(
+        ABLATIONS + ".json", "", ABLATES, "five accuracies for every layer; also `.csv`, `.png`"
+    ),
+    "predictions": Artifact(
+        ABLATIONS + "_predictions.npy", "images layers 5", ABLATES, "predicted classes", "int32"
+    ),
+    "texts": Artifact(
+        "{texts}_{clip}.npy", "texts D", TEXTS, "100 x unit text vectors; the texts in a `.txt` beside"
+    ),
+    "decomposition": Artifact(
+        DESCRIPTIONS + ".json", "", DESCRIBES, "{neuron: [[text index, coefficient, text]]}; also `.npz`"
+    ),
+    "evaluation": Artifact(
+        DESCRIPTIONS + "_evaluation.json", "", EVALUATES, "accuracy with effects rebuilt from the texts"
+    ),
+    "evaluated": Artifact(
+        DESCRIPTIONS + "_evaluation_predictions.npy", "images layers 1", EVALUATES, "classes", "int32"
+    ),
+    "projections": Artifact(
+        LAYER + "{k}_projections.npy", "images N", GRADES_ALL, "effects along the first components"
+    ),
+    "fires_on": Artifact(
+        FIRES_ON + ".json", "", GRADES_ALL, "texts that neurons fire on, as the decomposition; also `.npz`"
+    ),
     "labels": Artifact(FIRES_ON + "_wpmi.npy", "N", GRADES_ALL, "soft-WPMI labels, text indices", "int32"),
-    "along": Artifact(GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along texts; removed once graded"),
+    "along": Artifact(
+        GRADES + "_along.npy", "images rows N", GRADES_ALL, "effects along texts; removed once graded"
+    ),
     "grades": Artifact(GRADES + ".npy", "N rows measures", GRADES_ALL, "grades of descriptions; also `.csv`"),
     "graded": Artifact(GRADES + "_summary.json", "", GRADES_ALL, "their means over neurons; also `.png`"),
-    "gallery": Artifact("gallery/index.html", "", LOOKS, "a page of all neurons; format in `gallery/FORMAT.md`"),
-    "segmentation": Artifact(SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"),
-    "maps": Artifact(SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"),
+    "gallery": Artifact(
+        "gallery/index.html", "", LOOKS, "a page of all neurons; format in `gallery/FORMAT.md`"
+    ),
+    "segmentation": Artifact(
+        SEGMENTATION + ".json", "", SEGMENTS, "scores; also `.png`, `_precision.npy`, `_recall.npy`"
+    ),
+    "maps": Artifact(
+        SEGMENTATION + "_maps.npy", "images patches", SEGMENTS, "the maps before they are scaled"
+    ),
 }
 
 
@@ -139,7 +184,9 @@ def is_checkpoint_path(pretrained):
 
 
 def file_and_key(pretrained):
-    """Split FILE::KEY: the weights under a key of a file. The key is None where none is given, or a file has that very name."""
+    """Split FILE::KEY: the weights under a key of a file. The key is None where none is given, or a file has
+    that very name.
+    """
     file, colons, key = pretrained.rpartition("::")
     return (file, key) if colons and not Path(pretrained).is_file() else (pretrained, None)
 
@@ -151,7 +198,8 @@ class Results:
     directory: the folder.
     model, pretrained: as in the flags.
     also: a folder where results are looked for that are not in the first, such as a stage's own --output_dir.
-    known: other flags of the running command (data_path, split, descriptions_dir), which the commands in messages repeat.
+    known: other flags of the running command (data_path, split, descriptions_dir), which the commands in
+        messages repeat.
     """
 
     def __init__(self, directory, model, pretrained, also=None, **known):
@@ -160,7 +208,9 @@ class Results:
         self.clip = f"{model_name(model)}_{pretrained_name(model, pretrained)}"
 
     def path(self, kind, **names):
-        """Path of a result. names: the fields of its file's name, such as dataset, split, layer (one or a list), k."""
+        """Path of a result. names: the fields of its file's name, such as dataset, split, layer (one or a
+        list), k.
+        """
         fields = {"split": "train", "source": "", "variant": "", "judge": "", **names, "clip": self.clip}
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
@@ -174,11 +224,15 @@ class Results:
         name = ARTIFACTS[kind].file.format(**fields)
         if (length := len(os.fsencode(name))) > NAME_MAX:
             fix = ADVICE[errno.ENAMETOOLONG]
-            raise UserError(f"the name {name} has {length} bytes, and disks take {NAME_MAX} of a result; {fix}")
+            raise UserError(
+                f"the name {name} has {length} bytes, and disks take {NAME_MAX} of a result; {fix}"
+            )
         return self.directory / name
 
     def find(self, kind, **names):
-        """Path of a result that is to be read: where `path` says, or in the folder `also` if it is only there."""
+        """Path of a result that is to be read: where `path` says, or in the folder `also` if it is only
+        there.
+        """
         path = self.path(kind, **names)
         return next((place for folder in self.folders if (place := folder / path.name).is_file()), path)
 
@@ -201,7 +255,11 @@ class Results:
         """
         script, _, flags = ARTIFACTS[kind].maker.partition(" ")
         words, default = [], (("--transform_alpha", 1), ("--normalise", "axis"))
-        known = {"data_path": "DATA_PATH", **{key: value for key, value in self.known.items() if value is not None}, **names}
+        known = {
+            "data_path": "DATA_PATH",
+            **{key: value for key, value in self.known.items() if value is not None},
+            **names,
+        }
         if kind == "classifier" and known.get("dataset") in ("imagenet", "imagenet_r"):
             known["data_path"] = None  # its class names need no images
         if known.get("train_dataset") == known.get("dataset"):
@@ -221,11 +279,12 @@ class Results:
         Parameters
         kind, names: as in `path`.
         sizes: {letter: size} of the letters in the artifact's shape; other letters may have any size.
-        expected: {key: value} that the array's record has to agree with where it has the key; None values are not compared.
+        expected: {key: value} that the array's record has to agree with where it has the key; None values are
+            not compared.
         mmap: open it as a read-only memory map.
 
-        Raises UserError, with the command that makes it, when it is missing, damaged, of another shape, or of other weights or
-        data.
+        Raises UserError, with the command that makes it, when it is missing, damaged, of another shape, or of
+        other weights or data.
         """
         path, command = self.find(kind, **names), self.command(kind, **names)
         if not path.is_file():
@@ -239,8 +298,13 @@ class Results:
         if array.dtype.kind not in {"f": "f", "i": "iu"}[dtype.kind]:
             raise UserError(f"{path} holds {array.dtype} and not {dtype}; {again}")
         sizes = {**dict(sizes), "k": names.get("k")}
-        wanted = [int(letter) if letter.isdecimal() else sizes.get(letter) for letter in ARTIFACTS[kind].shape.split()]
-        if len(wanted) != array.ndim or any(want not in (None, have) for want, have in zip(wanted, array.shape, strict=True)):
+        wanted = [
+            int(letter) if letter.isdecimal() else sizes.get(letter)
+            for letter in ARTIFACTS[kind].shape.split()
+        ]
+        if len(wanted) != array.ndim or any(
+            want not in (None, have) for want, have in zip(wanted, array.shape, strict=True)
+        ):
             shape = " x ".join("any" if size is None else str(size) for size in wanted)
             raise UserError(
                 f"{path} has the shape {' x '.join(map(str, array.shape))} where {shape} is needed: it is of another model, "
@@ -258,7 +322,9 @@ class Results:
         return f"{path} is missing{others}; make it with: {command}"
 
     def check_record(self, path, expected, again):
-        """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of `expected`."""
+        """Raise UserError, ending in `again`, when a result's record contradicts {key: value} of
+        `expected`.
+        """
         record = load_record(path)
         for key, value in {**expected, "method_number": METHOD}.items():
             found = record.get(key)
