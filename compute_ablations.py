@@ -13,61 +13,58 @@ import numpy as np
 import torch
 
 from utils.ablation import ABLATIONS, Ablations, accuracies, classify
-from utils.data.images import Loader, load_images, train_set_of
+from utils.data.images import train_set_of
+from utils.data.splits import load_split
+from utils.figures import accuracy_table, plot_ablations
 from utils.model.clip import load_clip
+from utils.norms import groups_of_layers
 from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
-from utils.runtime.layers import groups_of_layers, parse_layers
-from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.layers import parse_layers
+from utils.runtime.passes import Pass
 from utils.statistics import load_classifier, load_statistics
 
 
 def main(args):
     train = args.train_dataset or train_set_of(args.dataset)
-    inputs, results = flags.results_of(args, data_path=args.data_path, split=args.split)
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    vit, layers = clip.vit, parse_layers(args.mlp_layer, clip.vit)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    (classifier, labels), loader = (
-        load_classifier(inputs, clip, images),
-        Loader(images, args.device, args.num_workers),
-    )
-    wanted = {"clip": clip, "coefficient": args.coefficient}
-    statistics = load_statistics(inputs, train, layers, args.top_k_pca, **wanted)
+    inputs, results = flags.results_of(args, clip)
+    layers = parse_layers(args.mlp_layer, clip.vit)
+    split = load_split(args, clip.transform)
+    classifier, labels = load_classifier(inputs, split.images)
+    statistics = load_statistics(inputs, train, layers, args.top_k_pca)
 
-    names = {"dataset": args.dataset, "split": args.split, "train_dataset": train, "k": args.top_k_pca}
-    made_of = {**clip.record, **images.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
+    names = {**split.names, "train_dataset": train, "k": args.top_k_pca}
+    made_of = {**clip.record, **split.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() for layer in layers]
-    pieces, table = pieces_of(images, args.batch_size), {}
-    for group in groups_of_layers(vit, layers, args.memory * 1e9):
-        path = results.path("predictions", layer=group, **names)
-        arrays = results.arrays(
-            ["predictions"], {"images": len(images), "layers": len(group)}, layer=group, **names
-        )
-        settings = {"layers": group, "batch_size": args.batch_size}
-        with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
-            directions = [] if work.finished else fold_layers(vit, group)
-            ablations = [
-                Ablations(item, statistics.pop(item.layer)) for item in directions
-            ]  # drops the means
-            for rows, pixels in work.over(loader):
-                work[path][rows] = classify(vit, pixels, ablations, classifier, coefficient=args.coefficient)
+    table = {}
+    for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
+        sizes = {"images": len(split), "layers": len(group)}
+        arrays = results.arrays(["predictions"], sizes, layer=group, **names)
+        [path] = arrays
+        with torch.inference_mode(), Pass(arrays, record, split, overwrite=args.overwrite) as work:
+            directions = work.prepare(fold_layers, clip.vit, group)
+            ablations = [Ablations(item, statistics.pop(item.layer)) for item in directions]
+            for rows, pixels in work:
+                work[path][rows] = classify(clip.vit, pixels, ablations, classifier, args.coefficient)
         del directions, ablations  # room for the next group
         if distributed.is_rank_zero():
             table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
-    if not distributed.is_rank_zero():
-        return
-    from utils.figures import accuracy_table, plot_ablations  # here, because matplotlib takes 20 MB
+    if distributed.is_rank_zero():
+        made_of |= {"layers": layers, "images": len(split)}
+        report(results.path("ablations", layer=layers, **names), made_of, table)
 
-    path = results.path("ablations", layer=layers, **names)
+
+def report(path, made_of, table):
+    """Write the accuracies {layer: [5]} as .json, .csv and .png, and print them."""
     table = {layer: dict(zip(ABLATIONS, row, strict=True)) for layer, row in table.items()}
-    save_json(path, {**made_of, "layers": layers, "images": len(images), "accuracy": table})
+    save_json(path, {**made_of, "accuracy": table})
     save_table(path.with_suffix(".csv"), table)
     plot_ablations(table, path.with_suffix(".png"))
     print(accuracy_table(table))
-    print(f"wrote {path}, its .csv and .png, over {len(images)} images")
+    print(f"wrote {path}, its .csv and .png, over {made_of['images']} images")
 
 
 if __name__ == "__main__":

@@ -11,20 +11,21 @@ from utils.model.clip import load_clip
 from utils.model.texts import CLASSES, zero_shot_classifier
 from utils.runtime import flags
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results
 
 
 def main(args):
     classes = classes_of(args.dataset, args.data_path, args.split, args.class_names)
+    names = classes["class_names"]
     print(f"{args.dataset}: {pairing(**classes)}")
     clip = load_clip(args.model, args.pretrained, args.device)
-    results = Results(args.output_dir, args.model, args.pretrained, data_path=args.data_path)
+    results = flags.outputs_of(args, clip)
     dataset = train_set_of(args.dataset)
-    names = classes["class_names"]
-    arrays = results.arrays(["classifier"], {"D": clip.vit.D, "classes": len(names)}, dataset=dataset)
-    [path], record = arrays, {**clip.text_record, "dataset": dataset, **classes}
-    with Pass(arrays, record, pieces_of(len(names), CLASSES), overwrite=args.overwrite) as work:
-        for columns, _ in work.over(description="classes", unit="class"):
+    record = {**clip.text_record, "dataset": dataset, **classes}
+    arrays = results.arrays(["classifier"], {"classes": len(names)}, dataset=dataset)
+    [path] = arrays
+    pieces = pieces_of(len(names), CLASSES, title="classes", unit="class")
+    with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
+        for columns in work:
             work[path][:, columns] = zero_shot_classifier(clip, names[columns], args.batch_size)
     print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32

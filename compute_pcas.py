@@ -12,8 +12,6 @@ DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...
 After this stage the effects can be deleted.
 """
 
-from functools import partial
-
 import numpy as np
 
 from utils.data.images import train_set_of
@@ -27,39 +25,52 @@ from utils.runtime.passes import Pass, require_space
 
 def main(args):
     inputs, results = flags.results_of(args)
-    dataset, k = train_set_of(args.dataset), args.top_k_pca
-    layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
-    stored = {layer: open_effects(inputs, dataset, "train", layer, device=args.device) for layer in layers}
-    for effects in stored.values():
-        if effects.kept < k:
-            raise UserError(
-                f"{effects.path} has {effects.kept} images for a neuron, and --top_k_pca {k} needs {k}; lower it, or run "
-                "compute_second_order_neuron_prs.py with a smaller --subsample (for --keep top, a larger --top_k_pca)"
-            )
-    arrays = {}
-    for layer, effects in stored.items():
-        sizes = {"N": effects.N, "D": effects.D, "images": effects.images, "k": k}
-        kinds = ("mean", "pca", "norm", "explained", *(() if effects.has_norms else ("image_norms",)))
-        arrays[layer] = results.arrays(kinds, sizes, dataset=dataset, layer=layer, k=k)
+    names = {"dataset": train_set_of(args.dataset), "k": args.top_k_pca}
+    layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=names["dataset"], split="train")
+    stored = {layer: open_effects(inputs, names["dataset"], "train", layer, args.device) for layer in layers}
+    arrays = {layer: plan(args, results, effects, names) for layer, effects in stored.items()}
     if distributed.is_rank_zero():
-        require_space(
-            {path: spec for each in arrays.values() for path, spec in each.items()}, overwrite=args.overwrite
-        )
+        every = {path: spec for planned in arrays.values() for path, spec in planned.items()}
+        require_space(every, overwrite=args.overwrite)
     for layer, effects in stored.items():
-        path = partial(results.path, dataset=dataset, layer=layer, k=k)
         if effects.has_norms:
             copy_norms(effects, results)
-        pieces = slices(effects.N, max(effects.floats, 3 * k * effects.D), args.memory * 1e9)
-        record = {**effects.record, "effects": effects.content()}
-        with Pass(arrays[layer], record, pieces, overwrite=args.overwrite) as work:
-            for neurons, _ in work.over(description=f"layer {layer}", unit="neuron"):
-                for kind, values in statistics(effects, neurons, k).items():
-                    work[path(kind)][(slice(None), neurons) if kind == "image_norms" else neurons] = values
-            effects.check_unchanged()  # or nothing is published
-        share = 100 * float(np.load(path("explained")).mean())
-        print(f"wrote {', '.join(file.name for file in arrays[layer])}")
-        print(f"layer {layer}: the first component explains {share:.1f} % of the effects on the top images")
-    print(f"next: {results.command('ablations', dataset=args.dataset, layer=layers, k=k)}")
+        summarise(args, results, effects, arrays[layer], names)
+    print(f"next: {results.command('ablations', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
+
+
+def plan(args, results, effects, names):
+    """Return the arrays of a layer. Raise UserError when fewer effects of a neuron are stored."""
+    if effects.kept < args.top_k_pca:
+        fix = "lower it, or run compute_second_order_neuron_prs.py with a smaller --subsample"
+        raise UserError(
+            f"{effects.path} has {effects.kept} images for a neuron, and --top_k_pca {args.top_k_pca} needs "
+            f"{args.top_k_pca}; {fix} (for --keep top, a larger --top_k_pca)"
+        )
+    kinds = ["mean", "pca", "norm", "explained"]
+    if not effects.has_norms:
+        kinds.append("image_norms")
+    sizes = {"N": effects.N, "D": effects.D, "images": effects.images, "k": args.top_k_pca}
+    return results.arrays(kinds, sizes, layer=effects.layer, **names)
+
+
+def summarise(args, results, effects, arrays, names):
+    """Compute the statistics of one layer, a slice of neurons at a time."""
+    paths = {kind: results.path(kind, layer=effects.layer, **names) for kind in ("image_norms", "explained")}
+    floats = max(effects.floats, 3 * args.top_k_pca * effects.D)
+    pieces = slices(effects.N, floats, args.memory * 1e9, title=f"layer {effects.layer}")
+    record = {**effects.record, "effects": effects.content()}
+    with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
+        for neurons in work:
+            for kind, values in statistics(effects, neurons, args.top_k_pca).items():
+                rows = (slice(None), neurons) if kind == "image_norms" else neurons
+                work[results.path(kind, layer=effects.layer, **names)][rows] = values
+        effects.check_unchanged()  # or nothing is published
+    share = 100 * float(np.load(paths["explained"]).mean())
+    print(f"wrote {', '.join(file.name for file in arrays)}")
+    print(
+        f"layer {effects.layer}: the first component explains {share:.1f} % of the effects on the top images"
+    )
 
 
 if __name__ == "__main__":

@@ -8,42 +8,42 @@ Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 tim
 
 import torch
 
-from utils.data.images import Loader, load_images
+from utils.data.splits import load_split
 from utils.model.clip import load_clip
 from utils.runtime import distributed, flags
 from utils.runtime.locks import Lock, is_locked
-from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.passes import Pass
 from utils.runtime.records import complete, is_made, save_array
-from utils.runtime.results import Results
 
 
 def main(args):
-    results = Results(
-        args.output_dir, args.model, args.pretrained, data_path=args.data_path, split=args.split
-    )
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    loader, data = Loader(images, args.device, args.num_workers), images.record
-    path = results.path("representations", dataset=args.dataset, split=args.split)
-    classes = results.path("classes", dataset=args.dataset, split=args.split)
-    of_labels = {**data, **images.classes}
-    of_labels.pop("preprocessing")  # labels are the same for all models
-    labels_made = is_made(classes, complete(of_labels), args.overwrite)
+    split = load_split(args, clip.transform)
+    results = flags.outputs_of(args, clip)
+    classes = results.path("classes", **split.names)
+    of_classes = {**split.record, **split.images.classes}
+    of_classes.pop("preprocessing")  # labels are equal for all models
+    classes_are_made = is_made(classes, complete(of_classes), args.overwrite)
 
-    record = {**clip.record, **data, "coefficient": args.coefficient}
-    arrays = {path: ((len(images), clip.vit.D), "float32")}
-    pieces, settings = pieces_of(images, args.batch_size), {"batch_size": args.batch_size}
-    with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
-        for rows, pixels in work.over(loader):
+    record = {**clip.record, **split.record, "coefficient": args.coefficient}
+    arrays = results.arrays(["representations"], {"images": len(split)}, **split.names)
+    [path] = arrays
+    with torch.inference_mode(), Pass(arrays, record, split, overwrite=args.overwrite) as work:
+        for rows, pixels in work:
             work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
 
     if distributed.is_rank_zero():
-        if not labels_made or is_locked([classes]):
-            with Lock(classes):  # other models have the same labels
-                if not is_made(classes, complete(of_labels), args.overwrite):
-                    save_array(classes, images.labels, of_labels)
+        if not classes_are_made or is_locked([classes]):
+            save_classes(classes, split.images.labels, of_classes, args.overwrite)
         print(f"wrote {path} {arrays[path][0]} and {classes}")
         print(f"next: {results.command('classifier', dataset=args.dataset)}")
+
+
+def save_classes(path, labels, record, overwrite):
+    """Write the labels, unless they are there. Other models have the same ones: one run at a time writes."""
+    with Lock(path):
+        if not is_made(path, complete(record), overwrite):
+            save_array(path, labels, record)
 
 
 if __name__ == "__main__":

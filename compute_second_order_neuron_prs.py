@@ -11,96 +11,77 @@ With --keep top (the default for several layers) two passes, and instead of all 
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
 
-from functools import partial
-
-from utils.data.images import Loader, load_images
+from utils.data.splits import load_split
 from utils.model.clip import load_clip
+from utils.model.hooks import left_out_note
+from utils.norms import groups_of_layers
 from utils.prs import fold_layers, second_order
 from utils.runtime import flags
-from utils.runtime.layers import groups_of_layers, parse_layers
-from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results
-from utils.top_effects import FULL, TOP, Sums, TopK, of_batch, start_of, write_top, write_weights
+from utils.runtime.layers import parse_layers
+from utils.runtime.passes import Pass
+from utils.top_effects import FULL, TOP, Sums, TopK, start_of, write_top, write_weights
 
 
 def main(args):
     clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
     layers = parse_layers(args.mlp_layer, clip.vit)
-    images = load_images(args.dataset, args.data_path, args.split, clip.transform, subsample=args.subsample)
-    loader, results = (
-        Loader(images, args.device, args.num_workers),
-        Results(args.output_dir, args.model, args.pretrained),
-    )
-    path = partial(results.path, dataset=args.dataset, split=args.split)
-    record = {**clip.record, **images.record, "coefficient": args.coefficient}
-
-    def plan(layers, kinds, dtype=None):
-        """The arrays of some layers."""
-        sizes = {**clip.vit.sizes, "images": len(images), "k": args.top_k_pca}
-        each = (
-            results.arrays(kinds, {**sizes, "K": clip.vit.K(layer)}, dtype, layer=layer, **path.keywords)
-            for layer in layers
-        )
-        return {path: spec for arrays in each for path, spec in arrays.items()}
-
-    clip.vit.tell_left_out(loader, pieces_of(images, args.batch_size)[:1])
-    if (args.keep or ("top" if len(layers) > 1 and not args.merged else "full")) == "full":
-        large = plan(layers, ["coefficients", *["merged"] * args.merged], args.store_dtype)
-        keep_all(args, clip.vit, layers, loader, path=path, arrays=large | plan(layers, FULL), record=record)
+    split = load_split(args, clip.transform)
+    results = flags.outputs_of(args, clip)
+    record = {**clip.record, **split.record, "coefficient": args.coefficient}
+    if clip.vit.pooling.leaves_out_mlp:
+        print(left_out_note(clip.vit, split.first()))
+    keep = args.keep or ("top" if len(layers) > 1 and not args.merged else "full")
+    if keep == "full":
+        keep_all(args, clip.vit, layers, split, results, record)
     else:
         for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-            keep_top(args, clip.vit, group, loader, path=path, arrays=plan(group, TOP), record=record)
-    print(
-        f"wrote the effects of MLP layer {', '.join(map(str, layers))}: {len(images)} images, {clip.vit.N} neurons"
-    )
+            keep_top(args, clip.vit, group, split, results, record)
+    effects = f"the effects of MLP layer {', '.join(map(str, layers))}"
+    print(f"wrote {effects}: {len(split)} images, {clip.vit.N} neurons")
     print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
-def keep_all(args, vit, layers, loader, path, arrays, record):
-    """One pass that stores every effect."""
-    pieces, settings = (
-        pieces_of(loader.images, args.batch_size),
-        {"layers": layers, "batch_size": args.batch_size},
-    )
-    with Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
-        directions = [] if work.finished else fold_layers(vit, layers)
-        for rows, pixels in work.over(loader):
+def keep_all(args, vit, layers, split, results, record):
+    """Store every effect, in one pass."""
+    large = ["coefficients", "merged"] if args.merged else ["coefficients"]
+    dtypes = dict.fromkeys(large, args.store_dtype)
+    sizes = {"images": len(split)}
+    arrays = results.arrays([*large, *FULL], sizes, dtypes, layers=layers, **split.names)
+    with Pass(arrays, record, split, overwrite=args.overwrite) as work:
+        directions = work.prepare(fold_layers, vit, layers)
+        for rows, pixels in work:
             _, effects = second_order(vit, pixels, directions, args.coefficient)
             for phi in effects:
-                layer = phi.directions.layer
-                work[path("coefficients", layer=layer)][rows] = phi.C
-                work[path("bias", layer=layer)][rows] = phi.kappa
+                names = {**split.names, "layer": phi.directions.layer}
+                work[results.path("coefficients", **names)][rows] = phi.C
+                work[results.path("bias", **names)][rows] = phi.kappa
                 if args.merged:
-                    work[path("merged", layer=layer)][rows] = phi.dense()
-        write_weights(work, directions, path)
+                    work[results.path("merged", **names)][rows] = phi.dense()
+        write_weights(work, directions, results, split.names)
 
 
-def keep_top(args, vit, layers, loader, path, arrays, record):
-    """Two passes that leave the largest effects of every neuron."""
-    pieces = pieces_of(loader.images, args.batch_size)
-    settings = {"top_k_pca": args.top_k_pca, "layers": layers, "batch_size": args.batch_size}
-    state, scratch = start_of(vit, layers, args.top_k_pca, len(loader.images))
-    with Pass(
-        arrays, record, pieces * 2, settings, state=state, scratch=scratch, overwrite=args.overwrite
-    ) as work:
-        if work.finished:
-            return
-        directions, sums = fold_layers(vit, layers), Sums(work, args.coefficient)
-        for _, pixels in work.over(loader, slice(len(pieces)), "means"):
-            _, effects = second_order(vit, pixels, directions, args.coefficient, form=of_batch)
+def keep_top(args, vit, layers, split, results, record):
+    """Store the largest effects of every neuron, in two passes: means, then what is largest about them."""
+    k = args.top_k_pca
+    arrays = results.arrays(TOP, {"images": len(split), "k": k}, layers=layers, **split.names)
+    state, scratch = start_of(vit, layers, k, len(split))
+    twice = split.rounds(2)
+    with Pass(arrays, record, twice, state=state, scratch=scratch, overwrite=args.overwrite) as work:
+        directions = work.prepare(fold_layers, vit, layers)
+        sums = Sums(work, args.coefficient)
+        for _, pixels in work.round(0, "means"):
+            _, effects = second_order(vit, pixels, directions, args.coefficient)
             for _ in layers:
                 sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
-        means = sums.means(layers, len(loader.images))
-        tops = [TopK(work, item, means[item.layer]) for item in directions]
-        for rows, pixels in work.over(loader, slice(len(pieces), None), "effects"):
+        tops = work.prepare(TopK.of_layers, work, directions, sums, len(split))
+        for rows, pixels in work.round(1, "effects"):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
-            for top, layer in zip(tops, layers, strict=True):
+            for top in tops:
+                names = {**split.names, "layer": top.directions.layer}
                 kappa, norms = top.add(next(effects), rows.start)
-                work[path("bias", layer=layer)][rows], work[path("image_norms", layer=layer)][rows] = (
-                    kappa,
-                    norms,
-                )
-        write_top(work, tops, path)
+                work[results.path("bias", **names)][rows] = kappa
+                work[results.path("image_norms", **names)][rows] = norms
+        write_top(work, tops, results, split.names)
 
 
 if __name__ == "__main__":

@@ -13,32 +13,30 @@ from utils.model.texts import TEXTS, text_vectors, too_long
 from utils.runtime import distributed, flags
 from utils.runtime.files import save_atomic
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.results import Results
 
 
 def main(args):
     given = args.data_path or args.text_descriptions
     texts = read_texts(find_texts(given, args.descriptions_dir))
-    content = as_text(texts)
     clip = load_clip(args.model, args.pretrained, args.device)
-    results = Results(args.output_dir, args.model, args.pretrained)
-    arrays = results.arrays(["texts"], {"texts": len(texts), "D": clip.vit.D}, texts=given)
-    [path], record = arrays, {**clip.text_record, "texts": len(texts), "content": digest_of_texts(texts)}
-    record["coefficient"] = args.coefficient
+    results = flags.outputs_of(args, clip, descriptions_dir=None)
     if cut := too_long(clip, texts):
-        print(
-            f"note: {len(cut)} texts are longer than the model's context and are cut off; the first is {cut[0][:60]!r}"
-        )
-    with Pass(arrays, record, pieces_of(len(texts), TEXTS), overwrite=args.overwrite) as work:
-        for rows, _ in work.over(description="texts", unit="text"):
+        what = f"{len(cut)} texts are longer than the model's context and are cut off"
+        print(f"note: {what}; the first is {cut[0][:60]!r}")
+    record = {**clip.text_record, "texts": len(texts), "content": digest_of_texts(texts)}
+    record["coefficient"] = args.coefficient
+    arrays = results.arrays(["texts"], {"texts": len(texts)}, texts=given)
+    [path] = arrays
+    pieces = pieces_of(len(texts), TEXTS, title="texts", unit="text")
+    with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
+        for rows in work:
             work[path][rows] = args.coefficient * text_vectors(clip, texts[rows], args.batch_size)
         if distributed.is_rank_zero():
-            save_atomic(path.with_suffix(".txt"), lambda out: out.write(content))
+            save_atomic(path.with_suffix(".txt"), lambda file: file.write(as_text(texts)))
     print(f"wrote {path} {arrays[path][0]}")
     layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    print(
-        f"next: {results.command('decomposition', texts=given, layer=layer, components=min(128, len(texts)))}"
-    )
+    components = min(128, len(texts))
+    print(f"next: {results.command('decomposition', texts=given, layer=layer, components=components)}")
 
 
 if __name__ == "__main__":

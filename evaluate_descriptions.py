@@ -23,87 +23,84 @@ import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
-from utils.data.images import Loader
-from utils.evaluation import Evaluation, Graded, report
-from utils.grading import Along, grades
+from utils.evaluation import (
+    Evaluation,
+    Graded,
+    finish,
+    fit,
+    grade_neurons,
+    judge_of,
+    plan_effects,
+    plan_grades,
+    report,
+    to_grade,
+)
+from utils.grading import Along
+from utils.norms import groups_of_layers
 from utils.prs import fold_layers, second_order
 from utils.runtime import distributed, flags
-from utils.runtime.layers import groups_of_layers
 from utils.runtime.passes import Pass, pieces_of
 
 
 def main(args):
-    known = {
-        "data_path": args.data_path,
-        "split": args.split,
-        "descriptions_dir": args.descriptions_dir,
-        "truth": args.truth,
-    }
-    known |= {
-        "subsample": args.subsample,
-        "train_subsample": args.train_subsample,
-        "train_data_path": args.train_data_path,
-    }
-    stage, graded = Evaluation(args, *flags.results_of(args, **known)), {}
+    stage = Evaluation(args, *flags.results_of(args))
     groups = groups_of_layers(stage.clip.vit, stage.layers, args.memory * 1e9)
     for group in groups:
-        look(args, stage, group, stage.images)
-    judge = stage.judge
+        look(stage, stage.train, group)
+    judge = judge_of(stage)
+    graded = {}
     for group in groups:
-        described = {layer: stage.fit(judge, layer) for layer in group}
-        look(args, stage, group, stage.held_out, {} if args.truth else stage.to_grade(described))
+        described = {layer: fit(stage, judge, layer) for layer in group}
+        look(stage, stage.held_out, group, to_grade(stage, described))
         for layer in group:
-            graded[layer] = grade(args, stage, layer, described[layer])
+            graded[layer] = grade(stage, layer, described[layer])
     if distributed.is_rank_zero():
-        path = stage.held_out_path("graded", layer=stage.layers)
-        print("\n".join(report(path, stage.made_of, graded)))
-        print(
-            f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {len(stage.held_out)} held-out images"
-        )
+        path = stage.path("graded", stage.held_out, layer=stage.layers)
+        print("\n".join(report(path, stage, graded)))
+        images = f"{len(stage.held_out)} held-out images"
+        print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {images}")
         if not args.truth:
-            print(f"next: {stage.results.command('gallery', **stage.held_out_names, layer=stage.layers)}")
+            names = stage.of(stage.held_out, layer=stage.layers)
+            print(f"next: {stage.results.command('gallery', **names)}")
 
 
-def look(args, stage, layers, images, described=()):
-    """One pass over images: their representations, every neuron's effects along its component, and along the
-    directions of {layer: Described}."""
-    arrays, record = stage.arrays(layers, images, described)
-    pieces, settings = pieces_of(images, args.batch_size), {"layers": layers, "batch_size": args.batch_size}
-    path = stage.held_out_path if images is stage.held_out else stage.path
-    with torch.inference_mode(), Pass(arrays, record, pieces, settings, overwrite=args.overwrite) as work:
-        folded = [] if work.finished else fold_layers(stage.clip.vit, layers)
-        found = [
-            Rebuilt(item, stage.statistics[item.layer].mean, stage.statistics[item.layer].pcas)
-            for item in folded
-        ]
-        along = {
-            item.layer: Along(item, described[item.layer].directions)
-            for item in folded
-            if item.layer in described
+def look(stage, split, layers, described=()):
+    """Go over a split: representations, and effects along components and descriptions."""
+    arrays, record, alone = plan_effects(stage, split, layers, described)
+    work = Pass(arrays, record, split, alone=alone, overwrite=stage.args.overwrite)
+    with torch.inference_mode(), work:
+        folded = work.prepare(fold_layers, stage.clip.vit, layers)
+        statistics = [stage.statistics[item.layer] for item in folded]
+        components = [Rebuilt(item, of.mean, of.pcas) for item, of in zip(folded, statistics, strict=True)]
+        directions = {
+            item.layer: described[item.layer].directions for item in folded if item.layer in described
         }
-        for rows, pixels in work.over(Loader(images, args.device, args.num_workers)):
-            representation, effects = second_order(stage.clip.vit, pixels, folded, args.coefficient)
-            work[path("representations")][rows] = args.coefficient * torch.nn.functional.normalize(
-                representation, dim=-1
-            )
-            for layer, rebuilt, phi in zip(layers, found, effects, strict=True):
-                work[path("projections", layer=layer)][rows] = rebuilt.projections(phi)
+        along = {
+            item.layer: Along(item, directions[item.layer]) for item in folded if item.layer in described
+        }
+        for rows, pixels in work:
+            representation, effects = second_order(stage.clip.vit, pixels, folded, stage.args.coefficient)
+            unit = torch.nn.functional.normalize(representation, dim=-1)
+            work[stage.path("representations", split)][rows] = stage.args.coefficient * unit
+            for component, phi in zip(components, effects, strict=True):
+                layer = phi.directions.layer
+                work[stage.path("projections", split, layer=layer)][rows] = component.projections(phi)
                 if layer in along:
-                    work[path("along", layer=layer)][rows] = along[layer](phi)
+                    work[stage.path("along", split, layer=layer)][rows] = along[layer](phi)
 
 
-def grade(args, stage, layer, described):
-    """The `Graded` of one layer's neurons, and its files."""
-    arrays, record = stage.grades(layer, described)
-    [(path, ((N, *_), _))] = arrays.items()
-    neurons = pieces_of(N, max(16, min(256, 2**18 // len(stage.held_out))))
-    with Pass(arrays, record, neurons, overwrite=args.overwrite) as work:
-        for n, _ in work.over(description=f"grades of layer {layer}", unit="neuron"):
-            found = grades(**stage.of_neurons(layer, described, n))
-            work[path][n] = torch.stack(list(found.values()), dim=-1).transpose(0, 1)  # [n, rows, measures]
+def grade(stage, layer, described):
+    """Grade a layer's neurons, write the files, and return the `Graded`."""
+    arrays, record = plan_grades(stage, layer, described)
+    [path] = arrays
+    size = max(16, min(256, 2**18 // len(stage.held_out)))
+    neurons = pieces_of(stage.clip.vit.N, size, title=f"grades of layer {layer}", unit="neuron")
+    with Pass(arrays, record, neurons, overwrite=stage.args.overwrite) as work:
+        for n in work:
+            work[path][n] = grade_neurons(stage, layer, described, n)
     graded = Graded(np.load(path), described.directions)
     if distributed.is_rank_zero():
-        stage.finish(layer, graded)
+        finish(stage, layer, graded)
     return graded
 
 

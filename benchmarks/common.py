@@ -1,11 +1,10 @@
-"""The frame of every benchmark, and what they share: timing in turns, processes with their peak memory,
-inputs, tables.
+"""Frame every benchmark, and share timing in turns, processes with their peak memory, inputs and tables.
 
 A benchmark is three functions, which `run` calls:
 
-    set_up(args, folder)    make what is measured, outside of the time; folder: temporary
-    measure(args, case)     time it; case: what set_up returned
-    table(args, found)      the `Table`; found: what measure returned
+    set_up(args, folder)    make the case, outside of the time; folder: temporary
+    measure(args, case)     time the case
+    table(args, found)      return the `Table` of the measurements
 """
 
 import argparse
@@ -34,7 +33,12 @@ median = statistics.median
 
 
 class Table(NamedTuple):
-    """What a benchmark found. name: of its files. rows: list of what `row` gives."""
+    """A `Table` is the result of a benchmark.
+
+    name: name of its files.
+    title: its heading.
+    rows: list of rows, made by `row`.
+    """
 
     name: str
     title: str
@@ -42,24 +46,20 @@ class Table(NamedTuple):
 
 
 def bench_parser(description, device=True):
-    """The parser of a benchmark, with the flags that all have. description: its docstring. device: whether it
-    has a choice.
+    """Return the parser of a benchmark, with the flags that all have.
+
+    description: docstring of the benchmark.
+    device: whether there is a choice of devices.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny sizes, to see that everything runs; the figures mean nothing",
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_written)
+    help = "tiny sizes, to see that everything runs; the figures mean nothing"
+    parser.add_argument("--quick", action="store_true", help=help)
     if device:
         parser.add_argument("--device", default="cpu")
     parser.set_defaults(device="cpu")
-    parser.add_argument(
-        "--tmp",
-        help="where photos and results are put for the time of the run; default: the temporary folder",
-    )
+    help = "where photos and results are put for the time of the run; default: the temporary folder"
+    parser.add_argument("--tmp", help=help)
     return parser
 
 
@@ -78,8 +78,9 @@ def run(parser, set_up, measure, table, quick):
 
 
 def interleaved(functions, rounds, device="cpu"):
-    """Time functions in turn, A B C A B C ..., so that a slow moment of the machine hits all: {name: [seconds
-    per round]}.
+    """Time functions in turn, A B C A B C ..., so that a slow moment of the machine hits all.
+
+    Returns {name: [seconds per round]}.
     """
     seconds = {name: [] for name in functions}
     for turn in range(rounds + 1):
@@ -94,7 +95,7 @@ def interleaved(functions, rounds, device="cpu"):
 
 
 def ratio(times, reference):
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of the ratio within a round."""
     return median(a / b for a, b in zip(times, reference, strict=True))
 
 
@@ -102,12 +103,12 @@ def ratio(times, reference):
 
 
 class Process(NamedTuple):
-    """A process that has ended: what it printed, seconds, peak memory in bytes."""
+    """A `Process` is one that has ended."""
 
     output: str
     errors: str
     seconds: float
-    peak: float
+    peak: float  # memory, bytes
 
 
 def measured(*words):
@@ -117,38 +118,46 @@ def measured(*words):
     workers, in which shared pages are counted once (proportional set size). Where there is no /proc it is the
     largest single process.
     """
-    command, peak, look_at = [sys.executable, *map(str, words)], 0, 0
+    command = [sys.executable, *map(str, words)]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
-        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-            peak, now = max(peak, 1024 * kilobytes(process.pid, "status", "VmHWM")), time.perf_counter()
-            if (
-                now > look_at
-            ):  # the sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
-                peak = max(peak, memory_of(process.pid))
-                look_at = now + max(1, 100 * (time.perf_counter() - now))
-            time.sleep(0.02)
+        ended, peak = _watch(process.pid)
         seconds = time.perf_counter() - start
         for file in (output, errors):
             file.seek(0)
-        printed, complaint = output.read(), errors.read()
+        printed = output.read()
+        complaint = errors.read()
     _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nended with code {process.returncode}:\n{complaint[-2000:]}")
-    return Process(
-        printed, complaint, seconds, peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    )
+    largest = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Process(printed, complaint, seconds, peak or largest)
+
+
+def _watch(pid):
+    """Wait for a process to end. Returns the answer of `os.wait4`, and the peak of its memory."""
+    peak = 0
+    look_at = 0
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        peak = max(peak, 1024 * kilobytes(pid, "status", "VmHWM"))
+        now = time.perf_counter()
+        # The sum walks page tables, a second and more for 30 GB: it may take a hundredth of the time
+        if now > look_at:
+            peak = max(peak, memory_of(pid))
+            look_at = now + max(1, 100 * (time.perf_counter() - now))
+        time.sleep(0.02)
+    return ended, peak
 
 
 def memory_of(pid):
-    """Bytes of a process and its descendants, shared pages counted once."""
+    """Return the bytes of a process and its descendants, shared pages counted once."""
     return 1024 * sum(kilobytes(relative, "smaps_rollup", "Pss") for relative in _family(pid))
 
 
 def kilobytes(pid, file, key):
-    """A number of /proc/PID/FILE; 0 when it is not there."""
+    """Return a number of /proc/PID/FILE, 0 when it is not there."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
@@ -157,7 +166,7 @@ def kilobytes(pid, file, key):
 
 
 def _family(pid):
-    """A process and its descendants."""
+    """List a process and its descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):  # it has just ended
@@ -172,7 +181,7 @@ def stage(script, *flags):
 
 
 def alone(function, **arguments):
-    """Call a benchmark's function in a process of its own: (what it returned, as json has it; the `Process`).
+    """Call a benchmark's function in a process of its own. Returns its result (by json) and the `Process`.
 
     arguments: numbers, strings, lists of them.
     """
@@ -183,11 +192,10 @@ def alone(function, **arguments):
 
 
 def bars(errors):
-    """Seconds that each progress bar of images in a stage's stderr has taken, a list."""
+    """List the seconds that each progress bar of images in a stage's stderr has taken."""
     found = []
-    for done, hours, minutes, seconds in re.findall(
-        r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image", errors
-    ):
+    pattern = r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image"
+    for done, hours, minutes, seconds in re.findall(pattern, errors):
         if done == "0":
             found.append(0)
         found[-1] = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
@@ -195,8 +203,9 @@ def bars(errors):
 
 
 def looping(errors):
-    """Seconds that the progress bars of images in a stage's stderr have taken: what grows with the images,
-    not the start-up.
+    """Return the seconds that all progress bars of images have taken: they grow with the images.
+
+    errors: stderr of a stage.
     """
     return sum(bars(errors))
 
@@ -205,41 +214,41 @@ def looping(errors):
 
 
 def write_photos(root, images, splits=("train", "val"), **options):
-    """Write a tree of class folders, `images` photos in every split, as `tests.photos.write_photos` does.
+    """Write a tree of class folders by `tests.photos.write_photos`, `images` photos in every split.
+
     Returns the root.
     """
     from tests import photos  # here, because scikit-learn would count as memory of all processes
 
-    if images % len(photos.SYNSETS):
-        sys.exit(
-            f"error: {images} images cannot be divided into {len(photos.SYNSETS)} classes; give a multiple"
-        )
-    return photos.write_photos(root, splits, per_class=images // len(photos.SYNSETS), **options)
+    classes = len(photos.SYNSETS)
+    if images % classes:
+        sys.exit(f"error: {images} images cannot be divided into {classes} classes; give a multiple")
+    return photos.write_photos(root, splits, per_class=images // classes, **options)
 
 
 def save_unit_vectors(path, count, width, columns=False):
-    """Save random unit vectors in place of text vectors [count, width], or as columns [width, count] of a
-    classifier.
-    """
+    """Save random unit vectors [count, width] in place of text vectors, or [width, count] of a classifier."""
     vectors = np.random.default_rng(0).standard_normal((count, width), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     np.save(path, vectors.T if columns else vectors)
 
 
 def real_size_inputs(args, folder, words):
-    """Photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words; the
-    folder of the photos,
-    and the `Results` of the stages. args: with model, images, val_images."""
+    """Write photos of both splits, a random classifier [D, 1000] and random vectors [texts, D] of some words.
+
+    Returns the folder of the photos, and the `Results` of the stages.
+
+    args: flags, with model, images, val_images.
+    """
     from utils.model.clip import load_clip  # here, because open_clip would count as memory of all processes
 
-    photos, results = folder / "photos", Results(folder / "out", args.model, "random")
+    photos = folder / "photos"
+    results = Results(folder / "out", args.model, "random")
     results.directory.mkdir()
     for split, images in (("train", args.images), ("val", args.val_images)):
         write_photos(photos, images, (split,))
-    width, texts = (
-        load_clip(args.model, "random", "cpu", image_only=True).vit.D,
-        results.path("texts", texts="words"),
-    )
+    width = load_clip(args.model, "random", "cpu", image_only=True).vit.D
+    texts = results.path("texts", texts="words")
     save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
     save_unit_vectors(texts, len(words), width)
     texts.with_suffix(".txt").write_text("".join(f"{word}\n" for word in words))
@@ -250,7 +259,7 @@ def real_size_inputs(args, folder, words):
 
 
 def row(what, value, unit="", *, at_most=None, at_least=None, note=""):
-    """A row of a table. at_most, at_least: the bar, one of them or none."""
+    """Return a row of a table. at_most, at_least: the bar, one of them or none."""
     bar = at_most if at_least is None else at_least
     held = None if bar is None else bool(value <= bar if at_least is None else value >= bar)
     found = {"what": what, "value": float(value), "unit": unit}
@@ -258,13 +267,14 @@ def row(what, value, unit="", *, at_most=None, at_least=None, note=""):
 
 
 def of_model(name, model):
-    """Name of a table: other models than ViT-B-32 have tables of their own."""
+    """Return the name of a table: other models than ViT-B-32 have tables of their own."""
     return name if model == "ViT-B-32" else f"{name}_{model_name(model)}"
 
 
 def save_table(table, args):
-    """Print a table, and write results/NAME.json and .md (NAME_cuda on a GPU; quick ones go to
-    results/quick).
+    """Print a table, and write results/NAME.json and .md.
+
+    NAME has _cuda on a GPU; quick tables go to results/quick.
     """
     kind = torch.device(args.device).type
     name = table.name if kind == "cpu" else f"{table.name}_{kind}"
@@ -277,7 +287,7 @@ def save_table(table, args):
 
 
 def machine(device="cpu"):
-    """The machine in words: cores, threads, versions, device."""
+    """Describe the machine in words: cores, threads, versions, device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device).upper()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
@@ -285,13 +295,9 @@ def machine(device="cpu"):
 
 
 def markdown(table):
-    """A saved table as markdown; in a quick one no bar is judged."""
-    lines = [
-        f"### {table['title']}",
-        "",
-        table["machine"] + (" (quick: the figures mean nothing)" if table["quick"] else ""),
-        "",
-    ]
+    """Return a saved table as markdown; in a quick one no bar is judged."""
+    quick = " (quick: the figures mean nothing)" if table["quick"] else ""
+    lines = [f"### {table['title']}", "", table["machine"] + quick, ""]
     lines += ["| what | measured | bar | |", "|---|---|---|---|"]
     for item in table["rows"]:
         bar = "" if item["bar"] is None else f"{'≥' if item['at_least'] else '≤'} {item['bar']:g}"

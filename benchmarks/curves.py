@@ -1,5 +1,6 @@
-"""How time and memory grow with the number of images, layers and neurons; with the number of texts:
-benchmarks/omp.py.
+"""Measure how time and memory grow with the number of images, layers and neurons.
+
+How they grow with the number of texts is in benchmarks/omp.py.
 
     python -m benchmarks.curves [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048]
         [--tmp FOLDER] [--quick]
@@ -16,14 +17,13 @@ LAYER, L = 9, 12
 
 
 def set_up(args, folder):
-    """Trees of photos, {number of images: root}; and the folder of the results."""
-    return {
-        images: write_photos(folder / str(images), images, ("train",)) for images in args.images
-    }, folder / "out"
+    """Write trees of photos. Returns {number of images: root} and the folder of the results."""
+    photos = {images: write_photos(folder / str(images), images, ("train",)) for images in args.images}
+    return photos, folder / "out"
 
 
 def measure(args, case):
-    """All points: {what: (seconds, note)}."""
+    """Measure all points, {what: (seconds, note)}."""
     photos, out = case
     found = {}
     for images in args.images:
@@ -34,17 +34,14 @@ def measure(args, case):
     for count in args.layers:
         for keep in ("full", "top"):
             layers = [*range(L - 1 - count, L - 1), "--keep", keep]
-            found[f"effects of {count} layers, {few} images, --keep {keep}"] = effects(
-                args, photos[few], out, layers
-            )
+            what = f"effects of {count} layers, {few} images, --keep {keep}"
+            found[what] = effects(args, photos[few], out, layers)
             clear(out)
     for neurons in args.neurons:
         result = pursue("ours", args.texts, args.atoms, neurons=neurons, device=args.device)
         note = f"peak {result['peak'] / 1e9:.2f} GB, {1000 * result['seconds']:.1f} ms a neuron"
-        found[f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons"] = (
-            neurons * result["seconds"],
-            note,
-        )
+        what = f"{args.atoms} of {args.texts:,} texts for {neurons:,} neurons"
+        found[what] = (neurons * result["seconds"], note)
     return found
 
 
@@ -54,17 +51,15 @@ def shared_flags(args, out):
 
 
 def effects(args, photos, out, layers):
-    """The stage on some layers (flags after --mlp_layer): (seconds, note)."""
-    data = ["--data_path", photos, "--split", "train", "--subsample", 1]
-    process = stage(
-        "compute_second_order_neuron_prs", *shared_flags(args, out), *data, "--mlp_layer", *layers
-    )
+    """Run the stage on some layers. Returns (seconds, note). layers: flags after --mlp_layer."""
+    flags = [*shared_flags(args, out), "--data_path", photos, "--split", "train", "--subsample", 1]
+    process = stage("compute_second_order_neuron_prs", *flags, "--mlp_layer", *layers)
     written = sum(file.stat().st_size for file in out.iterdir())
     return process.seconds, f"peak {process.peak / 1e9:.2f} GB, {written / 1e9:.2f} GB written"
 
 
 def components(args, out):
-    """The components of what is there: (seconds, note)."""
+    """Compute the components of the stored effects. Returns (seconds, note)."""
     process = stage("compute_pcas", *shared_flags(args, out), "--mlp_layer", LAYER)
     return process.seconds, f"peak {process.peak / 1e9:.2f} GB"
 
@@ -82,13 +77,10 @@ def table(args, found):
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
-    parser.add_argument(
-        "--images", type=int, nargs="+", default=[100, 500, 1000, 5000], help="multiples of 4"
-    )
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 3, 6, 11], help="how many of the last ones"
-    )
-    parser.add_argument("--neurons", type=int, nargs="+", default=[128, 512, 2048])
+    several = {"type": int, "nargs": "+"}
+    parser.add_argument("--images", **several, default=[100, 500, 1000, 5000], help="multiples of 4")
+    parser.add_argument("--layers", **several, default=[1, 3, 6, 11], help="how many of the last ones")
+    parser.add_argument("--neurons", **several, default=[128, 512, 2048])
     parser.add_argument("--texts", type=int, default=30000)
     parser.add_argument("--atoms", type=int, default=128)
     quick = {"images": [8, 16], "layers": [1, 2], "neurons": [4, 8], "texts": 600, "atoms": 8}

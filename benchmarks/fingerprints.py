@@ -1,9 +1,9 @@
-"""What it costs to look at all bytes of weights and images, so that no change of them goes unseen.
+"""Measure the cost of looking at all bytes of weights and images, so that no change of them goes unseen.
 
     python -m benchmarks.fingerprints [--model ViT-L-14] [--images 5124] [--side 500] [--quick]
 
-The photos are JPEG files of `--side` pixels, about ImageNet's. The alternative is what earlier versions
-looked at: 1,024 entries of every tensor, and the sizes of the files.
+The photos are JPEG files of `--side` pixels, about ImageNet's. Earlier versions looked at 1,024 entries of
+every tensor and at the sizes of the files: this is the alternative.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from utils.model.clip import weights_fingerprint
 
 
 def set_up(args, folder):
-    """The model, its bytes, and the images with theirs."""
+    """Return the model, its bytes, the images, and their bytes."""
     model = open_clip.create_model(args.model)
     root = write_photos(folder, args.images, ("val",), side=args.side)
     images = load_images("imagenet", root, "val", subsample=1)
@@ -26,7 +26,7 @@ def set_up(args, folder):
 
 
 def samples_of(model):
-    """A digest of 1,024 entries of every tensor."""
+    """Return a digest of 1,024 entries of every tensor."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.reshape(-1)[:: max(1, tensor.numel() // 1024)].numpy().tobytes())
@@ -34,7 +34,7 @@ def samples_of(model):
 
 
 def measure(args, case):
-    """Seconds of each, by name."""
+    """Time each way, {name: [seconds]}."""
     model, _, images, _ = case
 
     def digests():
@@ -54,13 +54,9 @@ def table(args, found):
     (_, weights, images, size), seconds = found
     seconds = {name: median(times) for name, times in seconds.items()}
     count = f"{len(images):,} photos, {size / 1e9:.2f} GB"
+    of_weights = f"all bytes of {args.model}'s weights, {weights / 1e9:.2f} GB"
     rows = [
-        row(
-            f"all bytes of {args.model}'s weights, {weights / 1e9:.2f} GB",
-            seconds["weights"],
-            "s",
-            at_most=args.bars and 2,
-        ),
+        row(of_weights, seconds["weights"], "s", at_most=args.bars and 2),
         row("1,024 entries of each of its tensors", seconds["samples"], "s"),
         row(f"all bytes of {count}", seconds["images"], "s", at_most=args.bars and 5),
         row("the sizes of these", seconds["sizes"], "s"),

@@ -1,5 +1,4 @@
-"""The definition, computed step by step for every token, neuron and head: what the factorisation is compared
-with.
+"""Compare the factorisation with the definition, computed for every token, neuron and head.
 
     python -m benchmarks.naive [--model ViT-B-32] [--layer 9] [--quick]
 
@@ -16,12 +15,12 @@ from utils.prs import fold, second_order
 
 
 def statistics(z, norm):
-    """Mean and standard deviation of a LayerNorm's input: z [..., d] -> two of [..., 1]."""
+    """Return the mean and standard deviation of a LayerNorm's input: z [..., d] -> two of [..., 1]."""
     return z.mean(-1, keepdim=True), (z.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
 
 
 def forward(visual, image, layer):
-    """Forward pass of one image [1, 3, side, side], attention written out.
+    """Run the forward pass of one image [1, 3, side, side], with the attention written out.
 
     Returns the representation [D], the neurons' activations [T, N] of `layer`, for each later layer (mean,
     std, attention) with shapes [T, 1], [T, 1], [H, T], and the statistics of the last LayerNorm.
@@ -31,12 +30,10 @@ def forward(visual, image, layer):
     later = {}
     for l, block in enumerate(visual.transformer.resblocks):
         attn = block.attn
-        H, e = attn.num_heads, attn.head_dim
-        q, k, v = (
-            (block.ln_1(z) @ attn.in_proj_weight.T + attn.in_proj_bias)
-            .view(len(z), 3, H, e)
-            .permute(1, 2, 0, 3)
-        )
+        H = attn.num_heads
+        e = attn.head_dim
+        qkv = block.ln_1(z) @ attn.in_proj_weight.T + attn.in_proj_bias
+        q, k, v = qkv.view(len(z), 3, H, e).permute(1, 2, 0, 3)
         A = torch.softmax(q @ k.mT / e**0.5, dim=-1)  # [H, T, T]
         if l > layer:
             later[l] = (*statistics(z, block.ln_1), A[:, 0])
@@ -50,56 +47,62 @@ def forward(visual, image, layer):
 
 @torch.inference_mode()
 def naive_effects(visual, image, layer, sum_early=False, coefficient=100.0):
-    """Second-order effects of every neuron of `layer` on one image: [N, D].
+    """Return the second-order effects of every neuron of `layer` on one image, [N, D].
 
     sum_early: sum a head's values over the tokens at once, where they are weighted by the attention;
     otherwise every token goes all the way to the output, as the definition is written, and the sum is the
     last step.
     """
-    blocks, L = visual.transformer.resblocks, len(visual.transformer.resblocks)
+    blocks = visual.transformer.resblocks
     representation, p, later, (mu_post, sigma_post) = forward(visual, image, layer)
-    mlp, post = blocks[layer].mlp.c_proj, visual.ln_post
-    N, (d, H) = p.shape[1], (mlp.out_features, blocks[layer].attn.num_heads)
+    mlp = blocks[layer].mlp.c_proj
+    post = visual.ln_post
+    L = len(blocks)
+    N = p.shape[1]
+    d = mlp.out_features
+    H = blocks[layer].attn.num_heads
     e = d // H
     written = p[:, :, None] * mlp.weight.T + mlp.bias / N  # [T, N, d]
     effects = torch.zeros(N, visual.proj.shape[1], device=p.device)
     for l, (mu, sigma, A) in later.items():
-        attn, norm = blocks[l].attn, blocks[l].ln_1
-        c, c_post = (1 + 2 * l) * N, (1 + 2 * l) * (1 + 2 * L) * H * N
+        attn = blocks[l].attn
+        norm = blocks[l].ln_1
+        c = (1 + 2 * l) * N
+        c_post = c * (1 + 2 * L) * H
         x = norm.weight * (written - mu[:, None] / c) / sigma[:, None] + norm.bias / c  # [T, N, d]
         for h in range(H):
             head = slice(h * e, (h + 1) * e)
-            W_V, b_V = attn.in_proj_weight[2 * d :][head], attn.in_proj_bias[2 * d :][head]
+            W_V = attn.in_proj_weight[2 * d :][head]
+            b_V = attn.in_proj_bias[2 * d :][head]
             v = x @ W_V.T + b_V / c  # [T, N, e]
             if sum_early:
                 v = torch.einsum("t,tne->ne", A[h], v)[None]  # [1, N, e]
             o = v @ attn.out_proj.weight[:, head].T + attn.out_proj.bias / (c * H)
-            y = (
-                post.weight * (o - mu_post / c_post) / sigma_post + post.bias / c_post
-            ) @ visual.proj  # [T or 1, N, D]
+            y = post.weight * (o - mu_post / c_post) / sigma_post + post.bias / c_post
+            y = y @ visual.proj  # [T or 1, N, D]
             effects += y[0] if sum_early else torch.einsum("t,tno->no", A[h], y)
     return coefficient / representation.norm() * effects
 
 
 def set_up(args, folder):
-    """The tower, with every bias and gamma made to count, an image, and the directions of the layer."""
+    """Return the tower, with every bias and gamma made to count, an image, and the layer's directions."""
     vit = load_clip(args.model, args.pretrained, args.device, image_only=True).vit
     layer = vit.L - 2 if args.quick else vit.L - 3 if args.layer is None else args.layer
     torch.manual_seed(0)
     image = torch.randn(1, 3, *vit.visual.image_size, device=args.device)
-    for (
-        parameter
-    ) in vit.visual.parameters():  # random weights have empty biases and equal gammas; make every share count
+    # Random weights have empty biases and equal gammas
+    for parameter in vit.visual.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return vit, image, fold(vit, layer)
 
 
 def measure(args, case):
-    """The layer, and the largest difference of either form of the definition, of its largest entry."""
+    """Return the layer, and the largest difference of either form of the definition, of its largest entry."""
     vit, image, directions = case
     _, [phi] = second_order(vit, image, [directions])
-    ours, differences = phi.dense()[0], {}
+    ours = phi.dense()[0]
+    differences = {}
     for name, sum_early in (("definition as written", False), ("tokens summed at the attention", True)):
         naive = naive_effects(vit.visual, image, directions.layer, sum_early)
         differences[name] = (ours - naive).abs().max() / naive.abs().max()

@@ -1,11 +1,11 @@
-"""compute_pcas.py on a store of the paper's size, against numpy's SVD on the dense effects.
+"""Compare compute_pcas.py, on a store of the paper's size, with numpy's SVD on the dense effects.
 
     python -m benchmarks.pca [--images 5124] [--heads 24] [--neurons 3072] [--sample 8] [--tmp FOLDER]
         [--quick]
 
 A synthetic factorised store (1.5 GB) is streamed to a temporary folder and removed afterwards. The comparison
-takes a sample of
-neurons: their dense effects in memory, mean, norms, and numpy's SVD, of the top images' rows and of all rows.
+takes a sample of neurons: their dense effects in memory, mean, norms, and numpy's SVD, of the top images'
+rows and of all rows.
 """
 
 import time
@@ -23,15 +23,14 @@ def store_path(results, kind):
 
 
 def write_store(results, sizes):
-    """A store with random directions and coefficients that have a common mean and an uneven spread over the
-    heads.
+    """Write a store with random directions and random coefficients.
+
+    The coefficients have a common mean and an uneven spread over the heads.
 
     sizes: {letter: size} of images, K, N, e and D.
     """
-    rng, (images, K, N, e, D) = (
-        np.random.default_rng(0),
-        (sizes[letter] for letter in ("images", "K", "N", "e", "D")),
-    )
+    images, K, N, e, D = (sizes[letter] for letter in ("images", "K", "N", "e", "D"))
+    rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.standard_normal(shape, dtype=np.float32)
@@ -39,7 +38,8 @@ def write_store(results, sizes):
     np.save(store_path(results, "values"), normal(K, N, e) / e)
     np.save(store_path(results, "outputs"), normal(K, e, D) / D**0.5)
     np.save(store_path(results, "bias"), 1e-4 * normal(images, D))
-    mean, spread = normal(K, N), (1 / np.arange(1, K + 1, dtype=np.float32))[:, None]
+    mean = normal(K, N)
+    spread = (1 / np.arange(1, K + 1, dtype=np.float32))[:, None]
     with open(store_path(results, "coefficients"), "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (images, K, N)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -48,15 +48,16 @@ def write_store(results, sizes):
 
 
 def dense_effects(results, neuron):
-    """Effects of one neuron, [images, D]."""
+    """Return the effects of one neuron, [images, D]."""
     kinds = ("coefficients", "values", "outputs", "bias")
     C, values, outputs, bias = (np.load(store_path(results, kind), mmap_mode="r") for kind in kinds)
     return C[:, :, neuron] @ np.einsum("ke,keo->ko", values[:, neuron], outputs) + bias
 
 
 def numpy_pca(effects, all_rows=False):
-    """The definition with numpy: effects [images, D] -> first right singular vector [D], the TOP largest
-    norms, ascending.
+    """Compute the first right singular vector [D] and the TOP largest norms, ascending, with numpy.
+
+    effects: [images, D].
     """
     centred = effects - effects.mean(axis=0)
     norms = np.linalg.norm(centred, axis=1)
@@ -73,26 +74,18 @@ def set_up(args, folder):
 
 
 def measure(args, results):
-    """compute_pcas' `Process`, bytes of the store, numpy's times {all rows or not: [seconds of each neuron]},
-    and how far its
-    directions and norms are from ours: [cosine, relative difference of the norms] of each neuron."""
-    flags = [
-        "--model",
-        "ViT-B-32",
-        "--pretrained",
-        "random",
-        "--mlp_layer",
-        LAYER,
-        "--top_k_pca",
-        TOP,
-        "--device",
-        args.device,
-    ]
-    process = stage("compute_pcas", *flags, "--output_dir", results.directory)
-    pcas, norms = (
-        np.load(results.path(kind, dataset="imagenet", layer=LAYER, k=TOP)) for kind in ("pca", "norm")
-    )
-    times, agreement = {False: [], True: []}, []
+    """Return compute_pcas' `Process`, the bytes of the store, numpy's times, and how far it is from ours.
+
+    times: {all rows or not: [seconds of each neuron]}.
+    agreement: [(cosine, relative difference of the norms) of each neuron].
+    """
+    flags = ["--model", "ViT-B-32", "--pretrained", "random", "--mlp_layer", LAYER, "--top_k_pca", TOP]
+    flags += ["--device", args.device, "--output_dir", results.directory]
+    process = stage("compute_pcas", *flags)
+    names = {"dataset": "imagenet", "layer": LAYER, "k": TOP}
+    pcas, norms = (np.load(results.path(kind, **names)) for kind in ("pca", "norm"))
+    times = {False: [], True: []}
+    agreement = []
     for neuron in np.linspace(0, args.neurons - 1, args.sample).astype(int):
         effects = dense_effects(results, neuron)
         for all_rows in times:
@@ -107,27 +100,21 @@ def measure(args, results):
 def table(args, found):
     process, store, times, agreement = found
     cosines, differences = zip(*agreement, strict=True)
+    whole = "compute_pcas.py, the whole process"
     rows = [
-        row(
-            "compute_pcas.py, the whole process",
-            process.seconds,
-            "s",
-            at_most=60,
-            note=f"{store / 1e9:.2f} GB store",
-        ),
+        row(whole, process.seconds, "s", at_most=60, note=f"{store / 1e9:.2f} GB store"),
         row("compute_pcas.py, peak memory", process.peak / 1e9, "GB", at_most=3),
     ]
     dense = args.images * args.neurons * D * 4
     for all_rows, name in ((False, f"numpy, SVD of the {TOP} top rows"), (True, "numpy, SVD of all rows")):
         total = median(times[all_rows]) * args.neurons
-        note = f"extrapolated from {args.sample} neurons to {total:.0f} s; their {dense / 1e9:.0f} GB already in memory"
+        note = f"extrapolated from {args.sample} neurons to {total:.0f} s"
+        note += f"; their {dense / 1e9:.0f} GB already in memory"
         rows.append(row(name, total / process.seconds, "x ours", note=note))
     rows.append(row("smallest cosine with numpy's direction, sign included", min(cosines), at_least=0.9999))
     rows.append(row("largest relative difference of the norms", max(differences), at_most=1e-4))
-    title = (
-        f"Principal components, {args.images:,} images x {args.heads} heads x {args.neurons:,} neurons x {D}"
-    )
-    return Table("pca", title, rows)
+    sizes = f"{args.images:,} images x {args.heads} heads x {args.neurons:,} neurons x {D}"
+    return Table("pca", f"Principal components, {sizes}", rows)
 
 
 if __name__ == "__main__":

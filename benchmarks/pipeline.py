@@ -1,4 +1,4 @@
-"""How many images a second each part of the input pipeline gives, beside what the model takes.
+"""Measure the images a second of each part of the input pipeline, beside those of the model.
 
     python -m benchmarks.pipeline [--model ViT-B-32] [--images 256] [--side 500] [--device cpu] [--quick]
 
@@ -8,23 +8,26 @@ stage's own loop.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from benchmarks.common import Table, bench_parser, interleaved, median, row, run, write_photos
-from utils.data.images import Loader, load_images
+from utils.data.images import load_images
+from utils.data.splits import Loader
 from utils.model.clip import load_clip
 from utils.runtime.passes import pieces_of, walk
 
 
 def set_up(args, folder):
-    """The parts: {name: (images that it takes, function)}."""
+    """Return the parts, {name: (number of images, function)}."""
     clip = load_clip(args.model, "random", args.device, image_only=True)
     root = write_photos(folder, args.images, ("val",), side=args.side)
     images = load_images("imagenet", root, "val", clip.transform, subsample=1)
-    paths, pieces = [path for path, _ in images.samples], pieces_of(len(images), args.batch_size)
+    paths = [path for path, _ in images.samples]
+    pieces = pieces_of(len(images), args.batch_size)
     pixels = torch.stack([images[i][0] for i in range(args.batch_size)]).to(args.device)
     decoded = [Image.open(path).convert("RGB") for path in paths[:32]]
     parts = {
@@ -34,10 +37,8 @@ def set_up(args, folder):
     }
     for workers in (0, *(2**i for i in range(8) if 2**i <= args.num_workers)):
         loader = Loader(images, args.device, workers)
-        parts[f"the loader, {workers} worker processes"] = (
-            len(paths),
-            lambda loader=loader: loading(loader, pieces),
-        )
+        name = f"the loader, {workers} worker processes"
+        parts[name] = (len(paths), partial(loading, loader, pieces))
     parts[f"{args.model} alone"] = (args.batch_size, lambda: clip.vit(pixels).cpu())
     loader = Loader(images, args.device, args.num_workers)
     parts["all together"] = (len(paths), lambda: everything(clip.vit, loader, pieces))
@@ -56,7 +57,7 @@ def everything(vit, loader, pieces):
 
 @torch.inference_mode()
 def measure(args, parts):
-    """Images a second of every part."""
+    """Return the images a second of every part."""
     seconds = interleaved({name: function for name, (_, function) in parts.items()}, args.rounds, args.device)
     return {name: images / median(seconds[name]) for name, (images, _) in parts.items()}
 
@@ -66,7 +67,8 @@ def table(args, found):
     for name, rate in found.items():
         note = "worker processes start within the time" if "worker" in name and " 0 " not in name else ""
         rows.append(row(name, rate, "images a second", note=note))
-    title = f"Input pipeline, {args.images} photos of {args.side} px, batches of {args.batch_size}, {args.num_workers} workers"
+    title = f"Input pipeline, {args.images} photos of {args.side} px, batches of {args.batch_size}"
+    title += f", {args.num_workers} workers"
     return Table("pipeline", title, rows)
 
 

@@ -1,4 +1,4 @@
-"""What `--precision` and `--store_dtype` cost in accuracy, against float32, and what they save in time.
+"""Measure the cost of `--precision` and `--store_dtype` in accuracy, and their gain in time.
 
     python -m benchmarks.precision [--device cpu] [--quick]
 
@@ -9,6 +9,7 @@ layers, against its own float32.
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,14 +19,16 @@ from utils.model.clip import load_clip
 from utils.prs import fold_layers, second_order
 from utils.runtime.results import Results
 
-MODEL, WEIGHTS = str(ROOT / "demo/symbols-vit.json"), str(ROOT / "demo/symbols-vit.safetensors")
+MODEL = str(ROOT / "demo/symbols-vit.json")
+WEIGHTS = str(ROOT / "demo/symbols-vit.safetensors")
 CLIP = ["--model", MODEL, "--pretrained", WEIGHTS, "--dataset", "folder"]
 STORED = "float32, stored as float16"
-LAYERS, TOP = list(range(5)), 100
+LAYERS = list(range(5))
+TOP = 100
 
 
 def set_up(args, folder):
-    """The demo's world and its classifier."""
+    """Make the demo's world and its classifier."""
     measured("-m", "demo.make_world", "--output_dir", folder / "world")
     pairs = folder / "world/pairs"
     names = ["--data_path", pairs, "--class_names", pairs / "class_names.txt"]
@@ -34,31 +37,28 @@ def set_up(args, folder):
 
 
 def measure(args, folder):
-    """{setting: (largest differences of effects by layer, one minus cosines of components, changes of
-    accuracies)}; and the seconds of the forward pass at every precision."""
-    precisions = [
-        "float32",
-        *(["tf32"] if torch.device(args.device).type == "cuda" else []),
-        "bfloat16",
-        "float16",
-    ]
+    """Return {setting: what `compare` returns}, and the seconds of the forward pass at every precision."""
+    precisions = ["float32", "bfloat16", "float16"]
+    if torch.device(args.device).type == "cuda":
+        precisions.insert(1, "tf32")
     settings = {name: (["--precision", name], []) for name in precisions}
     settings[STORED] = ([], ["--store_dtype", "float16"])
     through = {name: through_stages(args, folder, name, flags) for name, flags in settings.items()}
-    differences = {
-        name: compare(through["float32"], found) for name, found in through.items() if name != "float32"
-    }
+    exact = through.pop("float32")
+    differences = {name: compare(exact, found) for name, found in through.items()}
     return differences, forward_seconds(args, precisions)
 
 
 def through_stages(args, folder, name, flags):
-    """Run the stages. flags: those of the precision, and those of the store. Returns their `Results`."""
+    """Run the stages and return their `Results`. flags: those of the precision, and those of the store."""
     precision, store = flags
     out = folder / name
     shutil.copytree(folder / "classifier", out)
     images = ["--device", args.device, "--data_path", folder / "world/pairs", "--batch_size", 64, *precision]
-    images += ["--subsample", 6] if args.quick else []
-    layers, k = [*CLIP, "--output_dir", out, "--mlp_layer", "all"], ["--top_k_pca", TOP]
+    if args.quick:
+        images += ["--subsample", 6]
+    layers = [*CLIP, "--output_dir", out, "--mlp_layer", "all"]
+    k = ["--top_k_pca", TOP]
     stage("compute_second_order_neuron_prs", *layers, *images, *store, "--split", "train", "--keep", "full")
     stage("compute_pcas", *layers, *k)
     stage("compute_ablations", *layers, *images, *k)
@@ -66,9 +66,13 @@ def through_stages(args, folder, name, flags):
 
 
 def compare(exact, found):
-    """Largest difference of an effect for each layer, of its largest effect; one minus the cosines of all
-    components; changes of the accuracies."""
-    differences, cosines = [], []
+    """Return how far two `Results` are apart.
+
+    The largest difference of an effect for each layer, as a share of its largest effect; one minus the
+    cosines of all components; changes of the accuracies.
+    """
+    differences = []
+    cosines = []
     for layer in LAYERS:
         a, b = (effects_of(results, layer, 64) for results in (exact, found))
         differences.append(np.abs(a - b).max() / np.abs(a).max())
@@ -76,38 +80,34 @@ def compare(exact, found):
         a, b = (np.load(results.path("pca", **names)).astype(float) for results in (exact, found))
         cosines.append((a * b).sum(axis=1))
     names = {"dataset": "folder", "split": "val", "layer": LAYERS, "k": TOP}
-    before, after = (
-        json.loads(results.path("ablations", **names).read_text())["accuracy"] for results in (exact, found)
-    )
+    paths = [results.path("ablations", **names) for results in (exact, found)]
+    before, after = (json.loads(path.read_text())["accuracy"] for path in paths)
     changes = [abs(before[layer][what] - after[layer][what]) for layer in before for what in before[layer]]
     return differences, 1 - np.concatenate(cosines), changes
 
 
 def effects_of(results, layer, images):
-    """The effects [images, N, D] of the first images, float64."""
+    """Return the effects [images, N, D] of the first images, float64."""
     names = {"dataset": "folder", "split": "train", "layer": layer}
-    parts = (results.load(kind, mmap=True, **names) for kind in ("coefficients", "values", "outputs", "bias"))
-    C, values, outputs, bias = parts
+    kinds = ("coefficients", "values", "outputs", "bias")
+    C, values, outputs, bias = (results.load(kind, mmap=True, **names) for kind in kinds)
     heads = np.einsum("ikn,kne->inke", C[:images].astype(float), values.astype(float))
     return np.einsum("inke,keo->ino", heads, outputs) + bias[:images, None]
 
 
 def forward_seconds(args, precisions):
-    """ViT-B-32's pass with the effects of all layers, {precision: [seconds]}."""
+    """Time ViT-B-32's pass with the effects of all layers, {precision: [seconds]}."""
     images = torch.randn(2 if args.quick else 16, 3, 224, 224, device=args.device)
-    vits = {
-        name: load_clip("ViT-B-32", "random", args.device, precision=name, image_only=True).vit
-        for name in precisions
-    }
+    options = {"device": args.device, "image_only": True}
+    vits = {name: load_clip("ViT-B-32", "random", precision=name, **options).vit for name in precisions}
     directions = fold_layers(vits["float32"], range(11))
 
     def effects(vit):
         for _ in second_order(vit, images, directions)[1]:
             pass
 
-    return interleaved(
-        {name: lambda vit=vit: effects(vit) for name, vit in vits.items()}, args.rounds, args.device
-    )
+    functions = {name: partial(effects, vit) for name, vit in vits.items()}
+    return interleaved(functions, args.rounds, args.device)
 
 
 def table(args, found):
@@ -121,14 +121,8 @@ def table(args, found):
         note = f"points, the largest change of the {len(changes)} accuracies; mean {np.mean(changes):.2f}"
         rows.append(row(f"{name}: ablation figures", max(changes), note=note))
     for name, times in list(seconds.items())[1:]:
-        rows.append(
-            row(
-                f"{name}: time, ViT-B-32",
-                ratio(times, seconds["float32"]),
-                "x float32",
-                note="effects of all layers",
-            )
-        )
+        times = ratio(times, seconds["float32"])
+        rows.append(row(f"{name}: time, ViT-B-32", times, "x float32", note="effects of all layers"))
     return Table("precision", "Precision of the forward pass and of the store, against float32", rows)
 
 

@@ -1,7 +1,8 @@
-"""A real-size rehearsal: every stage in README order on photos at full size, with random weights; time,
-memory and disk of each.
+"""Rehearse at real size: time, memory and disk of every stage in README order, with random weights.
 
-    python -m benchmarks.rehearsal --mlp_layer all --images 5124 --val_images 5000 --texts 30000     # the paper's sizes
+The paper's sizes, and a larger model:
+
+    python -m benchmarks.rehearsal --mlp_layer all --images 5124 --val_images 5000 --texts 30000
     python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top
         --project 5124 5000
 
@@ -19,7 +20,7 @@ BARS = {"full": 1.3, "top": 2.6}  # times the plain pass, all layers of ViT-B-32
 
 
 class Step(NamedTuple):
-    """A stage of the rehearsal. keep: the form of the effects that it writes or reads."""
+    """A `Step` is a stage of the rehearsal. keep: the form of the effects that it writes or reads."""
 
     script: str
     flags: list
@@ -32,7 +33,7 @@ class Step(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A step that was run. written: bytes."""
+    """`Done` is a step that was run. written: bytes."""
 
     step: Step
     process: Process
@@ -40,28 +41,21 @@ class Done(NamedTuple):
 
 
 def set_up(args, folder):
-    """Photos, a classifier, text vectors; returns the folder of the results, and the steps."""
+    """Make photos, a classifier and text vectors. Returns the `Results` and the steps."""
     photos, results = real_size_inputs(args, folder, [f"word {i}" for i in range(args.texts)])
     return results, steps(args, photos, results)
 
 
 def steps(args, photos, results):
-    """The stages in README order. They overwrite, because every form of the effects has its components, of
-    the same name.
+    """List the stages in README order.
+
+    They overwrite, because every form of the effects has its components, of one name.
     """
-    model = [
-        "--model",
-        args.model,
-        "--pretrained",
-        "random",
-        "--output_dir",
-        results.directory,
-        "--device",
-        args.device,
-    ]
-    model += ["--overwrite"]
+    model = ["--model", args.model, "--pretrained", "random", "--device", args.device]
+    model += ["--output_dir", results.directory, "--overwrite"]
     images = [*model, "--data_path", photos, "--subsample", 1, "--batch_size", args.batch_size]
-    layers, k = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+    layers = ["--mlp_layer", *args.mlp_layer]
+    k = ["--top_k_pca", min(100, args.images)]
     memory = ["--memory", args.memory] if args.memory else []
     found = [Step("compute_representations", [*images, "--split", "train"])]
     for keep in args.keep:
@@ -79,12 +73,11 @@ def measure(args, case):
 
 
 def run_step(step, results):
-    """Run a step; the effects go once their components are there."""
+    """Run a step, and remove the effects once their components are there."""
     before = time.time()
     process = stage(step.script, *step.flags)
-    written = sum(
-        file.stat().st_size for file in results.directory.iterdir() if file.stat().st_mtime >= before
-    )
+    files = [file.stat() for file in results.directory.iterdir()]
+    written = sum(file.st_size for file in files if file.st_mtime >= before)
     print(f"{step.name}: {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
     if step.script == "compute_pcas":
         for path in results.directory.glob("*_coefficients.npy"):
@@ -93,10 +86,9 @@ def run_step(step, results):
 
 
 def table(args, found):
-    title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}, {args.images} + {args.val_images} photos"
-    title += (
-        f", {args.texts} texts, {args.components} of them for each neuron of layer {' '.join(args.describe)}"
-    )
+    title = f"Rehearsal, {args.model}, random weights, layer {' '.join(args.mlp_layer)}"
+    title += f", {args.images} + {args.val_images} photos, {args.texts} texts"
+    title += f", {args.components} of them for each neuron of layer {' '.join(args.describe)}"
     title += f", --keep {' '.join(args.keep)}"
     if args.project:
         title += f", projected to {args.project[0]} + {args.project[1]} photos"
@@ -105,57 +97,49 @@ def table(args, found):
 
 
 def step_row(args, done):
-    """Time, memory and disk of a step; with --project also the time for other numbers of images."""
+    """Return the time, memory and disk of a step; with --project also the time for other images."""
     seconds = done.process.seconds
     note = f"peak {done.process.peak / 1e9:.2f} GB, {done.written / 1e9:,.2f} GB written"
     if args.project:
-        held_out, loop = done.step.script == "compute_ablations", looping(done.process.errors)
+        held_out = done.step.script == "compute_ablations"
+        loop = looping(done.process.errors)
         projected = seconds - loop + loop * args.project[held_out] / (args.images, args.val_images)[held_out]
         note += f"; {loop} s of it over images, projected {projected:,.0f} s"
     return row(done.step.name, seconds, "s", note=note)
 
 
 def judged_rows(args, found):
-    """What has a bar: the effects against the plain pass, their disk, the memory."""
-    barred, rows = args.model == "ViT-B-32" and args.mlp_layer == ["all"], []
+    """Return the rows that have a bar: the effects against the plain pass, their disk, the memory."""
+    barred = args.model == "ViT-B-32" and args.mlp_layer == ["all"]
+    gigabytes = 3 if barred else None
+    rows = []
     for done in found:
         if done.step.script == EFFECTS:
-            keep, times = done.step.keep, done.process.seconds / found[0].process.seconds
-            bar, note = BARS[keep] if barred else None, "the whole processes"
-            rows.append(row(f"effects, --keep {keep}", times, "x plain", at_most=bar, note=note))
+            keep = done.step.keep
+            times = done.process.seconds / found[0].process.seconds
+            bar = BARS[keep] if barred else None
+            what = f"effects, --keep {keep}"
+            rows.append(row(what, times, "x plain", at_most=bar, note="the whole processes"))
             if keep == "top":
-                rows.append(
-                    row(
-                        "effects, --keep top, on disk",
-                        done.written / 1e9,
-                        "GB",
-                        at_most=3 if barred else None,
-                    )
-                )
-    peak = max(done.process.peak for done in found)
+                rows.append(row(f"{what}, on disk", done.written / 1e9, "GB", at_most=gigabytes))
+    peak = max(done.process.peak for done in found) / 1e9
     note = "with their workers"
-    return [
-        *rows,
-        row("peak memory of all stages", peak / 1e9, "GB", at_most=3 if barred else None, note=note),
-    ]
+    return [*rows, row("peak memory of all stages", peak, "GB", at_most=gigabytes, note=note)]
 
 
 if __name__ == "__main__":
     parser = bench_parser(__doc__)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--images", type=int, default=200, help="photos of the train split, a multiple of 4")
-    parser.add_argument(
-        "--val_images", type=int, default=200, help="photos of the val split, a multiple of 4"
-    )
+    parser.add_argument("--val_images", type=int, default=200, help="those of the val split, a multiple of 4")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mlp_layer", nargs="+", default=["9"])
     parser.add_argument("--describe", nargs="+", default=["9"], help="the layers that are decomposed")
     help = "in this order: the full store fills the system's cache"
     parser.add_argument("--keep", nargs="+", choices=("top", "full"), default=["top", "full"], help=help)
     parser.add_argument("--memory", type=float, help="--memory of the stages; default: theirs")
-    parser.add_argument(
-        "--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help="say what so many photos would take"
-    )
+    help = "say what so many photos would take"
+    parser.add_argument("--project", nargs=2, type=int, metavar=("IMAGES", "VAL"), help=help)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--components", type=int, default=64)
     run(parser, set_up, measure, table, quick={"images": 8, "val_images": 8, "texts": 20, "components": 4})

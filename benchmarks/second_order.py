@@ -1,4 +1,4 @@
-"""The second-order stage against open_clip's plain forward pass, and against the definition computed naively.
+"""Time the second-order stage against open_clip's plain forward pass, and against the naive definition.
 
     python -m benchmarks.second_order [--model ViT-B-32] [--device cpu] [--batch_size 16] [--rounds 15]
         [--quick]
@@ -7,6 +7,8 @@ The same random images go through `encode_image` and through `second_order` for 
 and all layers, in turn; a ratio is the median of the rounds' ratios. For ViT-L-14 the naive definition takes
 more than 20 GB of memory and minutes an image; --naive_rounds 0 leaves it out.
 """
+
+from functools import partial
 
 import torch
 
@@ -17,16 +19,16 @@ from utils.prs import fold, second_order
 
 
 def set_up(args, folder):
-    """What takes turns: {name: function} for a batch, and for one image with the definition; and the side of
-    an image.
-    """
+    """Return {name: function} for a batch and for one image with the definition, and the side of an image."""
     clip = load_clip(args.model, args.pretrained, args.device)
-    vit, late = clip.vit, clip.vit.L - 3
+    vit = clip.vit
+    late = vit.L - 3
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, *vit.visual.image_size, device=args.device)
     wanted = range(late - 1, late + 2) if args.quick else range(vit.L - 1)
     directions = {layer: fold(vit, layer) for layer in wanted}
-    one, three = [directions[late]], [directions[layer] for layer in (late - 1, late, late + 1)]
+    one = [directions[late]]
+    three = [directions[layer] for layer in (late - 1, late, late + 1)]
     batch = {
         "plain encode_image": lambda: plain(clip, images),
         f"layer {late}": lambda: effects(vit, images, one),
@@ -34,12 +36,12 @@ def set_up(args, folder):
         f"layers 0 to {vit.L - 2}": lambda: effects(vit, images, list(directions.values())),
         f"layer {late}, with the dense effects": lambda: dense_effects(vit, images, one),
     }
+    image = images[:1]
+    naive = partial(naive_effects, vit.visual, image, late)
     single = {
-        f"ours, layer {late}": lambda: effects(vit, images[:1], one),
-        f"definition as written, layer {late}": lambda: naive_effects(vit.visual, images[:1], late),
-        f"definition, tokens summed at the attention, layer {late}": lambda: naive_effects(
-            vit.visual, images[:1], late, sum_early=True
-        ),
+        f"ours, layer {late}": lambda: effects(vit, image, one),
+        f"definition as written, layer {late}": naive,
+        f"definition, tokens summed at the attention, layer {late}": partial(naive, sum_early=True),
     }
     if args.quick:
         del batch[f"layers 0 to {vit.L - 2}"], single[f"definition as written, layer {late}"]
@@ -64,23 +66,24 @@ def dense_effects(vit, images, directions):
 
 def measure(args, case):
     batch, single, side = case
-    seconds = interleaved(batch, args.rounds, args.device)
-    return seconds, interleaved(single if args.naive_rounds else {}, args.naive_rounds, args.device), side
+    of_batch = interleaved(batch, args.rounds, args.device)
+    of_single = {}
+    if args.naive_rounds:
+        of_single = interleaved(single, args.naive_rounds, args.device)
+    return of_batch, of_single, side
 
 
 def table(args, found):
     batch, single, side = found
     title = f"Second-order effects, {args.model}, batches of {args.batch_size} images of {side} px"
-    return Table(
-        of_model("second_order", args.model),
-        title,
-        batch_rows(args, batch) + single_rows(args, batch, single),
-    )
+    rows = batch_rows(args, batch) + single_rows(args, batch, single)
+    return Table(of_model("second_order", args.model), title, rows)
 
 
 def batch_rows(args, seconds):
-    """A batch against the plain pass."""
-    rows, plain_seconds = [], seconds["plain encode_image"]
+    """Return the rows of a batch against the plain pass."""
+    rows = []
+    plain_seconds = seconds["plain encode_image"]
     bars = dict(zip(list(seconds)[:3], (None, 1.05, 1.15), strict=True))
     for name, times in seconds.items():
         note = f"{1000 * median(times) / args.batch_size:.2f} ms an image"
@@ -89,17 +92,18 @@ def batch_rows(args, seconds):
 
 
 def single_rows(args, batch, single):
-    """The definition against ours. Ours is an image of a batch, as the stage has it; alone it takes
-    longer.
+    """Return the rows of the definition against ours.
+
+    Ours is an image of a batch, as the stage has it; alone it takes longer.
     """
-    (_, plain_seconds), (_, late), *_ = batch.items()
-    ours, rows = median(plain_seconds) / args.batch_size * ratio(late, plain_seconds), []
+    plain_seconds, late, *_ = batch.values()
+    ours = median(plain_seconds) / args.batch_size * ratio(late, plain_seconds)
+    rows = []
     for name, times in list(single.items())[1:]:
         alone = 1000 * median(next(iter(single.values())))
         note = f"{median(times):.2f} s an image; ours {1000 * ours:.1f} ms in a batch, {alone:.1f} ms alone"
-        rows.append(
-            row(name, median(times) / ours, "x ours", at_least=None if "summed" in name else 500, note=note)
-        )
+        bar = None if "summed" in name else 500
+        rows.append(row(name, median(times) / ours, "x ours", at_least=bar, note=note))
     return rows
 
 

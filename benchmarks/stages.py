@@ -1,4 +1,4 @@
-"""Whole stages as a user runs them, on photos: seconds an image, peak memory, disk.
+"""Measure whole stages as a user runs them, on photos: seconds an image, peak memory, disk.
 
     python -m benchmarks.stages [--model ViT-B-32] [--images 256] [--mlp_layer 9] [--rounds 3] [--quick]
 
@@ -29,7 +29,7 @@ PLAIN, EFFECTS, ABLATIONS = "compute_representations", "compute_second_order_neu
 
 
 class Case(NamedTuple):
-    """What the stages run on. passes: {script: flags}. pca: flags of compute_pcas.py."""
+    """A `Case` is the input of the stages. passes: {script: flags}. pca: flags of compute_pcas.py."""
 
     results: Results
     passes: dict
@@ -37,14 +37,14 @@ class Case(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A turn of a stage: seconds an image, seconds of start-up, peak bytes."""
+    """A `Cost` is that of one turn of a stage."""
 
-    each: float
-    start: float
-    peak: float
+    each: float  # seconds an image
+    start: float  # seconds of start-up
+    peak: float  # memory, bytes
 
     def whole(self):
-        """Seconds for all of the paper's images."""
+        """Return the seconds for all of the paper's images."""
         return self.start + IMAGES * self.each
 
 
@@ -54,26 +54,20 @@ def set_up(args, folder):
     results.directory.mkdir()
     width = load_clip(args.model, args.pretrained, "cpu", image_only=True).vit.D
     save_unit_vectors(results.path("classifier", dataset="imagenet"), 1000, width, columns=True)
-    model = [
-        "--output_dir",
-        results.directory,
-        "--model",
-        args.model,
-        "--pretrained",
-        args.pretrained,
-        "--device",
-        args.device,
-    ]
+    model = ["--model", args.model, "--pretrained", args.pretrained, "--device", args.device]
+    model += ["--output_dir", results.directory]
     data = [*model, "--overwrite", "--data_path", photos]
-    layers, k = ["--mlp_layer", *args.mlp_layer], ["--top_k_pca", min(100, args.images)]
+    layers = ["--mlp_layer", *args.mlp_layer]
+    k = ["--top_k_pca", min(100, args.images)]
     passes = {PLAIN: [*data, "--split", "val"], EFFECTS: [*data, "--split", "train", *layers]}
     passes[ABLATIONS] = [*data, "--split", "val", *layers, *k]
     return Case(results, passes, [*model, *layers, *k])
 
 
 def measure(args, case):
-    """Costs {script: list of `Cost`}, the peak of a first pass for the effects, compute_pcas' `Process`,
-    bytes of effects.
+    """Return {script: list of `Cost`}, the peak of the first effects, compute_pcas' `Process`, and sizes.
+
+    sizes: {part of the effects: bytes}.
     """
     first = stage(EFFECTS, *case.passes[EFFECTS], "--subsample", 1)
     pca = stage("compute_pcas", *case.pca)
@@ -84,16 +78,12 @@ def measure(args, case):
             full = stage(script, *flags, "--subsample", 1)
             each = (full.seconds - short.seconds) / (args.images - args.images // FEW)
             costs[script].append(Cost(each, full.seconds - each * args.images, full.peak))
-    return (
-        costs,
-        first.peak,
-        pca,
-        {kind: size_of(args, case.results, kind) for kind in ("coefficients", "bias", "values", "outputs")},
-    )
+    kinds = ("coefficients", "bias", "values", "outputs")
+    return costs, first.peak, pca, {kind: size_of(args, case.results, kind) for kind in kinds}
 
 
 def size_of(args, results, kind):
-    """Bytes of a part of all layers' effects."""
+    """Return the bytes of a part of all layers' effects."""
     paths = [results.path(kind, dataset="imagenet", split="train", layer=layer) for layer in args.mlp_layer]
     return sum(path.stat().st_size for path in paths)
 
@@ -102,7 +92,8 @@ def table(args, found):
     costs, first_peak, pca, sizes = found
     rows = []
     for script, turns in costs.items():
-        rate, start = 1 / median(turn.each for turn in turns), median(turn.start for turn in turns)
+        rate = 1 / median(turn.each for turn in turns)
+        start = median(turn.start for turn in turns)
         note = f"{rate:.1f} images a second, {start:.0f} s of start-up"
         times = median(turn.whole() / plain.whole() for turn, plain in zip(turns, costs[PLAIN], strict=True))
         rows.append(row(script, times, "x plain", at_most=1.3 if script == ABLATIONS else None, note=note))

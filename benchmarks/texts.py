@@ -1,11 +1,11 @@
-"""Texts: words and class prompts through the text tower, sorted and cut, against open_clip's own way.
+"""Compare our way of embedding words and class prompts, sorted and cut, with open_clip's own.
 
     python -m benchmarks.texts [--words 1536] [--classes 8] [--rounds 5] [--device cpu] [--quick]
 
 The same words of text_descriptions/30k.txt, spread evenly, go through `text_vectors` and `encode_text`, the
 same class names through `zero_shot_classifier` and open_clip's `build_zero_shot_classifier`, in turn; a ratio
-is the median of the rounds' ratios. What all 30,000 words and 1,000 classes take is computed from the time of
-one.
+is the median of the rounds' ratios. The time of all 30,000 words and 1,000 classes is computed from the time
+of one.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ BATCH = 512
 
 
 def inputs(words, classes):
-    """Some words, and some class names."""
+    """Return some words, and some class names."""
     pool = read_texts(ROOT / "text_descriptions" / "30k.txt")
     names = open_clip.IMAGENET_CLASSNAMES
     return pool[:: len(pool) // words][:words], names[:: len(names) // classes][:classes]
@@ -33,27 +33,23 @@ def set_up(args, folder):
 
 @torch.inference_mode()
 def plain_words(clip, words):
-    found = [
-        clip.text.encode_text(clip.tokenizer(words[i : i + BATCH]).to(clip.device), normalize=True)
-        for i in range(0, len(words), BATCH)
-    ]
+    found = []
+    for i in range(0, len(words), BATCH):
+        tokens = clip.tokenizer(words[i : i + BATCH]).to(clip.device)
+        found.append(clip.text.encode_text(tokens, normalize=True))
     return torch.cat(found).cpu().numpy()
 
 
 @torch.inference_mode()
 def plain_classifier(clip, names):
     options = {"num_classes_per_batch": 10, "device": clip.device}  # its default
-    return (
-        open_clip.build_zero_shot_classifier(
-            clip.text, clip.tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES, **options
-        )
-        .cpu()
-        .numpy()
-    )
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+    build = open_clip.build_zero_shot_classifier
+    return build(clip.text, clip.tokenizer, names, templates, **options).cpu().numpy()
 
 
 def peak(model, words, classes):
-    """What a process of its own does whose memory is looked at."""
+    """Embed words and prompts, in a process of its own whose memory is measured."""
     clip = load_clip(model, "random", "cpu")
     pool, names = inputs(words, classes)
     text_vectors(clip, pool, BATCH)
@@ -81,12 +77,12 @@ def table(args, found):
         ("words", "encode_text", args.words, 30_000, 20, apart[0]),
         ("prompts", "build_zero_shot_classifier", 80 * args.classes, 80_000, 6, apart[1]),
     ):
-        theirs, ours = times[f"{kind}, {other}"], times[kind]
-        each = median(ours) / count
-        note = f"{1000 * each:.2f} ms each, {other} {1000 * median(theirs) / count:.1f} ms; entries differ by {difference:.1e}"
-        rows.append(
-            row(f"{kind}, as many a second as {other}", ratio(theirs, ours), "x", at_least=bar, note=note)
-        )
+        theirs = times[f"{kind}, {other}"]
+        each = median(times[kind]) / count
+        note = f"{1000 * each:.2f} ms each, {other} {1000 * median(theirs) / count:.1f} ms"
+        note += f"; entries differ by {difference:.1e}"
+        what = f"{kind}, as many a second as {other}"
+        rows.append(row(what, ratio(theirs, times[kind]), "x", at_least=bar, note=note))
         rows.append(row(f"all {whole:,} {kind}", whole * each / 60, "min", note="from the time of one"))
     if process:
         rows.append(row("peak memory, 4,096 words and 4,000 prompts", process.peak / 1e9, "GB", at_most=2.5))

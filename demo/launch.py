@@ -1,5 +1,6 @@
-"""Runs commands as copies of one process that has imported everything: importing torch takes longer than most
-of them.
+"""Run commands as copies of one process that has imported everything.
+
+Importing torch takes longer than most of the commands.
 """
 
 import importlib
@@ -14,16 +15,15 @@ import tempfile
 import utils
 from demo.layout import ROOT
 
-FORK = (
-    multiprocessing.get_context("fork") if sys.platform == "linux" else None
-)  # elsewhere it is missing or unsafe
+FORK = None  # outside Linux it is missing or unsafe
+if sys.platform == "linux":
+    FORK = multiprocessing.get_context("fork")
 
 
 def load_everything():
     """Import what the commands need. Only imports: threads do not survive a fork."""
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # the model is small: two threads would mostly wait for each other
+    # The model is small: two threads would mostly wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if FORK is None:
         return
     for name in [*(module.name for module in pkgutil.walk_packages(utils.__path__, "utils.")), "demo.world"]:
@@ -41,7 +41,7 @@ def run(words):
 
 
 def run_here(words):
-    """What `python WORDS` does, in this process."""
+    """Do in this process what `python WORDS` does."""
     os.chdir(ROOT)
     sys.argv = words[1:] if words[0] == "-m" else words
     if words[0] == "-m":
@@ -51,19 +51,17 @@ def run_here(words):
 
 
 def run_together(function, items):
-    """Call function(item), which returns an exit code, for all items at the same time. Returns the largest
-    code.
+    """Call function(item), which returns an exit code, for all items at once. Returns the largest code.
 
-    What the first call prints is seen at once, what the others print when they have ended.
+    The output of the first call is seen at once, the output of the others when they have ended.
     """
     if FORK is None:
         return max(map(function, items))
     logs = [tempfile.TemporaryFile("w+") for _ in items[1:]]
-    children = [
-        FORK.Process(target=run_logged, args=(function, *pair)) for pair in zip(items[1:], logs, strict=True)
-    ]
-    for child in children:
-        child.start()
+    children = []
+    for item, log in zip(items[1:], logs, strict=True):
+        children.append(FORK.Process(target=run_logged, args=(function, item, log)))
+        children[-1].start()
     codes = [function(items[0])]
     for child, log in zip(children, logs, strict=True):
         child.join()

@@ -1,16 +1,17 @@
-"""Draws the embedded world's data sets, in the layouts that the project's loaders read.
+"""Draw the embedded world's data sets, in the layouts that the project's loaders read.
 
     python -m demo.make_world --output_dir runs/world
 
-    DIR/symbols/{train,val,val_broken}/CLASS/*.png      32 classes: the (larger) symbol of pictures with one or two
-    DIR/pairs/{train,val}/CLASS/*.png                   320 classes: colour and symbol of the larger of two
-    DIR/{symbols,pairs}/SPLIT.jsonl                     the truth, a line per picture in the order of the sorted files
-    DIR/{symbols,pairs}/class_names.txt                 in the order of the sorted folders
-    DIR/segmentation_{single,two}.mat                   MATLAB v7.3, like gtsegs_ijcv.mat; in "two" every scene comes
-                                                        twice, once with the mask of each symbol
-    DIR/segmentation_{single,two}.jsonl, ..._classes.npy    the truth, and the index of the symbol that is meant
-    DIR/habits.json                                     the planted habits
-    DIR/words.txt, DIR/grounds.txt                      text pools of the decomposition; grounds: those that name no symbol
+    DIR/symbols/{train,val,val_broken}/CLASS/*.png   32 classes: the (larger) symbol of one or two
+    DIR/pairs/{train,val}/CLASS/*.png                320 classes: colour and symbol of the larger of two
+    DIR/{symbols,pairs}/SPLIT.jsonl                  the truth, a line per picture in the order of the files
+    DIR/{symbols,pairs}/class_names.txt              in the order of the sorted folders
+    DIR/segmentation_{single,two}.mat                MATLAB v7.3, like gtsegs_ijcv.mat; in "two" every scene
+                                                     comes twice, once with the mask of each symbol
+    DIR/segmentation_{single,two}.jsonl              the truth
+    DIR/segmentation_{single,two}_classes.npy        the index of the symbol that is meant
+    DIR/habits.json                                  the planted habits
+    DIR/words.txt, DIR/grounds.txt                   text sets; grounds: the texts that name no symbol
 
 `train` follows the habits and has its share of pale, tiny and cut off symbols, as the CLIP's own training
 pictures do; `val` follows the habits with clear pictures, `val_broken` never follows them. The bytes depend
@@ -46,15 +47,16 @@ from demo.world import (
 
 
 def write(path, text):
-    """A text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     os.replace(part, path)
 
 
 def truth(scene, rng, **more):
-    """What is known of a picture, as one line of json."""
-    main, other = scene.things[0], scene.things[1] if len(scene.things) == 2 else None
+    """Return what is known of a picture, as one line of json."""
+    main = scene.things[0]
+    other = scene.things[1] if len(scene.things) == 2 else None
     known = {
         **more,
         "caption": caption(scene, rng),
@@ -72,13 +74,13 @@ def truth(scene, rng, **more):
 
 
 def draw_split(folder, classes, per_class, sample, seed):
-    """One split as class folders of PNGs, and its truth beside it.
+    """Draw one split as class folders of PNGs, and its truth beside it.
 
-    folder: of the split.
-    classes: names, one folder each.
-    per_class: pictures of each.
-    sample: a function (rng, class) that gives a scene.
-    seed: of the pictures.
+    folder: folder of the split.
+    classes: names of the classes, one folder each.
+    per_class: pictures of each class.
+    sample: (rng, class) -> scene.
+    seed: seed of the pictures.
     """
     if folder.exists():
         return
@@ -86,7 +88,8 @@ def draw_split(folder, classes, per_class, sample, seed):
     shutil.rmtree(part, ignore_errors=True)
     for name in classes:
         (part / name).mkdir(parents=True)
-    files, lines = [f"{name}/{i:05d}.png" for name in sorted(classes) for i in range(per_class)], []
+    files = [f"{name}/{i:05d}.png" for name in sorted(classes) for i in range(per_class)]
+    lines = []
     for start in tqdm(range(0, len(files), 64), desc=f"{folder.parent.name}/{folder.name}"):
         batch = files[start : start + 64]
         rngs = [random.Random(f"{seed} {folder.parent.name} {folder.name} {file}") for file in batch]
@@ -99,8 +102,9 @@ def draw_split(folder, classes, per_class, sample, seed):
 
 
 def draw_segmentation(path, scenes, rngs):
-    """The .mat of scenes, a row for each of a scene's symbols; images [3, W, H] and masks [W, H], as MATLAB
-    has it.
+    """Draw scenes as a .mat file, a row for each of a scene's symbols.
+
+    Images are [3, W, H] and masks [W, H], as in MATLAB.
     """
     if path.exists():
         return
@@ -126,7 +130,7 @@ def draw_segmentation(path, scenes, rngs):
 
 
 def write_texts(out, world):
-    """Class names, the text pools and the habits."""
+    """Write the class names, the text sets and the habits."""
     for tree, classes in (("symbols", SYMBOLS), ("pairs", PAIRS)):
         (out / tree).mkdir(parents=True, exist_ok=True)
         write(out / tree / "class_names.txt", "\n".join(sorted(classes)) + "\n")
@@ -145,7 +149,7 @@ def write_texts(out, world):
 
 
 def splits_of(world, args):
-    """{split: (classes, pictures of each, a function (rng, class) that gives a scene)}."""
+    """Return {split: (classes, pictures of each class, (rng, class) -> scene)}."""
 
     def of_symbol(**options):
         return lambda rng, name: world.sample(rng, symbol=name, **options)
@@ -168,27 +172,23 @@ def splits_of(world, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--output_dir", required=True, help="where the world is drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
-    parser.add_argument(
-        "--habit_seed", type=int, default=0, help="of the habits; the checkpoint has learned 0"
-    )
-    parser.add_argument(
-        "--train_per_class", type=int, default=64, help="symbols/train, of each of 32 classes"
-    )
+    help = "of the habits; the checkpoint has learned 0"
+    parser.add_argument("--habit_seed", type=int, default=0, help=help)
+    help = "symbols/train, of each of 32 classes"
+    parser.add_argument("--train_per_class", type=int, default=64, help=help)
     parser.add_argument("--val_per_class", type=int, default=32, help="symbols/val and val_broken")
-    parser.add_argument(
-        "--pairs_per_class", type=int, default=6, help="pairs/train and val, of each of 320 classes"
-    )
-    parser.add_argument(
-        "--segmentation_scenes", type=int, default=200, help="scenes of each segmentation set"
-    )
+    help = "pairs/train and val, of each of 320 classes"
+    parser.add_argument("--pairs_per_class", type=int, default=6, help=help)
+    help = "scenes of each segmentation set"
+    parser.add_argument("--segmentation_scenes", type=int, default=200, help=help)
     args = parser.parse_args(argv)
 
-    out, world = Path(args.output_dir), World(args.habit_seed)
+    out = Path(args.output_dir)
+    world = World(args.habit_seed)
     flags = {name: value for name, value in vars(args).items() if name != "output_dir"}
     if (out / "flags.json").exists() and json.loads((out / "flags.json").read_text()) != flags:
         parser.error(f"{out} holds a world drawn with other flags; remove it or choose another --output_dir")
@@ -197,9 +197,8 @@ def main(argv=None):
     for split, (classes, per_class, sample) in splits_of(world, args).items():
         draw_split(out / split, classes, per_class, sample=sample, seed=args.seed)
     for companion, name in enumerate(("single", "two")):
-        rngs = [
-            random.Random(f"{args.seed} segmentation {name} {i}") for i in range(args.segmentation_scenes)
-        ]
+        seeds = [f"{args.seed} segmentation {name} {i}" for i in range(args.segmentation_scenes)]
+        rngs = [random.Random(seed) for seed in seeds]
         scenes = [world.sample(rng, companion=companion) for rng in rngs]
         draw_segmentation(out / f"segmentation_{name}.mat", scenes, rngs)
     print(f"the world is in {out}")

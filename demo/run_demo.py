@@ -1,11 +1,11 @@
-"""The whole method on the embedded world, in README order, through the ordinary command lines of the stages.
+"""Run the whole method on the embedded world, in README order, through the command lines of the stages.
 
     python -m demo.run_demo [--output_dir demo/output]
 
 Draws the world, runs every stage on it with the small CLIP of this folder, compares the results with the
 truth, and prints the tables. Says first what it will do. Prints each command as one would type it; skips one
 whose result is there. Results: DIR/results.json, DIR/results.md, pictures in DIR/figures, a page of all
-    neurons in DIR/gallery.
+neurons in DIR/gallery.
 """
 
 import argparse
@@ -20,15 +20,18 @@ from typing import NamedTuple
 
 from demo import layout
 from demo.launch import load_everything, run, run_together
-from demo.layout import ATTACK_LAYERS, COMPONENTS, HERE, LAYERS, NAMES, OPACITY, ROOT, TOP_NEURONS
+from demo.layout import ATTACK_LAYERS, COMPONENTS, HERE, LAYERS, NAMES, OPACITY, ROOT
 
 SPLITS = {"symbols": ("train", "val", "val_broken"), "pairs": ("val",)}
 TEXTS = {"symbols": ("words", "grounds"), "pairs": ("words",)}
 
 
 class Step(NamedTuple):
-    """title: what it does. seconds: about how long it takes on one core. commands: () -> (result, command),
-    ...
+    """A Step is some commands of the demo.
+
+    title: what it does.
+    seconds: about how long it takes on one core.
+    commands: a function that yields (result, command).
     """
 
     title: str
@@ -36,23 +39,23 @@ class Step(NamedTuple):
     commands: Callable
 
     def missing(self):
-        """The commands whose results are not there."""
+        """Return the commands whose results are not there."""
         return [[str(word) for word in words] for result, words in self.commands() if not result.exists()]
 
 
 def steps(out, pairs):
-    """The steps of the demo in order; those in one list do not need each other. pairs: how many are in the
-    table of attacks.
+    """Return the steps of the demo in order; those in one list do not need each other.
+
+    pairs: how many are in the table of attacks.
     """
     drawing = [(out / "world/segmentation_two.mat", ["-m", "demo.make_world", "--output_dir", out / "world"])]
+    of_pairs = "pairs of a colour and a symbol"
     measuring = [(out / "results.json", ["-m", "demo.measure", "--output_dir", out])]
     return [
         [Step("draw the world, 8,000 pictures of known truth", 15, lambda: drawing)],
         [
             Step("all stages on symbols, 32 classes", 45, partial(stages, out, "symbols")),
-            Step(
-                "all stages on pairs of a colour and a symbol, 320 classes", 50, partial(stages, out, "pairs")
-            ),
+            Step(f"all stages on {of_pairs}, 320 classes", 50, partial(stages, out, "pairs")),
         ],
         [
             Step("segmentation, five methods on two sets", 50, partial(segmentations, out)),
@@ -64,77 +67,66 @@ def steps(out, pairs):
 
 
 def stage(script, *flags):
-    """Arguments of a stage script with the small CLIP."""
+    """Return the command of a stage script with the small CLIP, as words after `python`."""
     return [script, "--model", layout.MODEL, "--pretrained", layout.WEIGHTS, *flags]
 
 
 def stages(out, tree):
-    """From representations to descriptions."""
+    """Yield the commands from representations to descriptions."""
     path = partial(layout.results_of(out, tree).path, **NAMES)
-    folder, where = ["--dataset", "folder", "--data_path", out / "world" / tree], ["--output_dir", out / tree]
-    images, layers = [*folder, "--batch_size", 64], ["--mlp_layer", *LAYERS]
+    world = out / "world" / tree
+    last = LAYERS[-1]
+    where = ["--output_dir", out / tree]
+    layers = ["--mlp_layer", *LAYERS]
+    folder = ["--dataset", "folder", "--data_path", world]
+    images = [*folder, "--batch_size", 64]
     for split in SPLITS[tree]:
-        yield (
-            path("representations", split=split),
-            stage("compute_representations.py", *images, "--split", split, *where),
-        )
-    names = ["--class_names", out / "world" / tree / "class_names.txt"]
+        command = stage("compute_representations.py", *images, "--split", split, *where)
+        yield path("representations", split=split), command
+    names = ["--class_names", world / "class_names.txt"]
     yield path("classifier"), stage("compute_classifier_projection.py", *folder, *names, *where)
     full = ["--split", "train", *layers, *where, "--keep", "full"]  # measure.py looks at all effects
-    yield path("outputs", layer=LAYERS[-1]), stage("compute_second_order_neuron_prs.py", *images, *full)
-    yield (
-        path("image_norms", layer=LAYERS[-1]),
-        stage("compute_pcas.py", "--dataset", "folder", *layers, *where),
-    )
-    yield (
-        path("ablations", split="val", layer=LAYERS),
-        stage("compute_ablations.py", *images, *layers, *where),
-    )
+    yield path("outputs", layer=last), stage("compute_second_order_neuron_prs.py", *images, *full)
+    command = stage("compute_pcas.py", "--dataset", "folder", *layers, *where)
+    yield path("image_norms", layer=last), command
+    command = stage("compute_ablations.py", *images, *layers, *where)
+    yield path("ablations", split="val", layer=LAYERS), command
     for texts in TEXTS[tree]:
         file = out / "world" / f"{texts}.txt"
-        yield (
-            path("texts", texts=texts),
-            stage("compute_text_set_projection.py", "--text_descriptions", file, *where),
-        )
+        command = stage("compute_text_set_projection.py", "--text_descriptions", file, *where)
+        yield path("texts", texts=texts), command
+        result = path("decomposition", texts=texts, layer=last)
         flags = [*images, *layers, "--text_descriptions", texts, "--components", COMPONENTS]
-        result = path("decomposition", texts=texts, layer=LAYERS[-1])
         if texts == "words":
-            flags, result = [*flags, "--evaluate"], path("evaluation", texts=texts, layer=LAYERS)
+            result = path("evaluation", texts=texts, layer=LAYERS)
+            flags.append("--evaluate")
         yield result, stage("compute_sparse_decomposition.py", *flags, *where)
 
 
 def segmentations(out):
-    """A row of each table of methods per command: one symbol on a background, and two with the class of each
-    in turn.
+    """Yield a command for each row of the segmentation tables.
+
+    The sets show one symbol on a background, and two with the class of each in turn.
     """
-    read = ["--input_dir", out / "symbols", "--dataset", "folder", "--output_dir", out / "segmentation"]
-    for scenes, layers in layout.SCENES.items():
-        neurons = ["--mlp_layers", *layers, "--top_neurons", TOP_NEURONS]
-        if scenes == "two":
-            neurons += ["--class_source", out / "world/segmentation_two_classes.npy"]
-        for row, (flags, _) in layout.SEGMENTERS.items():
-            command = stage(
-                "compute_segmentation.py", "--data_path", out / f"world/segmentation_{scenes}.mat", *neurons
-            )
-            more = [*flags, *read, "--batch_size", 64, "--num_workers", 0]
-            yield layout.segmentation_result(out, scenes, row), [*command, *more]
+    where = ["--input_dir", out / "symbols", "--output_dir", out / "segmentation"]
+    reading = ["--batch_size", 64, "--num_workers", 0]
+    for scenes in layout.SCENES:
+        images = ["--data_path", out / f"world/segmentation_{scenes}.mat"]
+        for segmenter in layout.SEGMENTERS:
+            row = layout.segmentation_row(out, scenes, segmenter)
+            flags = [*images, *row.flags(), *where, *reading]
+            if segmenter == "positive":  # the one that the figures show
+                flags.append("--save_img")
+            command = stage("compute_segmentation.py", *flags)
+            yield layout.segmentation_result(out, scenes, segmenter), command
 
 
 def looks(out):
-    """Descriptions graded, by the CLIP's similarities and by the truth; then the page of all neurons."""
-    path, world = partial(layout.results_of(out, "symbols").path, **NAMES), out / "world/symbols"
-    flags = [
-        "--dataset",
-        "folder",
-        "--data_path",
-        world,
-        "--batch_size",
-        64,
-        "--num_workers",
-        0,
-        "--mlp_layer",
-        *LAYERS,
-    ]
+    """Yield the commands that grade descriptions, by the CLIP and by the truth, and that write the page."""
+    path = partial(layout.results_of(out, "symbols").path, **NAMES)
+    world = out / "world/symbols"
+    flags = ["--dataset", "folder", "--data_path", world, "--batch_size", 64, "--num_workers", 0]
+    flags += ["--mlp_layer", *LAYERS]
     flags += ["--text_descriptions", "words", "--components", COMPONENTS, "--output_dir", out / "symbols"]
     truth = [world / f"words_{split}.npy" for split in ("train", "val")]
     yield truth[-1], ["-m", "demo.truth", "--world", out / "world"]
@@ -145,26 +137,16 @@ def looks(out):
 
 
 def attacks(out, pairs):
-    """Pictures of class_1 with words of class_0's neurons, and with random words; then the table of many
-    pairs.
+    """Yield the commands that draw class_1 with words of class_0, and the one for the table of many pairs.
+
+    The words are of class_0's neurons, and random ones.
     """
-    flags = [
-        "--dataset",
-        "folder",
-        "--mlp_layers",
-        *ATTACK_LAYERS,
-        "--text_descriptions",
-        layout.ATTACK_TEXTS,
-    ]
-    flags += [part for name, value in layout.ATTACK.items() for part in (f"--{name}", value)]
-    flags += [
-        "--text_model",
-        "template",
-        "--similarity_model",
-        "clip",
-        "--image_model",
-        "demo.world:draw_description",
-    ]
+    flags = ["--dataset", "folder", "--mlp_layers", *ATTACK_LAYERS]
+    flags += ["--text_descriptions", layout.ATTACK_TEXTS]
+    for name, value in layout.ATTACK.items():
+        flags += [f"--{name}", value]
+    flags += ["--text_model", "template", "--similarity_model", "clip"]
+    flags += ["--image_model", "demo.world:draw_description"]
     flags += ["--image_options", json.dumps({"opacity": OPACITY})]
     flags += ["--input_dir", out / "symbols", "--dataset_path", out / "adversarial"]
     for class_0, class_1 in layout.attack_pairs(out / "world")[: layout.ATTACKS]:
@@ -177,7 +159,7 @@ def attacks(out, pairs):
 
 
 def run_step(step):
-    """Run the commands of a step whose results are not there; returns an exit code."""
+    """Run the commands of a step whose results are not there. Returns an exit code."""
     for words in step.missing():
         print(f"\n$ {readable('python', *words)}", flush=True)
         code = run(words)
@@ -186,29 +168,37 @@ def run_step(step):
     return 0
 
 
+def announce(groups):
+    """Print what will run. groups: lists of steps that run together."""
+    seconds = sum(max(step.seconds for step in group) for group in groups)
+    print(f"This takes about {seconds} seconds on two CPU cores:")
+    for group in groups:
+        for step in group:
+            more = "" if step is group[-1] else ", together with"
+            print(f"{step.seconds:5} s  {step.title}{more}", flush=True)
+
+
 def readable(*words):
-    """A command as a user in the root folder would type it."""
+    """Return a command as a user in the root folder would type it."""
     return shlex.join(word.removeprefix(f"{ROOT}/") for word in words)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--output_dir", type=Path, default=HERE / "output")
-    parser.add_argument(
-        "--attack_pairs", type=int, default=6, help="pairs of classes in the table of attacks, at most 16"
-    )
+    help = "pairs of classes in the table of attacks, at most 16"
+    parser.add_argument("--attack_pairs", type=int, default=6, help=help)
     args = parser.parse_args()
-    out, began = args.output_dir.resolve(), time.time()
-    groups, new = steps(out, args.attack_pairs), not (out / "world/habits.json").exists()
-    todo = [left for group in groups if (left := [step for step in group if new or step.missing()])]
+    began = time.time()
+    out = args.output_dir.resolve()
+    new = not (out / "world/habits.json").exists()
+    todo = []
+    for group in steps(out, args.attack_pairs):
+        if left := [step for step in group if new or step.missing()]:
+            todo.append(left)
     if todo:
-        print(
-            f"This takes about {sum(max(step.seconds for step in group) for group in todo)} seconds on two CPU cores:"
-        )
-        for step, more in ((step, step is not group[-1]) for group in todo for step in group):
-            print(f"{step.seconds:5} s  {step.title}{', together with' if more else ''}", flush=True)
+        announce(todo)
         load_everything()
     for group in todo:
         code = run_together(run_step, group)

@@ -1,4 +1,4 @@
-"""Which of open_clip's configurations the method covers.
+"""List which of open_clip's configurations the method covers.
 
 python -m docs.models > docs/models.md
 """
@@ -21,43 +21,31 @@ COVERED = {
 
 
 def coverage(name):
-    """How the method covers a configuration, in words: its image tower is built without memory (meta
-    device).
-    """
+    """Say how the method covers a configuration. Its image tower is built without memory (meta device)."""
     config = open_clip.get_model_config(name)
+    quick_gelu = config.get("quick_gelu", False)
     try:
         with torch.device("meta"):
-            vit = HookedViT(
-                _build_vision_tower(
-                    config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
-                )
-            )
+            vit = HookedViT(_build_vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu))
     except UserError as error:
         return f"refused: {str(error).split('; choose')[0]}"
-    left_out = (
-        "; the MLP after it is left out" if vit.pooling == "attention" and vit.visual.ln_post is None else ""
-    )
-    return COVERED[vit.pooling] + left_out
+    left_out = "; the MLP after it is left out" if vit.pooling.leaves_out_mlp else ""
+    return COVERED[vit.pooling.name] + left_out
 
 
 def table():
-    """The lines of docs/models.md."""
-    files = (Path(open_clip.__file__).parent / "model_configs").glob(
-        "*.json"
-    )  # none that a program has added
-    rows = {name: coverage(name) for name in sorted((file.stem for file in files), key=str.lower)}
-    counts = [sum(found.startswith(kind) for found in rows.values()) for kind in ("exact", "refused")]
-    lines = [
+    """Return the lines of docs/models.md."""
+    folder = Path(open_clip.__file__).parent / "model_configs"  # without those that a program has added
+    names = sorted((file.stem for file in folder.glob("*.json")), key=str.lower)
+    rows = {name: coverage(name) for name in names}
+    exact, refused = (sum(row.startswith(kind) for row in rows.values()) for kind in ("exact", "refused"))
+    made = f"Made by `python -m docs.models` with open_clip {open_clip.__version__}"
+    counts = f"of {len(rows)} configurations {exact} are covered and {refused} refused"
+    texts = "Text towers of the transformers library work; their tokenizers come from the hub."
+    return [
         "# open_clip's configurations",
         "",
-        f"Made by `python -m docs.models` with open_clip {open_clip.__version__}: of {len(rows)}",
-    ]
-    lines[-1] += (
-        f" configurations {counts[0]} are covered and {counts[1]} refused. Text towers of the transformers library work;"
-    )
-    lines[-1] += " their tokenizers come from the hub."
-    return [
-        *lines,
+        f"{made}: {counts}. {texts}",
         "",
         "| `--model` | second-order effects |",
         "|---|---|",

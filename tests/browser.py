@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 HANGS = 300  # seconds after which the browser counts as hanging, however busy the machine is
-GALLERY = Path(__file__).parent.parent / "utils" / "gallery"
+GALLERY = Path(__file__).parent.parent / "applications" / "gallery"
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

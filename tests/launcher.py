@@ -424,8 +424,8 @@ def _hold(pieces, marker):
     pass_class, turns = importlib.import_module("utils.runtime.passes").Pass, itertools.count(1)
     marker, end_turn = Path(f"{marker}.{os.environ.get('RANK', 0)}"), pass_class._end_turn
 
-    def held(self):
-        end_turn(self)
+    def held(self, *piece):
+        end_turn(self, *piece)
         if next(turns) == pieces:
             self.commit()
             marker.touch()

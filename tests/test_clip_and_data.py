@@ -19,7 +19,8 @@ from sklearn.datasets import load_sample_images
 
 from tests.conftest import ROOT, TINY
 from tests.photos import SYNSETS, write_photos
-from utils.data.images import CIFAR, Loader, classes_of, load_images
+from utils.data.images import CIFAR, classes_of, load_images
+from utils.data.splits import Loader
 from utils.data.text_sets import find_texts, read_texts, text_set
 from utils.model.clip import load_clip, weights_fingerprint
 from utils.model.texts import causal_tower, text_vectors, too_long, zero_shot_classifier
@@ -277,10 +278,8 @@ def test_labels_are_matched_by_folder_and_not_by_position(tmp_path, clip, tiny_m
     record.
     """
     write_photos(tmp_path, splits=("val",), classes=("b", "c", "d"), per_class=2, side=32)
-    images, results = (
-        load_images("folder", tmp_path, "val", clip.transform),
-        Results(tmp_path / "out", tiny_model, "random"),
-    )
+    images = load_images("folder", tmp_path, "val", clip.transform)
+    results = Results(tmp_path / "out", tiny_model, "random", clip=clip)
     results.directory.mkdir()
     path, columns = results.path("classifier", dataset="folder"), np.eye(24, 4, dtype=np.float32)
     for folders, expected in (
@@ -288,19 +287,19 @@ def test_labels_are_matched_by_folder_and_not_by_position(tmp_path, clip, tiny_m
         (["a", "b", "c", "d"], [1, 1, 2, 2, 3, 3]),
     ):
         save_array(path, columns, {"folders": folders, "class_names": folders})
-        found, labels = load_classifier(results, clip, images)
+        found, labels = load_classifier(results, images)
         assert labels.tolist() == expected and found.shape == (24, 4)
     save_array(path, columns, {"folders": ["a", "b", "x", "y"]})
     with pytest.raises(
         UserError,
         match=r"no class for 2 folders of the images \(c, d\); make it again with: .*--dataset folder",
     ):
-        load_classifier(results, clip, images)
+        load_classifier(results, images)
     save_array(path, columns[:, :3], {})
-    assert load_classifier(results, clip, images)[1].tolist() == [0, 0, 1, 1, 2, 2]
+    assert load_classifier(results, images)[1].tolist() == [0, 0, 1, 1, 2, 2]
     save_array(path, columns, {})
     with pytest.raises(UserError, match="has 4 classes and the images have 3"):
-        load_classifier(results, clip, images)
+        load_classifier(results, images)
 
 
 def test_the_line_about_images_says_what_was_read(tmp_path, clip, capsys):
@@ -309,8 +308,8 @@ def test_the_line_about_images_says_what_was_read(tmp_path, clip, capsys):
     load_images("folder", tmp_path, "val", clip.transform)
     assert capsys.readouterr().out == (
         "images of folder val: 5 of 2 classes (a_cat = a cat, ..., sea = sea); 1 of mode L are converted\n"
-        "preprocessing: shortest edge to 32 (bicubic), crop 32 x 32, mean 0.481 0.458 0.408, std 0.269 0.261 0.276; "
-        "from open_clip's default (random weights)\n"
+        "preprocessing: shortest edge to 32 (bicubic), crop 32 x 32, mean 0.481 0.458 0.408, "
+        "std 0.269 0.261 0.276; from open_clip's default (random weights)\n"
     )
 
 

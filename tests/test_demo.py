@@ -15,7 +15,7 @@ import scipy.sparse
 from nbclient import NotebookClient
 from PIL import Image
 
-from applications.attack.adversarial import rates
+from applications.attack.judging import rates
 from demo import attack_table, layout, measure
 from demo.world import SYMBOLS, plant_habits, text_pool
 from tests.browser import VISIT_ALL, checked_page

@@ -236,8 +236,8 @@ def test_the_segmentation_file_has_the_layout_of_gtsegs(drawn):
 
 
 def training_flags(folder, **changes):
-    flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3, warmup=2,
-                 widen=0.25, forget=0.5, quiet=0.5, text_start=0.6, log_every=1000,
+    flags = dict(work_dir=folder, config=DEMO / "symbols-vit.json", pictures=480, batch_size=16, lr=1e-3,
+                 warmup=2, widen=0.25, forget=0.5, quiet=0.5, text_start=0.6, log_every=1000,
                  threads=torch.get_num_threads(), seed=0, stop=None, precision="bfloat16")  # fmt: skip
     return Namespace(**{**flags, **changes})
 

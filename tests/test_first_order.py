@@ -111,7 +111,7 @@ def test_tokens_add_up_to_their_heads_and_are_those_of_the_definition(vit, image
 
 def test_direct_effects_are_those_of_the_definition_and_add_up_to_the_mlp(vit, images, runs):
     order, cache, representation = recorded(vit, images)
-    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.path(vit.L)) as of_layer:
+    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.names_from(vit.L)) as of_layer:
         vit(images)
     phi = direct_effects(vit, of_layer, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
     assert_close(phi.sum(), order.parts(cache, representation).mlps[:, LAYER], rtol=1e-3, atol=1e-3)
@@ -130,7 +130,7 @@ def test_direct_and_second_order_effects_are_what_a_frozen_model_loses(vit, imag
     else does. The loss is the direct and the second-order effect, less their shares of constants."""
     visual, by_hand = runs
     representation, [phi] = second_order(vit, images, [fold(vit, LAYER)])
-    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.path(vit.L)) as cache:
+    with vit.record(f"blocks.{LAYER}.mlp.post", *vit.names_from(vit.L)) as cache:
         vit(images)
     direct = direct_effects(vit, cache, fold_direct(vit, LAYER), 100 / representation.norm(dim=-1))
     block = visual.transformer.resblocks[LAYER]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
-from applications.paper.items import own_images
+from applications.paper.section5 import own_images
 from utils.data.folders import endings
 from utils.data.images import classes_of, load_images, names_for
 from utils.data.text_sets import read_texts

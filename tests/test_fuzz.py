@@ -62,7 +62,9 @@ DATA = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--b
 OF_LAYER = ["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", K]
 BASE = f"folder_train_mlps_tiny_weights_{LAYER}_"
 STAGES = {  # name: (script, flags, what it reads)
-    "representations": ("compute_representations.py", [*DATA, "--split", "val"], ["photos/val", "weights.safetensors"]),
+    "representations": (
+        "compute_representations.py", [*DATA, "--split", "val"], ["photos/val", "weights.safetensors"],
+    ),  # fmt: skip
     "classifier": (
         "compute_classifier_projection.py",
         ["--dataset", "folder", "--data_path", "photos", "--class_names", "names.txt"],
@@ -118,8 +120,8 @@ STAGES = {  # name: (script, flags, what it reads)
         "generate_adversarial_images.py",
         ["--mlp_layers", LAYER, "--top_k_pca", K, "--dataset", "folder", "--text_descriptions", "words"]
         + ["--components", COMPONENTS, "--neurons_num", 20, "--overall_words", 6, "--text_model", "template"]
-        + ["--similarity_model", "clip", "--batch_size", 2, "--cosim_similarity", 2, "--image_model", "drawing:draw"]
-        + ["--results_per_generation", 2, "--dataset_path", "attack"]
+        + ["--similarity_model", "clip", "--batch_size", 2, "--cosim_similarity", 2]
+        + ["--image_model", "drawing:draw", "--results_per_generation", 2, "--dataset_path", "attack"]
         + ["--class_0", "anchor", "--class_1", "cup"],
         [f"{K}_pca", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights"],
     ),
@@ -667,10 +669,11 @@ def check_adversarial(world, folder):
 
 
 CHECKS = {
-    "representations": check_representations, "classifier": check_classifier, "effects": check_effects, "full": check_statistics,
-    "top": check_statistics, "merged": check_statistics, "ablations": check_ablations, "texts": check_texts,
-    "decomposition": check_decomposition, "evaluation": check_evaluation, "gallery": check_gallery,
-    "segmentation": check_segmentation, "adversarial": check_adversarial,
+    "representations": check_representations, "classifier": check_classifier, "effects": check_effects,
+    "full": check_statistics, "top": check_statistics, "merged": check_statistics,
+    "ablations": check_ablations, "texts": check_texts, "decomposition": check_decomposition,
+    "evaluation": check_evaluation, "gallery": check_gallery, "segmentation": check_segmentation,
+    "adversarial": check_adversarial,
 }  # fmt: skip
 
 

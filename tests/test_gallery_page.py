@@ -131,7 +131,8 @@ def test_the_search_narrows_the_grid_with_each_letter(page):
         assert page.neurons()[:24] == expected[:24]
     assert len(expected) < page.about["neurons"]
     marked = page.script(
-        "return [...document.querySelectorAll('.card')].map((card) => card.querySelector('mark')?.textContent)"
+        "return [...document.querySelectorAll('.card')]"
+        ".map((card) => card.querySelector('mark')?.textContent)"
     )
     assert set(marked) == {"dog"}
 
@@ -245,7 +246,8 @@ def test_a_neuron_page_shows_what_its_data_say(page):
     texts = page.about["texts"]
     for side, title in (("fires_on", "Fires on"), ("writes", "Writes")):
         shown = page.script(
-            f"return [...document.querySelectorAll('[aria-label=\"Texts: {title.lower()}\"] li')].map((li) => li.textContent)"
+            f"return [...document.querySelectorAll('[aria-label=\"Texts: {title.lower()}\"] li')]"
+            ".map((li) => li.textContent)"
         )
         assert len(shown) == 12
         for text, (number, value) in zip(shown, detail[side], strict=False):
@@ -272,7 +274,8 @@ def test_a_neuron_page_shows_what_its_data_say(page):
                 )
     assert labels == expected
     assert page.script(
-        "return [...document.querySelectorAll('svg')].every((s) => s.getAttribute('role') === 'img' && s.ariaLabel)"
+        "return [...document.querySelectorAll('svg')]"
+        ".every((s) => s.getAttribute('role') === 'img' && s.ariaLabel)"
     )
 
 
@@ -287,7 +290,10 @@ def test_a_button_shows_all_texts_of_a_side(page):
 
 def test_a_button_hides_and_shows_where_the_neuron_fires(page):
     page.open("#9/3")
-    drawn = "return [...new Set([...document.querySelectorAll('canvas')].map((canvas) => canvas.dataset.drawn))].join()"
+    drawn = (
+        "return [...new Set([...document.querySelectorAll('canvas')]"
+        ".map((canvas) => canvas.dataset.drawn))].join()"
+    )
     for pressed, kind in (("true", "map"), ("false", "plain"), ("true", "map")):
         assert page.find("button[aria-pressed]").get_attribute("aria-pressed") == pressed
         page.until(lambda _, kind=kind: page.script(drawn) == kind)

@@ -207,8 +207,8 @@ def test_a_disk_that_fills_up_in_the_middle(world, name):
     release(process)
     line = the_line(finish(process, code=1))
     assert (
-        ".npy cannot be written (File too large); what is finished is kept: fix this, then run the same command again"
-        in line
+        ".npy cannot be written (File too large); "
+        "what is finished is kept: fix this, then run the same command again" in line
     )
     assert finished_pieces(output) >= 1 and not list(output.glob("*.npy"))
     world.run(name, output)
@@ -304,8 +304,8 @@ def test_images_that_changed_since(world, started):
     with damaged(image, sorted((world.photos / "train").rglob("*.JPEG"))[1].read_bytes()):
         line = the_line(world.run("full", output, code=1))
     assert (
-        "belongs to a run with other data; repeat that run to finish it, or add --overwrite to start from scratch"
-        in line
+        "belongs to a run with other data; "
+        "repeat that run to finish it, or add --overwrite to start from scratch" in line
     )
     assert finished_pieces(output) == finished_pieces(started)
     world.run("full", output)

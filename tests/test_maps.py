@@ -17,6 +17,7 @@ from tests.conftest import TINY, random_tower
 from tests.launcher import run_stage_of_user
 from tests.photos import discs, write_mat
 from tests.test_towers import coca, run_coca, run_siglip, shaken, siglip
+from utils.data.segmentation_row import Row
 from utils.model.clip import load_clip
 from utils.model.hooks import HookedViT
 from utils.runtime.errors import UserError
@@ -188,7 +189,7 @@ def world(request, tmp_path_factory, images):
     make, pooling, prefix = TOWERS[request.param]
     model = make()
     vit = HookedViT(model)
-    assert (vit.pooling, vit.prefix) == (pooling, prefix)
+    assert (vit.pooling.name, vit.prefix) == (pooling, prefix)
     generator = torch.Generator().manual_seed(3)
     classifier = nn.functional.normalize(torch.randn(vit.D, CLASSES, generator=generator), dim=0)
     pcas = {l: nn.functional.normalize(torch.randn(vit.N, vit.D, generator=generator), dim=1) for l in LAYERS}
@@ -214,18 +215,16 @@ def tower_itself(model, images):
 
 
 def chosen(world, method):
-    settings = {"method": method, "layers": list(LAYERS), "top_neurons": TOP, "seed": 4}
-    settings |= {"train_dataset": "imagenet", "class_source": "predicted", "top_k_pca": 100}
-    settings |= {"neuron_sign": "both"}
+    row = Row(method, layers=LAYERS, top_neurons=TOP, seed=4)
     clip = SimpleNamespace(
         vit=world.vit, device="cpu", fingerprint="0" * 12, expected={"fingerprint": "0" * 12}
     )
-    return choose_method(settings, clip, world.results, world.results, images=FIRST + 2)[0]
+    return choose_method(row, clip, world.results, world.results, images=FIRST + 2)[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_equal_the_definition_or_the_method_is_refused(world, images, method):
-    if world.vit.pooling == "attention" and method not in OF_POOLED:
+    if world.vit.pooling.name == "attention" and method not in OF_POOLED:
         with pytest.raises(UserError, match=f"--method {method} is not for towers that pool .* by attention"):
             chosen(world, method)
         return

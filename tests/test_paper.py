@@ -5,6 +5,7 @@ and resuming.
 import copy
 import json
 import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -350,9 +351,46 @@ def test_the_page_holds_what_was_found_and_no_foreign_markup(world):
     for item in world.page.values():
         for picture in item["pictures"]:
             assert f'src="{picture}"' in html and f"]({picture})" in text
-    assert page.cells({"what": "x", "ours": 50.0, "paper": 52.3, "unit": "%", "beside": "", "n": 5000, "note": ""}) == [
-        "x", "52.3 %", "50.0 %", "-2.3", "", "5,000", "",
-    ]  # fmt: skip
+    row = {"what": "x", "ours": 50.0, "paper": 52.3, "unit": "%", "beside": "", "n": 5000, "note": ""}
+    assert page.cells(row) == ["x", "52.3 %", "50.0 %", "-2.3", "", "5,000", ""]
+
+
+def test_each_command_is_shown_once_and_folded_and_an_item_is_short(world):
+    html, text = ((world.folder / f"paper.{kind}").read_text() for kind in ("html", "md"))
+    commands = {command for item in world.page.values() for command in item["commands"]}
+    for command in commands:
+        assert text.count(f"`{command}`") == 1
+        assert unescape(html).count(f"<code>{command}</code>") == 1
+    for content in (html, text):
+        shown = re.sub("<details>.*?</details>", "", content, flags=re.DOTALL)
+        assert "python " not in shown and "GPU" not in content
+    sections = re.sub("<details>.*?</details>", "", text, flags=re.DOTALL).split("\n## ")[1:]
+    assert len(sections) == len(ITEMS)
+    for section in sections:
+        assert section.count("\n| ") <= page.SHOWN + 2 and section.count("![") <= 1, section
+    for item in world.page.values():
+        for row in item["rows"]:
+            assert f"| {row['what'].replace('|', chr(92) + '|')} |" in text
+
+
+def test_an_item_fits_a_screen(world, browser):
+    browser.get((world.folder / "paper.html").as_uri())
+    height, *heights = browser.execute_script(
+        "return [innerHeight, ...[...document.querySelectorAll('section')].map((s) => s.offsetHeight)]"
+    )
+    assert len(heights) == len(ITEMS) and max(heights) <= height, heights
+
+
+def test_numbers_of_commands_are_ranges():
+    assert page.ranges([7, 1, 3, 2]) == "1-3, 7" and page.ranges([]) == "" and page.ranges([4]) == "4"
+
+
+def test_table_4_quotes_the_rows_that_are_not_computed_here(world):
+    rows = world.rows("table4")
+    quoted = {what: row["paper"] for what, row in rows.items() if what.endswith("quoted")}
+    assert len(quoted) == 6 and quoted["LRP: mIoU, quoted"] == 35.8
+    for what in quoted:
+        assert rows[what]["ours"] is None and rows[what]["note"] == "not computed here"
 
 
 MISTAKES = {

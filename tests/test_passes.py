@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from utils.runtime import passes as module
+from utils.runtime.arrays import ArrayFile
 from utils.runtime.errors import UserError
-from utils.runtime.passes import ArrayFile, Pass, pieces_of
+from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.records import METHOD, load_record, record_path
 
 PIECES = pieces_of(9, 2)  # the last one is shorter
@@ -26,7 +27,7 @@ def pass_of(path, record, pieces=PIECES, **options):
 def fill(work, path, count=None):
     """Write the next `count` pieces; returns the first rows of those that were to be done."""
     done = []
-    for rows, _ in work.over():
+    for rows in work:
         if len(done) == count:
             break
         values = np.arange(rows.start, rows.stop)
@@ -70,7 +71,7 @@ def test_rows_and_columns_that_were_written_in_two_runs_equal_those_of_one(tmp_p
 def test_a_piece_whose_turn_is_interrupted_does_not_count(tmp_path):
     path = tmp_path / "a.npy"
     with pytest.raises(PowerCut), pass_of(path, {}) as work:
-        for rows, _ in work.over():
+        for rows in work:
             work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
             if rows.start == 4:
                 raise PowerCut
@@ -83,7 +84,7 @@ def test_a_finished_pass_is_skipped_and_made_again_only_when_asked(tmp_path):
     with pass_of(path, {"seed": 2}) as work:
         fill(work, path)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    with pass_of(path, {"seed": 2}, settings={"batch_size": 3}) as work:  # a setting of resumption only
+    with pass_of(path, {"seed": 2}, pieces_of(9, 2, batch_size=3)) as work:  # a setting of resumption only
         assert work.finished and fill(work, path) == []
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
     with pass_of(path, {"seed": 2}, overwrite=True) as work:
@@ -154,7 +155,7 @@ def test_what_belongs_to_another_run_is_refused_until_it_is_overwritten(tmp_path
         pass
     with (
         pytest.raises(UserError, match="other batch_size"),
-        pass_of(path, {"seed": 2}, settings={"batch_size": 2}),
+        pass_of(path, {"seed": 2}, pieces_of(9, 2, batch_size=2)),
     ):
         pass
     with pass_of(path, {"seed": 4}, overwrite=True) as work:
@@ -185,7 +186,7 @@ def test_a_disk_that_fails_in_the_middle_ends_the_pass_and_its_rows_do_not_count
 def test_rows_of_another_precision_are_not_resumed(tmp_path):
     path, pieces = tmp_path / "a.npy", pieces_of(4, 2)
     with pytest.raises(PowerCut), Pass({path: ((4, 2), "float32")}, {}, pieces) as work:
-        for rows, _ in work.over():
+        for rows in work:
             if rows.start:
                 raise PowerCut
             work[path][rows] = np.ones((2, 2))
@@ -195,12 +196,12 @@ def test_rows_of_another_precision_are_not_resumed(tmp_path):
 
 def test_passes_that_share_an_array_do_not_disturb_each_other(tmp_path):
     """One of layers 8 and 9 is interrupted, one of layer 9 alone is finished, the former is resumed."""
-    a, b, pieces = tmp_path / "a.npy", tmp_path / "b.npy", pieces_of(4, 1)
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
     both, one = {a: ((4,), "int32"), b: ((4,), "int32")}, {b: ((4,), "int32")}
 
     def write(work, files, stop):
         done = []
-        for rows, _ in work.over():
+        for rows in work:
             if rows.start == stop:
                 raise PowerCut
             for file in files:
@@ -208,11 +209,11 @@ def test_passes_that_share_an_array_do_not_disturb_each_other(tmp_path):
             done.append(rows.start)
         return done
 
-    with pytest.raises(PowerCut), Pass(both, {"seed": 1}, pieces, {"layers": [8, 9]}) as work:
+    with pytest.raises(PowerCut), Pass(both, {"seed": 1}, pieces_of(4, 1, layers=[8, 9])) as work:
         write(work, both, 2)
-    with Pass(one, {"seed": 1}, pieces, {"layers": [9]}) as work:
+    with Pass(one, {"seed": 1}, pieces_of(4, 1, layers=[9])) as work:
         assert write(work, one, None) == [0, 1, 2, 3]
-    with Pass(both, {"seed": 1}, pieces, {"layers": [8, 9]}) as work:
+    with Pass(both, {"seed": 1}, pieces_of(4, 1, layers=[8, 9])) as work:
         assert write(work, both, None) == [2, 3]
     assert np.load(a).tolist() == np.load(b).tolist() == [0, 1, 2, 3]
     assert len(list(tmp_path.iterdir())) == 4
@@ -258,7 +259,7 @@ def test_a_death_while_the_files_get_their_names_loses_nothing(tmp_path, monkeyp
 def test_what_cannot_fit_on_the_disk_is_refused_before_any_work(tmp_path):
     with (
         pytest.raises(UserError, match="GB free"),
-        Pass({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, []),
+        Pass({tmp_path / "a.npy": ((10**12, 100), "float32")}, {}, pieces_of(0, 1)),
     ):
         pass
     assert not list(tmp_path.iterdir())
@@ -313,12 +314,12 @@ def test_room_for_all_rows_is_taken_before_the_first(tmp_path):
 def test_a_block_that_does_not_fit_its_rows_is_refused_before_a_byte_is_written(tmp_path, index, block, said):
     path = tmp_path / "a.npy"
     with pytest.raises(ValueError, match=said), Pass({path: ((9, 3), "float32")}, {}, PIECES) as work:
-        for rows, _ in work.over():
+        for rows in work:
             if rows.start == 4:
                 work[path][index] = block
             work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
     with Pass({path: ((9, 3), "float32")}, {}, PIECES) as work:
-        for rows, _ in work.over():
+        for rows in work:
             work[path][rows] = np.full((rows.stop - rows.start, 3), 7)
     assert (np.load(path) == 7).all()
 
@@ -328,7 +329,7 @@ def test_fractions_are_not_cut_to_whole_numbers(tmp_path, block):
     path = tmp_path / "a.npy"
     with (
         pytest.raises(ValueError, match="holds int32, and the block float"),
-        Pass({path: ((2,), "int32")}, {}, PIECES[:1]) as work,
+        Pass({path: ((2,), "int32")}, {}, pieces_of(2, 2)) as work,
     ):
         work[path][0:2] = block
 
@@ -336,8 +337,8 @@ def test_fractions_are_not_cut_to_whole_numbers(tmp_path, block):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64])
 def test_tensors_of_other_precisions_are_converted(tmp_path, dtype):
     path = tmp_path / "a.npy"
-    with Pass({path: ((2,), "float32")}, {}, PIECES[:1]) as work:
-        for rows, _ in work.over():
+    with Pass({path: ((2,), "float32")}, {}, pieces_of(2, 2)) as work:
+        for rows in work:
             work[path][rows] = torch.tensor([1, 3], dtype=dtype)
     assert np.load(path).tolist() == [1, 3] and np.load(path).dtype == np.float32
 
@@ -348,14 +349,14 @@ def test_names_are_names_and_no_patterns(tmp_path, name):
     interrupted(other, {"seed": 1}, 2)
     before = {file.name for file in tmp_path.iterdir()}
     with pytest.raises(PowerCut), Pass({path: ((9,), "float32")}, {}, PIECES) as work:
-        for rows, _ in work.over():
+        for rows in work:
             if rows.start == 4:
                 raise PowerCut
             work[path][rows] = np.arange(rows.start, rows.stop)
     with Pass({path: ((9,), "float32")}, {}, PIECES) as work:
         rest = [
             rows.start
-            for rows, _ in work.over()
+            for rows in work
             if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))
         ]
     assert rest == [4, 6, 8] and np.load(path).tolist() == list(range(9))
@@ -392,7 +393,7 @@ def test_rows_that_changed_since_count_where_their_piece_is_done(tmp_path, chang
     def run(photos, stop=None):
         arrays, pieces = {path: ((len(photos),), "int32")}, pieces_of(Photos(photos), 2)
         with Pass(arrays, {"data": f"of {photos}"}, pieces) as work:
-            for rows, _ in work.over():
+            for rows in work:
                 if rows.start == stop:
                     raise PowerCut
                 work[path][rows] = np.array([ord(letter) for letter in photos[rows]])
@@ -416,7 +417,7 @@ def sum_up(path, stop=None, where="between"):
     """A pass that sums the numbers 0 to 8 in its state, and keeps their squares in a scratch array."""
     arrays, state, scratch = {path: ((9,), "float32")}, {"sum": ((1,), "int64")}, {"squares": ((9,), "int64")}
     with Pass(arrays, {}, PIECES, state=state, scratch=scratch) as work:
-        for rows, _ in work.over():
+        for rows in work:
             if rows.start == stop and where == "before":
                 raise PowerCut
             numbers = np.arange(rows.start, rows.stop)

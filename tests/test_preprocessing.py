@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from tests.photos import write_mat
-from utils.data.images import load_images
+from utils.data.images import load_images, to_pictures
 from utils.data.segmentation_set import SegmentationSet
-from utils.figures import to_pictures
 from utils.model.clip import load_clip
 from utils.model.preprocessing import PROCESSORS, choose, describe, record_of
 from utils.runtime.errors import UserError

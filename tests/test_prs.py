@@ -10,10 +10,10 @@ from tests import definition
 from tests.conftest import random_tower
 from utils import norms as norms_module
 from utils.model.hooks import HookedViT
-from utils.norms import CentredNorms
+from utils.norms import CentredNorms, groups_of_layers
 from utils.prs import SecondOrder, fold, fold_layers, second_order
 from utils.runtime.errors import UserError
-from utils.runtime.layers import groups_of_layers, parse_layers
+from utils.runtime.layers import parse_layers
 
 
 def double(visual):

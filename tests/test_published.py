@@ -247,7 +247,8 @@ def test_the_published_commands_run_as_they_stand(tmp_path, imagenet):
 
 def test_the_tag_openai_is_read_from_the_local_cache_of_hugging_face(hub, tmp_path):
     """In a process of its own, by HF_HOME alone: its own loading path, and the activation of the tag."""
-    code = "from utils.model.clip import load_clip; print(load_clip('ViT-B-32', 'openai', 'cpu').vit.blocks[0].mlp.gelu)"
+    code = "from utils.model.clip import load_clip; "
+    code += "print(load_clip('ViT-B-32', 'openai', 'cpu').vit.blocks[0].mlp.gelu)"
     environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -345,8 +346,9 @@ def test_a_folder_of_the_published_code_holds_what_its_names_say(published):
     names = {path.name for path in published.folder.iterdir()}
     base = f"imagenet_train_mlps_tiny_random_{LAYER}"
     assert names == {
-        f"{base}_merged.npy", f"{base}_{K}_pca.npy", f"{base}_{K}_norm.npy", "imagenet_classifier_tiny_random.npy",
-        "pool_tiny_random.npy", f"imagenet_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_4.json",
+        f"{base}_merged.npy", f"{base}_{K}_pca.npy", f"{base}_{K}_norm.npy",
+        "imagenet_classifier_tiny_random.npy", "pool_tiny_random.npy",
+        f"imagenet_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_4.json",
         f"imagenet_mlps_tiny_random_{LAYER}_pool_decomposition_omp_1.0_4.npz",
     }  # fmt: skip
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from utils.runtime.artifacts import ARTIFACTS
 from utils.runtime.errors import UserError
 from utils.runtime.records import record_path, save_array
-from utils.runtime.results import ARTIFACTS, Results, model_name, pretrained_name
+from utils.runtime.results import Results, model_name, pretrained_name
 
 NAMES = {
     "dataset": "imagenet",
@@ -93,7 +94,7 @@ def test_arrays_have_the_shapes_of_the_table():
         ((36, 3072, 64), "float32"),
     ]
     assert list(arrays.values()) == shapes
-    assert list(results.arrays(["coefficients"], sizes, "float16", **NAMES).values()) == [
+    assert list(results.arrays(["coefficients"], sizes, {"coefficients": "float16"}, **NAMES).values()) == [
         ((5, 36, 3072), "float16")
     ]
 
@@ -202,7 +203,7 @@ def table_of_files():
     fields |= {"row": "ROW", "alpha": "ALPHA", "components": "S", "source": "", "variant": "", "judge": ""}
     lines, last = ["| script | file | content |", "|---|---|---|"], None
     for artifact in ARTIFACTS.values():
-        script = artifact.maker.split()[0].removesuffix(".py")
+        script = artifact.maker[0].removesuffix(".py")
         shape = f" [{', '.join(artifact.shape.split())}]" if artifact.shape else ""
         name = artifact.file.format(**fields)
         lines.append(f"| {script if script != last else ''} | `{name}`{shape} | {artifact.content} |")

@@ -20,8 +20,10 @@ from tests import definition
 from tests.conftest import ROOT, run_script
 from tests.photos import discs, write_mat
 from utils import segmentation
+from utils.data.segmentation_row import Row
 from utils.data.segmentation_set import SegmentationSet
 from utils.model.clip import load_clip
+from utils.runtime import flags as shared_flags
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
 from utils.segmentation import (
@@ -33,10 +35,11 @@ from utils.segmentation import (
     RolloutMaps,
     Scores,
     enlarge,
-    given,
     neurons_of_classes,
-    predicted,
+    predicted_class,
     random_neurons,
+    row_of,
+    row_of_image,
 )
 
 LAYERS, CLASSES, SIDE = (1, 2, 3), 7, 32
@@ -49,20 +52,25 @@ def random_maps(n=8, side=24):
     rng = np.random.default_rng(0)
     masks = (rng.random((n, side, side)) < 0.3).astype(np.int8)
     maps = (0.6 * rng.random((n, side, side)) + 0.4 * masks * rng.random((n, side, side))).astype(np.float32)
-    maps[0], maps[1] = 0, 1
-    masks[2], masks[3] = 0, 1
+    maps[0] = 0
+    maps[1] = 1
+    masks[2] = 0
+    masks[3] = 1
     masks[4:6][rng.random((2, side, side)) < 0.2] = -1
     return maps, masks
 
 
 def reference_scores(maps, masks, thr=0.5):
     """The scores that `Scores` defines, from all pixels at once, by scikit-learn."""
-    pixels, truth = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
-    pixels, truth = pixels[truth >= 0], truth[truth >= 0]
+    pixels = np.concatenate([m.ravel() for m in maps])
+    truth = np.concatenate([m.ravel() for m in masks])
+    pixels = pixels[truth >= 0]
+    truth = truth[truth >= 0]
     predicted = (pixels > thr).astype(int)
     precisions = []
     for scores, mask in zip(maps, masks, strict=True):
-        scores, mask = scores[mask >= 0], mask[mask >= 0]
+        scores = scores[mask >= 0]
+        mask = mask[mask >= 0]
         both = np.stack([1 - scores, scores])
         precisions.append(average_precision_score(np.eye(2)[mask].T.ravel(), both.ravel()))
     iou = [jaccard_score(truth, predicted, pos_label=label, zero_division=0) for label in (0, 1)]
@@ -100,15 +108,14 @@ def test_a_perfect_map_scores_100_and_an_inverted_one_0():
     perfect = scored((masks == 1).astype(np.float32), masks).result()
     assert list(perfect.values()) == [100] * 5
     inverted = scored((masks != 1).astype(np.float32), masks).result()
-    assert (
-        inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0
-        and inverted["mAP"] <= 50.0
-    )
+    assert inverted["IoU_object"] == inverted["mIoU"] == inverted["pixel_accuracy"] == 0
+    assert inverted["mAP"] <= 50.0
 
 
 def test_an_image_with_ignored_pixels_only_adds_a_0_to_the_mean_precision():
     maps, masks = random_maps()
-    alone, ignored = scored(maps[:1], masks[:1]).result(), np.full_like(masks[:1], -1)
+    alone = scored(maps[:1], masks[:1]).result()
+    ignored = np.full_like(masks[:1], -1)
     both = scored(maps[:2], np.concatenate([masks[:1], ignored])).result()
     assert both == {**alone, "mAP": alone["mAP"] / 2}
     assert set(scored(maps[:1], ignored).result().values()) == {0}
@@ -123,7 +130,8 @@ def test_a_set_of_nothing_but_background_has_an_object_iou_of_0():
 def test_the_precision_recall_curve_is_exact_at_its_thresholds():
     maps, masks = random_maps()
     precision, recall = scored(maps, masks).precision_recall()
-    pixels, truth = maps[masks >= 0], masks[masks >= 0]
+    pixels = maps[masks >= 0]
+    truth = masks[masks >= 0]
     for k in (0, 1, 1000, 30000, 32768, 50001, 65535, 65536):
         found = pixels >= k / 65536
         assert precision[k] == truth[found].mean() and recall[k] == truth[found].sum() / truth.sum()
@@ -152,11 +160,11 @@ def test_the_clamp_changes_the_curve_alone():
 
 def test_maps_are_enlarged_then_scaled_and_constant_ones_are_background():
     maps = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    maps[1], maps[2] = 0.7, -3
+    maps[1] = 0.7
+    maps[2] = -3
     large = enlarge(maps, (3, 4), (24, 32))
-    assert (
-        large.shape == (4, 24, 32) and large.min() == 0 and large[[0, 3]].amax(dim=(1, 2)).tolist() == [1, 1]
-    )
+    assert large.shape == (4, 24, 32) and large.min() == 0
+    assert large[[0, 3]].amax(dim=(1, 2)).tolist() == [1, 1]
     assert not large[1:3].any()
     patches = np.asarray(maps[0].reshape(3, 4).double())
     centres = [(np.arange(8 * n) + 0.5) / 8 - 0.5 for n in patches.shape]
@@ -197,9 +205,10 @@ def test_a_map_is_the_mean_over_the_neurons_of_the_images_own_class(clip, pixels
     monkeypatch.setattr(segmentation, "BLOCK", 3)
     vit = clip.vit
     pcas, classifier = random_inputs(vit)
-    flat, columns = torch.from_numpy(np.concatenate(list(pcas.values()))), torch.from_numpy(classifier)
+    flat = torch.from_numpy(np.concatenate(list(pcas.values())))
+    columns = torch.from_numpy(classifier)
     neurons, weights = neurons_of_classes(flat, columns, 20, sign)
-    maps = NeuronMaps(vit, LAYERS, neurons, weights, predicted(columns))(pixels, 0).double().numpy()
+    maps = NeuronMaps(vit, LAYERS, neurons, weights, predicted_class(columns))(pixels, 0).double().numpy()
     for image, activations, found in zip(pixels, activations_of(clip.vit.visual, pixels), maps, strict=True):
         column = classifier[:, np.argmax(vit(image[None])[0].numpy() @ classifier)]
         products = [(r @ column, l, n) for l, rows in pcas.items() for n, r in enumerate(rows)]
@@ -220,9 +229,8 @@ def test_only_positive_neurons_are_taken_even_if_they_are_few():
 
 def test_random_neurons_depend_on_the_seed_and_the_image_alone():
     neurons, weights = random_neurons(4, 50, 10, seed=1)
-    assert all(len(set(row)) == 10 for row in neurons.tolist()) and weights.sum(
-        dim=1
-    ).tolist() == pytest.approx([1] * 4)
+    assert all(len(set(row)) == 10 for row in neurons.tolist())
+    assert weights.sum(dim=1).tolist() == pytest.approx([1] * 4)
     assert torch.equal(random_neurons(2, 50, 10, seed=1)[0], neurons[:2])
     assert not torch.equal(random_neurons(4, 50, 10, seed=2)[0], neurons)
     assert neurons[0].tolist() != neurons[1].tolist()
@@ -232,7 +240,7 @@ def test_a_batch_in_the_middle_takes_the_neurons_of_its_images(clip, pixels):
     vit = clip.vit
     neurons, weights = random_neurons(5, len(LAYERS) * vit.N, 10, seed=1)
     rows = torch.tensor([4, 0, 2, 2, 1])
-    found = NeuronMaps(vit, LAYERS, neurons, weights, given(rows))(pixels[2:4], 2).double().numpy()
+    found = NeuronMaps(vit, LAYERS, neurons, weights, row_of_image(rows))(pixels[2:4], 2).double().numpy()
     for i, activations in enumerate(activations_of(vit.visual, pixels[2:4])):
         chosen = [divmod(n, vit.N) for n in neurons[rows[2 + i]].tolist()]
         expected = np.mean([activations[LAYERS[l], 1:, n] for l, n in chosen], axis=0)
@@ -243,7 +251,8 @@ def test_attention_maps_are_those_of_the_running_model(clip, pixels):
     """The last layer's attention, and the product over layers of (A + 1) / 2, from the model's own attention
     weights.
     """
-    vit, patterns = clip.vit, []
+    vit = clip.vit
+    patterns = []
     with vit.record("*.ln1.out") as cache:
         vit(pixels)
     for l, block in enumerate(vit.blocks):
@@ -260,7 +269,8 @@ def test_attention_maps_are_those_of_the_running_model(clip, pixels):
 def score_with(visual, image, column, extra):
     """The cosine of an image with a class, in a tower run by hand in float64, where `extra` [L, H, T, T] is
     added to the attention probabilities. Returns it and the probabilities."""
-    z, patterns = visual._embeds(image[None])[0], []
+    z = visual._embeds(image[None])[0]
+    patterns = []
     for block, more in zip(visual.transformer.resblocks, extra, strict=True):
         W_Q, W_K, W_V, b_Q, b_K, b_V, W_O = definition.heads(block.attn)
         x = block.ln_1(z)
@@ -274,19 +284,20 @@ def score_with(visual, image, column, extra):
 
 def test_methods_with_gradients_equal_a_tower_run_by_hand(clip, pixels):
     """GradCAM and Chefer against float64 autograd by hand, and that against finite differences."""
-    vit, rows = clip.vit, torch.tensor([3, 0, 6, 6, 1])
+    vit = clip.vit
+    rows = torch.tensor([3, 0, 6, 6, 1])
     classifier = torch.from_numpy(random_inputs(vit)[1])
     visual = copy.deepcopy(vit.visual).double()
     with torch.inference_mode():  # as the stage runs them
-        cam, chefer = (
-            method(vit, classifier, given(rows))(pixels, 0).double() for method in (GradCAMMaps, CheferMaps)
-        )
+        cam = GradCAMMaps(vit, classifier, row_of_image(rows))(pixels, 0).double()
+        chefer = CheferMaps(vit, classifier, row_of_image(rows))(pixels, 0).double()
     for i, image in enumerate(pixels.double()):
         column = classifier[:, rows[i]].double()
         extra = torch.zeros(vit.L, vit.H, vit.T, vit.T, dtype=torch.float64, requires_grad=True)
         score, A = score_with(visual, image, column, extra)
         [gradient] = torch.autograd.grad(score, extra)
-        A, h = A.detach(), 1e-5
+        A = A.detach()
+        h = 1e-5
         for place in ((0, 1, 2, 3), (vit.L - 1, 0, 0, 5), (2, 3, 7, 0)):
             step = torch.zeros_like(gradient)
             step[place] = h
@@ -306,7 +317,7 @@ def test_first_order_maps_are_the_class_scores_of_patches(clip, pixels):
     """
     vit = clip.vit
     classifier = torch.from_numpy(random_inputs(vit)[1])
-    maps = FirstOrderMaps(vit, classifier, predicted(classifier))(pixels, 0).double()
+    maps = FirstOrderMaps(vit, classifier, predicted_class(classifier))(pixels, 0).double()
     visual = copy.deepcopy(vit.visual).double()
     for image, found in zip(pixels.double(), maps, strict=True):
         run = definition.run(visual, image)
@@ -360,16 +371,14 @@ def test_masks_are_squashed_or_follow_the_image(tmp_path, clip, geometry):
 def test_pixels_of_the_ignored_values_do_not_count(tmp_path, clip):
     images, masks = discs(3)
     unknown = [np.where(mask == -1, 255, mask).astype(np.uint8) for mask in masks]
-    first, second = (
-        write_mat(tmp_path / "minus.mat", images, masks),
-        write_mat(tmp_path / "void.mat", images, unknown),
-    )
+    first = write_mat(tmp_path / "minus.mat", images, masks)
+    second = write_mat(tmp_path / "void.mat", images, unknown)
+    options = {"geometry": "paper", "size": (SIDE, SIDE)}
     for i in range(3):
-        found, same = (
-            SegmentationSet(path, clip.transform, "paper", (SIDE, SIDE))[i][1] for path in (first, second)
-        )
+        found = SegmentationSet(first, clip.transform, **options)[i][1]
+        same = SegmentationSet(second, clip.transform, **options)[i][1]
         assert torch.equal(found, same) and (found == -1).any()
-        counted = SegmentationSet(second, clip.transform, "paper", (SIDE, SIDE), ignored=[-1])[i][1]
+        counted = SegmentationSet(second, clip.transform, **options, ignored=[-1])[i][1]
         assert torch.equal(counted, torch.where(found == -1, 1, found))
 
 
@@ -383,9 +392,8 @@ def test_masks_are_aligned_at_other_sizes_and_with_padding(tmp_path, clip):
     ]  # 40 x 72: padded above and below
     padding = pixels[0] < 0
     assert padding.any() and (found[padding] == -1).all() and (found[~padding] >= 0).any()
-    large, small = (
-        SegmentationSet(path, clip.transform, "aligned", (side, side))[1][1] for side in (3 * SIDE, SIDE)
-    )
+    large = SegmentationSet(path, clip.transform, "aligned", (3 * SIDE, 3 * SIDE))[1][1]
+    small = SegmentationSet(path, clip.transform, "aligned", (SIDE, SIDE))[1][1]
     assert torch.equal(large[1::3, 1::3], small)
 
 
@@ -406,28 +414,9 @@ def inputs(tmp_path_factory, tiny_model, clip):
 
 
 def flags_of(inputs, tiny_model, output, *more):
-    flags = [
-        "--model",
-        tiny_model,
-        "--pretrained",
-        "random",
-        "--device",
-        "cpu",
-        "--num_workers",
-        0,
-        "--top_neurons",
-        20,
-    ]
-    flags += [
-        "--data_path",
-        inputs / "discs.mat",
-        "--input_dir",
-        inputs,
-        "--output_dir",
-        output,
-        "--mlp_layers",
-        *LAYERS,
-    ]
+    flags = ["--model", tiny_model, "--pretrained", "random", "--device", "cpu", "--num_workers", 0]
+    flags += ["--data_path", inputs / "discs.mat", "--input_dir", inputs, "--output_dir", output]
+    flags += ["--mlp_layers", *LAYERS, "--top_neurons", 20]
     return [str(flag) for flag in [*flags, *more]]
 
 
@@ -451,29 +440,25 @@ def independent_scores(inputs, clip, choose):
     visual = clip.vit.visual
     pcas, classifier = random_inputs(clip.vit)
     images, masks = discs(7)
-    maps, squashed = [], []
+    maps = []
+    squashed = []
     for image, mask in zip(images, masks, strict=True):
         pixels = clip.transform(Image.fromarray(image))
         column = classifier[:, int(np.argmax(visual(pixels[None])[0].numpy() @ classifier))]
         top = choose(np.concatenate(list(pcas.values())) @ column)
-        activations = np.concatenate(
-            list(activations_of(visual, pixels[None])[0][list(LAYERS), 1:].transpose(0, 2, 1))
-        )  # [M N, T-1]
+        activations = activations_of(visual, pixels[None])[0][list(LAYERS), 1:]  # [M, T-1, N]
+        activations = np.concatenate(list(activations.transpose(0, 2, 1)))  # [M N, T-1]
         mean = activations[top].mean(axis=0).reshape(1, 4, 4)
-        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[
-            0
-        ]  # enlarged first, scaled afterwards
+        large = resize(torch.from_numpy(mean), [SIDE, SIDE], antialias=False)[0]  # scaled afterwards
         maps.append(((large - large.min()) / (large.max() - large.min())).float().numpy())
-        squashed.append(
-            np.asarray(Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST))
-        )
+        small = Image.fromarray(mask.astype(np.int32)).resize((SIDE, SIDE), Image.NEAREST)
+        squashed.append(np.asarray(small))
     return reference_scores(maps, squashed)
 
 
 def test_the_script_gives_the_scores_of_an_independent_computation(tmp_path, inputs, tiny_model, clip):
-    done = run_script(
-        "compute_segmentation.py", *flags_of(inputs, tiny_model, tmp_path, "--save_img", "--num_workers", 2)
-    )
+    flags = flags_of(inputs, tiny_model, tmp_path, "--save_img", "--num_workers", 2)
+    done = run_script("compute_segmentation.py", *flags)
     row = read_row(tmp_path, "second_order_1-2-3_20")
     expected = independent_scores(inputs, clip, lambda products: np.argsort(-np.abs(products))[:20])
     assert row["scores"] == pytest.approx(expected, abs=1e-3)
@@ -504,11 +489,8 @@ def test_positive_neurons_and_classes_from_a_file(monkeypatch, tmp_path, inputs,
     for name in ("same.npy", "listed.json", "other.txt"):
         assert segment(monkeypatch, [*flags, "--class_source", str(tmp_path / name)]) is None
         scores[name] = read_row(tmp_path, f"second_order_1-2-3_20_positive_{name.split('.')[0]}")["scores"]
-    assert (
-        scores["same.npy"]
-        == scores["listed.json"]
-        == read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"]
-    )
+    predicted_scores = read_row(tmp_path, "second_order_1-2-3_20_positive")["scores"]
+    assert scores["same.npy"] == scores["listed.json"] == predicted_scores
     assert scores["other.txt"] != scores["same.npy"]
 
 
@@ -516,23 +498,12 @@ def test_positive_neurons_and_classes_from_a_file(monkeypatch, tmp_path, inputs,
 def test_the_batch_size_changes_no_score(monkeypatch, tmp_path, inputs, tiny_model, method):
     found = []
     for batch_size in ("1", "3", "16"):
-        flags = flags_of(
-            inputs,
-            tiny_model,
-            tmp_path,
-            "--method",
-            method,
-            "--geometry",
-            "aligned",
-            "--batch_size",
-            batch_size,
-        )
-        assert segment(monkeypatch, flags) is None
+        more = ["--method", method, "--geometry", "aligned", "--batch_size", batch_size]
+        assert segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path, *more)) is None
         middle = "" if method in ("attention", "rollout") else "_1-2-3_20"
         found.append(read_row(tmp_path, f"{method}{middle}_aligned")["scores"])
-    for scores in found[
-        1:
-    ]:  # the tower's rounding depends on the batch and may swap scores that agree to 7 digits
+    # the tower's rounding depends on the batch and may swap scores that agree to 7 digits
+    for scores in found[1:]:
         assert scores.pop("mAP") == pytest.approx(found[0]["mAP"], abs=1e-3)
         assert scores == {name: value for name, value in found[0].items() if name != "mAP"}
 
@@ -544,16 +515,10 @@ def test_random_is_a_method_that_needs_no_components(monkeypatch, tmp_path, inpu
         ["--method", "random", "--seed", "4", "--image_size", "48", "--mask_thr", "0.4"],
     ):
         assert segment(monkeypatch, flags_of(inputs, tiny_model, tmp_path, *flags)) is None
-    row, other = (
-        read_row(tmp_path, "random_1-2-3_20"),
-        read_row(tmp_path, "random_1-2-3_20_seed4_mask0.4_48px"),
-    )
-    assert (
-        row["method"] == "random"
-        and row["seed"] == 0
-        and other["size"] == [48, 48]
-        and row["scores"] != other["scores"]
-    )
+    row = read_row(tmp_path, "random_1-2-3_20")
+    other = read_row(tmp_path, "random_1-2-3_20_seed4_mask0.4_48px")
+    assert row["method"] == "random" and row["seed"] == 0
+    assert other["size"] == [48, 48] and row["scores"] != other["scores"]
 
 
 def test_the_classifier_may_be_in_another_folder(monkeypatch, tmp_path, inputs, tiny_model):
@@ -564,6 +529,40 @@ def test_the_classifier_may_be_in_another_folder(monkeypatch, tmp_path, inputs, 
     flags = flags_of(inputs, tiny_model, tmp_path / "out", "--input_dir", str(tmp_path))
     assert "compute_classifier_projection.py" in segment(monkeypatch, flags)
     assert segment(monkeypatch, [*flags, "--classifier_dir", str(inputs)]) is None
+
+
+ROWS = {  # name in file names: settings, besides layers 1, 2, 3 and 20 neurons
+    "second_order_1-2-3_20": {},
+    "random_1-2-3_20": {"method": "random", "class_source": "classes.npy"},  # it needs no class
+    "attention": {"method": "attention", "seed": 3, "top_k_pca": 7},
+    "rollout_thr0.25": {"method": "rollout", "thr": 0.25},
+    "random_1-2-3_20_seed4_mask0.4_48px": {"method": "random", "seed": 4, "mask_thr": 0.4, "image_size": 48},
+    "second_order_1-2-3_20_positive_of_all": {"neuron_sign": "positive", "class_source": "a/of_all.json"},
+    "gradcam_of_all_aligned": {"method": "gradcam", "class_source": "of_all.txt", "geometry": "aligned"},
+    "chefer_ignore-1": {"method": "chefer", "ignore_index": (-1,), "train_dataset": "CIFAR10"},
+    "first_order_ignore-1_7_255": {"method": "first_order", "ignore_index": (-1, 7, 255)},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_one_types_for_a_row_makes_this_row(monkeypatch, clip, name):
+    row = Row(**{"layers": LAYERS, "top_neurons": 20, **ROWS[name]})
+    found = []
+    monkeypatch.setattr(shared_flags, "run", lambda main, parser, **_: found.append(parser))
+    runpy.run_path(str(ROOT / "compute_segmentation.py"), run_name="__main__")
+    typed = row_of(found[0].parse_args(row.flags()), clip.vit)
+    assert row.name == typed.name == name and typed.record() == row.record()
+
+
+def test_a_row_records_what_its_method_depends_on():
+    shared = ["method", "geometry", "image_size", "mask_thr", "thr", "ignore_index"]
+    of_class = ["train_dataset", "class_source"]
+    neurons = ["layers", "top_neurons"]
+    own = ["train_dataset", "neuron_sign", "class_source", "top_k_pca"]
+    assert list(Row("second_order").record()) == [*shared, *neurons, *own]
+    assert list(Row("random").record()) == [*shared, *neurons, "seed"]
+    assert list(Row("rollout").record()) == shared
+    assert list(Row("gradcam").record()) == [*shared, *of_class]
 
 
 BAD = {

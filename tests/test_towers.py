@@ -187,7 +187,7 @@ def test_the_representation_is_the_models_own(tower, images):
     expected = model(images)
     expected = expected[0] if isinstance(expected, tuple) else expected
     assert_close(vit(images), expected, rtol=1e-5, atol=1e-5)
-    assert vit.pooling == "attention" and vit.last == vit.L - 1
+    assert vit.pooling.name == "attention" and vit.last == vit.L - 1
     for layer in (0, vit.L - 2):
         with vit.record(f"blocks.{layer + 1}.resid.pre") as cache:
             vit(images)
@@ -319,7 +319,7 @@ def test_every_stage_runs_on_every_kind_of_pooling(tmp_path, kind):
     world.run("full", world.base, "--split", "val")
     world.run("segmentation", world.base, "--method", "attention")
     clip = load_clip(str(tmp_path / "tiny.json"), "random", "cpu")
-    assert clip.vit.pooling == kind
+    assert clip.vit.pooling.name == kind
     results, layer = Results(world.base, str(tmp_path / "tiny.json"), "random"), clip.vit.last
     images = load_images("folder", world.photos, "val", clip.transform)
     names = {"dataset": "folder", "layer": layer, "k": 5}

@@ -1,4 +1,4 @@
-"""Fetch the three text pools of the published code, under names of their own.
+"""Fetch the three text sets of the published code, under names of their own.
 
     python text_descriptions/fetch_published.py
 
@@ -29,24 +29,21 @@ POOLS = {  # name here: (name there, sha256)
 
 
 def fetch(address):
-    """The bytes at an address. Exits with one line when they cannot be fetched."""
+    """Return the bytes at an address. Exits with one line when they cannot be fetched."""
     try:
         with urllib.request.urlopen(address, timeout=60) as answer:
             return answer.read()
     except OSError as error:
-        sys.exit(
-            f"error: {address} cannot be fetched ({error}); check the connection and run the same command again"
-        )
+        what = f"{address} cannot be fetched ({error})"
+        sys.exit(f"error: {what}; check the connection and run the same command again")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--address", default=ADDRESS, help="of the published repository's files")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).parent, help="where the pools are written"
-    )
+    help = "where the text sets are written"
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent, help=help)
     args = parser.parse_args()
     licence = fetch(f"{args.address}/LICENSE.txt")
     if b"MIT License" not in licence:
@@ -55,9 +52,8 @@ def main():
         content = fetch(f"{args.address}/text_descriptions/{theirs}")
         found = hashlib.sha256(content).hexdigest()
         if found != expected:
-            sys.exit(
-                f"error: {theirs} has the sha256 {found}, and {expected} is expected; it was not written"
-            )
+            what = f"{theirs} has the sha256 {found}, and {expected} is expected"
+            sys.exit(f"error: {what}; it was not written")
         (args.output_dir / name).write_bytes(content)
         print(f"wrote {args.output_dir / name}: {len(content.splitlines()):,} texts")
     (args.output_dir / "published_LICENSE.txt").write_bytes(licence)

@@ -1,4 +1,4 @@
-"""The N most frequent English words, one a line: the pool from which neurons are described.
+"""Write the N most frequent English words, one a line: the text set from which neurons are described.
 
 python text_descriptions/make_words.py --words 30000 --output text_descriptions/30k.txt
 """
@@ -10,7 +10,7 @@ from wordfreq import iter_wordlist
 
 
 def common_words(n):
-    """The n most frequent English words of two or more plain letters, most frequent first."""
+    """Return the n most frequent English words of two or more plain letters, most frequent first."""
     words = []
     for word in iter_wordlist("en", wordlist="large"):
         if len(words) == n:
@@ -21,9 +21,8 @@ def common_words(n):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--words", type=int, default=30_000)
     parser.add_argument("--output", type=Path, default="text_descriptions/30k.txt")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Concept discovery: the words that the active neurons of an image stand for (appendix A.5 of the paper).
+"""Discover concepts: the words that the active neurons of an image stand for (appendix A.5 of the paper).
 
 A neuron is active on an image if its centred norm there is larger than its k-th largest over the data set. A
 word's score is the sum of coefficient * norm over the active neurons whose descriptions have it.
@@ -13,8 +13,11 @@ import torch
 
 @dataclass
 class Concepts:
-    """What was found in one image: the active neurons and their norms, by falling norm; (word, score), by
-    falling score.
+    """`Concepts` are found in one image.
+
+    neurons: the active neurons, by falling norm.
+    norms: their norms.
+    words: [(word, score), ...] by falling score.
     """
 
     neurons: list
@@ -39,7 +42,7 @@ def word_scores(descriptions, weights):
 
 @torch.inference_mode()
 def concepts_of_images(phi, centred_norms, thresholds, descriptions):
-    """Concepts of a batch of images, one `Concepts` for each.
+    """Return the `Concepts` of each image of a batch.
 
     phi: `SecondOrder` of the images.
     centred_norms: `CentredNorms` about the mean effects of the data set.

@@ -1,10 +1,9 @@
-"""How far a description can be trusted: what a neuron writes and what it fires on, graded on held-out images.
+"""Grades of descriptions on held-out images: how far the texts that a neuron writes or fires on are right.
 
 A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of
-the texts' presences
-there. A judge says how present a text is: the model, by the similarity of image and text (`features` are
-representations and `vectors` text vectors), or known truth (`features` [images, texts] and `vectors` the
-identity). So a description is one direction of the features, and all that is graded here are directions.
+the texts' presences there. A judge says how present a text is: the model, by the similarity of image and text
+(`features` are representations and `vectors` text vectors), or known truth (`features` [images, texts] and
+`vectors` the identity). So a description is one direction of the features, and directions are graded here.
 
 Beyond the paper. Grades are those that notice missing and extra labels, over all held-out images: Pearson
 correlation and average precision (NeuronEval, arXiv 2506.05774). Letters as in `utils.prs`; T texts, F
@@ -43,9 +42,10 @@ TEXTS = 1024  # that are worked on together
 
 
 class Judge:
-    """How present every text is on training images, for fitting texts to effects.
+    """A Judge says how present every text is on training images, so that texts can be fitted to effects.
 
-    features: [images, F]. vectors: [T, F].
+    features: [images, F].
+    vectors: [T, F].
 
     Presences are features @ vectors.T, [images, T]; standardised over the images they are the atoms. All lie
     in the space of the features, so a basis of that space has atoms and targets of F numbers at most in place
@@ -56,11 +56,14 @@ class Judge:
 
     def __init__(self, features, vectors):
         wide = features.double()
-        self.centred, self.vectors = wide - wide.mean(dim=0), vectors
+        self.centred = wide - wide.mean(dim=0)
+        self.vectors = vectors
         squares, V = torch.linalg.eigh(self.centred.T @ self.centred)
         kept = squares > 1e-10 * squares[-1]
-        self.singular, self.V = squares[kept].sqrt(), V[:, kept]
-        atoms, spreads = [], []
+        self.singular = squares[kept].sqrt()
+        self.V = V[:, kept]
+        atoms = []
+        spreads = []
         for some in vectors.split(TEXTS):  # float64 for few at a time
             part = some.double() @ self.V * self.singular  # [texts, rank]
             spreads.append(part.norm(dim=1))
@@ -70,7 +73,7 @@ class Judge:
         self.atoms = torch.where(told_apart[:, None], torch.cat(atoms), 0)
 
     def targets(self, effects):
-        """Effects [images, N], centred and scaled to unit norm, then projected on the basis: [N, rank]."""
+        """Return effects [images, N], centred and of unit norm, projected on the basis: [N, rank]."""
         found = []
         for some in effects.split(256, dim=1):  # float64 for few at a time
             wide = some.double() - some.double().mean(dim=0)
@@ -79,7 +82,7 @@ class Judge:
         return torch.cat(found)
 
     def direction(self, description):
-        """The directions [N, F] of sparse sums [N, T] of standardised presences."""
+        """Return the directions [N, F] of sparse sums [N, T] of standardised presences."""
         scaled = scipy.sparse.csr_matrix(description) @ scipy.sparse.diags(
             1 / np.maximum(self.spread.cpu().numpy(), 1e-300)
         )
@@ -87,47 +90,53 @@ class Judge:
 
 
 def written(description, vectors):
-    """The directions [N, F] of what neurons write: sparse sums [N, T] of texts, as the decomposition has
-    them.
+    """Return the directions [N, F] of what neurons write: sparse sums of texts.
+
+    description: sparse [N, T], as the decomposition has it. vectors: [T, F].
     """
     return torch.from_numpy(scipy.sparse.csr_matrix(description) @ vectors.double().cpu().numpy()).float()
 
 
 def as_matrix(descriptions, texts):
-    """Descriptions as `load_descriptions` gives them, as a csr matrix [N, texts]."""
+    """Return descriptions, as `load_descriptions` returns them, as a csr matrix [N, texts]."""
     entries = [(n, i, c) for n, texts_of in enumerate(descriptions) for i, c, _ in texts_of]
     rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
     return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(descriptions), texts))
 
 
 def only(description, chosen):
-    """A description [N, T] with the texts chosen [N] alone, -1 for none, each with the sign of its
-    coefficient.
+    """Return a description [N, T] with one text alone, with the sign of its coefficient.
+
+    chosen: the text of every neuron, [N]; -1 for none.
     """
-    matrix, n = scipy.sparse.csr_matrix(description), np.arange(description.shape[0])
-    signs = np.sign(np.asarray(matrix[n, np.maximum(chosen, 0)]).ravel()) * (np.asarray(chosen) >= 0)
-    return scipy.sparse.csr_matrix((signs, (n, np.maximum(chosen, 0))), shape=matrix.shape)
+    matrix = scipy.sparse.csr_matrix(description)
+    n = np.arange(matrix.shape[0])
+    texts = np.maximum(chosen, 0)
+    signs = np.sign(np.asarray(matrix[n, texts]).ravel()) * (np.asarray(chosen) >= 0)
+    return scipy.sparse.csr_matrix((signs, (n, texts)), shape=matrix.shape)
 
 
 def strongest(description):
-    """The text of the largest |coefficient| of every neuron, int [N]."""
+    """Return the text of the largest |coefficient| of every neuron, int [N]."""
     return np.asarray(abs(scipy.sparse.csr_matrix(description)).argmax(axis=1)).ravel()
 
 
 def of_another(directions):
-    """The directions of another neuron in place of a neuron's own, the null: [N, F]."""
+    """Return the null [N, F]: the directions of another neuron in place of a neuron's own."""
     return directions.roll(1, dims=0)
 
 
 class SoftWPMI:
-    """CLIP-Dissect's label of every neuron (soft-WPMI, arXiv 2204.10965): of all texts the one that tells
-    most about the images on which the neuron acts most.
+    """SoftWPMI is CLIP-Dissect's label of every neuron (arXiv 2204.10965).
 
-    For the neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with
-    P(t|x) the softmax over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label has the
-    largest log P(t) - log mean_n P(t).
+    Of all texts, it is the one that tells most about the images on which the neuron acts most. For the
+    neuron's 100 images x of largest effect, ranked, log P(t) = sum_x log(1 + p_x (P(t|x) - 1)) with P(t|x)
+    the softmax over texts of 10 cos(x, t), and p_x falling from 0.998 to 0.97. The label has the largest
+    log P(t) - log mean_n P(t).
 
-    representations, vectors: [images, D], [T, D]. effects: [images, N].
+    representations: [images, D].
+    vectors: [T, D].
+    effects: [images, N].
     """
 
     def __init__(self, representations, vectors, effects):
@@ -144,7 +153,7 @@ class SoftWPMI:
         return WPMI["scale"] * self.images @ vectors.T
 
     def __call__(self, texts):
-        """Scores of a slice of the texts, [N, texts]."""
+        """Return the scores of a slice of the texts, [N, texts]."""
         probability = (self._scores(self.vectors[texts]) - self.total).exp()  # [images, texts]
         found = []
         for n in self.top.split(16):
@@ -155,9 +164,10 @@ class SoftWPMI:
 
 
 class Along:
-    """<phi_n, v> for R directions v of every neuron: what the neuron itself adds to what is predicted of it.
+    """Along computes <phi_n, v> for R directions v of every neuron: its own part of a prediction about it.
 
-    directions: `Directions` of the layer. vectors: {row: [N, D]}.
+    directions: `Directions` of the layer.
+    vectors: {row: [N, D]}.
     """
 
     def __init__(self, directions, vectors):
@@ -168,23 +178,28 @@ class Along:
         self.along = torch.cat(heads)  # [N, K, R]
 
     def __call__(self, phi):
-        """[B, R, N] of a `SecondOrder`."""
+        """Return [B, R, N] for a `SecondOrder`."""
         own = torch.bmm(phi.C.permute(2, 0, 1), self.along).permute(1, 2, 0)
         return own + (phi.kappa @ self.vectors.flatten(0, 1).T).view(own.shape)
 
 
 def correlation(predicted, effects):
-    """Pearson correlation of every column [..., images, n], 0 where one is constant: [..., n]."""
+    """Return the Pearson correlation of every column, [..., n]; 0 where one is constant.
+
+    predicted, effects: [..., images, n].
+    """
     predicted, effects = (x.double() - x.double().mean(dim=-2, keepdim=True) for x in (predicted, effects))
     norms = predicted.norm(dim=-2) * effects.norm(dim=-2)
     return torch.where(norms > 0, (predicted * effects).sum(dim=-2) / norms.clamp_min(1e-300), 0)
 
 
 def average_precision(predicted, positive):
-    """Average precision of every column, as scikit-learn's `average_precision_score`: equal predictions count
-    together.
+    """Return the average precision of every column, [..., n], as scikit-learn's `average_precision_score`.
 
-    predicted: [..., images, n]. positive: bool [images, n], one of a column at least. Returns [..., n].
+    Equal predictions count together.
+
+    predicted: [..., images, n].
+    positive: bool [images, n], one of a column at least.
     """
     predicted, order = predicted.transpose(-1, -2).sort(dim=-1, descending=True)  # [..., n, images]
     hit = positive.T.expand(order.shape).gather(-1, order)
@@ -198,29 +213,32 @@ def average_precision(predicted, positive):
 
 
 def positives(images, share):
-    """How many of the images are a share of them, one at least."""
+    """Return how many images a share of them is, one at least."""
     return max(1, min(images, round(share * images)))
 
 
 def most_active(effects, share):
-    """The `share` of the images with a neuron's largest effects: bool [images, n]."""
+    """Return the `share` of the images with a neuron's largest effects: bool [images, n]."""
     count = positives(len(effects), share)
     return torch.zeros_like(effects, dtype=torch.bool).scatter_(0, effects.topk(count, dim=0).indices, True)
 
 
 def grades(features, directions, effects, share, own=None, mean=None):
-    """Grades of some neurons' directions on held-out images.
+    """Grade some neurons' directions on held-out images.
 
-    features, directions: [images, F], [R, n, F].
-    effects: [images, n], along the components. share: of the images that count as those the neuron acts on.
-    own, mean: <phi_n, v> of every image and of the mean effect, [images, R, n] and [R, n]; None where a
-        neuron has no part in the features.
+    features: [images, F].
+    directions: [R, n, F].
+    effects: [images, n], along the components.
+    share: fraction of images taken as positives (largest effects).
+    own: <phi_n, v> of every image, [images, R, n]; None where a truth judges: the neuron has no part in it.
+    mean: <phi_n, v> of the mean effect, [R, n]; None as above.
 
-    Returns {measure: [R, n]}: pearson and auprc; and with `own` the same without the neuron's own effect, and
-    drop: how far the similarity with the description, in units of `features`, falls where the neuron acts
-        when its effect is put at its mean.
+    Returns {measure: [R, n]}: pearson and auprc. With `own` also pearson_without and auprc_without, of
+    predictions without the neuron's own effect, and drop: how far the similarity with the description, in
+    units of `features`, falls on the positives when the neuron's effect is put at its mean.
     """
-    predicted, positive = torch.einsum("if,rnf->rin", features, directions), most_active(effects, share)
+    predicted = torch.einsum("if,rnf->rin", features, directions)
+    positive = most_active(effects, share)
     found = {"pearson": correlation(predicted, effects), "auprc": average_precision(predicted, positive)}
     if own is not None:
         own = own.transpose(0, 1)  # [R, images, n]
@@ -232,10 +250,12 @@ def grades(features, directions, effects, share, own=None, mean=None):
 
 
 def summary(graded, rows, measures):
-    """{row: {measure: {"mean", "error", "median"}}} over neurons, and "above_null": the share of neurons that
-    score above the 95th percentile of the null of their side.
+    """Return {row: {measure: {"mean", "error", "median", "above_null"}}} over neurons.
+
+    "above_null" is the share of neurons that score above the 95th percentile of the null of their side.
 
     graded: [N, rows, measures].
+    rows, measures: their names.
     """
     found = {}
     for r, row in enumerate(rows):

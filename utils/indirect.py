@@ -1,5 +1,4 @@
-"""Indirect effects: what the representation loses when neurons act as they do on average (section 3.2 of the
-paper).
+"""Measure indirect effects: the change of the representation when neurons act as on average (section 3.2).
 
 A neuron's activations are replaced by their mean for each token, over a data set, and the model runs on: no
 attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
@@ -13,17 +12,17 @@ TOGETHER = 64  # changed images in one forward pass of the later blocks
 
 
 def replaced(mean):
-    """The change that puts the mean activations [T, N] in place of those of every image, for
-    `HookedViT.edit`.
-    """
+    """Return a change for `HookedViT.edit`: every image gets the mean activations [T, N]."""
     return lambda p: mean[: p.shape[1]].to(p.dtype).expand_as(p)
 
 
 class IndirectEffects:
-    """Indirect effects of single neurons of one layer. Only the blocks after it run again, once for each
-    image and neuron.
+    """An `IndirectEffects` measures the indirect effects of single neurons of one layer.
 
-    vit, layer: HookedViT; MLP layer.
+    Only the blocks after the layer run again, once for each image and neuron.
+
+    vit: HookedViT.
+    layer: MLP layer.
     mean: [T, N], mean activations over a data set.
     neurons: list of the neurons.
     """
@@ -36,18 +35,20 @@ class IndirectEffects:
 
     @torch.inference_mode()
     def __call__(self, cache, representation, coefficient=COEFFICIENT):
-        """What the representation loses, in units of second-order effects: [B, n, D].
+        """Return the loss of the representation, in units of second-order effects, [B, n, D].
 
-        cache: what was recorded. representation: [B, D], as the model gives it.
+        cache: the recorded activations.
+        representation: [B, D], as the model gives it.
+        coefficient: the norm that a representation is scaled to.
         """
         p, z = (cache[name] for name in self.activations)  # [B, T, N], [B, T, d]
-        scale, found = coefficient / representation.norm(dim=-1), []
+        scale = coefficient / representation.norm(dim=-1)
+        effects = []
         for b in range(len(z)):
+            change = self.mean - p[b][:, self.neurons]  # [T, n]
             lost = []
             for part in torch.arange(len(self.neurons)).split(TOGETHER):
-                change = (self.mean[:, part] - p[b][:, self.neurons][:, part]).T[..., None] * self.w[part][
-                    :, None
-                ]  # [n, T, d]
-                lost.append(representation[b] - self.vit.after(self.layer, z[b] + change))
-            found.append(scale[b] * torch.cat(lost))
-        return torch.stack(found)
+                written = change.T[part, :, None] * self.w[part, None]  # [n, T, d]
+                lost.append(representation[b] - self.vit.after(self.layer, z[b] + written))
+            effects.append(scale[b] * torch.cat(lost))
+        return torch.stack(effects)

@@ -1,4 +1,4 @@
-"""Atoms from text vectors, and batched orthogonal matching pursuit (section 4.3 of the paper)."""
+"""Make atoms of text vectors, and run batched orthogonal matching pursuit (OMP; section 4.3 of the paper)."""
 
 import hashlib
 
@@ -10,26 +10,32 @@ BLOCK = 256  # targets that are pursued at a time
 
 
 def rebuilt_from(support, atoms, targets, block=BLOCK):
-    """Every target as the best combination of its chosen atoms, [N, D], by least squares in float64.
+    """Return every target as the best combination of its chosen atoms, [N, D], by least squares in float64.
 
-    The pursuit is nested: the first m columns of a support are what it chooses when it is asked for m.
+    OMP is nested: when it is asked for m atoms, it chooses the first m columns of a longer support.
 
-    support: int64 [N, m], -1 for none. atoms, targets: [texts, D], [N, D].
+    support: int64 [N, m], -1 for none.
+    atoms: [texts, D].
+    targets: [N, D].
+    block: targets at a time.
     """
-    wide, found = torch.as_tensor(atoms).cpu().double(), []
+    atoms = torch.as_tensor(atoms).cpu().double()
+    targets = torch.as_tensor(targets).cpu()
+    support = torch.as_tensor(support)
+    rebuilt = []
     for rows in torch.arange(len(support)).split(block):
-        chosen = torch.as_tensor(support)[rows]
-        A = (wide[chosen.clamp_min(0)] * (chosen >= 0)[..., None]).mT  # [n, D, m]
-        solution = torch.linalg.lstsq(
-            A, torch.as_tensor(targets)[rows].cpu().double()[..., None], driver="gelsd"
-        ).solution
-        found.append((A @ solution)[..., 0])
-    return torch.cat(found).float()
+        chosen = support[rows]
+        A = (atoms[chosen.clamp_min(0)] * (chosen >= 0)[..., None]).mT  # [n, D, m]
+        y = targets[rows].double()[..., None]  # [n, D, 1]
+        x = torch.linalg.lstsq(A, y, driver="gelsd").solution
+        rebuilt.append((A @ x)[..., 0])
+    return torch.cat(rebuilt).float()
 
 
 def make_atoms(text_vectors, normalise="axis"):
-    """The dictionary of the decomposition: text vectors [texts, D], centred, and scaled to norm 100.
+    """Return the dictionary of the decomposition: text vectors, centred, and scaled to norm 100, [texts, D].
 
+    text_vectors: [texts, D].
     normalise: 'axis' divides by the norm over the texts, so every embedding dimension has norm 100 (the
     published behaviour); 'text' gives every atom norm 100.
     """
@@ -38,23 +44,24 @@ def make_atoms(text_vectors, normalise="axis"):
     return 100 * centred / norms.clamp_min(torch.finfo(centred.dtype).tiny)
 
 
-def check_components(components, texts):
-    """Raise UserError when so many cannot be chosen from so many texts."""
-    if not 1 <= components <= texts:
-        raise UserError(f"--components {components} cannot be chosen from {texts} texts; give 1 to {texts}")
+def check_components(n_texts, texts):
+    """Raise UserError unless `n_texts` (--components) can be chosen from so many texts."""
+    if not 1 <= n_texts <= texts:
+        raise UserError(f"--components {n_texts} cannot be chosen from {texts} texts; give 1 to {texts}")
 
 
 def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
-    """Orthogonal matching pursuit of many targets at once: what scikit-learn's SparseCoder("omp") computes
-    one by one.
+    """Run OMP on many targets at once; scikit-learn's SparseCoder("omp") does it one by one.
 
     Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all
     chosen atoms again by least squares. Correlations of a block of targets are one matrix product; the fit is
     a QR decomposition that grows by a column (Gram-Schmidt, orthogonalised twice), solved once at the end. No
     texts x texts matrix is formed.
 
-    atoms, targets: [texts, D] and [n, D], float32 on the same device.
-    n_nonzero, block: atoms per target, targets at a time.
+    atoms: float32 [texts, D].
+    targets: float32 [n, D], on the same device.
+    n_nonzero: atoms per target.
+    block: targets at a time.
 
     Returns support [n, n_nonzero], int64 indices in the order of choice, -1 where a target stopped early, and
     coefficients [n, n_nonzero], 0 there. A target stops as in scikit-learn: when the largest squared
@@ -65,17 +72,14 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
     """
     check_components(n_nonzero, len(atoms))
     first, distinct = _first_of_equal(atoms)
-    found = [
-        _pursue(distinct, part, min(n_nonzero, len(distinct)), n_nonzero) for part in targets.split(block)
-    ]
-    support, coefficients = (torch.cat(parts) for parts in zip(*found, strict=True))
+    steps = min(n_nonzero, len(distinct))
+    pursued = [_pursue(distinct, part, steps, n_nonzero) for part in targets.split(block)]
+    support, coefficients = (torch.cat(parts) for parts in zip(*pursued, strict=True))
     return torch.where(support >= 0, first[support], support), coefficients
 
 
 def _first_of_equal(atoms):
-    """Drop exact duplicates, which would win or lose by rounding: indices of the earliest ones, and those
-    atoms.
-    """
+    """Return the index of the earliest of equal atoms, and those atoms: else rounding would choose."""
     seen = {}
     for index, row in enumerate(atoms.cpu().numpy()):
         seen.setdefault(hashlib.sha1(row.tobytes()).digest(), index)
@@ -84,8 +88,9 @@ def _first_of_equal(atoms):
 
 
 def _pursue(atoms, targets, steps, width):
-    """OMP of one block: targets [b, D] -> support [b, width], coefficients [b, width]."""
-    (b, D), eps = targets.shape, torch.finfo(atoms.dtype).eps
+    """Run OMP on one block: targets [b, D] -> support [b, width], coefficients [b, width]."""
+    b, D = targets.shape
+    eps = torch.finfo(atoms.dtype).eps
     rows = torch.arange(b, device=atoms.device)
     support = torch.full((b, width), -1, dtype=torch.int64, device=atoms.device)
     Q = atoms.new_zeros(b, width, D)  # orthonormal rows spanning the chosen atoms
@@ -98,7 +103,8 @@ def _pursue(atoms, targets, steps, width):
         best = correlation.argmax(dim=1)
         running &= correlation[rows, best].square() >= eps
         running &= (support[:, :step] != best[:, None]).all(dim=1)
-        atom, known = atoms[best], Q[:, :step]  # [b, D], [b, step, D]
+        atom = atoms[best]  # [b, D]
+        known = Q[:, :step]  # [b, step, D]
         along = torch.bmm(known, atom[..., None])
         atom = atom - torch.bmm(known.mT, along)[..., 0]
         again = torch.bmm(known, atom[..., None])  # a second pass keeps Q orthogonal to rounding

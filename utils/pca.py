@@ -1,20 +1,21 @@
-"""The main direction of every neuron's second-order effects (section 4.1 of the paper)."""
+"""Find the component of every neuron: the first principal direction of its effects (section 4.1)."""
 
 import torch
 
 from utils.model.attention import double
 
-ROUNDING = 1e-5  # of a mean effect: ten times what equal pictures in batches of several sizes differ by
+ROUNDING = 1e-5  # of a mean effect: ten times the difference of equal images in batches of several sizes
 
 
 def principal_directions(rows):
-    """First right singular vector of every neuron's largest centred effects.
+    """Return the first right singular vector of every neuron's largest centred effects.
 
     rows: [n, k, D], centred effects of n neurons on their own k images; not centred again.
 
-    Returns
-    r [n, D], unit vectors, signed so that more than half of the rows project positively, on a tie so that the
-    projections' sum is positive; and explained [n], the share of the rows' squared norm along r.
+    Returns r [n, D] and explained [n].
+    r: unit vectors, signed so that more than half of the rows project positively, or on a tie so that the sum
+        of the projections is positive.
+    explained: share of the rows' squared norm along r.
     """
     # The Gram matrix squares the condition number, which float64 carries; it is far smaller than the rows.
     wide = double(rows)
@@ -33,21 +34,24 @@ def principal_directions(rows):
 
 
 def statistics(effects, neurons, k):
-    """All statistics of a slice of neurons.
+    """Return all statistics of a slice of neurons.
 
-    effects: as `utils.effects.open_effects` gives them.
+    effects: effects of a layer, opened by `utils.effects.open_effects`.
     neurons: slice.
     k: images per neuron.
 
-    Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n]; image_norms
+    Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n], and image_norms
     [images, n] unless they are stored already. A neuron whose effects do not vary has zeros for all but the
     mean.
     """
     mean, top, norms = effects.top(neurons, k)
-    # effects that are equal on all images, as on copies of one picture: what is left of them is rounding
+    # Where effects are equal on all images (copies of one picture), the centred ones are rounding alone
     varies = top.abs().amax(dim=(1, 2)) > ROUNDING * mean.abs().amax(dim=1)  # [n]; squares could overflow
     top = torch.where(varies[:, None, None], top, 0)
     r, explained = principal_directions(top)
     r = torch.where(varies[:, None], r, 0)
-    found = {"mean": mean, "pca": r, "norm": top.norm(dim=-1).sort(dim=1).values, "explained": explained}
-    return found if norms is None else found | {"image_norms": torch.where(varies, norms, 0)}
+    norm = top.norm(dim=-1).sort(dim=1).values
+    found = {"mean": mean, "pca": r, "norm": norm, "explained": explained}
+    if norms is not None:
+        found["image_norms"] = torch.where(varies, norms, 0)
+    return found

@@ -1,16 +1,17 @@
-"""The projected residual stream: second-order effects of MLP neurons (eq. 5 of the paper; with LayerNorms eq.
-11).
+"""The projected residual stream: second-order effects of MLP neurons (eq. 5 and 11 of the paper).
 
 phi_n(I) is what neuron n of MLP layer m adds to the representation of image I through the attention of later
 layers, straight to the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). That
 is linear in the neuron's activations p[i, n], so it factorises into numbers of the image and directions of
-the weights:
+the weights (eq. 11):
 
-    phi_n(I) = sum_k C[k, n](I) B[k, n] + kappa(I)        k = (l, h): the K = (L - 1 - m) H heads of all layers l > m   (eq. 11)
+    phi_n(I) = sum_k C[k, n](I) B[k, n] + kappa(I)    k = (l, h): K = (L - 1 - m) H heads of layers l > m
 
-    C[k, n] = coefficient / (|rep| sigma_post)  sum_i  a_k[i] / sigma_l[i]  p[i, n]    numbers of the image        `effect`
-    B[k, n] = ((w_n * gamma_l) W_V W_O * gamma_post) P                                 directions of the weights   `fold`
-    kappa   = the neurons' equal shares of all LayerNorm means and biases              both                        `constant`
+    C[k, n] = coefficient / (|rep| sigma_post)  sum_i  a_k[i] / sigma_l[i]  p[i, n]
+    B[k, n] = ((w_n * gamma_l) W_V W_O * gamma_post) P
+    kappa   = the neurons' equal shares of all LayerNorm means and biases
+
+`effect` computes C, numbers of the image; `fold` B, directions of the weights; `constant` kappa, of both.
 
 Letters: B images, T tokens (0 is the class token), L layers, H heads, N neurons, d width, e = d/H head width,
     D output width.
@@ -25,90 +26,83 @@ COEFFICIENT = 100.0  # representations are scaled to this norm, and effects with
 
 
 class Directions(NamedTuple):
-    """What the weights contribute to the effects of one layer: B[k, n] = values[k, n] @ outputs[k]."""
+    """Directions are the weights' part of the effects of one layer: B[k, n] = values[k, n] @ outputs[k]."""
 
     layer: int
     values: Tensor  # [K, N, e]      (w_n * gamma_l) W_V: neuron n written into head k
     outputs: Tensor  # [K, e, D]     (W_O * gamma_post) P: head k written into the representation
-    constants: Tensor | None  # [2K+3, D]   what `constant` weighs
+    constants: Tensor | None  # [2K+3, D]   weighed by `constant`
 
     def B(self, neurons=slice(None)):
-        """Directions of some neurons: [n, K, D]."""
+        """Return the directions of some neurons, [n, K, D]."""
         return einsum("kne,keo->nko", self.values[:, neurons], self.outputs)
 
 
 class SecondOrder(NamedTuple):
-    """Second-order effects of one layer on a batch of images, factorised."""
+    """A SecondOrder is the second-order effects of one layer on a batch of images, factorised."""
 
     C: Tensor  # [B, K, N]
     kappa: Tensor  # [B, D]
     directions: Directions
 
     def dense(self):
-        """The effects themselves, phi [B, N, D] (eq. 11)."""
-        # contiguous: BLAS needs a unit stride, and the fallback is a hundred times slower
-        return (
-            torch.bmm(self.C.permute(2, 0, 1).contiguous(), self.directions.B()).transpose(0, 1)
-            + self.kappa[:, None]
-        )
+        """Return the effects themselves, phi [B, N, D] (eq. 11)."""
+        C = self.C.permute(2, 0, 1).contiguous()  # BLAS needs a unit stride; without, it is 100 times slower
+        return torch.bmm(C, self.directions.B()).transpose(0, 1) + self.kappa[:, None]
 
     def sum(self):
-        """sum_n phi_n [B, D], without forming phi."""
+        """Return sum_n phi_n [B, D], without forming phi."""
         heads = einsum("bkn,kne->bke", self.C, self.directions.values)
         return einsum("bke,keo->bo", heads, self.directions.outputs) + self.C.shape[-1] * self.kappa
 
 
-def of_images(a, p, kappa, directions):
-    """C = a p of every image: eq. 5, the attention sums over tokens; eq. 11, with the LayerNorms' factors in
-    a.
-    """
-    return SecondOrder(torch.bmm(a, p), kappa, directions)
-
-
 @torch.inference_mode()
-def second_order(vit, images, directions, coefficient=COEFFICIENT, form=of_images):
-    """One forward pass: the representations, and the second-order effects of one or several layers.
+def second_order(vit, images, directions, coefficient=COEFFICIENT):
+    """Run one forward pass; return the representations, and the second-order effects of some layers.
 
-    vit, images, directions: HookedViT; [B, 3, side, side], transformed; list of `Directions`, one for each
-        layer.
+    vit: HookedViT.
+    images: [B, 3, side, side], transformed.
+    directions: a list of `Directions`, one for each layer.
     coefficient: norm of a representation, in whose units the effects are.
-    form: what makes a `SecondOrder` of the factors of C.
 
-    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each of the
-    `directions`. It computes a layer's effects when they are asked for, and drops its activations, so one
-    layer's are in memory at a time.
+    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each layer. It
+    computes a layer's effects when they are asked for, and drops its activations, so that one layer's are in
+    memory at a time.
     """
     first = min(item.layer for item in directions)
     activations = [f"blocks.{item.layer}.mlp.post" for item in directions]
-    with vit.record(*vit.path(first + 1), *activations) as cache, vit.class_token_last():
+    with vit.record(*vit.names_from(first + 1), *activations) as cache, vit.class_token_last():
         representation = vit(images)
     vit.read_rows(cache)
     scale = coefficient / representation.norm(dim=-1)  # [B]
-    return representation, (form(*effect(vit, cache, item, scale), item) for item in directions)
+    return representation, (effect(vit, cache, item, scale) for item in directions)
 
 
 def effect(vit, cache, directions, scale):
-    """a [B, K, T], p [B, T, N], kappa [B, D] of one layer (eq. 11). cache: what was recorded. scale:
-    coefficient / |rep| [B].
+    """Return the `SecondOrder` of one layer: C = a p, summed over tokens (eq. 5; factors of eq. 11 in a).
+
+    cache: recorded activations; those of this layer are dropped. scale: coefficient / |rep| [B].
     """
-    later = vit.later(directions.layer)
-    rows = [
-        cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None] for l in later
-    ]  # a / sigma, each [B, H, T]
-    means = [cache[f"blocks.{l}.ln1.mean"] for l in later]  # each [B, T]
-    rstd_post, mu_post = 1 / cache["ln_post.std"], cache["ln_post.mean"]  # each [B]
-    kappa = scale[:, None] * constant(rows, means, rstd_post, mu_post, constants=directions.constants)
     p = cache.pop(f"blocks.{directions.layer}.mlp.post")  # [B, T, N]
+    rows = []  # a / sigma of each later layer, [B, H, T]
+    means = []  # of its LayerNorm, [B, T]
+    for l in vit.later(directions.layer):
+        rows.append(cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None])
+        means.append(cache[f"blocks.{l}.ln1.mean"])
+    rstd_post = 1 / cache["ln_post.std"]  # [B]
+    kappa = scale[:, None] * constant(rows, means, rstd_post, cache["ln_post.mean"], directions.constants)
     a = cat(rows, dim=1) * (scale * rstd_post)[:, None, None]  # [B, K, T]
-    return a, p, kappa
+    return SecondOrder(torch.bmm(a, p), kappa, directions)
 
 
 def constant(rows, means, rstd_post, mu_post, constants):
-    """kappa / scale [B, D]: [sum_i a/sigma, sum_i a mu/sigma, 1, mu_post] / sigma_post, and 1, weigh their
-    directions.
+    """Return kappa / scale [B, D], which no neuron owns alone: all means and biases of eq. 11.
+
+    [sum_i a/sigma, sum_i a mu/sigma, 1, mu_post] / sigma_post, and 1, weigh the rows of `constants`.
     """
     s = cat(rows, dim=1).sum(dim=-1)  # [B, K]
-    t = cat([einsum("bht,bt->bh", row, mean) for row, mean in zip(rows, means, strict=True)], dim=1)  # [B, K]
+    with_means = [einsum("bht,bt->bh", row, mean) for row, mean in zip(rows, means, strict=True)]
+    t = cat(with_means, dim=1)  # [B, K]
     one = torch.ones_like(mu_post)[:, None]
     weights = cat([s, t, one, mu_post[:, None]], dim=1) * rstd_post[:, None]
     return cat([weights, one], dim=1) @ constants
@@ -122,12 +116,15 @@ def fold(vit, layer):
     normalises (eq. 11): c = (1 + 2 l) N before attention l, and c (1 + 2 L) H at the output. A pooling
     attention counts as l = L; at the output the sum is over its own H heads alone, so c H contribute.
     """
-    (w, b_out), (P, gamma_post, constant_post) = vit.mlp_weights(layer), vit.output_weights()
-    values, outputs, with_s, with_t, rest = [], [], [], [], torch.zeros(3, vit.D).to(P)
+    w, b_out = vit.mlp_weights(layer)
+    P, gamma_post, constant_post = vit.output_weights()
+    values, outputs, with_s, with_t = [], [], [], []
+    rest = torch.zeros(3, vit.D).to(P)
     for l in vit.later(layer):
         gamma, beta, W_V, b_V, W_O, b_O = vit.head_weights(l)
+        out = (W_O * gamma_post) @ P  # [H, e, D]
+        outputs.append(out)
         values.append(einsum("nd,hed->hne", w * gamma, W_V).float())
-        outputs.append(out := (W_O * gamma_post) @ P)  # [H, e, D]
 
         c = (1 + 2 * l) * vit.N  # contributors of the sum that LN1 of layer l normalises
         c_post = c * vit.summands  # and of the sum that the last LayerNorm normalises
@@ -142,9 +139,11 @@ def fold(vit, layer):
 
 
 def fold_layers(vit, layers):
-    """`fold` of several layers, ascending. They share the `outputs` of common heads as views."""
+    """Fold several layers, ascending. They share the `outputs` of common heads as views."""
     folded = []
     for layer in layers:
         item = fold(vit, layer)
-        folded.append(item._replace(outputs=folded[0].outputs[-len(item.outputs) :]) if folded else item)
+        if folded:
+            item = item._replace(outputs=folded[0].outputs[-len(item.outputs) :])
+        folded.append(item)
     return folded

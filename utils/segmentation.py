@@ -1,5 +1,4 @@
-"""Zero-shot segmentation: where the neurons that matter for an image's class fire, and how well it fits the
-object (section 5.2).
+"""Segment images without training (section 5.2), by where the neurons that matter for their class fire.
 
 A method makes maps over the patches of images. They are enlarged to the size of the masks, scaled to [0, 1],
 and scored. Letters as in `utils.prs`. M is the number of MLP layers whose neurons are taken together.
@@ -11,18 +10,22 @@ average. Where the tokens are pooled by attention, it is the query's row in `Att
 that look at attention are not defined there, and `choose_method` refuses them.
 """
 
-from pathlib import Path
+from dataclasses import fields
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
 from utils.data.images import train_set_of
-from utils.data.segmentation_set import IGNORED, IGNORED_VALUES, read_classes
+from utils.data.segmentation_row import OF_NEURONS, Row
+from utils.data.segmentation_set import IGNORED, read_classes
+from utils.data.splits import Loader
 from utils.first_order import FirstOrder
 from utils.model.attention import attention_pattern
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
+from utils.runtime.layers import parse_layers
+from utils.runtime.passes import walk
 from utils.runtime.records import complete, save_array
 
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
@@ -32,7 +35,7 @@ BINS = 65536
 
 
 def neurons_of_classes(pcas, classifier, top, sign="both"):
-    """The neurons whose first components matter most for each class.
+    """Find the neurons whose first components matter most for each class.
 
     pcas: [M N, D], first components r_n of all layers.
     classifier: [D, classes].
@@ -43,101 +46,124 @@ def neurons_of_classes(pcas, classifier, top, sign="both"):
     Returns neurons [classes, top] and weights [classes, top], which sum to 1 (to 0 where no neuron is
     positive).
     """
-    products = (columns.T @ pcas.T for columns in classifier.split(BLOCK, dim=1))  # each [block, M N]
-    best = [(block.abs() if sign == "both" else block).topk(top, dim=1) for block in products]
+    best = []
+    for columns in classifier.split(BLOCK, dim=1):
+        products = columns.T @ pcas.T  # [block, M N]
+        best.append((products.abs() if sign == "both" else products).topk(top, dim=1))
     values, neurons = (torch.cat(parts) for parts in zip(*best, strict=True))
     taken = torch.ones_like(values) if sign == "both" else (values > 0).to(values.dtype)
     return neurons, taken / taken.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def random_neurons(images, total, top, seed):
-    """`top` of `total` neurons for every image, by seed and number of the image: the same two as above,
-    [images, top].
+    """Draw `top` of `total` neurons for every image, by the seed and the image's index.
+
+    Returns neurons [images, top] and weights [images, top], which sum to 1.
     """
     chosen = [np.random.default_rng((seed, i)).choice(total, top, replace=False) for i in range(images)]
     return torch.from_numpy(np.stack(chosen)), torch.full((images, top), 1 / top)
 
 
-def given(rows):
-    """The rows [images] of some table that belong to the images, as a function (representation [B, D], first
-    image) -> [B].
+def row_of_image(rows):
+    """Look up each image's row by its index.
+
+    rows: [images], rows of some table.
+
+    Returns a function (representation [B, D], index of the first image) -> [B].
     """
     return lambda representation, image: rows[image : image + len(representation)]
 
 
-def predicted(classifier):
-    """The same: the class that the model predicts. classifier: [D, classes]."""
+def predicted_class(classifier):
+    """Find the class with the largest score.
+
+    classifier: [D, classes].
+
+    Returns a function (representation [B, D], index of the first image) -> [B].
+    """
     return lambda representation, image: (representation @ classifier).argmax(dim=-1)
 
 
 class _Method:
-    """What all methods share: `run` gives every token a value, [B, T], and a map has those of the patches."""
+    """A method is a function from images to maps. `run` gives every token a value, and `patches` selects."""
 
     def __call__(self, pixels, image):
-        """Maps over patches [B, patches] of images [B, 3, side, side]. image: number of the first of them."""
+        """Return maps over patches [B, patches].
+
+        pixels: [B, 3, side, side].
+        image: index of the first of these images.
+        """
         return self.patches(self.run(pixels, image))
 
     def patches(self, x):
-        """The patches' part of x [..., T], which begins after the class token where the tower has one."""
+        """Return the patches' part of x [..., T], which begins after the class token, if there is one."""
         return x[..., self.vit.prefix :]
 
 
 class _RecordedMaps(_Method):
-    """A method that needs recorded activations alone. `of_tokens` makes [B, T] of them."""
+    """A method that needs recorded activations alone is one of these. `of_tokens` makes [B, T] of them."""
 
     def __init__(self, vit, activations):
-        self.vit, self.activations = vit, activations
+        self.vit = vit
+        self.activations = activations
 
     def run(self, pixels, image):
-        """As `_Method`."""
+        """Return a value of every token, [B, T]."""
         with self.vit.record(*self.activations) as cache:
             representation = self.vit(pixels)
         return self.of_tokens(cache, representation, image)
 
 
 class NeuronMaps(_RecordedMaps):
-    """Method: the mean post-GELU activation of some neurons at every patch.
+    """NeuronMaps is the mean post-GELU activation of some neurons at every patch.
 
-    vit, layers: HookedViT; M MLP layers.
+    vit: HookedViT.
+    layers: M MLP layers.
     neurons: [rows, top], as indices into M N.
     weights: [rows, top], of the neurons in the mean.
-    row_of: each image's row of the above, as `given` or `predicted` says.
+    row_of: finds each image's row of the two tables, as `row_of_image` or `predicted_class`.
     """
 
     def __init__(self, vit, layers, neurons, weights, row_of):
         super().__init__(vit, [f"blocks.{layer}.mlp.post" for layer in layers])
-        self.neurons, self.weights, self.row_of = neurons, weights, row_of
+        self.neurons = neurons
+        self.weights = weights
+        self.row_of = row_of
 
     def of_tokens(self, cache, representation, image):
+        """Return the mean over the neurons at every token, [B, T]."""
         rows = self.row_of(representation, image)
         mean = representation.new_zeros(len(rows), len(self.activations) * self.vit.N)
         mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
-        layers = zip(
-            self.activations, mean.split(self.vit.N, dim=1), strict=True
-        )  # weights [B, N] of each layer
+        of_layers = mean.split(self.vit.N, dim=1)  # weights [B, N] of each layer
+        layers = zip(self.activations, of_layers, strict=True)
         return sum(torch.einsum("btn,bn->bt", cache[name], weights) for name, weights in layers)
 
 
 class AttentionMaps(_RecordedMaps):
-    """Method: the class token's attention to every patch in the last layer, averaged over heads."""
+    """AttentionMaps is the class token's attention to every patch in the last layer, averaged over heads."""
 
     def __init__(self, vit):
-        super().__init__(vit, vit.path(vit.last_attention))
+        super().__init__(vit, vit.names_from(vit.last_attention))
 
     def of_tokens(self, cache, representation, image):
+        """Return the attention to every token, [B, T]."""
         self.vit.read_rows(cache)
         return cache[f"blocks.{self.vit.last_attention}.attn.row"].mean(dim=1)
 
 
 class RolloutMaps(_RecordedMaps):
-    """Method: attention rollout (Abnar and Zuidema, 2020), the class token's row of the product over all
-    layers of (A + 1) / 2, with A averaged over heads. Only the row is carried, from the last layer down: one
-    layer's A exists at a time."""
+    """RolloutMaps is attention rollout (Abnar and Zuidema, 2020).
+
+    It is the class token's row of the product over all layers of (A + 1) / 2, with A averaged over heads.
+    Only the row is carried, from the last layer down: one layer's A exists at a time.
+    """
 
     def __init__(self, vit):
         super().__init__(vit, [f"blocks.{l}.ln1.out" for l in range(vit.L)])
 
     def of_tokens(self, cache, representation, image):
+        """Return the row of the product, [B, T]."""
         x = cache[self.activations[0]]
         reached = self.vit.token_weights(x).expand(len(x), -1)  # [B, T]
         for block, name in zip(reversed(self.vit.blocks), reversed(self.activations), strict=True):
@@ -147,34 +173,42 @@ class RolloutMaps(_RecordedMaps):
 
 
 class FirstOrderMaps(_RecordedMaps):
-    """Method: what all heads take from a patch along the class (TextSpan: Gandelsman, Efros and Steinhardt,
-    2024).
+    """FirstOrderMaps is what all heads take from a patch along the class (TextSpan: Gandelsman et al., 2024).
 
-    vit, classifier, row_of: HookedViT; [D, classes]; each image's class, as `given` or `predicted` says.
+    vit: HookedViT.
+    classifier: [D, classes].
+    class_of: finds each image's class, as `row_of_image` or `predicted_class`.
     """
 
-    def __init__(self, vit, classifier, row_of):
-        self.first_order, self.classifier, self.row_of = FirstOrder(vit), classifier, row_of
+    def __init__(self, vit, classifier, class_of):
+        self.first_order = FirstOrder(vit)
+        self.classifier = classifier
+        self.class_of = class_of
         super().__init__(vit, self.first_order.of_heads)
 
     def of_tokens(self, cache, representation, image):
-        direction = self.classifier.T[self.row_of(representation, image)]  # [B, D]
+        """Return the sum over layers and heads of every token, [B, T]."""
+        direction = self.classifier.T[self.class_of(representation, image)]  # [B, D]
         return self.first_order.tokens(cache, representation, direction).sum(dim=(1, 2))
 
 
 class _GradientMaps(_Method):
-    """A method that needs the gradient of the class score (the cosine with the class) by the attention
-    probabilities. `of_tokens` makes [B, T] of both.
+    """A method that needs the gradient of the class score by the attention probabilities is one of these.
 
-    vit, classifier, row_of: as in `FirstOrderMaps`.
+    The class score is the cosine with the class. `of_tokens` makes [B, T] of probabilities and gradient.
+
+    vit, classifier, class_of: as in `FirstOrderMaps`.
     layers: whose attention.
     """
 
-    def __init__(self, vit, classifier, row_of, layers):
-        self.vit, self.classifier, self.row_of, self.layers = vit, classifier, row_of, layers
+    def __init__(self, vit, classifier, class_of, layers):
+        self.vit = vit
+        self.classifier = classifier
+        self.class_of = class_of
+        self.layers = layers
 
     def run(self, pixels, image):
-        """As `_Method`."""
+        """Return a value of every token, [B, T]."""
         patterns = []  # A of each layer, [B, H, T, T]
 
         def keep(A):
@@ -184,20 +218,24 @@ class _GradientMaps(_Method):
         with torch.inference_mode(False), torch.enable_grad():
             with self.vit.edit({f"blocks.{l}.attn.pattern": keep for l in self.layers}):
                 representation = self.vit(pixels.clone())
-            direction = self.classifier.T[self.row_of(representation.detach(), image)]
+            direction = self.classifier.T[self.class_of(representation.detach(), image)]
             score = torch.nn.functional.cosine_similarity(representation, direction).sum()
             gradients = torch.autograd.grad(score, patterns)
         return self.of_tokens([A.detach() for A in patterns], gradients)
 
 
 class GradCAMMaps(_GradientMaps):
-    """Method: GradCAM of the last attention: the class token's attention to every patch, each head weighted
-    by its mean gradient; what speaks against the class becomes 0."""
+    """GradCAMMaps is GradCAM of the last attention.
 
-    def __init__(self, vit, classifier, row_of):
-        super().__init__(vit, classifier, row_of, [vit.L - 1])
+    It is the class token's attention to every patch, each head weighted by its mean gradient; what speaks
+    against the class becomes 0.
+    """
+
+    def __init__(self, vit, classifier, class_of):
+        super().__init__(vit, classifier, class_of, [vit.L - 1])
 
     def of_tokens(self, patterns, gradients):
+        """Return the weighted attention to every token, [B, T]. patterns, gradients: [B, H, T, T] a layer."""
         weights = self.vit.token_weights(patterns[0][:, 0])
         A = torch.einsum("bhij,i->bhj", patterns[0], weights)  # [B, H, T]
         gradient = torch.einsum("bhij,i->bhj", gradients[0], weights)
@@ -206,163 +244,200 @@ class GradCAMMaps(_GradientMaps):
 
 
 class CheferMaps(_GradientMaps):
-    """Method: gradient-weighted attention (Chefer, Gur and Wolf, 2021), the class token's row of the product
-    over all layers of 1 + A', with A' the mean over heads of the positive part of gradient * A."""
+    """CheferMaps is gradient-weighted attention (Chefer, Gur and Wolf, 2021).
 
-    def __init__(self, vit, classifier, row_of):
-        super().__init__(vit, classifier, row_of, range(vit.L))
+    It is the class token's row of the product over all layers of 1 + A', with A' the mean over heads of the
+    positive part of gradient * A.
+    """
+
+    def __init__(self, vit, classifier, class_of):
+        super().__init__(vit, classifier, class_of, range(vit.L))
 
     def of_tokens(self, patterns, gradients):
+        """Return the row of the product, [B, T]. patterns, gradients: [B, H, T, T] of every layer."""
         reached = self.vit.token_weights(patterns[0][:, 0]).expand(len(patterns[0]), -1)  # [B, T]
         for A, gradient in zip(reversed(patterns), reversed(gradients), strict=True):
-            reached = reached + torch.einsum("bi,bij->bj", reached, (gradient * A).clamp_min(0).mean(dim=1))
+            positive = (gradient * A).clamp_min(0).mean(dim=1)  # [B, T, T]
+            reached = reached + torch.einsum("bi,bij->bj", reached, positive)
         return reached
 
 
+OF_ATTENTION = {"attention": AttentionMaps, "rollout": RolloutMaps}
 TOWARDS_CLASS = {"first_order": FirstOrderMaps, "gradcam": GradCAMMaps, "chefer": CheferMaps}
-METHODS = ("second_order", "random", "attention", "rollout", *TOWARDS_CLASS)
+METHODS = (*OF_NEURONS, *OF_ATTENTION, *TOWARDS_CLASS)
 
 
-def settings_of(args, layers):
-    """What maps and scores depend on, for all methods and for this one. args: of compute_segmentation.py.
-    layers: MLP layers.
+def methods_of(vit):
+    """Return the methods that are defined for a tower."""
+    return METHODS if vit.pooling.has_first_order else ("second_order", "random", "attention")
+
+
+def row_of(args, vit):
+    """Return the `Row` that the flags of compute_segmentation.py ask for.
+
+    Raises UserError for a layer that does not exist or has no second-order effects.
     """
-    settings = {
-        name: getattr(args, name)
-        for name in ("method", "geometry", "image_size", "mask_thr", "thr", "ignore_index")
-    }
-    if args.method in ("second_order", "random"):
-        settings |= {"layers": layers, "top_neurons": args.top_neurons}
-    if args.method == "second_order" or args.method in TOWARDS_CLASS:
-        settings["train_dataset"] = train_set_of(args.dataset)
-    own = {"second_order": ("neuron_sign", "class_source", "top_k_pca"), "random": ("seed",)}
-    own |= dict.fromkeys(TOWARDS_CLASS, ("class_source",))
-    return settings | {name: getattr(args, name) for name in own.get(args.method, ())}
+    named = {field.name: getattr(args, field.name) for field in fields(Row) if hasattr(args, field.name)}
+    named["train_dataset"] = train_set_of(args.dataset)
+    named["ignore_index"] = tuple(args.ignore_index)
+    if args.method in OF_NEURONS:
+        named["layers"] = tuple(parse_layers(args.mlp_layers, vit))
+    return Row(**named)
 
 
-def choose_method(settings, clip, results, classifiers, images):
-    """The method that makes the maps, and {"inputs": digest of the results it uses}. Raises UserError for
-    missing results.
+def choose_method(row, clip, results, classifiers, images):
+    """Choose the method that makes the maps of a row.
 
-    settings: as compute_segmentation.py records them.
+    row: `Row`.
     clip: the loaded `Clip`.
-    results, classifiers: `Results` of the folders with the first components and with the classifier.
+    results: `Results` of the folder with the first components.
+    classifiers: `Results` of the folder with the classifier.
     images: number of images.
+
+    Returns the method, and {"inputs": digest of the results that it uses}, empty where it uses none. Raises
+    UserError for missing results, and for a method that the tower does not have.
     """
-    vit, name = clip.vit, settings["method"]
-    if vit.pooling == "attention" and name not in ("second_order", "random", "attention"):
-        raise UserError(
-            f"--method {name} is not for towers that pool their tokens by attention; use second_order, random or attention"
-        )
-    if name in ("attention", "rollout"):
-        return {"attention": AttentionMaps, "rollout": RolloutMaps}[name](vit), {}
-    layers, top = settings.get("layers", ()), settings.get("top_neurons", 0)
-    if top > (total := len(layers) * vit.N):
-        raise UserError(
-            f"--top_neurons {top}: the --mlp_layers have {total} neurons; take fewer neurons, or more layers"
-        )
-    if name == "random":
-        if settings["seed"] < 0:
-            raise UserError(f"--seed {settings['seed']} is negative; give 0 or more")
-        neurons, weights = (
-            table.to(clip.device) for table in random_neurons(images, total, top, settings["seed"])
-        )
-        return NeuronMaps(vit, layers, neurons, weights, row_of=given(torch.arange(images))), {}
-    read = {
-        "sizes": vit.sizes,
-        "expected": {"fingerprint": clip.fingerprint},
-        "dataset": settings["train_dataset"],
-    }
-    classifier = torch.from_numpy(classifiers.load("classifier", **read)).to(clip.device, torch.float32)
-    row_of, used = predicted(classifier), [classifier]
-    if settings["class_source"] != "predicted":
-        rows = torch.from_numpy(read_classes(settings["class_source"], images, classifier.shape[1])).to(
-            clip.device
-        )
-        row_of, used = given(rows), [classifier, rows]
-    if name in TOWARDS_CLASS:
-        return TOWARDS_CLASS[name](vit, classifier, row_of), {"inputs": digest(*used)}
-    read["expected"] = clip.expected
-    pcas = np.concatenate(
-        [results.load("pca", layer=layer, k=settings["top_k_pca"], **read) for layer in layers]
-    )
+    vit = clip.vit
+    if row.method not in methods_of(vit):
+        what = f"--method {row.method} is not for towers that pool their tokens by attention"
+        raise UserError(f"{what}; use second_order, random or attention")
+    if row.method in OF_ATTENTION:
+        return OF_ATTENTION[row.method](vit), {}
+    if row.method in OF_NEURONS:
+        _check_number(row, vit)
+    if row.method == "random":
+        return _maps_of_random_neurons(row, clip, images), {}
+    classifier, class_of, used = _load_classes(row, clip, classifiers, images)
+    if row.method in TOWARDS_CLASS:
+        return TOWARDS_CLASS[row.method](vit, classifier, class_of), {"inputs": digest(*used)}
+    names = {"dataset": row.train_dataset, "k": row.top_k_pca}
+    pcas = np.concatenate([results.load("pca", layer=layer, **names) for layer in row.layers])
     pcas = torch.from_numpy(pcas).to(clip.device, torch.float32)
-    neurons, weights = neurons_of_classes(pcas, classifier, top, settings["neuron_sign"])
-    return NeuronMaps(vit, layers, neurons, weights, row_of=row_of), {
-        "inputs": digest(neurons, weights, *used)
-    }
+    neurons, weights = neurons_of_classes(pcas, classifier, row.top_neurons, row.neuron_sign)
+    made_of = {"inputs": digest(neurons, weights, *used)}
+    return NeuronMaps(vit, row.layers, neurons, weights, class_of), made_of
+
+
+def _check_number(row, vit):
+    """Raise UserError when a row takes more neurons than its layers have."""
+    total = len(row.layers) * vit.N
+    if row.top_neurons > total:
+        what = f"--top_neurons {row.top_neurons}: the --mlp_layers have {total} neurons"
+        raise UserError(f"{what}; take fewer neurons, or more layers")
+
+
+def _maps_of_random_neurons(row, clip, images):
+    if row.seed < 0:
+        raise UserError(f"--seed {row.seed} is negative; give 0 or more")
+    total = len(row.layers) * clip.vit.N
+    neurons, weights = random_neurons(images, total, row.top_neurons, row.seed)
+    row_of_each = row_of_image(torch.arange(images))
+    return NeuronMaps(clip.vit, row.layers, neurons.to(clip.device), weights.to(clip.device), row_of_each)
+
+
+def _load_classes(row, clip, classifiers, images):
+    """Return the classifier [D, classes], the function that finds each image's class, and the arrays used."""
+    classifier = classifiers.load("classifier", dataset=row.train_dataset)
+    classifier = torch.from_numpy(classifier).to(clip.device, torch.float32)
+    if row.class_source == "predicted":
+        return classifier, predicted_class(classifier), [classifier]
+    classes = read_classes(row.class_source, images, classifier.shape[1])
+    classes = torch.from_numpy(classes).to(clip.device)
+    return classifier, row_of_image(classes), [classifier, classes]
 
 
 def enlarge(maps, grid, size):
-    """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels: maps over patches [B, patches] ->
-    [B, *size]. A constant map becomes 0.
+    """Enlarge each map bilinearly, then scale it to [0, 1] over its pixels. A constant map becomes 0.
 
     In float64 inside: pixels beyond the outermost patch centres are equal then, and are not ranked by
-        rounding.
+    rounding.
+
+    maps: over patches, [B, patches].
+    grid: (rows, columns) of patches.
+    size: (rows, columns) of the result.
+
+    Returns [B, *size].
     """
-    large = torch.nn.functional.interpolate(
-        maps.double().unflatten(1, grid)[:, None], size=size, mode="bilinear"
-    )[:, 0]
-    low, high = large.amin(dim=(1, 2), keepdim=True), large.amax(dim=(1, 2), keepdim=True)
-    constant = high - low <= 4 * torch.finfo(maps.dtype).eps * torch.maximum(
-        high.abs(), low.abs()
-    )  # up to rounding
+    maps_2d = maps.double().unflatten(1, grid)[:, None]
+    large = torch.nn.functional.interpolate(maps_2d, size=size, mode="bilinear")[:, 0]
+    low = large.amin(dim=(1, 2), keepdim=True)
+    high = large.amax(dim=(1, 2), keepdim=True)
+    rounding = 4 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
+    constant = high - low <= rounding
     return torch.where(constant, 0, (large - low) / torch.where(constant, 1, high - low)).float()
 
 
+def walk_enlarged(maps, split, grid):
+    """Yield (rows, pixels, masks [B, *size], maps enlarged to the same size) of every batch.
+
+    maps: of all images, over patches, [images, patches].
+    split: `Split` of a `SegmentationSet`.
+    grid: (rows, columns) of patches.
+    """
+    load = Loader(split.images, num_workers=split.num_workers).with_targets
+    for rows, (pixels, masks) in walk(split.pieces, load, "scores"):
+        heats = enlarge(torch.tensor(maps[rows]), grid, split.images.size)
+        yield rows, pixels, masks.numpy(), heats.numpy()
+
+
 class Scores:
-    """Scores of maps against masks, added up image by image.
+    """Scores is a count of how well maps fit masks, added up image by image.
 
     mask_thr: pixels above it, in [0, 1), are predicted as object.
-    thr: in [0, 1); scores below it count as it in the precision/recall curve (a clamp of the published code).
+    thr: in [0, 1); scores below it are raised to it for the precision/recall curve (a clamp of the published
+        code).
 
     Pixel accuracy and the IoU of both classes come from counts over all images; a class that neither exists
     nor is predicted has IoU 0. mAP is the mean over images of scikit-learn's average precision of the two
     maps (1 - map, map) together against the one-hot mask; 0 for an image with ignored pixels only. The
-    precision/recall curve comes from a histogram of all pixels'
-    scores: it is exact at the thresholds 0, 1/65536, ..., 1.
+    precision/recall curve comes from a histogram of the scores of all pixels: it is exact at the thresholds
+    0, 1/65536, ..., 1.
+
+    Raises UserError for a threshold outside [0, 1).
     """
 
     def __init__(self, mask_thr=0.5, thr=0.0):
         for flag, value in (("--mask_thr", mask_thr), ("--thr", thr)):
             if not 0 <= value < 1:
-                raise UserError(
-                    f"{flag} {value} is out of range; maps go from 0 to 1: give at least 0 and less than 1"
-                )
-        self.mask_thr, self.thr, self.images, self.precision_sum = mask_thr, np.float32(thr), 0, 0.0
+                fix = "maps go from 0 to 1: give at least 0 and less than 1"
+                raise UserError(f"{flag} {value} is out of range; {fix}")
+        self.mask_thr = mask_thr
+        self.thr = np.float32(thr)
+        self.images = 0
+        self.precision_sum = 0.0
         self.counts = np.zeros((2, 2), np.int64)  # [in the mask, predicted]
         self.histogram = np.zeros((2, BINS + 1), np.int64)  # [in the mask, score]
 
     def add(self, maps, masks):
-        """maps [B, ...], float32 in [0, 1]; masks [B, ...] of 0, 1 and IGNORED; both numpy arrays."""
-        for scores, mask in zip(maps, masks, strict=True):
+        """Add images: maps [B, ...], float32 in [0, 1], and masks [B, ...] of 0, 1 and IGNORED, as numpy."""
+        for heat, mask in zip(maps, masks, strict=True):
             known = mask != IGNORED
-            scores, inside = scores[known], mask[known] == 1
-            self.images += 1
-            self.counts += np.bincount(2 * inside + (scores > self.mask_thr), minlength=4).reshape(2, 2)
-            bins = (np.maximum(scores, self.thr) * BINS).astype(np.int64)
-            self.histogram += [
-                np.bincount(bins[~inside], minlength=BINS + 1),
-                np.bincount(bins[inside], minlength=BINS + 1),
-            ]
-            if len(scores):
-                one_hot = np.concatenate([~inside, inside])
-                self.precision_sum += average_precision_score(one_hot, np.concatenate([1 - scores, scores]))
+            self.add_image(heat[known], mask[known] == 1)
+
+    def add_image(self, scores, inside):
+        """Add the known pixels of an image. scores: float32 in [0, 1]. inside: whether the mask has them."""
+        self.images += 1
+        self.counts += np.bincount(2 * inside + (scores > self.mask_thr), minlength=4).reshape(2, 2)
+        bins = (np.maximum(scores, self.thr) * BINS).astype(np.int64)
+        self.histogram += [np.bincount(bins[part], minlength=BINS + 1) for part in (~inside, inside)]
+        if len(scores):
+            one_hot = np.concatenate([~inside, inside])
+            both = np.concatenate([1 - scores, scores])
+            self.precision_sum += average_precision_score(one_hot, both)
 
     def result(self):
-        """The scores in per cent."""
+        """Return the scores in per cent, {name: score}."""
         right = self.counts.diagonal()
         union = self.counts.sum(axis=0) + self.counts.sum(axis=1) - right
         iou = 100 * right / np.maximum(union, 1)
-        accuracy, mAP = (
-            100 * right.sum() / max(self.counts.sum(), 1),
-            100 * self.precision_sum / max(self.images, 1),
-        )
+        accuracy = 100 * right.sum() / max(self.counts.sum(), 1)
+        mAP = 100 * self.precision_sum / max(self.images, 1)
         return dict(zip(SCORES, map(float, (accuracy, iou.mean(), mAP, *iou)), strict=True))
 
     def precision_recall(self):
-        """Precision and recall of score >= threshold, [BINS + 2] each, by rising threshold; at the end (1,
-        0), for no pixel.
+        """Return precision and recall of score >= threshold, [BINS + 2] each, by rising threshold.
+
+        The last entry is (1, 0), for no pixel.
         """
         wrong, right = np.cumsum(self.histogram[:, ::-1], axis=1)[:, ::-1]
         found = wrong + right
@@ -371,31 +446,14 @@ class Scores:
         return np.append(precision, 1.0), np.append(recall, 0.0)
 
 
-def row_name(settings):
-    """A row's name in the table and in file names: the method, and all settings that are not the default."""
-    layers, source = settings.get("layers"), settings.get("class_source", "predicted")
-    parts = (
-        settings["method"],
-        layers and f"{'-'.join(map(str, layers))}_{settings['top_neurons']}",
-        settings.get("seed") and f"seed{settings['seed']}",
-        settings.get("neuron_sign") == "positive" and "positive",
-        source != "predicted" and Path(source).stem,
-        settings["geometry"] == "aligned" and "aligned",
-        settings["mask_thr"] != 0.5 and f"mask{settings['mask_thr']:g}",
-        settings["thr"] and f"thr{settings['thr']:g}",
-        settings["image_size"] and f"{settings['image_size']}px",
-        tuple(settings["ignore_index"]) != IGNORED_VALUES
-        and f"ignore{'_'.join(map(str, settings['ignore_index']))}",
-    )
-    return "_".join(part for part in parts if part)
-
-
 def save_scores(path, scores, record):
-    """Write precision and recall beside `path`, then the scores to `path`. Returns (scores, precision,
-    recall).
+    """Write precision and recall beside `path`, then the scores to `path`.
+
+    Returns scores, precision and recall.
     """
-    result, curve = scores.result(), scores.precision_recall()
-    for name, values in zip(("precision", "recall"), curve, strict=True):
-        save_array(path.with_name(f"{path.stem}_{name}.npy"), values, record)
+    result = scores.result()
+    precision, recall = scores.precision_recall()
+    save_array(path.with_name(f"{path.stem}_precision.npy"), precision, record)
+    save_array(path.with_name(f"{path.stem}_recall.npy"), recall, record)
     save_json(path, {**complete(record), "images": scores.images, "scores": result})
-    return result, *curve
+    return result, precision, recall

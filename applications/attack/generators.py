@@ -1,5 +1,4 @@
-"""The outside models of the semantic adversarial attack: sentence similarity, language model, text-to-image
-model.
+"""Load the outside models of the attack: sentence similarity, language model, text-to-image model.
 
 Their packages (requirements-adversarial.txt) are imported here only, when a model is loaded. Weights are read
 from safetensors only, and no code that comes with a model is run.
@@ -21,15 +20,16 @@ from utils.runtime.files import one_line
 
 INSTALL = "pip install -r requirements-adversarial.txt"
 FLUX = "black-forest-labs/FLUX.1-schnell"
-FLUX_OPTIONS = {
+FLUX_OPTIONS = {  # its authors' settings
     "num_inference_steps": 4,
     "guidance_scale": 0.0,
     "max_sequence_length": 256,
-}  # its authors' settings
+}
 DEEPFLOYD = (
-    "DeepFloyd/IF-I-XL-v1.0",
-    "DeepFloyd/IF-II-L-v1.0",
-)  # 64 pixels, then 256: more than a CLIP reads
+    "DeepFloyd/IF-I-XL-v1.0",  # 64 pixels
+    "DeepFloyd/IF-II-L-v1.0",  # 256 pixels, more than a CLIP reads
+)
+PIPELINE = ("diffusers", "transformers", "accelerate")  # packages of a text-to-image pipeline
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 TOKENS = 64  # room for one description
 ALTERNATIVES = {  # what works without the model
@@ -40,20 +40,19 @@ ALTERNATIVES = {  # what works without the model
 
 
 def parse_options(text):
-    """Keyword arguments of `--image_options`, a dict. Raises UserError if the text is not a json object."""
+    """Return the keyword arguments of `--image_options`. Raise UserError unless the text is a json object."""
     try:
         options = json.loads(text)
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(
-            f"--image_options {text} is not a json object such as '{{\"num_inference_steps\": 20}}'"
-        )
+        example = '{"num_inference_steps": 20}'
+        raise UserError(f"--image_options {text} is not a json object such as '{example}'")
     return options
 
 
 def is_function(image_model):
-    """Whether `--image_model` names a function, MODULE:FUNCTION."""
+    """Return whether `--image_model` names a function, MODULE:FUNCTION."""
     return ":" in image_model and not Path(image_model).exists()
 
 
@@ -67,10 +66,7 @@ def require_packages(similarity_model="clip", text_model="template", image_model
     if text_model.endswith(".gguf"):
         needed.append((f"--text_model {text_model}", "gguf"))
     if image_model is not None and not is_function(image_model):
-        needed += [
-            (f"--image_model {image_model}", package)
-            for package in ("diffusers", "transformers", "accelerate")
-        ]
+        needed += [(f"--image_model {image_model}", package) for package in PIPELINE]
     for flag, package in needed:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs the package {package.replace('_', '-')}: {INSTALL}")
@@ -78,54 +74,65 @@ def require_packages(similarity_model="clip", text_model="template", image_model
 
 @contextlib.contextmanager
 def one_line_errors(flag, model, failed_on=None):
-    """Turn whatever an outside library raises into a UserError of one line.
+    """Turn every error of an outside library into a UserError of one line.
 
+    flag: the flag that names the model.
     failed_on: what the model was given; None while it is loaded.
     """
     try:
         yield
     except Exception as error:  # the hub, its cache and each library raise their own
-        instead = "" if is_function(model) else f"; {ALTERNATIVES[flag]}"
         if isinstance(error, torch.OutOfMemoryError):
-            smaller = (
-                "add --offload, or choose a smaller model"
-                if flag == "--image_model"
-                else "choose a smaller model"
-            )
-            raise UserError(
-                f"the device has not enough memory for {flag} {model}; {smaller}{instead}"
-            ) from error
-        reason = f"{type(error).__name__}: {one_line(error)[:160]}"
-        what = f"failed on {failed_on}: {reason}" if failed_on else why_not_loaded(flag, model, error, reason)
-        raise UserError(f"{flag} {model} {what}{instead}") from error
+            said = out_of_memory(flag, model)
+        else:
+            said = f"{flag} {model} {explain(flag, model, error, failed_on)}"
+        if not is_function(model):
+            said = f"{said}; {ALTERNATIVES[flag]}"
+        raise UserError(said) from error
 
 
-def why_not_loaded(flag, model, error, reason):
-    """What an exception and its causes tell about a model that could not be loaded."""
+def out_of_memory(flag, model):
+    """Return the message that a model does not fit on the device."""
+    fix = "choose a smaller model"
+    if flag == "--image_model":
+        fix = f"add --offload, or {fix}"
+    return f"the device has not enough memory for {flag} {model}; {fix}"
+
+
+def explain(flag, model, error, failed_on):
+    """Return why a model failed: reasons that can be looked up, else the message of its library."""
+    reason = f"{type(error).__name__}: {one_line(error)[:160]}"
+    if failed_on:
+        return f"failed on {failed_on}: {reason}"
     if is_function(model):
         return f"cannot be imported: {reason}; run the script in the folder of the module"
-    causes, local = [error], Path(model).exists()
+    path = Path(model)
+    if looks_like_path(model) and not path.exists():
+        return "does not exist"
+    if path.is_dir() and not any(path.rglob("*.safetensors")):
+        return f"has no weights in safetensors, and others are not opened; choose another {flag}"
+    if not path.exists() and is_gated(error):
+        login = f"accept its licence on https://huggingface.co/{model}, log in with `hf auth login`"
+        return f"is gated: {login}, and run the same command again"
+    action = "loaded" if path.exists() else "fetched or loaded"
+    return f"could not be {action}: {reason}"
+
+
+def looks_like_path(model):
+    """Return whether a model's name is a path, and not a Hugging Face id."""
+    return model.startswith((".", os.sep)) or model.count("/") > 1 or model.endswith(".gguf")
+
+
+def is_gated(error):
+    """Return whether an error comes from a Hugging Face model whose licence has to be accepted first."""
+    causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
-    said = " ".join(f"{type(cause).__name__} {cause}" for cause in causes).lower()
-    if not local and (model.startswith((".", os.sep)) or model.count("/") > 1 or model.endswith(".gguf")):
-        return "does not exist"
-    if isinstance(error, ImportError):
-        return f"needs a package that is not installed ({one_line(error)[:120]}): {INSTALL}"
-    if not local and ("gatedrepo" in said or "gated repo" in said):
-        page = f"https://huggingface.co/{model}"
-        return f"is gated: accept its licence on {page}, log in with `hf auth login`, and run the same command again"
-    if not local and ("repositorynotfound" in said or "not a valid model identifier" in said):
-        return f"is neither a folder nor a model that your Hugging Face account can see at https://huggingface.co/{model}"
-    if "safetensors" in said and (
-        "no file named" in said or "does not appear to have" in said or "not found" in said
-    ):
-        return f"has no weights in safetensors, and others are not opened; choose another {flag}"
-    return f"could not be {'loaded' if local else 'fetched or loaded'}: {reason}"
+    return any(type(cause).__name__ == "GatedRepoError" for cause in causes)
 
 
 def load_similarity(model, clip, batch_size):
-    """A function from a list of texts to their unit vectors [texts, any], float32, on the CPU.
+    """Return a function: list of texts -> their unit vectors [texts, any], float32, on the CPU.
 
     model: 'clip' for the text tower of `clip`, else a sentence-transformers id or folder.
     """
@@ -141,15 +148,21 @@ def load_similarity(model, clip, batch_size):
 
 
 class LanguageModel:
-    """An instruct model of the transformers library: a Hugging Face id, a folder, or a .gguf file, with a
-    chat template.
+    """A LanguageModel is an instruct model of the transformers library, with a chat template.
+
+    model: a Hugging Face id, a folder, or a .gguf file.
     """
 
     def __init__(self, model, device):
-        self.model, self.device = model, device
-        where, options, weights = model, {"trust_remote_code": False}, {"use_safetensors": True}
+        self.model = model
+        self.device = device
+        where = model
+        options = {"trust_remote_code": False}
+        weights = {"use_safetensors": True}
         if model.endswith(".gguf"):
-            where, options["gguf_file"], weights = str(Path(model).parent), Path(model).name, {}
+            where = str(Path(model).parent)
+            options["gguf_file"] = Path(model).name
+            weights = {}
         with one_line_errors("--text_model", model):
             import transformers
 
@@ -157,38 +170,47 @@ class LanguageModel:
             lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype="auto", **weights, **options)
             self.lm = lm.to(device).eval()
         if not self.tokenizer.chat_template:
-            raise UserError(
-                f"--text_model {model} has no chat template; choose an instruct model, or --text_model template"
-            )
+            fix = "choose an instruct model, or --text_model template"
+            raise UserError(f"--text_model {model} has no chat template; {fix}")
 
     @torch.inference_mode()
     def __call__(self, request, descriptions, seed):
-        """Answer a request for so many descriptions. Returns the text, and whether it was cut off at the
-        limit.
+        """Answer a request, at a length for so many descriptions.
+
+        Returns the text, and whether it was cut off at the limit.
         """
-        chat, form = [{"role": "user", "content": request}], {"return_tensors": "pt", "return_dict": True}
-        inputs = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, **form).to(self.device)
+        chat = [{"role": "user", "content": request}]
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = self.tokenizer.apply_chat_template(chat, **options).to(self.device)
         prompt = inputs["input_ids"].shape[1]
-        room = getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
-        limit = min(TOKENS * (descriptions + 1), room - prompt)
-        if limit < TOKENS:
-            raise UserError(
-                f"the request has {prompt} tokens and --text_model {self.model} reads {room}; lower --overall_words"
-            )
+        limit = self.limit(prompt, descriptions)
         pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        with (
-            torch.random.fork_rng(range(torch.cuda.device_count())),
-            one_line_errors("--text_model", self.model, "the request"),
-        ):
+        if pad is None:
+            pad = self.tokenizer.eos_token_id
+        restored = torch.random.fork_rng(range(torch.cuda.device_count()))
+        with restored, one_line_errors("--text_model", self.model, "the request"):
             torch.manual_seed(seed)
             output = self.lm.generate(**inputs, max_new_tokens=limit, pad_token_id=pad, **SAMPLING)
         answer = output[0, prompt:]
         return self.tokenizer.decode(answer, skip_special_tokens=True), len(answer) == limit
 
+    def limit(self, prompt, descriptions):
+        """Return how many tokens an answer may have.
+
+        prompt: tokens of the request.
+
+        Raises UserError if there is no room for one description.
+        """
+        room = getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
+        limit = min(TOKENS * (descriptions + 1), room - prompt)
+        if limit < TOKENS:
+            reads = f"--text_model {self.model} reads {room}"
+            raise UserError(f"the request has {prompt} tokens and {reads}; lower --overall_words")
+        return limit
+
 
 def load_image_model(model, device, options, offload=False):
-    """A function (description, seed) -> PIL image.
+    """Return a function (description, seed) -> PIL image.
 
     model: FLUX, DeepFloyd, a diffusers id or folder, or package.module:function, called as
         function(description, seed=seed).
@@ -202,24 +224,25 @@ def load_image_model(model, device, options, offload=False):
             function = getattr(importlib.import_module(module), name)
     elif model == "DeepFloyd":
         function = DeepFloyd(*DEEPFLOYD, device, offload)
+    elif model == "FLUX":
+        options = FLUX_OPTIONS | options
+        function = Pipeline(FLUX, device, offload)
     else:
-        options = FLUX_OPTIONS | options if model == "FLUX" else options
-        function = Pipeline(FLUX if model == "FLUX" else model, device, offload)
+        function = Pipeline(model, device, offload)
 
     def draw(description, seed):
         with one_line_errors("--image_model", model, f"{description!r} (seed {seed})"):
             image = function(description, seed=seed, **options)
         if not isinstance(image, Image.Image):
-            raise UserError(
-                f"--image_model {model} returned a {type(image).__name__}, and a PIL image is needed"
-            )
+            kind = type(image).__name__
+            raise UserError(f"--image_model {model} returned a {kind}, and a PIL image is needed")
         return image.convert("RGB")
 
     return draw
 
 
 class Pipeline:
-    """A text-to-image pipeline of the diffusers library."""
+    """A Pipeline draws with a text-to-image pipeline of the diffusers library."""
 
     def __init__(self, model, device, offload=False, **parts):
         with one_line_errors("--image_model", model):
@@ -229,17 +252,20 @@ class Pipeline:
             options = {"torch_dtype": dtype, "use_safetensors": True}
             self.pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options, **parts)
             self.pipe.set_progress_bar_config(disable=True)
-            self.pipe.enable_model_cpu_offload(device=device) if offload else self.pipe.to(device)
+            if offload:
+                self.pipe.enable_model_cpu_offload(device=device)
+            else:
+                self.pipe.to(device)
 
     def __call__(self, description, seed, **options):
-        return self.pipe(
-            prompt=description, generator=torch.Generator("cpu").manual_seed(seed), **options
-        ).images[0]
+        generator = torch.Generator("cpu").manual_seed(seed)  # equal noise on every device
+        return self.pipe(prompt=description, generator=generator, **options).images[0]
 
 
 class DeepFloyd:
-    """A pipeline that draws a small picture, and one that enlarges it; both read the text vectors of the
-    first.
+    """DeepFloyd draws a small picture with one pipeline and enlarges it with another.
+
+    Both pipelines read the text vectors of the first.
     """
 
     def __init__(self, first, second, device, offload=False):
@@ -249,6 +275,6 @@ class DeepFloyd:
     def __call__(self, description, seed, **options):
         wanted, unwanted = self.first.encode_prompt(description)
         given = {"prompt_embeds": wanted, "negative_prompt_embeds": unwanted, **options}
-        given["generator"] = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
+        given["generator"] = torch.Generator("cpu").manual_seed(seed)
         small = self.first(**given, output_type="pt").images
         return self.second(image=small, **given).images[0]

@@ -1,115 +1,146 @@
-"""What the gallery needs from the images: small pictures, where neurons fire on their top images, which
-neurons are active on an image and what they stand for, and the heads through which neurons act. Letters as in
-`utils.prs`."""
+"""Look at batches of images for the gallery.
+
+Collected are small pictures, the places where neurons fire on their top images, the neurons that are active
+on an image with their words, and the heads through which neurons act. Letters as in `utils.prs`.
+"""
 
 import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
 from utils.concepts import concepts_of_images
-from utils.figures import to_pictures
+from utils.data.images import to_pictures
 from utils.norms import CentredNorms
 from utils.prs import second_order
 
 TOP = 8  # images of each sign that a neuron shows
-ACTIVE, WORDS = 24, 12  # neurons and words that an image shows
+ACTIVE = 24  # neurons that an image shows
+WORDS = 12  # words that an image shows
+CONCEPTS = ("neurons", "norms", "words", "scores")  # names of arrays that hold them
 
 
 def top_rows(projections, count=TOP):
-    """The images of every neuron's largest effects along its component, and of its most negative ones: two
-    int [N, count], the most extreme first, of equal ones the earlier image.
+    """Return the images of every neuron's largest and most negative effects along its component.
 
     projections: [images, N].
+
+    Returns two int [N, count], the most extreme effect first, of equal ones the earlier image.
     """
-    order = np.argsort(-projections, axis=0, kind="stable")[:count]
-    last = np.argsort(projections, axis=0, kind="stable")[:count]
-    return order.T, last.T
+    largest = np.argsort(-projections, axis=0, kind="stable")[:count]
+    smallest = np.argsort(projections, axis=0, kind="stable")[:count]
+    return largest.T, smallest.T
 
 
 class Pairs:
-    """The (neuron, image) pairs whose maps are shown, in the order of the images: those of a batch lie
-    together on disk.
+    """Pairs are the (neuron, image) pairs whose maps are shown, in the order of the images.
 
-    top: (positive, negative) of `top_rows`. images: their number.
+    So the maps of a batch of images lie together on disk.
 
-    Attributes: top; neurons [pairs], images [pairs]; place [2, N, count], where the pair of a neuron's j-th
-        picture is.
+    top: (positive, negative) images, as `top_rows` returns them.
+    count: number of images.
+
+    Attributes
+    neurons, images: of every pair, [pairs].
+    place: the pair of a neuron's j-th picture, [2, N, count].
     """
 
-    def __init__(self, top, images):
-        self.top, rows = top, np.stack(top)  # [2, N, count]
+    def __init__(self, top, count):
+        self.top = top
+        rows = np.stack(top)  # [2, N, count]
         neurons = np.broadcast_to(np.arange(rows.shape[1])[None, :, None], rows.shape)
         order = np.argsort(rows, axis=None, kind="stable")
-        self.images, self.neurons = rows.reshape(-1)[order], neurons.reshape(-1)[order]
-        self.place = np.empty(rows.size, np.int64)
-        self.place[order] = np.arange(rows.size)
-        self.place = self.place.reshape(rows.shape)
-        self.first = np.searchsorted(self.images, np.arange(images + 1))
+        self.images = rows.reshape(-1)[order]
+        self.neurons = neurons.reshape(-1)[order]
+        place = np.empty(rows.size, np.int64)
+        place[order] = np.arange(rows.size)
+        self.place = place.reshape(rows.shape)
+        self._first = np.searchsorted(self.images, np.arange(count + 1))
 
     def of(self, rows):
-        """The pairs of a slice of the images: their slice, images counted from its start, and neurons."""
-        found = slice(int(self.first[rows.start]), int(self.first[rows.stop]))
+        """Return the pairs of a slice of the images: their slice, images counted from its start, neurons."""
+        found = slice(int(self._first[rows.start]), int(self._first[rows.stop]))
         return found, self.images[found] - rows.start, self.neurons[found]
 
 
 class Collector:
-    """Looks at batches of images for one layer.
+    """A Collector looks at batches of images for one layer.
 
-    directions, statistics: `Directions`; `utils.ablation.Statistics`.
-    descriptions: of what neurons write, as `load_descriptions` gives them; text_ids: {text: its place in the
-        pool}.
-    pairs: `Pairs` of the split.
+    sources: `Sources`.
+    split: name of the split of the images.
+    directions: `Directions` of the layer.
     """
 
-    def __init__(self, directions, statistics, descriptions, text_ids, pairs):
-        self.directions, self.statistics, self.pairs = directions, statistics, pairs
-        self.descriptions, self.text_ids = descriptions, text_ids
-        self.centred_norms = CentredNorms(directions, statistics.mean)
-        self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
+    def __init__(self, sources, split, directions):
+        self.directions = directions
+        self.prefix = sources.clip.vit.prefix
+        self.statistics = sources.statistics[directions.layer]
+        self.descriptions = sources.load_descriptions(sources.inputs, directions.layer)
+        self.text_ids = sources.text_ids
+        self.pairs = sources.pairs[directions.layer, split]
+        self.paths = sources.paths(split, directions.layer)
+        self.centred_norms = CentredNorms(directions, self.statistics.mean)
+        self.rebuilt = Rebuilt(directions, self.statistics.mean, self.statistics.pcas)
 
-    def maps(self, rows, p, prefix):
-        """Post-GELU activations on the patches of the pairs of some images: their slice, and [pairs,
-        patches]. p: [B, T, N].
+    def blocks(self, rows, p, phi):
+        """Yield (path of an array, its rows, block) for everything that is kept of a batch.
+
+        rows: slice of the images.
+        p: post-GELU activations, [B, T, N].
+        phi: `SecondOrder`.
         """
-        found, images, neurons = self.pairs.of(rows)
-        return found, p[torch.from_numpy(images), prefix:, torch.from_numpy(neurons)]
+        pairs, images, neurons = self.pairs.of(rows)
+        maps = p[torch.from_numpy(images), self.prefix :, torch.from_numpy(neurons)]  # [pairs, patches]
+        yield self.paths["maps"], pairs, maps
+        for name, block in self.concepts(phi).items():
+            yield self.paths[name], rows, block
 
     def concepts(self, phi):
-        """The most active neurons of every image with their norms, and its strongest words with their scores:
-        four arrays [B, ACTIVE], [B, ACTIVE], [B, WORDS], [B, WORDS], -1 and 0 where there are fewer."""
+        """Return the most active neurons of every image, and its strongest words.
+
+        {"neurons", "norms": [B, ACTIVE], "words", "scores": [B, WORDS]}; words are text indices. Where there
+        are fewer, they are -1 and 0.
+        """
         found = concepts_of_images(phi, self.centred_norms, self.statistics.thresholds, self.descriptions)
-        neurons, words = (
-            np.full((len(found), ACTIVE), -1, np.int32),
-            np.full((len(found), WORDS), -1, np.int32),
-        )
-        norms, scores = np.zeros(neurons.shape, np.float32), np.zeros(words.shape, np.float32)
+        neurons = np.full((len(found), ACTIVE), -1, np.int32)
+        words = np.full((len(found), WORDS), -1, np.int32)
+        norms = np.zeros(neurons.shape, np.float32)
+        scores = np.zeros(words.shape, np.float32)
         for b, concepts in enumerate(found):
             count = min(ACTIVE, len(concepts.neurons))
-            neurons[b, :count], norms[b, :count] = concepts.neurons[:count], concepts.norms[:count]
+            neurons[b, :count] = concepts.neurons[:count]
+            norms[b, :count] = concepts.norms[:count]
             for j, (word, score) in enumerate(concepts.words[:WORDS]):
-                words[b, j], scores[b, j] = self.text_ids[word], score
-        return neurons, norms, words, scores
+                words[b, j] = self.text_ids[word]
+                scores[b, j] = score
+        return {"neurons": neurons, "norms": norms, "words": words, "scores": scores}
 
     def through_heads(self, phi):
-        """sum_b y_k y [K, N], with y the effects along the components, and y_k the part that goes through
-        head k.
+        """Return sum_b y_k y, float64 [K, N].
+
+        y: effects along the components. y_k: the part that goes through head k.
         """
         y = self.rebuilt.projections(phi)
-        return torch.einsum("bkn,bn->kn", phi.C, y) * self.rebuilt.along
+        found = torch.einsum("bkn,bn->kn", phi.C, y) * self.rebuilt.along
+        return found.cpu().double().numpy()
 
 
 def thumbnails(pixels, transform, size):
-    """What the model saw, uint8 [B, size, size, 3]. pixels, transform: as in `to_pictures`."""
+    """Return small pictures of the images that the model saw, uint8 [B, size, size, 3].
+
+    pixels, transform: as in `to_pictures`.
+    """
     return np.round(255 * to_pictures(pixels, transform, (size, size))).astype(np.uint8)
 
 
-def collect(vit, layers, collectors, pixels):
-    """Run a batch: yields (layer's `Collector`, activations p [B, T, N], `SecondOrder`) of every layer.
+def collect(vit, collectors, pixels):
+    """Run a batch, and yield (`Collector`, activations p [B, T, N], `SecondOrder`) of every layer.
 
-    vit, layers: HookedViT; list. collectors: one for each. pixels: [B, 3, side, side].
+    collectors: one for each layer, ascending.
+    pixels: [B, 3, side, side].
     """
-    names = [f"blocks.{layer}.mlp.post" for layer in layers]
+    directions = [collector.directions for collector in collectors]
+    names = [f"blocks.{item.layer}.mlp.post" for item in directions]
     with vit.record(*names) as cache:
-        _, effects = second_order(vit, pixels, [collector.directions for collector in collectors])
+        _, effects = second_order(vit, pixels, directions)
         for name, collector in zip(names, collectors, strict=True):
             yield collector, cache.pop(name), next(effects)

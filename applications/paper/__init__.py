@@ -1,1 +1,1 @@
-"""The paper's tables and figures: what each of them is, how it is measured, and the page that shows them."""
+"""Make the page of the paper's tables and figures: its items, the stages they need, and what is measured."""

@@ -1,4 +1,4 @@
-"""The pictures in a tree of folders: each one once, and nothing that systems leave behind."""
+"""Find the pictures in a tree of folders: each one once, and nothing that systems leave behind."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.runtime.errors import UserError
 
-# What systems and storage boxes leave in folders, beside what is hidden (.DS_Store, ._x.jpg)
+# Names that systems and storage boxes leave in folders; hidden ones (.DS_Store, ._x.jpg) are not listed
 RUBBISH = {
     *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
     *("thevolumesettingsfolder", "thefindbycontentfolder"),
@@ -23,8 +23,8 @@ RUBBISH = {
 }
 STREAMS = (":zone.identifier", ":encryptable", "@synoeastream", "@synoresource")  # of a file, copied as files
 
-# Formats that Pillow knows and does not decode by itself: it needs Ghostscript (EPS), Windows (WMF) or other
-# libraries, so that results would differ between machines; of a film (MPEG) it reads the size alone
+# Formats that Pillow does not decode by itself: it needs Ghostscript (EPS), Windows (WMF) or other libraries,
+# so that results would differ between machines. Of a film (MPEG) it reads the size alone.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 # Kinds of what is left out, beside the endings of files
@@ -36,7 +36,7 @@ BESIDE = "picture beside the class folders"
 
 @functools.cache
 def endings():
-    """Endings of the files that the installed Pillow decodes by itself, in small letters."""
+    """Return the endings of the files that the installed Pillow decodes by itself, in small letters."""
     Image.preinit()  # first, as in `Image.open`: formats are tried in the order in which they are loaded
     known = Image.registered_extensions()
     formats = {*Image.OPEN, "MPO"} - NOT_DECODED  # JPEG's reader opens MPO
@@ -44,12 +44,12 @@ def endings():
 
 
 def is_picture(name):
-    """Whether a file of this name is a picture, by its ending."""
+    """Tell whether a file of this name is a picture, by its ending."""
     return os.path.splitext(name)[1].lower() in endings()
 
 
 def is_rubbish(name):
-    """Whether a file or folder of this name is hidden or left behind by a system."""
+    """Tell whether a file or folder of this name is hidden or left behind by a system."""
     name = name.lower()
     return name.startswith(".") or name in RUBBISH or name.endswith(STREAMS)
 
@@ -65,14 +65,15 @@ def reading(folder):
 
 
 def entries(folder):
-    """Entries of a folder that are no rubbish, by name. Raises UserError where it cannot be read."""
-    with reading(folder), os.scandir(folder) as found:
+    """List the entries of a folder by name, without rubbish. Raises UserError where it cannot be read."""
+    with reading(folder), os.scandir(folder) as there:
         os.stat(os.path.join(folder, "."))  # needs the permission to search the folder, not only to list it
-        return sorted((entry for entry in found if not is_rubbish(entry.name)), key=lambda entry: entry.name)
+        kept = [entry for entry in there if not is_rubbish(entry.name)]
+    return sorted(kept, key=lambda entry: entry.name)
 
 
 def is_folder(entry):
-    """Whether an entry is a folder or a link to one."""
+    """Tell whether an entry is a folder or a link to one."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
@@ -80,12 +81,15 @@ def find_pictures(root, folders, left_out):
     """List the pictures in and below each of some folders of `root`, sorted by folder and then by name.
 
     A folder counts once, where it lies: links to folders are followed last. One that leads up adds nothing.
-    left_out: a Counter, to which is added what is left out.
+
+    root: the folder that holds the others.
+    folders: paths of the folders.
+    left_out: Counter of the files and links that are left out, by kind; it is added to.
 
     Raises UserError for a folder that cannot be read, a broken link to a picture, and two equal folders.
     """
     places = _places(root, folders)
-    found = {folder: [] for folder in folders}
+    pictures = {folder: [] for folder in folders}
     queue = deque((folder, folder) for folder in folders)
     links = deque()
     while queue or links:
@@ -95,14 +99,14 @@ def find_pictures(root, folders, left_out):
             continue
         for entry in entries(place):
             if not is_folder(entry):
-                found[folder] += _pictures(entry, left_out)
+                pictures[folder] += _pictures(entry, left_out)
             elif not entry.is_symlink():
                 queue.append((folder, entry.path))
             elif _leads_up(entry.path, root):
                 left_out[AGAIN] += 1
             else:
                 links.append((folder, entry.path))
-    return [sorted(paths, key=os.path.split) for paths in found.values()]
+    return [sorted(paths, key=os.path.split) for paths in pictures.values()]
 
 
 def tell(left_out):
@@ -120,13 +124,13 @@ def tell(left_out):
 
 
 def _count(count, words):
-    """A count of things: 1 link to a folder, 2 links to a folder."""
+    """Count things in words: 1 link to a folder, 2 links to a folder."""
     first, *rest = words.split(" ")
     return " ".join([f"{count} {first}{'s' if count != 1 else ''}", *rest])
 
 
 def _pictures(entry, left_out):
-    """The path of a file that is a picture. Counts any other file with what is left out."""
+    """List the path of a file if it is a picture; else count the file as left out."""
     is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
     if is_picture(entry.name):
         if not is_file:
@@ -138,7 +142,7 @@ def _pictures(entry, left_out):
 
 
 def _places(root, folders):
-    """{identity: folder}. Raises UserError where two folders are one, or one leads up."""
+    """Return {identity: folder}. Raises UserError where two folders are one, or one leads up."""
     places = {}
     for folder in folders:
         if os.path.islink(folder) and _leads_up(folder, root):
@@ -150,14 +154,14 @@ def _places(root, folders):
 
 
 def _identity(folder):
-    """Tell a folder from others, whatever path leads to it."""
+    """Return what tells a folder from others, whatever path leads to it."""
     with reading(folder):
         status = os.stat(folder)
     return status.st_dev, status.st_ino or os.path.realpath(folder)  # some network disks number nothing
 
 
 def _leads_up(link, root):
-    """Whether a link leads to a folder that holds it, or that holds `root`."""
+    """Tell whether a link leads to a folder that holds it, or that holds `root`."""
     target = Path(link).resolve()
     below = (Path(link).parent.resolve(), Path(root).resolve())
     return any(place.is_relative_to(target) for place in below)

@@ -1,6 +1,5 @@
-"""Images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
+"""Load images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
 
-import gc
 import hashlib
 import os
 import re
@@ -16,38 +15,34 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from utils.data.folders import BESIDE, entries, find_pictures, is_folder, is_picture, reading, tell
 from utils.data.text_sets import read_texts
 from utils.model.preprocessing import Preprocessing, describe, on_white
-from utils.runtime import memory
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.records import Digest, digests_of_files
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, in the order of the classes
-STRIDES = {
-    ("imagenet", "train"): 250,
-    ("imagenet", "val"): 10,
-    ("imagenet_r", "val"): 10,
-}  # the paper's 5,124 and 5,000 images
-IMAGENET = {
-    "imagenet": ("train", "val"),
-    "imagenet_r": ("val",),
-}  # data sets with ImageNet's class names, and their splits
+# Every n-th image is taken: the paper's 5,124 of train, and 5,000 of val
+STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}
+IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # splits of sets with ImageNet's classes
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 
 
 @dataclass
 class Images(Dataset):
-    """Images in a fixed order. Item i is (transformed image [3, side, side], label), or the UserError that
-    says what is wrong.
+    """`Images` is a list of labelled images in a fixed order.
 
-    samples, folders, class_names: list of (path or PIL image, label); the folder and the name of every label.
+    Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong with it.
+
+    samples: list of (path or PIL image, label).
+    folders: the folder of every label.
+    class_names: the name of every label.
     transform, dataset, split, data_path: as in `load_images`.
     """
 
@@ -69,102 +64,109 @@ class Images(Dataset):
             return error
 
     def picture(self, index):
-        """An image as it is, in RGB. Raises UserError for one that cannot be read."""
+        """Return an image in RGB, before the transform. Raises UserError for a file that cannot be read."""
         image, _ = self.samples[index]
         if not isinstance(image, str):
             return image
         try:
             opened = Image.open(image)
-            white = (
-                isinstance(self.transform, Preprocessing) and self.transform.record["transparent"] == "white"
-            )
-            return to_rgb(on_white(opened) if white else opened)
+            if isinstance(self.transform, Preprocessing) and self.transform.record["transparent"] == "white":
+                opened = on_white(opened)
+            return to_rgb(opened)
         except Exception as error:  # what a damaged file raises depends on its format
             what = f"the image {image} cannot be read ({one_line(error)[:100]})"
             raise UserError(f"{what}; fix or remove it, and run the same command again") from error
 
-    @property
+    @cached_property
     def labels(self):
-        """int64 [images]."""
-        return torch.tensor([label for _, label in self.samples], dtype=torch.int64).numpy()
+        """labels is int64 [images]."""
+        return np.array([label for _, label in self.samples], dtype=np.int64)
 
     @cached_property
     def digests(self):
-        """What tells each image from others: 16 hex digits over all its bytes, its name and its label.
+        """Return a digest of each image: 16 hex digits over all its bytes, its name and its label.
 
         Raises UserError for a file that cannot be read.
         """
         files = digests_of_files([image for image, _ in self.samples if isinstance(image, str)])
-        found = []
-        for image, label in tqdm(
-            self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero()
-        ):
-            if not isinstance(image, str):
-                item = f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
-            else:
-                try:
-                    item = f"{Path(image).parts[-2:]} {next(files)}"
-                except OSError as error:
-                    what = f"the image {error.filename} cannot be read ({error.strerror})"
-                    raise UserError(f"{what}; fix or remove it, and run the same command again") from error
-            found.append(
-                hashlib.sha256(f"{item} {label}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-            )
-        return found
+        bar = tqdm(self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero())
+        digests = []
+        for image, label in bar:
+            item = f"{_content(image, files)} {label}".encode("utf-8", "surrogateescape")
+            digests.append(hashlib.sha256(item).hexdigest()[:16])
+        return digests
 
     @cached_property
     def record(self):
-        """What results say about the images and how they are read. `data` changes when images come, go, or
-        change name or bytes; not with the root, which is noted as `data_path`."""
-        earlier = hashlib.sha256()  # as versions did that looked at sizes
+        """Return what the records of results say about the images and how they are read.
+
+        `data` changes when images come, go, or change name or bytes. It does not change with their root,
+        which is noted as `data_path`.
+        """
+        earlier = hashlib.sha256()  # earlier versions looked at sizes only
         for image, label in self.samples:
-            size = (
-                f"{Path(image).parts[-2:]} {os.stat(image).st_size}"
-                if isinstance(image, str)
-                else str(image.size)
-            )
-            earlier.update(f"{size} {label}\n".encode())
+            earlier.update(f"{_size(image)} {label}\n".encode())
         now = hashlib.sha256("".join(self.digests).encode())
         data = Digest(now.hexdigest()[:16], earlier.hexdigest()[:12])
-        where = {"data_path": os.path.abspath(self.data_path)} if self.data_path else {}
-        how = {"preprocessing": self.transform.digest} if isinstance(self.transform, Preprocessing) else {}
-        return {"dataset": self.dataset, "split": self.split, "data": data, **how, **where}
+        record = {"dataset": self.dataset, "split": self.split, "data": data}
+        if isinstance(self.transform, Preprocessing):
+            record["preprocessing"] = self.transform.digest
+        if self.data_path:
+            record["data_path"] = os.path.abspath(self.data_path)
+        return record
 
     @property
     def classes(self):
-        """What results say about labels: the folder and the name of every label. Labels of other results are
-        matched by these.
-        """
+        """classes is the folder and the name of every label: records hold them, to match labels by."""
         return {"folders": self.folders, "class_names": self.class_names}
 
     def summary(self):
-        """Lines to see at a glance whether these are the images that were meant, and what the model gets of
-        them.
-        """
+        """Return lines that show whether these are the images that were meant, and how they are read."""
         modes = Counter(mode_of(image) for image, _ in self.samples)
-        other = ", ".join(
-            f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()) if mode != "RGB"
-        )
-        counts = f"{len(self)} of {pairing(**self.classes)}"
-        how = f"\n{describe(self.transform)}" if isinstance(self.transform, Preprocessing) else ""
-        return f"images of {self.dataset} {self.split}: {counts}{'; ' + other if other else ''}{how}"
+        modes.pop("RGB", None)
+        other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()))
+        lines = f"images of {self.dataset} {self.split}: {len(self)} of {pairing(**self.classes)}"
+        if other:
+            lines += f"; {other}"
+        if isinstance(self.transform, Preprocessing):
+            lines += f"\n{describe(self.transform)}"
+        return lines
+
+
+def _content(image, digests):
+    """Return the text that tells an image from others. digests: iterator over the digests of files."""
+    if not isinstance(image, str):
+        return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    try:
+        return f"{Path(image).parts[-2:]} {next(digests)}"
+    except OSError as error:
+        what = f"the image {error.filename} cannot be read ({error.strerror})"
+        raise UserError(f"{what}; fix or remove it, and run the same command again") from error
+
+
+def _size(image):
+    """Return the text that told an image from others in earlier versions."""
+    if isinstance(image, str):
+        return f"{Path(image).parts[-2:]} {os.stat(image).st_size}"
+    return str(image.size)
 
 
 def pairing(folders, class_names):
-    """How many classes there are, and which name the first and the last folder have."""
+    """Say how many classes there are, and which name the first and the last folder have."""
     first, last = (f"{folders[i]} = {class_names[i]}" for i in (0, -1))
     return f"{len(folders)} classes ({first}, ..., {last})"
 
 
 def mode_of(image):
-    """Mode of a picture, from its header; RGB for one that cannot be opened, which is reported when it is
-    read.
+    """Return the mode of an image, from its header.
+
+    For one that cannot be opened this is RGB; the error is reported when the image is read.
     """
     if not isinstance(image, str):
         return image.mode
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are counted when the picture is read
+            warnings.simplefilter("ignore")  # they are counted when the image is read
             with Image.open(image) as opened:
                 return opened.mode
     except Exception:  # as in `picture`
@@ -172,121 +174,58 @@ def mode_of(image):
 
 
 def to_rgb(image):
-    """A PIL image in 8-bit RGB. Raises ValueError where the range of its values is not known (32-bit
-    integers, floats).
+    """Return a PIL image in 8-bit RGB.
+
+    Raises ValueError where the range of its values is not known (32-bit integers, floats).
     """
-    if image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format == "PNG"
-    ):  # a PNG has 16 bits at most
-        image = Image.fromarray(np.round(np.asarray(image).astype(np.float64) / 257).astype(np.uint8))
+    from_png = image.mode == "I" and image.format == "PNG"  # a PNG has 16 bits at most
+    if from_png or image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(np.round(levels).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}, whose range of values is not known: convert it to 8 bits")
     return image.convert("RGB")
 
 
-@dataclass
-class Loader:
-    """Reads pieces (slices) of a data set: loader(pieces) yields images [B, 3, side, side] on `device`.
+def to_pictures(pixels, transform, size):
+    """Return the images that the model saw as pictures to look at, [B, *size, 3] in [0, 1].
 
-    Warnings of the libraries that read images are counted, and told once at the end. Raises UserError for an
-    image that cannot be read.
+    pixels: [B, 3, side, side].
+    transform: the `Preprocessing` that made them.
+    size: (rows, columns) of the pictures.
     """
-
-    images: Dataset
-    device: torch.device = "cpu"
-    num_workers: int = 0
-
-    def __call__(self, pieces):
-        return (pixels for pixels, _ in self.with_targets(pieces))
-
-    def with_targets(self, pieces):
-        """Yield (images, labels [B] or masks [B, ...])."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        rows = [range(piece.start, piece.stop) for piece in pieces]
-        options = {
-            "num_workers": self.num_workers,
-            "pin_memory": on_gpu,
-            "collate_fn": _as_it_is,
-            "worker_init_fn": _start_worker,
-        }
-        options["generator"] = torch.Generator()  # else it would draw from the process's random numbers
-        batches, warned = iter(DataLoader(_Batches(self.images), batch_sampler=rows, **options)), Counter()
-        while (found := _next(batches)) is not None:
-            batch, told = found
-            warned.update(told)
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch[0].to(self.device, non_blocking=on_gpu), batch[1]
-        if warned:
-            [(text, _)] = warned.most_common(1)
-            tqdm.write(f"note: {warned.total()} warnings while images were read, such as: {text}")
-
-
-def _next(batches):
-    """The next batch, None after the last. Raises UserError when a process that loads images has ended."""
-    try:
-        return next(batches, None)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # the last two, when it dies while it hands a batch over
-        if isinstance(error, RuntimeError) and not re.search("DataLoader worker|shared memory", str(error)):
-            raise
-        why = "a process that loads images has ended, for want of memory or of shared memory (/dev/shm)"
-        raise UserError(
-            f"{why}; use a smaller --num_workers and run the same command again to resume"
-        ) from error
-
-
-def _start_worker(_):
-    # a collection would write to the pages that a loader process shares with its parent, and so copy them
-    gc.freeze()
-
-
-@dataclass
-class _Batches(Dataset):
-    """Whole batches of a data set, each with the warnings that came up while it was read."""
-
-    images: Dataset
-
-    def __getitems__(self, rows):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            items = [self.images[row] for row in rows]
-        if torch.utils.data.get_worker_info():
-            memory.trim()  # a loader process would grow with every batch
-        errors = [item for item in items if isinstance(item, UserError)]
-        return errors[0] if errors else torch.utils.data.default_collate(items), [
-            one_line(each.message) for each in caught
-        ]
-
-
-def _as_it_is(batch):
-    return batch
+    normalise = transform.transforms[-1]
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (normalise.mean, normalise.std))
+    options = {"mode": "bilinear", "antialias": True}
+    pictures = torch.nn.functional.interpolate(pixels * std + mean, size=size, **options)
+    return pictures.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def train_set_of(dataset):
-    """The data set whose train split, components, descriptions and classifier a data set takes: ImageNet's
-    for ImageNet-R.
+    """Return the data set whose training split, components, descriptions and classifier a data set takes.
+
+    ImageNet-R has no training split: all these are ImageNet's.
     """
     return "imagenet" if dataset == "imagenet_r" else dataset
 
 
 def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
-    """floor(images / subsample) of a data set's images, each `subsample`-th, in the order of its sorted
-    folders.
+    """Return every `subsample`-th image of a data set, in the order of its sorted folders, as `Images`.
+
+    With a transform, print also what was found and what was left out.
 
     dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or
         folder (ROOT/SPLIT/CLASS/image).
-    data_path, split: ROOT; train or val, for `folder` the name of a folder.
+    data_path: ROOT.
+    split: train or val; for `folder`, the name of a folder.
     transform: PIL image -> [3, side, side].
-    subsample: stride, None for the paper's.
-    class_names: a text file for `folder`, a name a line, as in `names_for`.
+    subsample: stride, None for the paper's. There are floor(images / subsample) images.
+    class_names: for `folder`, a text file with a name a line, as in `names_for`.
 
-    Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there). With a
-    transform, prints what was found and what was left out. Raises UserError for missing or empty folders, an
-    unknown split, names that do not fit the folders, or fewer images than the stride.
+    Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there).
+
+    Raises UserError for missing or empty folders, an unknown split, names that do not fit the folders, or
+    fewer images than the stride.
     """
     left_out = Counter()
     if dataset in CIFAR:
@@ -301,14 +240,10 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
     stride = subsample or STRIDES.get((dataset, split), 1)
     count = len(samples) // stride
     if count == 0:
-        raise UserError(
-            f"{data_path} has {len(samples)} images of {split}, and every {stride}-th is taken; lower --subsample"
-        )
-    taken, where = (
-        samples[: count * stride : stride],
-        {"dataset": dataset, "split": split, "data_path": str(data_path)},
-    )
-    images = Images(taken, list(folders), names, transform, **where)
+        counts = f"{len(samples)} images of {split}, and every {stride}-th is taken"
+        raise UserError(f"{data_path} has {counts}; lower --subsample")
+    taken = samples[: count * stride : stride]
+    images = Images(taken, list(folders), names, transform, dataset, split, str(data_path))
     if transform is not None:
         print(images.summary())
         tell(left_out)
@@ -316,8 +251,9 @@ def load_images(dataset, data_path, split, transform=None, subsample=None, class
 
 
 def classes_of(dataset, data_path=None, split="val", class_names=None):
-    """The folders and the names of a data set's classes, in the order of its labels. Parameters as in
-    `load_images`.
+    """Return the folders and the names of a data set's classes, in the order of its labels.
+
+    Parameters are those of `load_images`. Raises UserError where the names cannot be known.
     """
     if class_names and dataset != "folder":
         raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
@@ -332,8 +268,10 @@ def names_for(folders, file=None):
     """Name every folder: by itself without underscores, or by its line in a text file.
 
     Where the lines are the names of the folders, each folder gets its own line, whatever their order. Else
-    they name the folders in order. Raises UserError where there are more or fewer lines than folders, or a
-    folder's name stands at another folder's place.
+    they name the folders in order.
+
+    Raises UserError where there are more or fewer lines than folders, or a folder's name stands at another
+    folder's place.
     """
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
@@ -342,28 +280,28 @@ def names_for(folders, file=None):
         counts = f"{len(lines)} names, and the data set has {len(folders)} class folders"
         raise UserError(f"--class_names {file} has {counts}")
     own = _lines_of(folders, lines)
-    if all(len(each) == 1 for each in own):
-        return [
-            lines[i].strip("\"'").rstrip("/") or lines[i] for [i] in own
-        ]  # as ls -Q and ls -p list folders
-    first_words = [
-        re.split(r"[\s:;,=]", line, maxsplit=1)[0] for line in lines
-    ]  # of lines such as "n01440764 tench"
+    if all(len(places) == 1 for places in own):
+        names = [lines[place] for [place] in own]
+        return [name.strip("\"'").rstrip("/") or name for name in names]  # ls -Q and ls -p add quotes and /
+    first_words = [re.split(r"[\s:;,=]", line, maxsplit=1)[0] for line in lines]  # of "n01440764 tench"
     for place, folder in enumerate(folders):
         if folder in first_words and first_words[place] != folder and not own[place]:
             own[place] = [first_words.index(folder)]
-    for place, each in enumerate(own):
-        if each and place not in each:
-            what = f"name {each[0] + 1}, {lines[each[0]]}, is that of folder {folders[place]}"
-            why = f"{what} and stands at the place of folder {folders[each[0]]}"
+    for place, places in enumerate(own):
+        if places and place not in places:
+            other = places[0]
+            what = f"name {other + 1}, {lines[other]}, is that of folder {folders[place]}"
+            why = f"{what} and stands at the place of folder {folders[other]}"
             fix = "list the names in the order of the sorted folders, or use the name of every folder"
             raise UserError(f"--class_names {file}: {why}; {fix}")
     return lines
 
 
 def _lines_of(folders, lines):
-    """List for each folder the places of its name among the lines: the same name, or else one that is alike,
-    unless another folder's name is so too."""
+    """List for each folder the places of its name among the lines.
+
+    A line is a folder's if it equals its name, or if it is alike and no other folder's name is.
+    """
     exact = defaultdict(list)
     near = defaultdict(list)
     for i, line in enumerate(lines):
@@ -374,15 +312,16 @@ def _lines_of(folders, lines):
 
 
 def _plain(name):
-    """The letters and digits of a name, small, with composed accents; a number before the name does not
-    count.
-    """
+    """Return the letters and digits of a name, small, with composed accents, without a number before it."""
     letters = "".join(letter for letter in unicodedata.normalize("NFC", name.casefold()) if letter.isalnum())
     return re.sub(r"^\d+(?=\D)", "", letters) or letters or name
 
 
 def _class_folders(root, data_path, split):
-    """List the samples and the names of the class folders; count what is left out."""
+    """List the samples and the names of the class folders, and count what is left out.
+
+    Raises UserError for a missing or empty folder.
+    """
     with reading(data_path):
         if not Path(data_path).is_dir():
             raise UserError(f"--data_path {data_path}: there is no such folder")
@@ -400,8 +339,9 @@ def _class_folders(root, data_path, split):
 
 
 def _class_names(root):
-    """List the class folders, by name, or by value if all are whole numbers; count the pictures beside
-    them.
+    """List the class folders and count the pictures beside them.
+
+    Folders are sorted by name, or by value if all are whole numbers. Raises UserError for a broken link.
     """
     there = entries(root)
     names = [entry.name for entry in there if is_folder(entry)]
@@ -418,6 +358,7 @@ def _class_names(root):
 
 
 def _imagenet(dataset, data_path, split):
+    """List the samples, labelled by ImageNet's 1,000 classes, and count what is left out."""
     if split not in IMAGENET[dataset]:
         raise UserError(f"--split {split}: {dataset} has {' and '.join(IMAGENET[dataset])}")
     root = Path(data_path) if dataset == "imagenet_r" else Path(data_path) / split
@@ -425,20 +366,19 @@ def _imagenet(dataset, data_path, split):
     index = {wnid: i for i, wnid in enumerate(WNIDS)}
     unknown = [wnid for wnid in wnids if wnid not in index]
     if unknown:
-        raise UserError(
-            f"{unknown[0]} is no folder of ImageNet (n01440764, ...); for other class folders use --dataset folder"
-        )
+        what = f"{unknown[0]} is no folder of ImageNet (n01440764, ...)"
+        raise UserError(f"{what}; for other class folders use --dataset folder")
     return [(path, index[wnids[label]]) for path, label in samples], left_out
 
 
 def _cifar(dataset, data_path, split):
+    """List the samples and the names of the classes; torchvision fetches the files if they are missing."""
     if split not in ("train", "val", "test"):
         raise UserError(f"--split {split}: {dataset} has train and val (its test images)")
     try:  # torchvision compares the files with the published checksums before it opens them
         images = CIFAR[dataset](data_path, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        why = f"{dataset} is neither in --data_path {data_path} nor could it be fetched: {one_line(error)[:140]}"
-        raise UserError(why) from error
-    return [
-        (Image.fromarray(array), label) for array, label in zip(images.data, images.targets, strict=True)
-    ], images.classes
+        why = f"{dataset} is neither in --data_path {data_path} nor could it be fetched"
+        raise UserError(f"{why}: {one_line(error)[:140]}") from error
+    pictures = map(Image.fromarray, images.data)
+    return list(zip(pictures, images.targets, strict=True)), images.classes

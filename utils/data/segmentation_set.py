@@ -1,4 +1,4 @@
-"""Images and masks of ImageNet-Segmentation, and the class of every image."""
+"""Read the images and masks of ImageNet-Segmentation, and the class of every image."""
 
 import hashlib
 import json
@@ -16,22 +16,22 @@ from torch.utils.data import Dataset
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from tqdm import tqdm
 
+from utils.data.segmentation_row import Row
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_array
 from utils.runtime.records import Digest, digest_of_file
 
 IGNORED = -1  # mask pixels that do not count
-IGNORED_VALUES = (-1, 255)  # what says so in a file
-LARGEST = 255  # of the values that may name an object or class
+LARGEST = 255  # value of an object or class
 SHOWN = 8  # values in a note, at most
 FEW = 0.2  # share of masks that may have unknown pixels and no object without a note
-MANY = 64  # values of one mask; more are no classes
+MANY = 64  # different values in one mask; more are no classes
 UNREADABLE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises
 
 
 class SegmentationSet(Dataset):
-    """Images and masks of a MATLAB v7.3 file like gtsegs_ijcv.mat.
+    """A SegmentationSet is the images and masks of a MATLAB v7.3 file like gtsegs_ijcv.mat.
 
     Item i is read when it is asked for: (transformed image [3, side, side], int8 mask [size] of 0, 1 and
     IGNORED), or the UserError that says what is wrong. In the file, `/value/img` [images, 1] refers to uint8
@@ -47,73 +47,56 @@ class SegmentationSet(Dataset):
     ignored: values of mask pixels that do not count; NaN never does.
     images: False leaves the images' place empty, when only masks are needed.
 
-    Attribute: record, what results say about the set: its name, and a digest of the file.
+    Raises UserError for a file that is missing or has another layout.
     """
 
     def __init__(
-        self, path, transform, geometry="paper", size=(224, 224), ignored=IGNORED_VALUES, images=True
+        self,
+        path,
+        transform,
+        geometry=Row.geometry,
+        size=(224, 224),
+        ignored=Row.ignore_index,
+        images=True,
     ):
-        path = Path(path)
-        self.path = path / "gtsegs_ijcv.mat" if path.is_dir() else path
-        self.transform, self.ignored = transform if images else None, tuple(ignored)
-        geometric = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
-        steps = [
-            deepcopy(step)
-            for step in transform.transforms
-            if geometry == "aligned" and isinstance(step, geometric)
-        ]
-        for step in steps:
-            step.interpolation, step.fill = InterpolationMode.NEAREST, IGNORED % 256
+        self.path = file_of(path)
+        self.transform = transform if images else None
+        self.size = size
+        self.ignored = tuple(ignored)
+        steps = _geometry_of(transform) if geometry == "aligned" else []
         self.mask_transform = Compose([*steps, Resize(size, InterpolationMode.NEAREST)])
-        if not self.path.is_file():
-            raise UserError(
-                f"--data_path {self.path}: there is no such file; give gtsegs_ijcv.mat or one with its layout"
-            )
-        try:
-            with h5py.File(self.path) as file:
-                shapes = [
-                    file[name].shape
-                    for name in ("value/img", "value/gt")
-                    if h5py.check_ref_dtype(file[name].dtype)
-                ]
-        except OSError as error:
-            raise UserError(
-                f"--data_path {self.path} is not a MATLAB v7.3 file ({one_line(error)[:100]})"
-            ) from error
-        except (KeyError, AttributeError):
-            shapes = []
-        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != (1,) or not shapes[0][0]:
-            layout = "references to images in /value/img and to masks in /value/gt, [images, 1] each"
-            raise UserError(f"--data_path {self.path} does not have the layout of gtsegs_ijcv.mat: {layout}")
-        self.images = shapes[0][0]
+        self.count = _count_images(self.path)
 
     @cached_property
     def record(self):
-        """What results say about the set. Earlier versions looked at the file's size and number of images."""
-        earlier = hashlib.sha256(f"{self.images} {self.path.stat().st_size}".encode()).hexdigest()[:12]
+        """record is the name of the set and a digest of its file, for the records of results."""
+        # earlier versions looked at the file's size and number of images
+        earlier = hashlib.sha256(f"{self.count} {self.path.stat().st_size}".encode()).hexdigest()[:12]
         return {"dataset": self.path.stem, "data": Digest(digest_of_file(self.path), earlier)}
 
     def __len__(self):
-        return self.images
+        return self.count
 
     def __getitem__(self, index):
         try:
-            with h5py.File(
-                self.path
-            ) as file:  # opened for each item: another process could not use the handle
-                image = file[file["value/img"][index, 0]][()]  # [3, W, H]
-                mask = _mask_in(file, index)
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (3, *mask.shape):
-                raise ValueError(
-                    f"image {image.dtype} {image.shape}, mask {mask.shape}; uint8 (3, W, H) and (W, H) are needed"
-                )
+            image, mask = self._arrays(index)
         except UNREADABLE as error:
             return self._unreadable(index, error)
         unknown = np.isin(mask, self.ignored) | np.isnan(mask)
         mask = np.where(unknown, IGNORED, mask != 0).astype(np.int8).view(np.uint8)
-        image, mask = (Image.fromarray(np.ascontiguousarray(array.T)) for array in (image, mask))
-        pixels = self.transform(image) if self.transform else torch.empty(0)
-        return pixels, torch.from_numpy(np.array(self.mask_transform(mask)).view(np.int8))
+        mask = self.mask_transform(_picture(mask))
+        pixels = self.transform(_picture(image)) if self.transform else torch.empty(0)
+        return pixels, torch.from_numpy(np.array(mask).view(np.int8))
+
+    def _arrays(self, index):
+        """Return the image [3, W, H] and the mask [W, H] of the file. Raise ValueError for other shapes."""
+        with h5py.File(self.path) as file:  # opened for each item: another process could not use the handle
+            image = file[file["value/img"][index, 0]][()]
+            mask = _mask_in(file, index)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (3, *mask.shape):
+            found = f"image {image.dtype} {image.shape}, mask {mask.shape}"
+            raise ValueError(f"{found}; uint8 (3, W, H) and (W, H) are needed")
+        return image, mask
 
     def _unreadable(self, index, error):
         why = one_line(error)[:120]
@@ -133,47 +116,55 @@ class SegmentationSet(Dataset):
         if not objects:
             raise UserError(f"masks of {self.path} {self._without_object(held)}")
         if 0 not in held:
-            fix = "give masks with 0 on the background"
-            raise UserError(
-                f"masks of {self.path} hold {_listed(held, ' and ')} alone, so no pixel is background; {fix}"
-            )
+            what = f"masks of {self.path} hold {_listed(held, ' and ')} alone, so no pixel is background"
+            raise UserError(f"{what}; give masks with 0 on the background")
         hidden = [value for value in held if value > 0 and value in self.ignored]
-        if objects[-1] > 1:
-            shown = objects if len(objects) <= SHOWN else [*objects[: SHOWN - 1], "...", objects[-1]]
-            others = f", and {_listed(hidden)} as unknown" if hidden else ""
-            print(f"note: masks of {self.path} hold {_listed(shown)}; each of these counts as object{others}")
-        without = sum(bool({*hidden} & {*each}) and {*objects}.isdisjoint(each) for each in values)
+        self._tell_objects(objects, hidden)
+        self._tell_hidden(values, objects, hidden)
+
+    def _tell_objects(self, objects, hidden):
+        """Print a note where objects have other values than 1. hidden: values above 0 that are unknown."""
+        if objects[-1] <= 1:
+            return
+        shown = objects if len(objects) <= SHOWN else [*objects[: SHOWN - 1], "...", objects[-1]]
+        others = f", and {_listed(hidden)} as unknown" if hidden else ""
+        print(f"note: masks of {self.path} hold {_listed(shown)}; each of these counts as object{others}")
+
+    def _tell_hidden(self, values, objects, hidden):
+        """Print a note where many masks have unknown pixels and no object. values: those of every mask."""
+        without = 0
+        for each in values:
+            has_hidden = not {*hidden}.isdisjoint(each)
+            without += has_hidden and {*objects}.isdisjoint(each)
         if without > FEW * len(self):
             what = f"note: {without} of {len(self)} masks of {self.path} hold {_listed(hidden)} and no object"
             print(f"{what}; {_listed(hidden)} counts as unknown, and as object without it in --ignore_index")
 
     def _values(self, index):
-        """The values of a mask. Raises UserError for one that is not ignored and no class either."""
+        """Return the values of a mask. Raise UserError for one that is not ignored and no class either."""
         try:
             with h5py.File(self.path) as file:
                 values = [_plain(value) for value in np.unique(_mask_in(file, index)).tolist()]
         except UNREADABLE as error:
             raise self._unreadable(index, error) from error
+        where = f"{self.path}: the mask of image {index} holds"
         if len(values) > MANY:
-            what = f"the mask of image {index} holds {len(values)} values, as soft edges or a picture do"
-            raise UserError(
-                f"{self.path}: {what}; give masks of classes, 0 on the background and 1 on the object"
-            )
+            fix = "give masks of classes, 0 on the background and 1 on the object"
+            raise UserError(f"{where} {len(values)} values, as soft edges or a picture do; {fix}")
         for value in values:
             of_class = isinstance(value, int) and 0 <= value <= LARGEST
             if of_class or value in self.ignored or math.isnan(value):
                 continue
-            fix = f"if it marks unknown pixels, add it: --ignore_index {_listed([*self.ignored, value], ' ')}"
+            ignored = _listed([*self.ignored, value], " ")
+            fix = f"if it marks unknown pixels, add it: --ignore_index {ignored}"
             if isinstance(value, float):
-                fix = (
-                    "give whole numbers: 0 on the background, 1 on the object, -1 (--ignore_index) if unknown"
-                )
-            wrong = f"the mask of image {index} holds {value}, which is no class from 0 to {LARGEST}"
-            raise UserError(f"{self.path}: {wrong}; {fix}")
+                meant = "0 on the background, 1 on the object, -1 (--ignore_index) if unknown"
+                fix = f"give whole numbers: {meant}"
+            raise UserError(f"{where} {value}, which is no class from 0 to {LARGEST}; {fix}")
         return values
 
     def _without_object(self, held):
-        """What is said of masks without any object. held: their values, without NaN."""
+        """Return what is wrong with masks without any object. held: their values, without NaN."""
         hold = f"hold {_listed(held, ' and ') or 'NaN'} alone"
         hidden = [value for value in held if value > 0]
         if not hidden:
@@ -184,16 +175,56 @@ class SegmentationSet(Dataset):
         return f"{hold}, and {counts}; {fix}"
 
 
+def file_of(path):
+    """Return the file of a segmentation set: the path itself, or gtsegs_ijcv.mat in a folder."""
+    path = Path(path)
+    return path / "gtsegs_ijcv.mat" if path.is_dir() else path
+
+
+def _geometry_of(transform):
+    """Return the steps of a transform that resize and crop, for masks."""
+    kinds = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
+    steps = [deepcopy(step) for step in transform.transforms if isinstance(step, kinds)]
+    for step in steps:
+        step.interpolation = InterpolationMode.NEAREST
+        step.fill = IGNORED % 256
+    return steps
+
+
+def _count_images(path):
+    """Count the images of a file. Raise UserError when it is missing or has another layout."""
+    what = f"--data_path {path}"
+    if not path.is_file():
+        raise UserError(f"{what}: there is no such file; give gtsegs_ijcv.mat or one with its layout")
+    try:
+        with h5py.File(path) as file:
+            arrays = [file["value/img"], file["value/gt"]]
+            shapes = [array.shape for array in arrays if h5py.check_ref_dtype(array.dtype)]
+    except OSError as error:
+        raise UserError(f"{what} is not a MATLAB v7.3 file ({one_line(error)[:100]})") from error
+    except (KeyError, AttributeError):
+        shapes = []
+    if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][1:] != (1,) or not shapes[0][0]:
+        layout = "references to images in /value/img and to masks in /value/gt, [images, 1] each"
+        raise UserError(f"{what} does not have the layout of gtsegs_ijcv.mat: {layout}")
+    return shapes[0][0]
+
+
 def _mask_in(file, index):
-    """The mask [W, H] of an image, as an open file has it. Raises ValueError when it holds no numbers."""
+    """Return the mask [W, H] of an image in an open file. Raise ValueError when it holds no numbers."""
     mask = file[file[file["value/gt"][index, 0]][0, 0]][()]
     if mask.dtype.kind not in "biuf":
         raise ValueError(f"mask {mask.dtype}; numbers are needed")
     return mask
 
 
+def _picture(array):
+    """Return an array of the file, [W, H] or [3, W, H], as a picture."""
+    return Image.fromarray(np.ascontiguousarray(array.T))
+
+
 def _plain(value):
-    """A number, as an int where it is whole and a float holds it exactly."""
+    """Return a number as an int where it is whole and a float holds it exactly."""
     return int(value) if abs(value) < 2**53 and value == int(value) else value
 
 
@@ -202,32 +233,34 @@ def _listed(values, between=", "):
 
 
 def read_classes(path, images, classes):
-    """The class of every image, int64 [images] in 0 to classes - 1, from .npy, .json (a list), or text (one
-    index a line).
+    """Read the class of every image, int64 [images] in 0 to classes - 1.
+
+    path: an .npy, a .json with a list, or a text file with one index a line.
+
+    Raises UserError for a file that does not hold one class for each image.
     """
     path = Path(path)
+    what = f"--class_source {path}"
     try:
-        if path.suffix == ".npy":
-            found = read_array(path)
-        else:
-            text = path.read_text(encoding="utf-8")
-            found = np.array(
-                json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()]
-            )
+        found = _numbers_in(path)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"--class_source {path} cannot be read ({one_line(error)[:120]}); give one class index per image"
-        ) from error
+        why = f"{what} cannot be read ({one_line(error)[:120]})"
+        raise UserError(f"{why}; give one class index per image") from error
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise UserError(f"--class_source {path} does not hold whole numbers; give one class index per image")
+        raise UserError(f"{what} does not hold whole numbers; give one class index per image")
     if len(found) != images:
-        raise UserError(
-            f"--class_source {path} has {len(found)} classes and the segmentation set has {images} images"
-        )
+        raise UserError(f"{what} has {len(found)} classes and the segmentation set has {images} images")
     wrong = np.flatnonzero((found < 0) | (found >= classes))
     if len(wrong):
         i = wrong[0]
-        raise UserError(
-            f"--class_source {path}: image {i} has the class {found[i]}, and the classifier has 0 to {classes - 1}"
-        )
+        has = f"image {i} has the class {found[i]}, and the classifier has 0 to {classes - 1}"
+        raise UserError(f"{what}: {has}")
     return found.astype(np.int64)
+
+
+def _numbers_in(path):
+    """Return the array of an .npy, of a list in .json, or of a text file with one number a line."""
+    if path.suffix == ".npy":
+        return read_array(path)
+    text = path.read_text(encoding="utf-8")
+    return np.array(json.loads(text) if path.suffix == ".json" else [int(line) for line in text.split()])

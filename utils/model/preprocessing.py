@@ -1,6 +1,6 @@
-"""The preprocessing of a model, the steps from a picture to pixels, and where it is known from.
+"""The preprocessing of a model: the steps from a picture to pixels, and the source that says so.
 
-`choose` decides for every way that a model may come in. It uses a config whole, or refuses what it cannot do.
+`choose` decides for every way in which a model may be given. It uses a config whole, or refuses it.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from open_clip.transform import CenterCropOrPad, PreprocessCfg, ResizeKeepRatio
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from utils.model.configs import OPEN_CLIP, clip_config, read_config
 from utils.runtime.errors import UserError
-from utils.runtime.files import one_line, read_json
+from utils.runtime.files import one_line
 from utils.runtime.records import Digest
 from utils.runtime.results import file_and_key, is_checkpoint_path, model_name
 
-CONFIG = "open_clip_config.json"
 DEFAULT = asdict(PreprocessCfg())  # open_clip's
 CHOICES = {
     "mode": ("RGB",),
@@ -36,12 +36,14 @@ FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in 
 
 
 class Preprocessing(Compose):
-    """PIL image -> float32 [3, height, width], by steps. The last has `mean` and `std`, for pixels in [0, 1].
+    """A Preprocessing makes float32 pixels [3, height, width] from a PIL image, in steps.
 
-    source: where it is from, in words.
+    steps: the last has `mean` and `std`, for pixels in [0, 1].
+    source: where the preprocessing is from, in words.
     note: a line for the user, "" for none.
 
-    Attribute: earlier_record, the record of what versions without this module took; None where they refused.
+    Attributes:
+    earlier_record: the record of the preprocessing in versions without this module; None where they refused.
     """
 
     def __init__(self, steps, source, note=""):
@@ -52,27 +54,29 @@ class Preprocessing(Compose):
 
     @property
     def record(self):
-        """As `record_of` gives it."""
+        """The record is `record_of` the steps."""
         return record_of(self.transforms)
 
     @property
     def digest(self):
-        """Sixteen hex digits of `record`, for records of results. Those of earlier versions have none; they
-        agree with it if the pixels were the same then."""
+        """The digest is sixteen hex digits of `record`, for records of results.
+
+        Records of earlier versions have no digest; they agree with this one if the pixels were the same then.
+        """
         content = json.dumps(self.record, sort_keys=True).encode()
         digest = hashlib.sha256(content).hexdigest()[:16]
         return Digest(digest, None) if self.record == self.earlier_record else digest
 
 
 class OnWhite:
-    """A PIL image in RGB, on white where it is transparent."""
+    """An OnWhite step makes a PIL image RGB, on white where it is transparent."""
 
     def __call__(self, image):
         return on_white(image).convert("RGB")
 
 
 def on_white(image):
-    """A PIL image without transparency: on white where it has some, else as it is."""
+    """Return a PIL image without transparency: on white where it has some, else unchanged."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image
     white = Image.new("RGBA", image.size, "white")
@@ -80,22 +84,29 @@ def on_white(image):
 
 
 class LowerCrop(CenterCrop):
-    """The middle of a PIL image, the upper or left one of two, with `fill` around a smaller image."""
+    """A LowerCrop takes the middle of a PIL image, the upper or left one of two.
+
+    fill: the value around a smaller image.
+    """
 
     fill = 0
 
     def forward(self, image):
         height, width = self.size
-        corner = ((image.width - width) // 2, (image.height - height) // 2)
+        left = (image.width - width) // 2
+        top = (image.height - height) // 2
         middle = Image.new(image.mode, (width, height), self.fill)
-        middle.paste(image, (-corner[0], -corner[1]))
+        middle.paste(image, (-left, -top))
         return middle
 
 
 class ToPixels:
-    """PIL image in RGB -> (values * factor - mean) / std, float32 [3, height, width]; values are 0 to 255.
+    """A ToPixels makes (values * factor - mean) / std of an RGB image, float32 [3, height, width].
 
-    Attributes: mean and std, three numbers each, which would give the same for pixels in [0, 1].
+    The values are 0 to 255.
+
+    Attributes:
+    mean, std: three numbers each, for pixels in [0, 1] without the factor.
     """
 
     def __init__(self, factor, mean, std):
@@ -115,7 +126,7 @@ CROPS = {CenterCrop: "even", CenterCropOrPad: "even, padded", LowerCrop: "lower,
 
 
 def record_of(steps):
-    """What fixes the pixels, as plain values: equal for equal pixels, wherever the steps are from."""
+    """Return what fixes the pixels, as plain values: equal for equal pixels, from any source."""
     record = {"transparent": "white" if any(isinstance(step, OnWhite) for step in steps) else "dropped"}
     for step in steps:
         if isinstance(step, Resize | ResizeKeepRatio):
@@ -123,7 +134,8 @@ def record_of(steps):
             record["size"] = [step.size] * 2 if isinstance(step.size, int) else list(step.size)
         elif type(step) in CROPS:
             record |= {"crop": list(step.size), "place": CROPS[type(step)]}
-            record |= {"fill": step.fill} if hasattr(step, "fill") else {}
+            if hasattr(step, "fill"):
+                record["fill"] = step.fill
         elif hasattr(step, "mean"):
             record["mean"] = [float(value) for value in step.mean]
             record["std"] = [float(value) for value in step.std]
@@ -131,19 +143,22 @@ def record_of(steps):
 
 
 def _edge(step):
-    """Which edge a step brings to its size: shortest, longest or both."""
+    """Return which edge a step brings to its size: shortest, longest or both."""
     if isinstance(step, ResizeKeepRatio):
         return "longest" if step.longest else "shortest"
     return "shortest" if isinstance(step.size, int) else "both"
 
 
 def describe(transform):
-    """The line that says what a `Preprocessing` does and where it is from. Its note is below, if any."""
+    """Return the line that says what a `Preprocessing` does and where it is from; its note is below."""
     record = transform.record
     words = []
     if "resize" in record:
-        edge = "resize" if record["resize"] == "both" else f"{record['resize']} edge"
-        size = record["size"] if record["resize"] == "both" else dict.fromkeys(record["size"])
+        edge = f"{record['resize']} edge"
+        size = dict.fromkeys(record["size"])
+        if record["resize"] == "both":
+            edge = "resize"
+            size = record["size"]
         words.append(f"{edge} to {_times(size)} ({record['interpolation']})")
     if "crop" in record:
         words.append(f"crop {_times(record['crop'])}")
@@ -158,14 +173,14 @@ def _times(size):
 
 
 def choose(model, pretrained, visual, folder=None):
-    """The `Preprocessing` of a model.
+    """Return the `Preprocessing` of a model.
 
-    model, pretrained: as in the flags.
-    visual: its image tower, as open_clip made it.
-    folder: where its config.json is, for a model of the transformers library.
+    model, pretrained: the values of the flags.
+    visual: the image tower, as open_clip made it.
+    folder: of a `CLIPModel` of the transformers library; else None.
 
-    Raises UserError, with the field, for a config that is damaged, that has what cannot be done, or that does
-    not bring every picture to the tower's size.
+    Raises UserError, with the field, for a config that is damaged, that asks for something that cannot be
+    done, or that does not bring every picture to the tower's size.
     """
     size = _pair(visual.image_size)
     shown = model.removeprefix("local-dir:").rstrip("/")
@@ -173,11 +188,11 @@ def choose(model, pretrained, visual, folder=None):
     if folder is not None:
         chosen = _of_folder(folder, shown, size) or _without_config(model, size)
     elif model.startswith(("hf-hub:", "local-dir:")):
-        chosen = _of_config(Path(shown) / CONFIG, f"{shown}/{CONFIG}", size)
-        chosen = chosen or _of_fields(visual.preprocess_cfg, size, f"{shown}/{CONFIG}")
+        source = f"{shown}/{OPEN_CLIP}"
+        chosen = _of_config(source, size) or _of_fields(visual.preprocess_cfg, size, source)
     elif is_checkpoint_path(pretrained):
         beside = Path(file_and_key(pretrained)[0]).parent
-        chosen = _of_config(beside / CONFIG, f"{beside}/{CONFIG}", size) or _of_folder(beside, beside, size)
+        chosen = _of_config(beside / OPEN_CLIP, size) or _of_folder(beside, beside, size)
         chosen = chosen or _of_model_config(model, size) or _published(model, size)
     elif pretrained == "random":
         chosen = _of_model_config(model, size) or _of_fields({}, size, "open_clip's default (random weights)")
@@ -188,38 +203,27 @@ def choose(model, pretrained, visual, folder=None):
 
 
 def _pair(size):
-    """(height, width) of a size as open_clip's configs have it."""
+    """Return (height, width) of a size in open_clip's configs."""
     sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
     return sizes * 2 if len(sizes) == 1 else sizes
-
-
-def _read(path):
-    """The fields of a json file, None where there is no file."""
-    try:
-        found = read_json(path, "the config", "correct or remove it")
-    except FileNotFoundError:
-        return None
-    if not isinstance(found, dict):
-        raise UserError(f"the config {path} is damaged (it holds no fields); correct or remove it")
-    return found
 
 
 # open_clip
 
 
 def _of_model_config(model, size):
-    """The preprocessing of the config that is --model; None where it has none, and for a name."""
-    return _of_config(Path(model), model, size) if model.endswith(".json") else None
+    """Return the preprocessing of the config that is --model; None where it has none, and for a name."""
+    return _of_config(model, size) if model.endswith(".json") else None
 
 
-def _of_config(path, shown, size):
-    """The preprocessing under preprocess_cfg in a config; None where it has none, or is not there."""
-    fields = (_read(path) or {}).get("preprocess_cfg")
-    return None if fields is None else _of_fields(fields, size, shown)
+def _of_config(path, size):
+    """Return the preprocessing under preprocess_cfg in a config; None where it has none, or is not there."""
+    fields = (read_config(path) or {}).get("preprocess_cfg")
+    return None if fields is None else _of_fields(fields, size, str(path))
 
 
 def _of_fields(fields, size, source):
-    """The preprocessing of open_clip's fields. Those that are not there, or null, have its default."""
+    """Return the preprocessing of open_clip's fields. Those that are not there, or null, have its default."""
     if not isinstance(fields, dict):
         raise UserError(f"{source}: preprocess_cfg is {fields!r}; it has to hold fields")
     for field in fields:
@@ -242,7 +246,7 @@ def _of_fields(fields, size, source):
 
 
 def _channels(value, field, source):
-    """Three numbers, given as such or as one for all. Raises UserError for others."""
+    """Return three numbers, of a list of them or of one for all. Raises UserError for anything else."""
     values = value if isinstance(value, list | tuple) else [value] * 3
     numbers = all(type(each) in (int, float) and math.isfinite(each) for each in values)
     positive = "positive " if "std" in field else ""
@@ -252,9 +256,9 @@ def _channels(value, field, source):
 
 
 def _published(model, size):
-    """The preprocessing of weights that no config describes: that on which the model's published tags agree.
+    """Return the preprocessing of weights without a config: that on which the model's published tags agree.
 
-    Where they differ it is that of most tags, or open_clip's default where no preprocessing has most.
+    Where they differ, it is that of most tags, or open_clip's default where no preprocessing has most.
     """
     name = model_name(model)
     tags_of = _tags_of_preprocessing(name)
@@ -273,13 +277,13 @@ def _published(model, size):
     others = [f"{text} ({', '.join(tags)})" for text, tags in tags_of.items() if text != taken]
     if others:
         differ = f"{name}'s published tags differ in preprocessing, and no config beside the weights says it"
-        fix = f"for another write {CONFIG} beside them: {' or '.join(others)}"
+        fix = f"for another write {OPEN_CLIP} beside them: {' or '.join(others)}"
         chosen.note = f"note: {differ}; {which} is taken, {fix}"
     return chosen
 
 
 def _tags_of_preprocessing(name):
-    """A model's published tags, under the preprocessing that they have, which is written as in a config."""
+    """Return a model's published tags by preprocessing: {fields, as in a config: list of tags}."""
     found = {}
     for tag in open_clip.list_pretrained_tags_by_model(name):
         fields = of_open_clip.merge_preprocess_dict(DEFAULT, open_clip.get_pretrained_cfg(name, tag))
@@ -292,27 +296,29 @@ def _tags_of_preprocessing(name):
 
 
 def _of_folder(folder, shown, size):
-    """The preprocessing of a folder's image processor, by the file that the library takes; else None."""
+    """Return the preprocessing of a folder's image processor; None without its config."""
     file = "processor_config.json"
-    fields = (_read(folder / file) or {}).get("image_processor")
+    fields = (read_config(folder / file) or {}).get("image_processor")
     if fields is None:
         file = "preprocessor_config.json"
-        fields = _read(folder / file)
+        fields = read_config(folder / file)
+    if fields is None:
+        return None
     where = f"{shown}/{file}"
-    if fields is not None and not isinstance(fields, dict):
+    if not isinstance(fields, dict):
         raise UserError(f"the config {where} is damaged (it holds no fields); correct or remove it")
-    return None if fields is None else Preprocessing(_processor_steps(fields, size, where), where)
+    return Preprocessing(_processor_steps(fields, size, where), where)
 
 
 def _without_config(model, size):
-    """CLIP's default preprocessing, at the model's size."""
+    """Return CLIP's default preprocessing, at the model's size."""
     fields = {"size": {"shortest_edge": min(size)}, "crop_size": {"height": size[0], "width": size[1]}}
     note = f"note: {model} has no preprocessor_config.json; CLIP's default is taken, at the model's size"
     return Preprocessing(_processor_steps(fields, size, model), f"{PROCESSORS[0]}'s default", note)
 
 
 def _processor(fields, where):
-    """An image processor of the library, which knows what its config leaves out."""
+    """Return the image processor of a config, which knows what the config leaves out."""
     import transformers  # takes a second
 
     kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or PROCESSORS[0]
@@ -331,7 +337,7 @@ def _processor(fields, where):
 
 
 def _processor_steps(fields, size, where):
-    """The steps that give the pixels of an image processor, of its variant for Pillow. fields: its config."""
+    """Return steps to the pixels of an image processor, of its variant for Pillow. fields: its config."""
     processor = _processor(fields, where)
     factor = processor.rescale_factor if processor.do_rescale else 1
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
@@ -345,7 +351,7 @@ def _processor_steps(fields, size, where):
 
 
 def _geometry(processor, size, where):
-    """The steps by which an image processor brings pictures to the model's size."""
+    """Return the steps by which an image processor brings pictures to the model's size."""
     steps = []
     field = "do_resize"
     made = (False,)
@@ -365,7 +371,7 @@ def _geometry(processor, size, where):
 
 
 def _edges(given, field, where):
-    """(height, width) of a processor's field, or (shortest edge,) of its `size`."""
+    """Return (height, width) of a processor's field, or (shortest edge,) of its `size`."""
     edges = dict(given or {})
     known = sorted(edges) == ["height", "width"] or (field == "size" and list(edges) == ["shortest_edge"])
     if not known or not all(type(edge) is int and edge > 0 for edge in edges.values()):
@@ -375,7 +381,7 @@ def _edges(given, field, where):
 
 
 def _filter(resample, where):
-    """A filter of Pillow, given by its number or name."""
+    """Return a filter of Pillow, by its number or name."""
     if isinstance(resample, int) and 0 <= resample < len(FILTERS):
         return InterpolationMode(FILTERS[resample])
     if resample not in FILTERS:
@@ -387,27 +393,29 @@ def _filter(resample, where):
 
 
 def _earlier_record(own, beside):
-    """The record of what versions before this module took, None where they refused.
+    """Return the record of the preprocessing in versions before this module; None where they refused.
 
-    own: what open_clip set for the tower.
+    own: the fields that open_clip set for the tower.
     beside: the folder of a model of the transformers library, or of weights given by path; else None.
     """
     read = {} if beside is None else _earlier_fields(beside)
     fields = {**own, **{field: value for field, value in read.items() if value is not None}}
     try:
-        return record_of(of_open_clip.image_transform_v2(PreprocessCfg(**fields), is_train=False).transforms)
+        steps = of_open_clip.image_transform_v2(PreprocessCfg(**fields), is_train=False)
+        return record_of(steps.transforms)
     except (AssertionError, TypeError, ValueError):
         return None
 
 
 def _earlier_fields(folder):
-    """What they read from a folder, under open_clip's names."""
-    config = _read(folder / "config.json") or {}
-    if config.get("model_type") == "clip" and "vision_config" in config:
-        fields = _read(folder / "preprocessor_config.json") or {}
+    """Return the fields that earlier versions read from a folder, under open_clip's names."""
+    if "vision_config" in clip_config(folder):
+        fields = read_config(folder / "preprocessor_config.json") or {}
         filters = {2: "bilinear", 3: "bicubic"}
         read = {"mean": fields.get("image_mean"), "std": fields.get("image_std")}
         return read | {"interpolation": filters.get(fields.get("resample"))}
-    config = _read(folder / CONFIG) or {}
-    fields = config.get("preprocess_cfg") or {} if "model_cfg" in config else {}  # else they refused
+    config = read_config(folder / OPEN_CLIP) or {}
+    fields = {}
+    if "model_cfg" in config:  # else they refused
+        fields = config.get("preprocess_cfg") or {}
     return {field: fields.get(field) for field in ("mean", "std", "interpolation", "resize_mode")}

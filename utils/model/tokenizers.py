@@ -7,6 +7,7 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from open_clip.tokenizer import SimpleTokenizer
 
+from utils.model.configs import read_config
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 
@@ -14,13 +15,15 @@ SPECIAL_FILES = ("special_tokens_map.json", "tokenizer_config.json")  # the seco
 WHOLE = ("tokenizer.json", *SPECIAL_FILES)
 PARTS = ("vocab.json", "merges.txt", *SPECIAL_FILES)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-OPENAI = 49408  # tokens of the vocabulary that open_clip brings along
+OPENAI = 49408  # tokens of the vocabulary that open_clip brings along; the last one ends a text
+OLD_END = 2  # the end token in old configs, whatever it is; then a text is read at its largest token
 
 
 class FolderTokenizer:
-    """A folder's own tokenizer: list of texts -> tokens [texts, context], padded, or cut before their end.
+    """A FolderTokenizer is a folder's own: list of texts -> tokens [texts, context], padded or cut.
 
     tokenizer: of the transformers library.
+    context_length: tokens of a text.
     end: the token that ends a text, and pads it where the tokenizer has no other for that.
     digest: sixteen hex digits over the bytes of its files.
     """
@@ -40,11 +43,9 @@ class FolderTokenizer:
         return tokens
 
     def is_openais(self):
-        """Whether it cuts some sentences as OpenAI's tokenizer does, which earlier versions took for every
-        folder.
-        """
-        texts = [template("sea lion") for template in OPENAI_IMAGENET_TEMPLATES]
+        """Return whether it cuts some sentences as OpenAI's tokenizer, which earlier versions always used."""
         openais = SimpleTokenizer()
+        texts = [template("sea lion") for template in OPENAI_IMAGENET_TEMPLATES]
         return all(self.tokenizer(text)["input_ids"][1:-1] == openais.encode(text) for text in texts)
 
 
@@ -55,35 +56,34 @@ def load_tokenizer(folder, text):
 
     Raises UserError when files are missing, or texts do not end with the token at which the model reads them.
     """
-    context, size, end = text.max_position_embeddings, text.vocab_size, text.eos_token_id
+    end = text.eos_token_id
+    files = files_of(folder)
+    if files is None:
+        if text.vocab_size == OPENAI and end in (OLD_END, OPENAI - 1):
+            return SimpleTokenizer(context_length=text.max_position_embeddings)
+        vocabulary = f"its vocabulary ({text.vocab_size} tokens, of which {end} ends a text)"
+        what = f"has no tokenizer.json (nor vocab.json and merges.txt), and {vocabulary} is not OpenAI's"
+        raise UserError(f"{folder} {what}; put the model's tokenizer.json there")
     try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = _whole(folder)
-            files = WHOLE
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = _parts(folder)
-            files = PARTS
-        else:
-            tokenizer = None
+        tokenizer = _whole(folder) if files == WHOLE else _parts(folder)
     except Exception as error:  # the library has many
         what = f"the tokenizer's files in {folder} cannot be read ({one_line(error)[:120]})"
         raise UserError(f"{what}; download them again") from error
-    if tokenizer is not None:
-        pass
-    elif size == OPENAI and end in (2, OPENAI - 1):  # old configs say 2 whatever the end token is
-        return SimpleTokenizer(context_length=context)
-    else:
-        raise UserError(
-            f"{folder} has no tokenizer.json (nor vocab.json and merges.txt), and its vocabulary ({size} "
-            f"tokens, of which {end} ends a text) is not OpenAI's; put the model's tokenizer.json there"
-        )
     last = tokenizer("a")["input_ids"][-1:]
-    if last not in ([end], [tokenizer.eos_token_id] if end == 2 else [end]):
-        raise UserError(
-            f"the tokenizer of {folder} does not end a text with the model's end token {end}; put the files "
-            "there that the model was trained with"
-        )
-    return FolderTokenizer(tokenizer, context, last[0], _digest(folder, files))
+    if last != [end] and (end != OLD_END or last != [tokenizer.eos_token_id]):
+        what = f"does not end a text with the model's end token {end}"
+        fix = "put the files there that the model was trained with"
+        raise UserError(f"the tokenizer of {folder} {what}; {fix}")
+    return FolderTokenizer(tokenizer, text.max_position_embeddings, last[0], _digest(folder, files))
+
+
+def files_of(folder):
+    """Return the names of a folder's tokenizer files, `WHOLE` or `PARTS`; None where it has none."""
+    if (folder / "tokenizer.json").is_file():
+        return WHOLE
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return PARTS
+    return None
 
 
 def _whole(folder):
@@ -99,27 +99,28 @@ def _parts(folder):
 
 
 def _special_tokens(folder):
-    """What the files beside a tokenizer.json say about its special tokens: {"eos_token": text, ...}."""
+    """Return the special tokens in the files beside a tokenizer.json: {"eos_token": text, ...}."""
     given = {}
     for name in SPECIAL_FILES:
-        content = (
-            json.loads((folder / name).read_text(encoding="utf-8-sig")) if (folder / name).is_file() else {}
-        )
+        content = read_config(folder / name) or {}
         for key in SPECIAL:
             token = content.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            given |= {key: token} if isinstance(token, str) else {}
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str):
+                given[key] = token
     return given
 
 
 def digest_of(tokenizer):
-    """Sixteen hex digits of a tokenizer of the transformers library: its vocabulary and rules."""
+    """Return sixteen hex digits of the vocabulary and rules of a tokenizer of the transformers library."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _digest(folder, names):
+    """Return sixteen hex digits over the bytes of a folder's files."""
     content = hashlib.sha256()
     for name in names:
         if (folder / name).is_file():

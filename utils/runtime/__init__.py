@@ -1,1 +1,5 @@
-"""The machinery of the stages: flags, files, resumable passes, processes. Nothing here knows about CLIP."""
+"""The machinery of the stages: flags, names of files, resumable passes, processes.
+
+Only artifacts.py, flags.py and layers.py know what the stages are about. Nothing here imports the rest of
+`utils`.
+"""

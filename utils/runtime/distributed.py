@@ -1,4 +1,4 @@
-"""What torchrun needs: which process this is, its share of the work, and waiting for the others.
+"""Processes of torchrun: which one this is, its share of the work, and waiting for the others.
 
     torchrun --nproc_per_node=2 compute_representations.py ...
 
@@ -18,22 +18,22 @@ PATIENCE = timedelta(days=1)  # ranks wait this long for the slowest one; torchr
 
 
 def rank():
-    """Number of this process among all, over all machines."""
+    """Return the number of this process among all, over all machines."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank():
-    """Number of this process on its machine: the index of its GPU."""
+    """Return the number of this process on its machine: the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size():
-    """Number of processes."""
+    """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_rank_zero():
-    """True in the one process that prints and writes shared files."""
+    """Return whether this is the one process that prints and writes shared files."""
     return rank() == 0
 
 
@@ -58,15 +58,11 @@ def barrier():
             # on this machine torchrun kills us before this prints; on other machines the user needs the
             # message
             time.sleep(5)
-            raise UserError(
-                "another process of this run has ended; fix what it reports (maybe on another machine) and run the same command "
-                "again"
-            ) from error
+            fix = "fix what it reports (maybe on another machine) and run the same command again"
+            raise UserError(f"another process of this run has ended; {fix}") from error
 
 
 def shard(items):
-    """This process's part of a list. Parts are contiguous, in the order of the ranks, and differ by one item
-    at most.
-    """
-    n, parts = len(items), world_size()
-    return items[n * rank() // parts : n * (rank() + 1) // parts]
+    """Return this process's part of a list. Parts are contiguous, and differ by one item at most."""
+    share = [len(items) * number // world_size() for number in (rank(), rank() + 1)]
+    return items[slice(*share)]

@@ -14,16 +14,12 @@ from utils.runtime.errors import UserError
 from utils.runtime.locks import Lock, open_alone
 
 BLOCK = 2**23  # bytes of zeros that are written at a time
-UNSUPPORTED = (
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EBADF,
-)  # what a disk answers that cannot do it
-ADVICE = {  # what to do about errors of the system that are none of the disk
+# answers of a disk that cannot do what is asked of it
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+ADVICE = {  # about errors of the system that are none of the disk
     errno.EMFILE: "let this shell open more of them: ulimit -n 4096; then run the same command again",
-    errno.ENAMETOOLONG: "rename the files of --model, --pretrained or the texts, or take fewer layers at a time",
+    errno.ENAMETOOLONG: "rename the files of --model, --pretrained or the texts, "
+    "or take fewer layers at a time",
 }
 ROOT = Path(__file__).resolve().parent.parent.parent  # where the scripts and text_descriptions are
 
@@ -35,14 +31,14 @@ def writing(path):
         yield
     except OSError as error:
         fix = ADVICE.get(error.errno, "fix this, then run the same command again")
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); what is finished is kept: {fix}"
-        ) from error
+        what = f"{path} cannot be written ({error.strerror})"
+        raise UserError(f"{what}; what is finished is kept: {fix}") from error
 
 
 def save_atomic(path, write, rename=os.replace):
-    """Call write(file) on a temporary file beside `path`, then move it there in one step, with rename(from,
-    to).
+    """Call write(file) on a temporary file beside `path`, then move it there in one step.
+
+    rename: a function (from, to) that moves it.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -57,8 +53,10 @@ def save_atomic(path, write, rename=os.replace):
 
 
 def reserve(file, size):
-    """Make a file that is open for reading and writing `size` bytes long, and take room on the disk for all
-    of it; rows in holes are eight times slower, and a full disk would end a process that maps them."""
+    """Make a file that is open for reading and writing `size` bytes long, and take room on the disk for it.
+
+    Rows in holes are eight times slower, and a full disk would end a process that maps them.
+    """
     file.flush()
     start = file.seek(0, os.SEEK_END)
     if hasattr(os, "posix_fallocate"):
@@ -85,22 +83,23 @@ def sync_file(file):
 
 def save_json(path, content):
     """Write a json file in one step."""
-    save_atomic(
-        path, lambda file: file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    )
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    save_atomic(path, lambda file: file.write(text.encode()))
 
 
 def save_table(path, table):
     """Write a table {row: {column: number}} as .csv."""
-    lines = [["layer", *next(iter(table.values()))], *([name, *row.values()] for name, row in table.items())]
+    lines = [["layer", *next(iter(table.values()))]]
+    lines += [[name, *row.values()] for name, row in table.items()]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     save_atomic(path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager
 def whole_folder(path):
-    """Yield a folder that appears as `path`, in place of an earlier one, once all its files are written. None
-    yields None.
+    """Yield a folder that appears as `path`, in place of an earlier one, once all its files are written.
+
+    For None it yields None.
     """
     if path is None:
         yield None
@@ -119,8 +118,10 @@ def whole_folder(path):
 
 
 def read_json(path, what, fix):
-    """Read a json file. what: what it is, such as a flag. fix: what to do about a damaged file, the end of
-    the message.
+    """Read a json file.
+
+    what: what it is, such as a flag.
+    fix: the end of the message about a damaged file.
 
     Raises FileNotFoundError when it is not there and UserError when it is damaged.
     """
@@ -131,10 +132,11 @@ def read_json(path, what, fix):
 
 
 def read_array(path, mmap=False):
-    """The array of an .npy file, or a read-only memory map of it. Raises ValueError for anything else,
-    whatever numpy raises.
+    """Read the array of an .npy file.
 
-    mmap: map it. Where the disk cannot be mapped, the array is read.
+    mmap: return a read-only memory map of it. Where the disk cannot be mapped, the array is read.
+
+    Raises ValueError for anything else, whatever numpy raises.
     """
     try:
         if mmap:
@@ -150,22 +152,26 @@ def read_array(path, mmap=False):
 
 
 def one_line(error):
-    """The message of an exception on one line."""
+    """Return the message of an exception on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def digest(*arrays):
-    """Twelve hex digits of the content of tensors or arrays. A resumed run compares them with those of its
-    inputs.
+def digest(*items):
+    """Return twelve hex digits of the content of tensors, arrays and digests (strings of hex digits).
+
+    A resumed run compares them with those of its inputs.
     """
     content = hashlib.sha256()
-    for array in arrays:
-        array = array.cpu().numpy() if hasattr(array, "cpu") else array
-        content.update(np.ascontiguousarray(array).tobytes())
+    for item in items:
+        if isinstance(item, str):
+            content.update(bytes.fromhex(item))
+        else:
+            array = item.cpu().numpy() if hasattr(item, "cpu") else item
+            content.update(np.ascontiguousarray(array).tobytes())
     return content.hexdigest()[:12]
 
 
 def sampled_digest(array, samples=4096):
-    """The same from the shape and `samples` evenly spaced entries: for arrays too large to read."""
+    """Return twelve hex digits of the shape and `samples` even entries of an array too large to read."""
     flat = array.ravel(order="K")  # a view, whatever the order in memory
     return digest(np.array(array.shape), np.array(flat[:: max(1, flat.size // samples)]))

@@ -4,16 +4,14 @@ import argparse
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from utils.runtime import distributed, memory
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import ADVICE
 from utils.runtime.results import Results
@@ -23,43 +21,42 @@ PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the usage in the script's docstring as it is written, and every default."""
+    """_Formatter shows the usage in the script's docstring as it is written, and every default."""
 
 
 def stage_parser(description, reads=True):
-    """The parser of a stage script, with the flags of every stage; `reads`: whether it reads results of
-    earlier ones.
+    """Return the parser of a stage script, with the flags of every stage.
+
+    description: the script's docstring.
+    reads: whether the stage reads results of earlier ones.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="ViT-B-32",
-        help="open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json",
-    )
-    help = "open_clip tag, path of a weights file (its activation is --model's; FILE::KEY for one of several), or 'random'"
-    add("--pretrained", default="openai", help=help)
+    help = "open_clip name, hf-hub:ORG/NAME, local-dir:PATH, or the path of a model-config json"
+    add("--model", default="ViT-B-32", help=help)
+    help = "open_clip tag, path of a weights file (its activation is --model's; FILE::KEY for one of "
+    add("--pretrained", default="openai", help=help + "several), or 'random'")
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", default="./output_dir", help="where results are written")
     if reads:
         add("--input_dir", help="where results of earlier stages are; default: --output_dir")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="start from scratch: replace results, discard earlier progress",
-    )
+    help = "start from scratch: replace results, discard earlier progress"
+    add("--overwrite", action="store_true", help=help)
     return parser
 
 
 def add_device(parser):
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU"
-    )
+    """Add --device."""
+    help = "cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else the CPU"
+    parser.add_argument("--device", help=help)
 
 
 def add_compute(parser, batch_size=16, precision=False, memory=False):
-    """--device and --batch_size; for stages that run the image tower --precision, for those that fold layers
-    --memory.
+    """Add --device and --batch_size.
+
+    batch_size: the default.
+    precision: also --precision, for stages that run the image tower.
+    memory: also --memory, for stages that fold layers.
     """
     group = parser.add_argument_group("computation")
     add_device(group)
@@ -68,104 +65,90 @@ def add_compute(parser, batch_size=16, precision=False, memory=False):
     if precision:
         add("--precision", default="float32", choices=PRECISIONS, help="of the image tower's forward pass")
     if memory:
-        add(
-            "--memory",
-            type=float,
-            default=4,
-            help="GB for the folded weights of layers that share one pass over the images",
-        )
+        help = "GB for the folded weights of layers that share one pass over the images"
+        add("--memory", type=float, default=4, help=help)
 
 
 def add_unused(parser, *names):
-    """Published flags that have no meaning here, and are accepted so that published commands run
-    unchanged.
-    """
+    """Add published flags that have no meaning here, so that published commands run unchanged."""
     help = "no meaning here; accepted as a flag of the published code"
     for name in names:
         parser.add_argument(name, dest="unused", default=argparse.SUPPRESS, help=help)
 
 
 def add_data(parser, split="val", required=True):
-    """The flags of a data set."""
+    """Add the flags of a data set. split: the default. required: whether --data_path is."""
     group = parser.add_argument_group("data")
     add_dataset(group)
     group.add_argument("--data_path", required=required, help="the data set's root folder")
-    group.add_argument(
-        "--split", default=split, help="train, val, or for --dataset folder the name of a folder in the root"
-    )
-    group.add_argument(
-        "--subsample",
-        type=positive_int,
-        help="take every Nth image; default: imagenet train 250, val 10, -R 10",
-    )
+    help = "train, val, or for --dataset folder the name of a folder in the root"
+    group.add_argument("--split", default=split, help=help)
+    help = "take every Nth image; default: imagenet train 250, val 10, -R 10"
+    group.add_argument("--subsample", type=positive_int, help=help)
     add_workers(group)
 
 
-def add_training_images(parser):
-    """The flags of the images that texts are fitted to."""
-    parser.add_argument(
-        "--train_data_path",
-        help="root folder of the training images; default: --data_path, or where they lay",
-    )
-    parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
-
-
 def add_described(parser):
-    """The flags of the stages that look at descriptions: images of both splits, layers, and which
-    descriptions.
-    """
+    """Add the flags of the stages that look at descriptions: images of both splits, layers, descriptions."""
     add_data(parser)
-    add_training_images(parser)
+    help = "root folder of the training images; default: --data_path, or the folder they were first read from"
+    parser.add_argument("--train_data_path", help=help)
+    parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
     add_layers(parser)
     add_top_k(parser)
     add_texts(parser, components=128)
-    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help="of the decomposition")
+    add_normalise(parser)
 
 
 def add_workers(parser):
-    parser.add_argument(
-        "--num_workers", type=count, default=min(4, os.cpu_count() or 1), help="processes that load images"
-    )
+    """Add --num_workers."""
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument("--num_workers", type=count, default=workers, help="processes that load images")
 
 
 def add_dataset(parser):
-    parser.add_argument(
-        "--dataset", default="imagenet", choices=DATASETS, help="which images; also in the names of the files"
-    )
+    """Add --dataset."""
+    help = "which images; also in the names of the files"
+    parser.add_argument("--dataset", default="imagenet", choices=DATASETS, help=help)
 
 
 def add_layers(parser):
-    parser.add_argument(
-        "--mlp_layer", nargs="+", default=["9"], help="zero-based MLP layer, several of them, or 'all'"
-    )
+    """Add --mlp_layer."""
+    help = "zero-based MLP layer, several of them, or 'all'"
+    parser.add_argument("--mlp_layer", nargs="+", default=["9"], help=help)
 
 
 def add_top_k(parser, help="as in compute_pcas.py"):
+    """Add --top_k_pca."""
     parser.add_argument("--top_k_pca", type=positive_int, default=100, help=help)
 
 
 def add_coefficient(parser):
-    parser.add_argument(
-        "--coefficient", type=float, default=100.0, help="norm that a representation is scaled to"
-    )
+    """Add --coefficient."""
+    help = "norm that a representation is scaled to"
+    parser.add_argument("--coefficient", type=float, default=100.0, help=help)
+
+
+def add_normalise(parser):
+    """Add --normalise."""
+    help = "axis: every dimension of the text vectors has norm 100 over the text set, as published; "
+    help += "text: every text vector has norm 100"
+    parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help=help)
 
 
 def add_texts(parser, components=32, also=()):
-    """The flags that name descriptions. also: other names of --components."""
-    parser.add_argument(
-        "--text_descriptions",
-        default="30k",
-        help="name of the text set, as in compute_text_set_projection.py",
-    )
-    parser.add_argument(
-        "--descriptions_dir", default="text_descriptions", help="where NAME.txt is, if not beside the vectors"
-    )
-    parser.add_argument("--components", *also, type=positive_int, default=components, help="texts per neuron")
-    parser.add_argument("--transform_alpha", type=float, default=1, help="only part of the file names")
+    """Add the flags that name descriptions. components: the default. also: other names of --components."""
+    add = parser.add_argument
+    help = "name of the text set, as in compute_text_set_projection.py"
+    add("--text_descriptions", default="30k", help=help)
+    help = "where NAME.txt is, if not beside the vectors"
+    add("--descriptions_dir", default="text_descriptions", help=help)
+    add("--components", *also, type=positive_int, default=components, help="texts per neuron")
+    add("--transform_alpha", type=float, default=1, help="only part of the file names")
 
 
 def count(text, least=0):
-    """An int of `least` or more, as the type of a flag."""
+    """Return an int of `least` or more, as the type of a flag."""
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return int(text)
@@ -176,7 +159,9 @@ positive_int.__name__ = "positive int"  # in argparse's messages
 
 
 def choose_device(name):
-    """The device of `--device`; for None, and for a CUDA GPU on a machine without one, the best there is.
+    """Return the device of `--device`.
+
+    name: None, or a CUDA GPU on a machine without one, stands for the best device there is.
 
     Raises UserError when it cannot be used.
     """
@@ -192,9 +177,8 @@ def choose_device(name):
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; use cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; use --device cpu or another"
-        )
+        has = f"this machine has {torch.cuda.device_count()} CUDA GPUs"
+        raise UserError(f"--device {name}: {has}; use --device cpu or another")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -202,23 +186,34 @@ def choose_device(name):
     return device
 
 
-def results_of(args, **known):
-    """Two `Results` of a stage: what it reads (from --input_dir, else from --output_dir), and what it
-    writes.
+def names_of_descriptions(args, dataset):
+    """Return the fields of the names of descriptions. dataset: of the components."""
+    return {
+        "dataset": dataset,
+        "k": args.top_k_pca,
+        "texts": args.text_descriptions,
+        "components": args.components,
+        "alpha": args.transform_alpha,
+        "normalise": args.normalise,
+    }
+
+
+def outputs_of(args, clip=None, **known):
+    """Return the `Results` that a stage writes.
+
+    args: the flags. Commands in messages repeat them.
+    clip: the loaded `Clip`.
+    known: {name: value} in place of some flags.
     """
-    of_model = partial(Results, model=args.model, pretrained=args.pretrained, **known)
-    return of_model(args.input_dir, also=args.output_dir), of_model(args.output_dir)
+    known = {**vars(args), **known}
+    return Results(args.output_dir, known.pop("model"), known.pop("pretrained"), clip=clip, **known)
 
 
-def same_command(**changes):
-    """The running command with some flags changed, as one types it in a shell."""
-    words = sys.argv[1:]
-    for flag, value in changes.items():
-        if f"--{flag}" in words:
-            at = words.index(f"--{flag}")
-            del words[at : at + 2]
-        words += [f"--{flag}", str(value)]
-    return shlex.join(["python", Path(sys.argv[0]).name, *words])
+def results_of(args, clip=None, **known):
+    """Return the `Results` that a stage reads, and those that it writes. Parameters: as in `outputs_of`."""
+    flags = {**vars(args), **known, "also": args.output_dir}
+    inputs = Results(args.input_dir, flags.pop("model"), flags.pop("pretrained"), clip=clip, **flags)
+    return inputs, outputs_of(args, clip, **known)
 
 
 def run(main, parser, parallel=False, written="output_dir"):
@@ -237,18 +232,10 @@ def run(main, parser, parallel=False, written="output_dir"):
             return
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     logging.getLogger().setLevel(logging.CRITICAL)  # open_clip's notes; what matters is raised
-    memory.manage()
     try:
         if parallel:
             distributed.start()
-        if folder := getattr(args, written, None):
-            os.makedirs(folder, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise UserError(f"{folder} cannot be written to; choose another --{written}")
-        if getattr(args, "input_dir", "") is None:
-            args.input_dir = args.output_dir
-        if hasattr(args, "device"):
-            args.device = choose_device(args.device)
+        _prepare(args, written)
         main(args)
         distributed.stop()
         sys.stdout.flush()
@@ -268,7 +255,20 @@ def run(main, parser, parallel=False, written="output_dir"):
         _leave("interrupted; run the same command again to resume")
 
 
+def _prepare(args, written):
+    """Make the folder that is written, and fill in the flags that depend on others or on the machine."""
+    if folder := getattr(args, written, None):
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder} cannot be written to; choose another --{written}")
+    if getattr(args, "input_dir", "") is None:
+        args.input_dir = args.output_dir
+    if hasattr(args, "device"):
+        args.device = choose_device(args.device)
+
+
 def _leave(message):
+    """Print a message on stderr and end the process with exit code 1."""
     if distributed.world_size() == 1:
         sys.exit(message)
     if not distributed.is_rank_zero():

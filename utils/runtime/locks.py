@@ -34,17 +34,20 @@ _ours = set()  # the locks of this process: the system gives one up when any ope
 
 
 class Lock:
-    """The right to make some files. Raises UserError, on entering, when another process has it.
+    """A Lock is the right to make some files.
 
-    path: what the lock is named after.
-    files: all files that it is about, in the folder of `path`; default: `path` alone. Another lock of the
-        folder that is about one of them counts as well.
-    rank: which of torchrun's processes takes it; for the others nothing happens. Rank 0 takes it for all.
-        What others take besides, after it, says whether one of them still runs when rank 0 has died.
+    path: the file, or the first of the files, that names the lock.
+    files: all files that it covers, in the folder of `path`; default: `path` alone. Another lock of the
+        folder that covers one of them counts as well.
+    rank: which of torchrun's processes takes it; for the others nothing happens. Rank 0 takes it for all. The
+        locks of other ranks, taken after it, say whether one of them still runs when rank 0 has died.
+
+    Raises UserError, on entering, when another process has it.
     """
 
     def __init__(self, path, files=None, rank=0):
-        self.target, self.rank = Path(path).absolute(), rank
+        self.target = Path(path).absolute()
+        self.rank = rank
         self.path = _lock_of(self.target, rank)
         self.files = sorted({Path(file).name for file in files or [path]})
         self.run = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
@@ -57,7 +60,7 @@ class Lock:
         self.release()
 
     def take(self):
-        """Take it, until `release`; nothing happens if this process has it."""
+        """Take the lock, until `release`. Nothing happens if this process has it."""
         if distributed.rank() != self.rank or self.path in _ours:
             return self
         if self.rank:
@@ -71,7 +74,7 @@ class Lock:
         raise UserError(reason)
 
     def release(self):
-        """Remove the lock, if it is ours."""
+        """Remove the lock, if this process has it."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a disk that has turned read-only
                 self.path.unlink()
@@ -81,10 +84,12 @@ class Lock:
             _ours.discard(self.path)
 
     def _take(self, patient):
-        """Take the lock file. Returns None, or why it cannot be taken. patient: whether an empty file may
-        still be filled in.
+        """Take the lock file. Return None, or the message that says why it cannot be taken.
+
+        patient: whether an empty file may still be filled in by its owner.
         """
-        ours, file = True, None
+        ours = True
+        file = None
         try:
             file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "r+b", buffering=0)
         except FileExistsError:
@@ -101,9 +106,8 @@ class Lock:
             return reason
         except FileNotFoundError:
             if self.path.is_symlink():
-                raise UserError(
-                    f"{self.path} is a link to nothing; remove it, and run the same command again"
-                ) from None
+                what = f"{self.path} is a link to nothing"
+                raise UserError(f"{what}; remove it, and run the same command again") from None
             return _message(self.path, {}, known=True)  # it has just been released
         except IsADirectoryError:
             raise UserError(f"{self.path} is a folder; remove it, and run the same command again") from None
@@ -114,15 +118,14 @@ class Lock:
                 file.close()
 
     def _reason(self, file, ours, patient):
-        """Why an opened lock file is not ours to take; None if it is."""
+        """Return the message that says why an opened lock file cannot be taken; None if it can."""
         held = _held(file)
         content = _parsed(file.read())
         if held:
             return _message(self.path, content, known=True)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-            return _message(
-                self.path, content, known=True
-            )  # released, and taken by another, since it was opened
+            # it was released, and taken by another, since it was opened
+            return _message(self.path, content, known=True)
         if ours or _is_over(content, held):
             return None
         if not content and not patient:  # its owner had no time to fill it in
@@ -130,7 +133,7 @@ class Lock:
         return _message(self.path, content, known=False)
 
     def _fill(self, file):
-        """Write who has the lock."""
+        """Write into the file who has the lock."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         script = Path(sys.argv[0]).name or "python"
         content = {**_here(), "since": since, "script": script, "run": self.run, "files": self.files}
@@ -143,13 +146,11 @@ class Lock:
             raise self._cannot(error) from error
 
     def _cannot(self, error):
-        return UserError(
-            f"{self.target} cannot be written ({error.strerror}); what is finished is kept: fix this, then "
-            "run the same command again"
-        )
+        fix = "what is finished is kept: fix this, then run the same command again"
+        return UserError(f"{self.target} cannot be written ({error.strerror}); {fix}")
 
     def _overlap(self):
-        """What to say of another lock in the folder that is about one of our files; None if there is none."""
+        """Return the message about another lock of the folder that covers one of our files, or None."""
         for path in sorted(self.path.parent.glob("*.lock")):
             if path in _ours:  # to open it once more would give it up
                 continue
@@ -176,19 +177,19 @@ def _lock_of(path, rank=0):
 
 
 def _target_of(lock):
-    """What a lock is named after."""
+    """Return the file that names a lock."""
     return re.sub(r"(\.\d+)?\.lock$", "", str(lock))
 
 
 def is_locked(paths):
-    """Whether one of some files in one folder has a lock, be it of processes that have ended."""
+    """Return whether one of some files of one folder has a lock, even of a process that has ended."""
     names = {Path(path).name for path in paths}
     folder = Path(next(iter(paths))).parent
     return any(Path(_target_of(lock)).name in names for lock in folder.glob("*.lock"))
 
 
 def open_alone(path):
-    """An empty file, open for writing and reading. Another process that writes the same one is waited for."""
+    """Open an empty file for writing and reading. Wait while another process writes it."""
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         with contextlib.suppress(OSError):  # a disk without locks
@@ -202,7 +203,7 @@ def open_alone(path):
 
 
 def _here():
-    """Which process this is, on which machine, since which start of the machine."""
+    """Return which process this is, on which machine, since which start of the machine."""
     boot = _first_line("/proc/sys/kernel/random/boot_id")  # of containers, whose names change, the machine's
     machine = f"{socket.gethostname()} {_first_line('/etc/machine-id')}".strip()
     namespace = ""
@@ -214,14 +215,17 @@ def _here():
 
 
 def _first_line(path):
-    """The first line of a file; "" where there is none."""
+    """Return the first line of a file; "" where there is none."""
     with contextlib.suppress(OSError, UnicodeDecodeError, IndexError):
         return Path(path).read_text().splitlines()[0]
     return ""
 
 
 def _started(process):
-    """What tells a process from a later one of the same number; "" if unknown, None if it is not there."""
+    """Return when a process started, which tells it from a later one of its number.
+
+    "" if that is unknown, None if there is no such process.
+    """
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -236,22 +240,22 @@ def _started(process):
 
 
 def _held(file):
-    """Whether another process holds the system's lock of a file, which otherwise becomes ours; None if the
-    system cannot say.
+    """Return whether another process holds the system's lock of a file; if none does, it becomes ours.
+
+    None if the system cannot say.
     """
     if fcntl is None:
         return None
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # not flock: processes that load images would inherit it
+        # not flock: processes that load images would inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return True if error.errno in HELD else None
     return False
 
 
 def _is_over(content, held):
-    """Whether the process that wrote a lock is known to have ended. held: as the system says of the lock."""
+    """Return whether the process that wrote a lock is known to have ended. held: as `_held` returns it."""
     here = _here()
     same_boot = here["boot"] != "" and content.get("boot") == here["boot"]
     if not same_boot and content.get("machine") != here["machine"]:
@@ -266,7 +270,7 @@ def _is_over(content, held):
 
 
 def _parsed(text):
-    """What a lock says, {} for anything else."""
+    """Return the content of a lock; {} for anything else."""
     try:
         content = json.loads(text)
         files = content["files"]
@@ -283,12 +287,14 @@ def _read(path):
 
 
 def _message(path, content, known):
-    """What to tell a user. known: whether the system says that the process is running."""
+    """Return the line for the user. known: whether the system says that the process is running."""
     who = "another process"
     if content:
         machine = str(content.get("machine")).partition(" ")[0]
-        who = f"{content.get('script')} (process {content.get('process')} on {machine}) since {content.get('since')}"
+        which = f"(process {content.get('process')} on {machine})"
+        who = f"{content.get('script')} {which} since {content.get('since')}"
     end = "wait until it has ended, or end it, then run the same command again"
     if not known:
-        end = f"wait until it has ended, or if it is not running any more, remove {path} and run the same command again"
+        end = f"wait until it has ended, or if it is not running any more, remove {path} "
+        end += "and run the same command again"
     return f"{_target_of(path)} is being made by {who}; {end}"

@@ -1,4 +1,4 @@
-"""Values of records, and how they compare with those of earlier versions.
+"""Records, the json of provenance beside every result, and how they compare with those of earlier versions.
 
 A record says what a result was made from. Where a later version computes a value in another way, a `Digest`
 carries both values, so that results of the earlier version are still recognised.
@@ -18,15 +18,13 @@ from utils.runtime.files import read_array, read_json, save_atomic, save_json
 
 BLOCK = 2**24  # bytes hashed at a time
 THREADS = min(8, os.cpu_count() or 1)  # hashlib lets them run side by side
-METHOD = (
-    1  # raise it when a change of the mathematics changes results: results of another number are made again
-)
+METHOD = 1  # raise it when other mathematics changes results: those of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
 ADDED = ("preprocessing", "tokenizer")  # keys that records of earlier versions do not have
 
 
 class Digest(str):
-    """A value of a record, with the value that earlier versions wrote for the same thing.
+    """A Digest is a value of a record, with the value that earlier versions wrote in its place.
 
     earlier: None where they wrote nothing.
     """
@@ -41,13 +39,13 @@ class Digest(str):
 
 
 def to_json(record):
-    """A record as it is written: the values of earlier versions stand under "earlier"."""
+    """Return a record as it is written: the values of earlier versions stand under "earlier"."""
     earlier = {key: value.earlier for key, value in record.items() if isinstance(value, Digest)}
     return {**record, "earlier": earlier} if earlier else record
 
 
 def from_json(content):
-    """A record as it was before `to_json`."""
+    """Return a record as it was before `to_json`."""
     earlier = content.pop("earlier", None)
     known = earlier if isinstance(earlier, dict) else {}
     digests = {key for key, value in content.items() if key in known and isinstance(value, str)}
@@ -55,7 +53,7 @@ def from_json(content):
 
 
 def like_json(value):
-    """A value as json gives it back, in which a `Digest` stays what it is."""
+    """Return a value as it is after json, but with every `Digest` unchanged."""
     if isinstance(value, Digest):
         return value
     if isinstance(value, dict):
@@ -66,16 +64,12 @@ def like_json(value):
 
 
 def agrees(found, wanted):
-    """Whether a value of a stored record is the wanted one, or the one that an earlier version wrote in its
-    place.
-    """
+    """Return whether a stored value is the wanted one, or the one of an earlier version."""
     return found == wanted or was(found, wanted)
 
 
 def was(found, wanted):
-    """Whether a stored value differs from the wanted one, but is what an earlier version wrote in its
-    place.
-    """
+    """Return whether a stored value differs from the wanted one, but is that of an earlier version."""
     if isinstance(wanted, Digest):
         return found != wanted and found == wanted.earlier
     if isinstance(wanted, dict) and isinstance(found, dict) and found.keys() == wanted.keys():
@@ -90,16 +84,13 @@ def was(found, wanted):
 @functools.cache
 def tell_earlier(folder):
     """Say once for a folder that its results are of an earlier version."""
-    print(
-        f"note: results in {folder} were made by an earlier version, which looked at samples of the weights and at the "
-        "sizes of images; they are compared as they were then, and --overwrite makes them again"
-    )
+    how = "which looked at samples of the weights and at the sizes of images"
+    then = "they are compared as they were then, and --overwrite makes them again"
+    print(f"note: results in {folder} were made by an earlier version, {how}; {then}")
 
 
 def digest_of_parts(parts):
-    """Sixteen hex digits of a list of buffers, in this order: all their bytes. The buffers are hashed side by
-    side.
-    """
+    """Return sixteen hex digits of all bytes of some buffers, in order. They are hashed side by side."""
     with ThreadPoolExecutor(THREADS) as pool:
         return hashlib.sha256("".join(pool.map(_sha256, parts)).encode()).hexdigest()[:16]
 
@@ -109,7 +100,7 @@ def _sha256(part):
 
 
 def digest_of_file(path):
-    """Sixteen hex digits of all bytes of a file."""
+    """Return sixteen hex digits of all bytes of a file."""
     content = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(BLOCK):
@@ -124,14 +115,12 @@ def digests_of_files(paths):
 
 
 def record_path(path):
-    """Where the record of a result lies."""
+    """Return the path of the record of a result."""
     return Path(path).with_suffix(".meta.json")
 
 
 def load_record(path):
-    """How a result was made; {} for one that came without a record. Raises UserError when the record is
-    damaged.
-    """
+    """Read the record of a result; {} where there is none. Raise UserError when it is damaged."""
     fix = f"remove it together with {path} and make both again"
     try:
         record = read_json(record_path(path), "", fix)
@@ -143,14 +132,15 @@ def load_record(path):
 
 
 def complete(record, shape=None, dtype=None):
-    """A record as it is written: with the number of the method and, for an array, its shape and dtype."""
+    """Return a record as it is written: with the method's number and, for an array, shape and dtype."""
     described = {} if shape is None else {"shape": list(shape), "dtype": str(np.dtype(dtype))}
     return like_json({**record, "method_number": METHOD, **described})
 
 
 def is_made(path, record, overwrite=False):
-    """Whether a result is there with this very record (as `complete` gives it), so that it need not be made
-    again.
+    """Return whether a result is there with this very record, so that it need not be made again.
+
+    record: as `complete` returns it.
 
     Raises UserError when it is there with another record: nothing is replaced without --overwrite.
     """
@@ -171,18 +161,15 @@ def is_made(path, record, overwrite=False):
         return False  # of older mathematics
     if differing:
         how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
-        raise UserError(
-            f"{path} is there, made {how}; choose another --output_dir, or add --overwrite to replace it"
-        )
+        fix = "choose another --output_dir, or add --overwrite to replace it"
+        raise UserError(f"{path} is there, made {how}; {fix}")
     if any(was(found.get(key), record[key]) for key in compared):
         tell_earlier(path.parent)
     return True
 
 
 def publish(partial, path, record):
-    """Give a finished file its name, and write its record. A result never stands beside the record of another
-    one.
-    """
+    """Give a finished file its name, and write its record: at no time beside the record of another one."""
     Path(path).unlink(missing_ok=True)
     save_json(record_path(path), to_json(record))
     os.replace(partial, path)
@@ -193,8 +180,8 @@ def save_array(path, array, record):
     if not np.isfinite(array).all():
         raise UserError(f"{path} would hold NaN or infinity; it is not written: look at what it is made from")
     record = complete(record, array.shape, array.dtype)
-    save_atomic(
-        path,
-        lambda file: np.save(file, array, allow_pickle=False),
-        lambda new, path: publish(new, path, record),
-    )
+
+    def write(file):
+        np.save(file, array, allow_pickle=False)
+
+    save_atomic(path, write, lambda new, path: publish(new, path, record))
