@@ -1,3 +1,1 @@
-"""The embedded world: drawn pictures of known truth, a small CLIP trained on them, and the whole method on
-both.
-"""
+"""Draw the embedded world of known truth, train a small CLIP on it, and run the whole method on both."""

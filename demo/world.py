@@ -418,7 +418,7 @@ def parse(text):
 def describe(text, rng, opacity=1.0):
     """Return a scene of which the text is true: first symbol large, second the companion, all else random.
 
-    A text without a symbol gives an empty background.
+    For a text without a symbol it is an empty background.
 
     opacity: opacity of every symbol. Pale symbols make the picture depend on the rest of the text.
     """

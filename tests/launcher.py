@@ -34,23 +34,21 @@ from tests.photos import discs, write_mat, write_photos
 from tests.system import refuse
 
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTS = (
-    "ablation",
-    "gallery.write",
-    "descriptions",
-    "adversarial",
-    "clip",
-    "concepts",
-    "datasets",
-    "effects",
-    "paper.items",
-    "pca",
-    "segmentation",
-    "sparse_coding",
+IMPORTS = (  # of all stages, so that a process forks with them
+    "applications.attack.generators",
+    "applications.attack.judging",
+    "applications.attack.words",
+    "applications.gallery.write",
+    "applications.paper.items",
+    "utils.ablation",
+    "utils.concepts",
+    "utils.evaluation",
+    "utils.neurons",
+    "utils.pca",
+    "utils.segmentation",
+    "utils.top_effects",
 )
-CONTEXT.set_forkserver_preload(
-    ["tests.launcher", *(f"utils.{name}" for name in (*IMPORTS, "top_effects", "visualization"))]
-)
+CONTEXT.set_forkserver_preload(["tests.launcher", *IMPORTS])
 COMMITS = {
     "utils.runtime.passes.COMMIT_SECONDS": 0,
     "utils.runtime.passes.COMMIT_SHARE": 1e9,

@@ -83,7 +83,7 @@ class FirstOrder:
         """Return the `ToOutput` of a batch.
 
         cache: the recorded activations.
-        representation: [B, D], as the model gives it.
+        representation: [B, D], the model's own, not scaled.
         coefficient: the norm that a representation is scaled to.
         """
         self.vit.read_rows(cache)

@@ -38,7 +38,7 @@ class IndirectEffects:
         """Return the loss of the representation, in units of second-order effects, [B, n, D].
 
         cache: the recorded activations.
-        representation: [B, D], as the model gives it.
+        representation: [B, D], the model's own, not scaled.
         coefficient: the norm that a representation is scaled to.
         """
         p, z = (cache[name] for name in self.activations)  # [B, T, N], [B, T, d]

@@ -1,3 +1,1 @@
-"""The gallery of neurons: what a pass over the images collects, the files of the page, and the page
-itself.
-"""
+"""Make the gallery of neurons: look at images, read results, write the page."""

@@ -15,7 +15,7 @@ from utils.statistics import load_classifier
 
 
 class Classes(NamedTuple):
-    """Classes are those of the images of both splits."""
+    """Classes are the classes of the images of both splits."""
 
     classifier: np.ndarray | None  # zero-shot, [D, classes]
     names: list
@@ -52,7 +52,7 @@ class Sources(Inputs):
         self.record = self._record()
 
     def _find_classes(self):
-        """Return the `Classes`: of the zero-shot classifier, or where there is none of all class folders."""
+        """Find the `Classes`: those of the zero-shot classifier, or without one all class folders."""
         dataset = train_set_of(self.args.dataset)
         path = self.inputs.find("classifier", dataset=dataset)
         images = {split: of.images for split, of in self.splits.items()}
@@ -108,7 +108,7 @@ class Sources(Inputs):
         return self.inputs.load("projections", {"images": len(of)}, made_of, **names)
 
     def representations(self):
-        """Read those of the training images that evaluate_descriptions.py has left, a tensor [images, D]."""
+        """Read the representations of the training images, a tensor [images, D]."""
         made_of = {"data": self.train.record["data"]}
         sizes = {"images": len(self.train)}
         return torch.from_numpy(self.inputs.load("representations", sizes, made_of, **self.of(self.train)))

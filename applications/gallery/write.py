@@ -30,8 +30,8 @@ from utils.runtime.records import record_path, to_json
 from utils.runtime.results import text_set
 
 HERE = Path(__file__).parent
-NEURONS = 64  # whose details are in one file
-IMAGES = 256  # whose details are in one file
+NEURONS = 64  # in one file of details
+IMAGES = 256  # in one file of details
 COLUMNS, ROWS = 8, 8  # of a sheet of pictures
 SHOWN = 16  # texts of each side that the search looks at
 BINS = 40
@@ -119,7 +119,7 @@ def write_sheets(folder, split, thumbnails):
 
 
 class Side:
-    """A Side is what the neurons of a layer write, or what they fire on.
+    """A Side is the texts that the neurons of a layer write, or those that they fire on.
 
     descriptions: as `load_descriptions` returns them.
 
@@ -143,9 +143,9 @@ class Side:
 
 
 class Predicted:
-    """Predicted is how well single texts predict the effects of neurons, for the search.
+    """Predicted holds how well single texts predict the effects of neurons, for the search.
 
-    It is measured by correlations over the training images.
+    These are correlations over the training images.
 
     judge: `grading.Judge` of the training images.
     effects: along the components, [images, N].
@@ -175,7 +175,7 @@ class Predicted:
 
 
 class LayerSplit(NamedTuple):
-    """A LayerSplit is what one layer's neurons do on the images of one split."""
+    """A LayerSplit is the effects and maps of one layer's neurons on the images of one split."""
 
     projections: np.ndarray  # effects along the components, [images, N]
     pairs: Pairs
@@ -190,7 +190,7 @@ class LayerSplit(NamedTuple):
 
 @dataclass
 class LayerFiles:
-    """LayerFiles are the data of one layer's neurons, and write its files."""
+    """LayerFiles hold the data of one layer's neurons, and write them into files."""
 
     layer: int
     sides: dict  # {"writes", "fires_on": Side}
@@ -200,8 +200,8 @@ class LayerFiles:
     norm: np.ndarray  # mean norm of the largest effects, [N]
     pcas: np.ndarray  # [N, D]
     classifier: np.ndarray | None  # [D, classes]
-    heads: list  # (layer, head), layer -1 for a pooling attention
-    shares: np.ndarray  # of the variance of the effects that go through the heads, [heads, N]
+    heads: list  # (layer, head), as `heads_after` returns them
+    shares: np.ndarray  # of the effects' variance, by head, [heads, N]
     nearest: list  # as `nearest_neurons` returns them
     splits: dict  # {split: LayerSplit}
     k: int  # number of a neuron's largest effects
@@ -403,7 +403,7 @@ def parquet_columns(of):
 
 
 def about(sources):
-    """Return what all pages need to know."""
+    """Return the facts that all pages need."""
     args = sources.args
     sheet = {"columns": COLUMNS, "rows": ROWS, "size": sources.size}
     return {
@@ -431,7 +431,7 @@ def about(sources):
 
 
 def about_images(sources, split):
-    """Return what all pages need to know about the images of a split."""
+    """Return the facts about the images of a split that all pages need."""
     images = sources.splits[split].images
     found = {"count": len(images), "dataset": images.dataset, "labels": sources.classes.labels[split]}
     found["files"] = None
@@ -499,7 +499,7 @@ def write_gallery(gallery, sources):
 
 
 def copy_others(gallery, folder):
-    """Copy from an earlier gallery what is none of ours."""
+    """Copy files of others from an earlier gallery into the new folder."""
     for path in gallery.iterdir():
         if path.name not in OURS:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
