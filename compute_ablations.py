@@ -1,7 +1,7 @@
 """Mean-ablation of second-order effects on held-out images: five accuracies for every layer.
 
-    python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
-        --mlp_layer 9
+    python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --data_path PATH --mlp_layer 9
 
 Reads mean, norms and first components of the train split (of --train_dataset; for --dataset imagenet_r that
 of imagenet) and the classifier. Writes  DATASET_SPLIT_ablations_MODEL_PRETRAINED_LAYERS_K.json, the

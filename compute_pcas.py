@@ -1,7 +1,7 @@
 """The main direction of every neuron's second-order effects, and the statistics that later stages need.
 
-    python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layer 9 --top_k_pca
-        100
+    python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --mlp_layer 9 --top_k_pca 100
 
 Reads the effects of the train split, factorised or merged. Writes
 DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...

@@ -1,7 +1,7 @@
 """Second-order effects of all neurons of one or several MLP layers, in one pass over the images, or two.
 
-    python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet
-        --data_path PATH \\ --split train --mlp_layer 9
+    python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --data_path PATH --split train --mlp_layer 9
 
 Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_...
     coefficients.npy [images, K, N]   bias.npy [images, D]   values.npy [K, N, e]   outputs.npy [K, e, D]

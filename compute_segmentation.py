@@ -1,7 +1,7 @@
 """Zero-shot segmentation by the neurons that matter for an image's class, scored on ImageNet-Segmentation.
 
-    python compute_segmentation.py --model ViT-B-32 --pretrained openai --data_path gtsegs_ijcv.mat
-        --mlp_layers 8 9 10
+    python compute_segmentation.py --model ViT-B-32 --pretrained openai \\
+        --data_path gtsegs_ijcv.mat --mlp_layers 8 9 10
 
 Reads the first components of --dataset (compute_pcas.py, for all --mlp_layers) and its classifier. Writes
 FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...

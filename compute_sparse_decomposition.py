@@ -1,8 +1,8 @@
 """Sparse text descriptions of neurons: orthogonal matching pursuit of every first component over a pool of
 texts.
 
-    python compute_sparse_decomposition.py --model ViT-B-32 --pretrained openai --dataset imagenet --mlp_layer
-        9 \\ --text_descriptions 30k --components 128 [--evaluate --data_path PATH]
+    python compute_sparse_decomposition.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --mlp_layer 9 --text_descriptions 30k --components 128 [--evaluate --data_path PATH]
 
 Writes  DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_decomposition_omp_ALPHA_COMPONENTS
     .json   {neuron: [[text index, coefficient, text], ...]}, by falling |coefficient|

@@ -1,8 +1,8 @@
 """Descriptions graded: what every neuron writes and what it fires on, and how well that predicts its effects
 on held-out images.
 
-    python evaluate_descriptions.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
-        --mlp_layer 9 \\ --text_descriptions 30k --components 128
+    python evaluate_descriptions.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
 
 What a neuron writes is the decomposition of compute_sparse_decomposition.py. What it fires on are as many
 signed texts of the same pool, pursued so that their similarities with the training images predict the

@@ -1,7 +1,7 @@
 """Make a page of all neurons of some layers: what each writes and fires on, its top pictures, its grades.
 
-    python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
-        --mlp_layer 9 \\ --text_descriptions 30k --components 128
+    python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
+        --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
 
 Reads the results of the stages up to evaluate_descriptions.py, and goes once over the images of both splits.
 Writes the folder --gallery (OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host,

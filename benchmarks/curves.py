@@ -2,7 +2,7 @@
 
 How they grow with the number of texts is in benchmarks/omp.py.
 
-    python -m benchmarks.curves [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048]
+    python -m benchmarks.curves [--images 100 500 1000 5000] [--layers 1 3 6 11] [--neurons 128 512 2048] \\
         [--tmp FOLDER] [--quick]
 
 ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and

@@ -1,6 +1,6 @@
 """Compare compute_pcas.py, on a store of the paper's size, with numpy's SVD on the dense effects.
 
-    python -m benchmarks.pca [--images 5124] [--heads 24] [--neurons 3072] [--sample 8] [--tmp FOLDER]
+    python -m benchmarks.pca [--images 5124] [--heads 24] [--neurons 3072] [--sample 8] [--tmp FOLDER] \\
         [--quick]
 
 A synthetic factorised store (1.5 GB) is streamed to a temporary folder and removed afterwards. The comparison

@@ -1,6 +1,6 @@
 """Time the second-order stage against open_clip's plain forward pass, and against the naive definition.
 
-    python -m benchmarks.second_order [--model ViT-B-32] [--device cpu] [--batch_size 16] [--rounds 15]
+    python -m benchmarks.second_order [--model ViT-B-32] [--device cpu] [--batch_size 16] [--rounds 15] \\
         [--quick]
 
 The same random images go through `encode_image` and through `second_order` for one late layer, three layers
