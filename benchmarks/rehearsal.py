@@ -3,8 +3,8 @@
 The paper's sizes, and a larger model:
 
     python -m benchmarks.rehearsal --mlp_layer all --images 5124 --val_images 5000 --texts 30000
-    python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 --keep top \\
-        --project 5124 5000
+    python -m benchmarks.rehearsal --model ViT-L-14 --mlp_layer all --images 200 --val_images 200 \\
+        --keep top --project 5124 5000
 
 Texts are given random unit vectors, which the matching pursuit does not notice; the text encoder has its own
 benchmark.

@@ -275,7 +275,7 @@ class World:
     def stages(self):
         """{name: (script, flags, constants)} in the README's order; inputs are in `base`."""
         k, layers, reads = ["--top_k_pca", 5], ["--mlp_layer", "all"], ["--input_dir", self.base]
-        effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.BLOCK": 16}
+        effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.PURSUED": 16}
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
         masks = [

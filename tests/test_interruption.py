@@ -120,7 +120,7 @@ def test_kill_9_at_random_moments_changes_nothing(world, name):
     elsewhere.
     """
     kills, rng, moments = KILLS or LONG[name], np.random.default_rng(len(name)), []
-    small = {**COMMITS, "utils.omp.BLOCK": 16}
+    small = {**COMMITS, "utils.omp.PURSUED": 16}
     output = world.root / f"killed_{name}"
     started = time.monotonic()
     whole = world.root / f"timed_{name}"

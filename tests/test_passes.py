@@ -355,9 +355,7 @@ def test_names_are_names_and_no_patterns(tmp_path, name):
             work[path][rows] = np.arange(rows.start, rows.stop)
     with Pass({path: ((9,), "float32")}, {}, PIECES) as work:
         rest = [
-            rows.start
-            for rows in work
-            if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))
+            rows.start for rows in work if not work[path].__setitem__(rows, np.arange(rows.start, rows.stop))
         ]
     assert rest == [4, 6, 8] and np.load(path).tolist() == list(range(9))
     assert {file.name for file in tmp_path.iterdir()} == before | {name, record_path(path).name}

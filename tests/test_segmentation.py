@@ -202,7 +202,7 @@ def activations_of(visual, pixels):
 
 @pytest.mark.parametrize("sign", ["both", "positive"])
 def test_a_map_is_the_mean_over_the_neurons_of_the_images_own_class(clip, pixels, sign, monkeypatch):
-    monkeypatch.setattr(segmentation, "BLOCK", 3)
+    monkeypatch.setattr(segmentation, "RANKED", 3)
     vit = clip.vit
     pcas, classifier = random_inputs(vit)
     flat = torch.from_numpy(np.concatenate(list(pcas.values())))

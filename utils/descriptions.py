@@ -47,7 +47,7 @@ def pursue(paths, atoms, targets, record, overwrite):
     support, coefficients = paths
     shape = (len(targets), record["components"])
     arrays = {support: (shape, "int32"), coefficients: (shape, "float32")}
-    pieces = pieces_of(len(targets), omp.BLOCK, title="OMP", unit="neuron")
+    pieces = pieces_of(len(targets), omp.PURSUED, title="OMP", unit="neuron")
     with Pass(arrays, record, pieces, overwrite=overwrite) as work:
         for n in work:
             found = omp.orthogonal_matching_pursuit(atoms, targets[n], record["components"])

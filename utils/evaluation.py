@@ -275,7 +275,7 @@ def soft_wpmi(path, representations, vectors, effects, record, overwrite=False):
     record: everything they are made from.
     """
     N = effects.shape[1]
-    pieces = pieces_of(len(vectors), grading.TEXTS, title="soft-WPMI", unit="text")
+    pieces = pieces_of(len(vectors), grading.TEXTS_AT_ONCE, title="soft-WPMI", unit="text")
     state = {"score": ((N,), "float64"), "place": ((N,), "int64")}  # place: of the best text, from 1
     with Pass({path: ((N,), "int32")}, record, pieces, state=state, overwrite=overwrite) as work:
         label = work.prepare(grading.SoftWPMI, representations, vectors, effects)

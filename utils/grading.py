@@ -38,7 +38,7 @@ MEASURES = (
     "drop",
 )  # the first two where a truth judges
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
-TEXTS = 1024  # that are worked on together
+TEXTS_AT_ONCE = 1024  # that are worked on together
 
 
 class Judge:
@@ -64,7 +64,7 @@ class Judge:
         self.V = V[:, kept]
         atoms = []
         spreads = []
-        for some in vectors.split(TEXTS):  # float64 for few at a time
+        for some in vectors.split(TEXTS_AT_ONCE):  # float64 for few at a time
             part = some.double() @ self.V * self.singular  # [texts, rank]
             spreads.append(part.norm(dim=1))
             atoms.append((part / spreads[-1].clamp_min(1e-300)[:, None]).float())
@@ -146,7 +146,7 @@ class SoftWPMI:
         self.top = effects.topk(count, dim=0).indices.T  # [N, count]
         rank = torch.arange(count, device=effects.device) / count
         self.weight = WPMI["first"] - rank * (WPMI["first"] - WPMI["last"])
-        parts = [self._scores(part).logsumexp(dim=1) for part in self.vectors.split(TEXTS)]
+        parts = [self._scores(part).logsumexp(dim=1) for part in self.vectors.split(TEXTS_AT_ONCE)]
         self.total = torch.stack(parts).logsumexp(dim=0)[:, None]  # [images, 1]
 
     def _scores(self, vectors):

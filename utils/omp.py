@@ -6,10 +6,10 @@ import torch
 
 from utils.runtime.errors import UserError
 
-BLOCK = 256  # targets that are pursued at a time
+PURSUED = 256  # targets that are pursued at a time
 
 
-def rebuilt_from(support, atoms, targets, block=BLOCK):
+def rebuilt_from(support, atoms, targets, block=PURSUED):
     """Return every target as the best combination of its chosen atoms, [N, D], by least squares in float64.
 
     OMP is nested: when it is asked for m atoms, it chooses the first m columns of a longer support.
@@ -50,7 +50,7 @@ def check_components(n_texts, texts):
         raise UserError(f"--components {n_texts} cannot be chosen from {texts} texts; give 1 to {texts}")
 
 
-def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=BLOCK):
+def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=PURSUED):
     """Run OMP on many targets at once; scikit-learn's SparseCoder("omp") does it one by one.
 
     Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all

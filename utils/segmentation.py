@@ -29,7 +29,7 @@ from utils.runtime.passes import walk
 from utils.runtime.records import complete, save_array
 
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
-BLOCK = 256  # classes whose neurons are ranked at a time
+RANKED = 256  # classes whose neurons are ranked at a time
 # thresholds of the precision/recall curve: a power of two, so that each float32 score has its exact bin
 BINS = 65536
 
@@ -47,7 +47,7 @@ def neurons_of_classes(pcas, classifier, top, sign="both"):
     positive).
     """
     best = []
-    for columns in classifier.split(BLOCK, dim=1):
+    for columns in classifier.split(RANKED, dim=1):
         products = columns.T @ pcas.T  # [block, M N]
         best.append((products.abs() if sign == "both" else products).topk(top, dim=1))
     values, neurons = (torch.cat(parts) for parts in zip(*best, strict=True))

@@ -14,14 +14,14 @@ from utils.norms import CentredNorms
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 
-WEIGHTS = ("values", "outputs")
-FULL = ("bias", *WEIGHTS)  # written with --keep full, besides the large arrays
-TOP = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", *WEIGHTS)  # with --keep top
+WEIGHT_PARTS = ("values", "outputs")
+FULL = ("bias", *WEIGHT_PARTS)  # written with --keep full, besides the large arrays
+TOP = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", *WEIGHT_PARTS)  # with --keep top
 # Sums are int64 multiples of 1/FIXED: integer addition is exact, so the order of batches and the number of
 # processes do not matter.
 FIXED = 2.0**32
 ENTERING = 8192  # effects that are copied into the kept ones at a time
-MERGED = 64  # neurons whose kept effects are merged at a time
+MERGED_AT_ONCE = 64  # neurons whose kept effects are merged at a time
 LAST_IMAGE = 2**32 - 1
 
 
@@ -167,8 +167,8 @@ def write_top(work, tops, results, names):
             paths = {kind: results.path(kind, layer=layer, **names) for kind in TOP}
             work[paths["top_images"]][:] = image_of(np.take_along_axis(keys, order, axis=1))
             work[paths["top_mean"]][:] = top.mean()
-            for start in range(0, len(order), MERGED):
-                n = slice(start, start + MERGED)
+            for start in range(0, len(order), MERGED_AT_ONCE):
+                n = slice(start, start + MERGED_AT_ONCE)
                 # mapped again each time: pages once read would count as this process's
                 kept = work.gather_scratch(f"top{layer}")
                 every = np.concatenate([file[n] for file in kept], axis=1)  # [n, processes k, K]
@@ -183,5 +183,5 @@ def write_weights(work, directions, results, names):
     """
     if is_rank_zero():
         for item in directions:
-            for kind in WEIGHTS:
+            for kind in WEIGHT_PARTS:
                 work[results.path(kind, layer=item.layer, **names)][:] = getattr(item, kind)

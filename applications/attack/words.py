@@ -14,7 +14,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import ROOT, digest, read_json
 from utils.runtime.records import Digest
 
-BLOCK = 256  # words compared with class_0 at a time
+COMPARED = 256  # words compared with class_0 at a time
 BLOCK_LIST = ROOT / "text_descriptions" / "block_list.json"
 PLURALS = (("", "(?:s|es|'s)?"), ("y", "ies"), ("fe", "ves"), ("f", "ves"), ("man", "men"))  # of word ends
 
@@ -180,8 +180,8 @@ def filter_words(candidates, class_0, count, encode, threshold, blocked):
     taken = []
     dropped = []
     of_class = encode([class_0])[0]
-    for start in range(0, len(candidates), BLOCK):
-        block = candidates[start : start + BLOCK]
+    for start in range(0, len(candidates), COMPARED):
+        block = candidates[start : start + COMPARED]
         cosines = (encode([word for word, _ in block]) @ of_class).tolist()
         for (word, score), cosine in zip(block, cosines, strict=True):
             entry = {"word": word, "score": score, "cosine": round(cosine, 4)}

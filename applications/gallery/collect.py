@@ -13,13 +13,13 @@ from utils.data.images import to_pictures
 from utils.norms import CentredNorms
 from utils.prs import second_order
 
-TOP = 8  # images of each sign that a neuron shows
+TOP_PICTURES = 8  # images of each sign that a neuron shows
 ACTIVE = 24  # neurons that an image shows
-WORDS = 12  # words that an image shows
+IMAGE_WORDS = 12  # words that an image shows
 CONCEPTS = ("neurons", "norms", "words", "scores")  # names of arrays that hold them
 
 
-def top_rows(projections, count=TOP):
+def top_rows(projections, count=TOP_PICTURES):
     """Return the images of every neuron's largest and most negative effects along its component.
 
     projections: [images, N].
@@ -97,19 +97,19 @@ class Collector:
     def concepts(self, phi):
         """Return the most active neurons of every image, and its strongest words.
 
-        {"neurons", "norms": [B, ACTIVE], "words", "scores": [B, WORDS]}; words are text indices. Where there
-        are fewer, they are -1 and 0.
+        neurons, norms: [B, ACTIVE]. words, scores: [B, IMAGE_WORDS], text indices and their scores. Where
+        there are fewer, they are -1 and 0.
         """
         found = concepts_of_images(phi, self.centred_norms, self.statistics.thresholds, self.descriptions)
         neurons = np.full((len(found), ACTIVE), -1, np.int32)
-        words = np.full((len(found), WORDS), -1, np.int32)
+        words = np.full((len(found), IMAGE_WORDS), -1, np.int32)
         norms = np.zeros(neurons.shape, np.float32)
         scores = np.zeros(words.shape, np.float32)
         for b, concepts in enumerate(found):
             count = min(ACTIVE, len(concepts.neurons))
             neurons[b, :count] = concepts.neurons[:count]
             norms[b, :count] = concepts.norms[:count]
-            for j, (word, score) in enumerate(concepts.words[:WORDS]):
+            for j, (word, score) in enumerate(concepts.words[:IMAGE_WORDS]):
                 words[b, j] = self.text_ids[word]
                 scores[b, j] = score
         return {"neurons": neurons, "norms": norms, "words": words, "scores": scores}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from applications.gallery.collect import ACTIVE, CONCEPTS, TOP, WORDS, Pairs, top_rows
+from applications.gallery.collect import ACTIVE, CONCEPTS, IMAGE_WORDS, TOP_PICTURES, Pairs, top_rows
 from utils.data.images import train_set_of
 from utils.evaluation import Inputs, digest_of_sides, load_grades
 from utils.norms import groups_of_layers
@@ -94,7 +94,7 @@ class Sources(Inputs):
         looked_at = [self.graded[layer].values, self.explained(layer)]
         for split, of in self.splits.items():
             projections = self.projections(layer, split)
-            top = top_rows(projections, min(TOP, len(of)))
+            top = top_rows(projections, min(TOP_PICTURES, len(of)))
             self.pairs[layer, split] = Pairs(top, len(of))
             looked_at.append(digest(projections))
         with_norms = digest(*looked_at, self.norms(layer))  # earlier versions did not look at them
@@ -138,8 +138,8 @@ class Sources(Inputs):
             "maps": ((len(self.pairs[layer, split].neurons), rows * columns), "float32"),
             "neurons": ((count, ACTIVE), "int32"),
             "norms": ((count, ACTIVE), "float32"),
-            "words": ((count, WORDS), "int32"),
-            "scores": ((count, WORDS), "float32"),
+            "words": ((count, IMAGE_WORDS), "int32"),
+            "scores": ((count, IMAGE_WORDS), "float32"),
         }
         if split == "train":
             specs["heads"] = ((vit.K(layer), vit.N), "float32")

@@ -30,11 +30,11 @@ from utils.runtime.records import record_path, to_json
 from utils.runtime.results import text_set
 
 HERE = Path(__file__).parent
-NEURONS = 64  # in one file of details
-IMAGES = 256  # in one file of details
-COLUMNS, ROWS = 8, 8  # of a sheet of pictures
-SHOWN = 16  # texts of each side that the search looks at
-BINS = 40
+NEURONS_A_FILE = 64  # in one file of details
+IMAGES_A_FILE = 256  # in one file of details
+SHEET_COLUMNS, SHEET_ROWS = 8, 8  # of a sheet of pictures
+SEARCHED = 16  # texts of each side that the search looks at
+HISTOGRAM_BINS = 40
 NEAREST, CLASSES, HEADS = 8, 8, 8  # that a neuron's page shows
 FIRING = 8  # neurons that the search knows of every text, besides those whose cards show it
 OURS = (
@@ -99,19 +99,19 @@ def write_page(folder, title):
 
 
 def write_sheets(folder, split, thumbnails):
-    """Write the pictures of a split in sheets, `COLUMNS` times `ROWS` in each.
+    """Write the pictures of a split in sheets, `SHEET_COLUMNS` times `SHEET_ROWS` in each.
 
     thumbnails: uint8 [images, size, size, 3].
     """
     folder.mkdir(exist_ok=True)
-    per_sheet = COLUMNS * ROWS
+    per_sheet = SHEET_COLUMNS * SHEET_ROWS
     size = thumbnails.shape[1]
     for number, first in enumerate(range(0, len(thumbnails), per_sheet)):
         part = thumbnails[first : first + per_sheet]
         filled = np.zeros((per_sheet, size, size, 3), np.uint8)
         filled[: len(part)] = part
-        sheet = filled.reshape(ROWS, COLUMNS, size, size, 3).transpose(0, 2, 1, 3, 4)
-        picture = Image.fromarray(sheet.reshape(ROWS * size, COLUMNS * size, 3))
+        sheet = filled.reshape(SHEET_ROWS, SHEET_COLUMNS, size, size, 3).transpose(0, 2, 1, 3, 4)
+        picture = Image.fromarray(sheet.reshape(SHEET_ROWS * size, SHEET_COLUMNS * size, 3))
         picture.save(folder / f"{split}_{number}.jpg", quality=80)
 
 
@@ -134,8 +134,8 @@ class Side:
             self.entries.append([[i, c] for (i, _, _), c in zip(of, coefficients, strict=True)])
 
     def strongest(self):
-        """Return the first SHOWN texts of every neuron, in columns for the grid."""
-        filled = [(of + [[-1, 0]] * SHOWN)[:SHOWN] for of in self.entries]
+        """Return the first SEARCHED texts of every neuron, in columns for the grid."""
+        filled = [(of + [[-1, 0]] * SEARCHED)[:SEARCHED] for of in self.entries]
         return {
             "texts": [i for of in filled for i, _ in of],
             "coefficients": [c for of in filled for _, c in of],
@@ -158,7 +158,9 @@ class Predicted:
     def index(self):
         """Return the neurons whose effects every text predicts best, and the correlations, scaled to 127."""
         count = min(FIRING, len(self.targets))
-        parts = [(atoms @ self.targets.T).topk(count, dim=1) for atoms in self.atoms.split(grading.TEXTS)]
+        parts = [
+            (atoms @ self.targets.T).topk(count, dim=1) for atoms in self.atoms.split(grading.TEXTS_AT_ONCE)
+        ]
         values, neurons = (torch.cat([part[i] for part in parts]).cpu().numpy() for i in range(2))
         correlations = packed(np.round(127 * values).astype(np.int8))
         return {"count": count, "neurons": packed(neurons.astype("<u2")), "correlations": correlations}
@@ -232,15 +234,15 @@ class LayerFiles:
             values = np.round(127 * self.along_classes / scale).astype(np.int8).T
             content = {"scale": short(scale), "values": packed(values)}
             save_script(folder / "classes.js", f"classes {self.layer}", content)
-        for number, first in enumerate(range(0, self.N, NEURONS)):
-            details = [self.detail(n) for n in range(first, min(first + NEURONS, self.N))]
+        for number, first in enumerate(range(0, self.N, NEURONS_A_FILE)):
+            details = [self.detail(n) for n in range(first, min(first + NEURONS_A_FILE, self.N))]
             content = {"first": first, "neurons": details}
             save_script(folder / f"neurons_{number}.js", f"neurons {self.layer} {number}", content)
 
     def grid(self):
         """Return the columns of all neurons that the grid shows."""
         sides = {name: side.strongest() for name, side in self.sides.items()}
-        texts = np.reshape(sides["fires_on"]["texts"], (self.N, SHOWN))
+        texts = np.reshape(sides["fires_on"]["texts"], (self.N, SEARCHED))
         sides["fires_on"]["correlations"] = short(self.predicted.of(texts).ravel(), digits=2)
         train = self.splits["train"]
         rows = train.pairs.top[0][:, :4]
@@ -251,7 +253,7 @@ class LayerFiles:
             "explained": short(self.explained),
             "norm": short(self.norm),
             "grades": {row: short(self.graded.of(row, "pearson_without")) for row in self.sides},
-            "shown": SHOWN,
+            "shown": SEARCHED,
             **sides,
             "pictures": {"split": "train", "rows": top.ravel().tolist()},
         }
@@ -296,7 +298,7 @@ class LayerFiles:
         edges = [low, max(high, low + 1e-6)]
         found = {"edges": short(edges)}
         for split, column in columns.items():
-            counts, _ = np.histogram(column, BINS, range=edges)
+            counts, _ = np.histogram(column, HISTOGRAM_BINS, range=edges)
             found[split] = counts.tolist()
         return found
 
@@ -352,9 +354,9 @@ def write_images(folder, layer, split, found):
     """
     sides = {"neurons": (found["neurons"], found["norms"]), "words": (found["words"], found["scores"])}
     count = len(found["neurons"])
-    for number, first in enumerate(range(0, count, IMAGES)):
+    for number, first in enumerate(range(0, count, IMAGES_A_FILE)):
         images = []
-        for i in range(first, min(first + IMAGES, count)):
+        for i in range(first, min(first + IMAGES_A_FILE, count)):
             image = {}
             for name, (ids, values) in sides.items():
                 there = ids[i] >= 0
@@ -405,15 +407,15 @@ def parquet_columns(of):
 def about(sources):
     """Return the facts that all pages need."""
     args = sources.args
-    sheet = {"columns": COLUMNS, "rows": ROWS, "size": sources.size}
+    sheet = {"columns": SHEET_COLUMNS, "rows": SHEET_ROWS, "size": sources.size}
     return {
         "model": sources.clip.record["model"],
         "pretrained": sources.clip.record["pretrained"],
         "dataset": args.dataset,
         "layers": sources.layers,
         "neurons": sources.clip.vit.N,
-        "neuron_chunk": NEURONS,
-        "image_chunk": IMAGES,
+        "neuron_chunk": NEURONS_A_FILE,
+        "image_chunk": IMAGES_A_FILE,
         "grid": list(sources.clip.vit.grid),
         "sheet": sheet if sources.size else None,
         "splits": {split: about_images(sources, split) for split in sources.splits},

@@ -21,10 +21,13 @@ from utils.omp import orthogonal_matching_pursuit
 from utils.pca import principal_directions
 from utils.runtime.files import save_json
 
-PUBLISHED = {"second_order": (5.3, 22.7, 8.0, 5.7, 7.0), "similar": (1.0, 3.3, 5.0, 0.0, 1.3)}  # of TASKS
+PUBLISHED_RATES = {
+    "second_order": (5.3, 22.7, 8.0, 5.7, 7.0),
+    "similar": (1.0, 3.3, 5.0, 0.0, 1.3),
+}  # of TASKS
 MODELS = ("text_model", "image_model", "similarity_model", "cosim_similarity", "image_options")
 DRAWING = "it needs a drawing model: --image_model (and --text_model, --similarity_model)"
-ROWS = 4  # pairs of classes in Fig. 6
+PAIRS_SHOWN = 4  # pairs of classes in Fig. 6
 PICTURES = 5  # of each
 
 
@@ -49,7 +52,7 @@ def table3(paper):
     for source, title in sources_of(paper).items():
         rows += rows_of_source(paper, source, title, measured[source], chance)
     shown = [(classes, runs[0]) for classes, runs in zip(paper.tasks, measured["second_order"], strict=True)]
-    plot_attacks([attributions(paper, *attack) for attack in shown[:ROWS]], paper.picture("fig6"))
+    plot_attacks([attributions(paper, *attack) for attack in shown[:PAIRS_SHOWN]], paper.picture("fig6"))
     return rows, [paper.picture("fig6")]
 
 
@@ -104,8 +107,8 @@ def rows_of_source(paper, source, title, measured, chance):
 
 def published_rate(source, task):
     """Return the paper's share of a task of Table 3, None where it has none."""
-    if source in PUBLISHED and task in TASKS:
-        return PUBLISHED[source][TASKS.index(task)]
+    if source in PUBLISHED_RATES and task in TASKS:
+        return PUBLISHED_RATES[source][TASKS.index(task)]
     return None
 
 
@@ -174,7 +177,7 @@ def indirect_neurons(paper):
 def components_of_indirect(paper, layer):
     """Return the first components of the largest indirect effects of drawn neurons, [n, D]."""
     _, effects = paper.drawn(layer)
-    indirect = np.array(effects[:, measures.EFFECTS.index("indirect")])
+    indirect = np.array(effects[:, measures.KINDS.index("indirect")])
     centred = torch.from_numpy(indirect).transpose(0, 1)  # [n, images, D]
     centred = centred - centred.mean(dim=1, keepdim=True)
     k = min(paper.args.top_k_pca, centred.shape[1])

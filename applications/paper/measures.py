@@ -15,7 +15,7 @@ from utils.prs import COEFFICIENT, SecondOrder, fold, second_order
 from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass
 
-EFFECTS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons, in this order
+KINDS = ("direct", "second-order", "indirect", "deleted")  # of drawn neurons, in this order
 
 
 def scaled(representation):
@@ -131,7 +131,7 @@ def drawn(total, count, seed=0):
 
 @torch.inference_mode()
 def drawn_effects(clip, split, path, layer, mean_p, neurons, overwrite=False):
-    """Compute the effects of drawn neurons of a layer, float32 [images, 4, n, D], by EFFECTS.
+    """Compute the effects of drawn neurons of a layer, float32 [images, 4, n, D], by KINDS.
 
     The forward passes are always in float32: the effect of one neuron is smaller than bfloat16 rounding.
 
@@ -145,7 +145,7 @@ def drawn_effects(clip, split, path, layer, mean_p, neurons, overwrite=False):
     record = {key: value for key, value in clip.record.items() if key != "precision"}
     record |= {**split.record, "layer": layer, "neurons": [int(n) for n in neurons]}
     record["average"] = digest(mean_p)
-    arrays = {path: ((len(split), len(EFFECTS), len(neurons), vit.D), "float32")}
+    arrays = {path: ((len(split), len(KINDS), len(neurons), vit.D), "float32")}
     with Pass(arrays, record, split, overwrite=overwrite) as work:
         effects = work.prepare(DrawnEffects, vit, layer, mean_p, neurons)
         for rows, pixels in work.round(0, f"layer {layer}"):
@@ -154,7 +154,7 @@ def drawn_effects(clip, split, path, layer, mean_p, neurons, overwrite=False):
 
 
 class DrawnEffects:
-    """`DrawnEffects` measures the effects of drawn neurons of a layer in every way of EFFECTS.
+    """`DrawnEffects` measures the effects of drawn neurons of a layer in every way of KINDS.
 
     "deleted" is what the representation loses when the neuron's activations become 0 in the running model;
     "indirect" when they become their mean.

@@ -78,7 +78,7 @@ ABOUT = (
     "The paper's numbers are of ViT-B-32, OpenAI's weights, ImageNet and layer 9. "
     "Differences are shown where ours are, too."
 )
-COLUMNS = ("what", "paper", "ours", "difference", "beside", "n", "note")
+TABLE_COLUMNS = ("what", "paper", "ours", "difference", "beside", "n", "note")
 
 
 def number(value, unit):
@@ -92,7 +92,7 @@ def number(value, unit):
 
 
 def cells(row, comparable=True):
-    """Return a row's cells, in the order of COLUMNS.
+    """Return a row's cells, in the order of TABLE_COLUMNS.
 
     row: a `Row` as a dict.
     comparable: whether model, data and layer are the paper's.
@@ -126,7 +126,7 @@ def write(folder, model, note, items):
     views = views_of(items)
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{digest}'"
-    parts = {"title": title, "lines": lines, "items": views, "columns": COLUMNS}
+    parts = {"title": title, "lines": lines, "items": views, "columns": TABLE_COLUMNS}
     parts |= {"style": Markup(STYLE), "policy": Markup(policy)}
     html = jinja2.Environment(autoescape=True).from_string(TEMPLATE).render(**parts)
     text = markdown(title, lines, views)
@@ -199,7 +199,7 @@ def table_in_markdown(rows):
     """Return the lines of a table, and an empty one; none without rows. rows: lists of cells."""
     if not rows:
         return []
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    lines = [TABLE_COLUMNS, ["---"] * len(TABLE_COLUMNS), *rows]
     lines = [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in lines]
     return [*(f"| {line} |" for line in lines), ""]
 

@@ -61,7 +61,7 @@ def rows_of_drawn(paper):
     k = min(paper.args.top_k_pca, images)
     rows = []
     for kind in ("indirect", "second-order", "direct"):
-        own = np.asarray(effects[:, measures.EFFECTS.index(kind)], np.float64)
+        own = np.asarray(effects[:, measures.KINDS.index(kind)], np.float64)
         if not own.any():  # a tower without direct effects
             continue
         note = "drawn neurons, drawn images"
@@ -367,7 +367,7 @@ def agreements(effects):
 
     Returns {kind: (the correlation of every neuron, that with what deleting the next neuron does)}.
     """
-    *kinds, _ = measures.EFFECTS
+    *kinds, _ = measures.KINDS
     truth = np.asarray(effects[:, len(kinds)])
     found = {}
     for i, kind in enumerate(kinds):

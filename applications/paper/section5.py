@@ -27,8 +27,8 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, read_json, save_atomic, save_json
 from utils.segmentation import METHODS, enlarge, methods_of
 
-SCORES = ("pixel_accuracy", "mIoU", "mAP")
-PUBLISHED = {  # the scores of Table 4
+QUOTED_SCORES = ("pixel_accuracy", "mIoU", "mAP")
+PUBLISHED_SCORES = {  # the scores of Table 4
     "second_order": (78.1, 59.0, 84.9),
     "first_order": (76.5, 58.1, 84.1),
     "attention": (69.6, 49.8, 80.0),
@@ -39,7 +39,7 @@ PUBLISHED = {  # the scores of Table 4
 QUOTED = {"LRP": (62.9, 35.8, 68.5), "partial LRP": (55.0, 35.5, 66.9)}  # rows that are not computed here
 NONE = (None, None, None)
 MAPS = 4  # images of Fig. 7
-REQUEST = (
+TEXTS_REQUEST = (
     'Write {count} short descriptions of different photos that show "{class_name}": '
     "what else is in them, where they were\ntaken, their light and their colours. "
     "Name it in every description. "
@@ -134,13 +134,13 @@ def table4(paper):
     found = {method: json.loads(path.read_text()) for method, path in paths.items()}
     rows = []
     for method, content in found.items():
-        for key, published in zip(SCORES, PUBLISHED.get(method, NONE), strict=True):
+        for key, published in zip(QUOTED_SCORES, PUBLISHED_SCORES.get(method, NONE), strict=True):
             value = content["scores"][key]
             beside = f"random neurons {found['random']['scores'][key]:.1f} %"
             of = {"beside": beside, "n": content["images"]}
             rows.append(Row(f"{method}: {key}", value, published, **of))
     for method, scores in QUOTED.items():
-        for key, score in zip(SCORES, scores, strict=True):
+        for key, score in zip(QUOTED_SCORES, scores, strict=True):
             rows.append(Row(f"{method}: {key}, quoted", None, score, note="not computed here"))
     draw_maps(paper, paths)
     return rows, [paper.picture("fig7")]
@@ -239,7 +239,7 @@ def answers_of(paper, classes):
 def read_request(path):
     """Return the request of `--request`, or ours. Raises UserError when it does not say for which class."""
     if path is None:
-        return REQUEST
+        return TEXTS_REQUEST
     try:
         request = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -429,7 +429,7 @@ class Paper:
     def drawn_on_disk(self, layers):
         """Return how many bytes the effects of drawn neurons of some layers take."""
         drawn = self.args.drawn_images * self.args.drawn_neurons
-        return 4 * len(layers) * drawn * len(measures.EFFECTS) * self.clip.vit.D
+        return 4 * len(layers) * drawn * len(measures.KINDS) * self.clip.vit.D
 
     @functools.cached_property
     def seconds_of_an_image(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 OF_NEURONS = ("second_order", "random")
 OF_CLASSES = ("second_order", "first_order", "gradcam", "chefer")
-WORDS = {  # how the name of a row says that a setting is not the default
+NAME_PARTS = {  # how the name of a row says that a setting is not the default
     "seed": "seed{}".format,
     "neuron_sign": str,
     "class_source": lambda path: Path(path).stem,
@@ -69,7 +69,7 @@ class Row:
         words = [self.method]
         if self.method in OF_NEURONS:
             words += ["-".join(map(str, self.layers)), str(self.top_neurons)]
-        words += [word(getattr(self, key)) for key, word in WORDS.items() if self._changes(key)]
+        words += [word(getattr(self, key)) for key, word in NAME_PARTS.items() if self._changes(key)]
         return "_".join(words)
 
     def flags(self):
@@ -79,7 +79,7 @@ class Row:
         """
         words = []
         for key, value in self.record().items():
-            if key not in WORDS or self._changes(key):
+            if key not in NAME_PARTS or self._changes(key):
                 values = value if isinstance(value, tuple) else [value]
                 words += [f"--{FLAGS.get(key, key)}", *map(str, values)]
         return words

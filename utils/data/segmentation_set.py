@@ -24,7 +24,7 @@ from utils.runtime.records import Digest, digest_of_file
 
 IGNORED = -1  # mask pixels that do not count
 LARGEST = 255  # value of an object or class
-SHOWN = 8  # values in a note, at most
+VALUES_SHOWN = 8  # values in a note, at most
 FEW = 0.2  # share of masks that may have unknown pixels and no object without a note
 MANY = 64  # different values in one mask; more are no classes
 UNREADABLE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)  # what h5py raises
@@ -126,7 +126,9 @@ class SegmentationSet(Dataset):
         """Print a note where objects have other values than 1. hidden: values above 0 that are unknown."""
         if objects[-1] <= 1:
             return
-        shown = objects if len(objects) <= SHOWN else [*objects[: SHOWN - 1], "...", objects[-1]]
+        shown = (
+            objects if len(objects) <= VALUES_SHOWN else [*objects[: VALUES_SHOWN - 1], "...", objects[-1]]
+        )
         others = f", and {_listed(hidden)} as unknown" if hidden else ""
         print(f"note: masks of {self.path} hold {_listed(shown)}; each of these counts as object{others}")
 

@@ -16,7 +16,7 @@ from utils.model.configs import clip_config, parsed_config
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 
-WEIGHTS = (  # files of a folder that may hold its weights, or say which do
+WEIGHT_FILES = (  # files of a folder that may hold its weights, or say which do
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -78,7 +78,7 @@ def folder_of(name):
 
 def weights_file(folder):
     """Return the file with the weights of a folder, or the index of their shards; None without one."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def load_tokenizer_of(folder):

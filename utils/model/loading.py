@@ -20,7 +20,11 @@ from utils.runtime.files import one_line
 from utils.runtime.results import file_and_key, is_checkpoint_path, model_name
 
 # files of a folder of open_clip's that may hold its weights
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", *hugging_face.WEIGHTS)
+OPEN_CLIPS_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    *hugging_face.WEIGHT_FILES,
+)
 
 
 def create(model, pretrained, image_only):
@@ -57,7 +61,7 @@ def _of_clip_model(name, folder, image_only):
     """Return the model of a `CLIPModel`'s folder, and a function that loads its tokenizer."""
     weights = hugging_face.weights_file(folder)
     if weights is None:
-        files = ", ".join(hugging_face.WEIGHTS)
+        files = ", ".join(hugging_face.WEIGHT_FILES)
         raise UserError(f"--model {name}: {folder} has no weights; put one of {files} there")
     clip = hugging_face.model_of(folder)
     tokenizer = hugging_face.load_tokenizer_of(folder)
@@ -77,9 +81,9 @@ def _of_open_clips_folder(name, image_only):
         if kind:
             what = f"its config.json says model_type {kind!r}, and clip is covered"
         raise UserError(f"{failed}: {what}; give the folder of a CLIP")
-    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    weights = next((folder / file for file in OPEN_CLIPS_WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
-        files = ", ".join(WEIGHTS[:2])
+        files = ", ".join(OPEN_CLIPS_WEIGHTS[:2])
         raise UserError(f"{failed}: it has no weights; put one of {files} there")
     clip = _without_weights(_register_config(str(path)))
     load_weights(clip, weights, image_only)

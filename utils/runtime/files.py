@@ -13,7 +13,7 @@ import numpy as np
 from utils.runtime.errors import UserError
 from utils.runtime.locks import Lock, open_alone
 
-BLOCK = 2**23  # bytes of zeros that are written at a time
+ZEROS = 2**23  # bytes of zeros that are written at a time
 # answers of a disk that cannot do what is asked of it
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 ADVICE = {  # about errors of the system that are none of the disk
@@ -66,8 +66,8 @@ def reserve(file, size):
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-    zeros = memoryview(bytes(BLOCK))
-    for place in range(start, size, BLOCK):
+    zeros = memoryview(bytes(ZEROS))
+    for place in range(start, size, ZEROS):
         file.write(zeros[: size - place])
     file.flush()
 

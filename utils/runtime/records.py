@@ -16,7 +16,7 @@ import numpy as np
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, read_json, save_atomic, save_json
 
-BLOCK = 2**24  # bytes hashed at a time
+HASHED = 2**24  # bytes hashed at a time
 THREADS = min(8, os.cpu_count() or 1)  # hashlib lets them run side by side
 METHOD = 1  # raise it when other mathematics changes results: those of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
@@ -103,7 +103,7 @@ def digest_of_file(path):
     """Return sixteen hex digits of all bytes of a file."""
     content = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
+        while block := file.read(HASHED):
             content.update(block)
     return content.hexdigest()[:16]
 
