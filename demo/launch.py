@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 
+import applications
 import utils
 from demo.layout import ROOT
 
@@ -26,8 +27,10 @@ def load_everything():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if FORK is None:
         return
-    for name in [*(module.name for module in pkgutil.walk_packages(utils.__path__, "utils.")), "demo.world"]:
-        importlib.import_module(name)
+    importlib.import_module("demo.world")
+    for package in (utils, applications):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
 
 def run(words):
