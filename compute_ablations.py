@@ -1,4 +1,4 @@
-"""Mean-ablation of second-order effects on held-out images: five accuracies for every layer.
+"""Put second-order effects at their means and measure what is left: five accuracies for every layer.
 
     python compute_ablations.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --mlp_layer 9
@@ -9,20 +9,14 @@ accuracies in per cent, and beside it the same as .csv, a .png of the bars and .
 layers, 5], the predicted classes.
 """
 
-import numpy as np
-import torch
-
-from utils.ablation import ABLATIONS, Ablations, accuracies, classify
+from utils.ablation import ABLATIONS, Ablations, Trial
 from utils.data.images import train_set_of
 from utils.data.splits import load_split
 from utils.figures import accuracy_table, plot_ablations
 from utils.model.clip import load_clip
-from utils.norms import groups_of_layers
-from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import parse_layers
-from utils.runtime.passes import Pass
 from utils.statistics import load_classifier, load_statistics
 
 
@@ -39,19 +33,12 @@ def main(args):
     made_of = {**clip.record, **split.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() for layer in layers]
-    table = {}
-    for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-        sizes = {"images": len(split), "layers": len(group)}
-        arrays = results.arrays(["predictions"], sizes, layer=group, **names)
-        [path] = arrays
-        with torch.inference_mode(), Pass(arrays, record, split, overwrite=args.overwrite) as work:
-            directions = work.prepare(fold_layers, clip.vit, group)
-            ablations = [Ablations(item, statistics.pop(item.layer)) for item in directions]
-            for rows, pixels in work:
-                work[path][rows] = classify(clip.vit, pixels, ablations, classifier, args.coefficient)
-        del directions, ablations  # room for the next group
-        if distributed.is_rank_zero():
-            table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
+
+    def ablate(directions):
+        return Ablations(directions, statistics.pop(directions.layer))  # the means are not needed again
+
+    trial = Trial(args, clip, results, split, classifier, labels)
+    table = trial.run("predictions", layers, ablate, record, names)
     if distributed.is_rank_zero():
         made_of |= {"layers": layers, "images": len(split)}
         report(results.path("ablations", layer=layers, **names), made_of, table)

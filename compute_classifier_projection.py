@@ -1,4 +1,4 @@
-"""The zero-shot classifier of a data set, over OpenAI's 80 templates.
+"""Make the zero-shot classifier of a data set, over OpenAI's 80 templates.
 
     python compute_classifier_projection.py --model ViT-B-32 --pretrained openai --dataset imagenet
 

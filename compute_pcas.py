@@ -1,4 +1,4 @@
-"""The main direction of every neuron's second-order effects, and the statistics that later stages need.
+"""Find the component of every neuron's second-order effects, and the statistics that later stages need.
 
     python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --mlp_layer 9 --top_k_pca 100

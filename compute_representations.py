@@ -1,4 +1,4 @@
-"""Representations of all images of a data set: the first stage.
+"""Compute the representations of all images of a data set: the first stage.
 
     python compute_representations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
 

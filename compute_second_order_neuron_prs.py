@@ -1,4 +1,4 @@
-"""Second-order effects of all neurons of one or several MLP layers, in one pass over the images, or two.
+"""Compute the second-order effects of all neurons of some MLP layers, in one pass over the images, or two.
 
     python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --split train --mlp_layer 9

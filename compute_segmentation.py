@@ -1,4 +1,4 @@
-"""Zero-shot segmentation by the neurons that matter for an image's class, scored on ImageNet-Segmentation.
+"""Segment images by the neurons that matter for their class, and score it on ImageNet-Segmentation.
 
     python compute_segmentation.py --model ViT-B-32 --pretrained openai \\
         --data_path gtsegs_ijcv.mat --mlp_layers 8 9 10

@@ -1,5 +1,4 @@
-"""Sparse text descriptions of neurons: orthogonal matching pursuit of every first component over a pool of
-texts.
+"""Describe neurons by texts: orthogonal matching pursuit of every component over a text set.
 
     python compute_sparse_decomposition.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --mlp_layer 9 --text_descriptions 30k --components 128 [--evaluate --data_path PATH]
@@ -17,20 +16,17 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from utils.ablation import Rebuilt, accuracies, classify
+from utils.ablation import Rebuilt, Trial
 from utils.data.images import train_set_of
 from utils.data.splits import load_split
 from utils.data.text_sets import load_texts
 from utils.descriptions import describe
 from utils.model.clip import load_clip
-from utils.norms import groups_of_layers
 from utils.omp import make_atoms
-from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import stored_layers
-from utils.runtime.passes import Pass
 from utils.runtime.records import load_record
 from utils.statistics import load_classifier, load_statistics
 
@@ -84,19 +80,13 @@ def evaluate(args, inputs, results, rebuilt, names):
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in layers]
     names = {**names, "dataset": args.dataset}
-    table = {}
-    for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-        sizes = {"images": len(split), "layers": len(group)}
-        arrays = results.arrays(["evaluated"], sizes, layer=group, **names)
-        [path] = arrays
-        with torch.inference_mode(), Pass(arrays, record, split, overwrite=args.overwrite) as work:
-            directions = work.prepare(fold_layers, clip.vit, group)
-            vectors = {layer: torch.from_numpy(rebuilt[layer]).to(clip.device) for layer in group}
-            ablations = [Rebuilt(of, statistics[of.layer].mean, vectors[of.layer]) for of in directions]
-            for rows, pixels in work:
-                work[path][rows] = classify(clip.vit, pixels, ablations, classifier, args.coefficient)
-        if distributed.is_rank_zero():
-            table |= dict(zip(map(str, group), accuracies(np.load(path), labels), strict=True))
+
+    def ablate(directions):
+        vectors = torch.from_numpy(rebuilt[directions.layer]).to(clip.device)
+        return Rebuilt(directions, statistics[directions.layer].mean, vectors)
+
+    trial = Trial(args, clip, results, split, classifier, labels)
+    table = trial.run("evaluated", layers, ablate, record, names)
     if distributed.is_rank_zero():
         table = {layer: accuracy for layer, [accuracy] in table.items()}
         path = results.path("evaluation", layer=layers, **names)

@@ -1,4 +1,4 @@
-"""Text vectors of a set of texts: the pool from which neurons are described.
+"""Embed a text set, the candidate texts from which neurons are described.
 
     python compute_text_set_projection.py --model ViT-B-32 --pretrained openai --text_descriptions 30k
 

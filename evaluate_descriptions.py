@@ -1,5 +1,4 @@
-"""Descriptions graded: what every neuron writes and what it fires on, and how well that predicts its effects
-on held-out images.
+"""Grade descriptions: how well the texts that a neuron writes or fires on predict its effects on new images.
 
     python evaluate_descriptions.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
@@ -19,27 +18,15 @@ With --truth TRAIN.npy HELD_OUT.npy [images, texts], texts are judged by what is
 similarity.
 """
 
-import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
-from utils.evaluation import (
-    Evaluation,
-    Graded,
-    finish,
-    fit,
-    grade_neurons,
-    judge_of,
-    plan_effects,
-    plan_grades,
-    report,
-    to_grade,
-)
+from utils.evaluation import Evaluation, fit, grade, judge_of, plan_effects, report, to_grade
 from utils.grading import Along
 from utils.norms import groups_of_layers
 from utils.prs import fold_layers, second_order
 from utils.runtime import distributed, flags
-from utils.runtime.passes import Pass, pieces_of
+from utils.runtime.passes import Pass
 
 
 def main(args):
@@ -70,14 +57,13 @@ def look(stage, split, layers, described=()):
     work = Pass(arrays, record, split, alone=alone, overwrite=stage.args.overwrite)
     with torch.inference_mode(), work:
         folded = work.prepare(fold_layers, stage.clip.vit, layers)
-        statistics = [stage.statistics[item.layer] for item in folded]
-        components = [Rebuilt(item, of.mean, of.pcas) for item, of in zip(folded, statistics, strict=True)]
-        directions = {
-            item.layer: described[item.layer].directions for item in folded if item.layer in described
-        }
-        along = {
-            item.layer: Along(item, directions[item.layer]) for item in folded if item.layer in described
-        }
+        components = []
+        along = {}
+        for item in folded:
+            statistics = stage.statistics[item.layer]
+            components.append(Rebuilt(item, statistics.mean, statistics.pcas))
+            if item.layer in described:
+                along[item.layer] = Along(item, described[item.layer].directions)
         for rows, pixels in work:
             representation, effects = second_order(stage.clip.vit, pixels, folded, stage.args.coefficient)
             unit = torch.nn.functional.normalize(representation, dim=-1)
@@ -87,21 +73,6 @@ def look(stage, split, layers, described=()):
                 work[stage.path("projections", split, layer=layer)][rows] = component.projections(phi)
                 if layer in along:
                     work[stage.path("along", split, layer=layer)][rows] = along[layer](phi)
-
-
-def grade(stage, layer, described):
-    """Grade a layer's neurons, write the files, and return the `Graded`."""
-    arrays, record = plan_grades(stage, layer, described)
-    [path] = arrays
-    size = max(16, min(256, 2**18 // len(stage.held_out)))
-    neurons = pieces_of(stage.clip.vit.N, size, title=f"grades of layer {layer}", unit="neuron")
-    with Pass(arrays, record, neurons, overwrite=stage.args.overwrite) as work:
-        for n in work:
-            work[path][n] = grade_neurons(stage, layer, described, n)
-    graded = Graded(np.load(path), described.directions)
-    if distributed.is_rank_zero():
-        finish(stage, layer, graded)
-    return graded
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Semantic adversarial images: drawn from class_1 and the words of neurons, and taken by CLIP for class_0.
+"""Make semantic adversarial images: drawn from class_1 and words of neurons, taken by CLIP for class_0.
 
     python generate_adversarial_images.py --model ViT-B-32 --pretrained openai --class_0 "vacuum cleaner" \\
         --class_1 cat --mlp_layers 8 9 10 --neurons_num 100 --text_descriptions 30k --dataset_path PICTURES

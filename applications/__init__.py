@@ -1,3 +1,1 @@
-"""What is built on `utils` and used by one script each. Only `paper` imports another application,
-`attack`.
-"""
+"""Applications are built on `utils`, for one script each. Only `paper` imports another one, `attack`."""

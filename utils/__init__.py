@@ -1,1 +1,1 @@
-"""The second-order lens: everything the stage scripts share."""
+"""The second-order lens is what the stage scripts share: the method, flat, and its wings."""

@@ -1,10 +1,19 @@
-"""Mean-ablation of second-order effects (section 4.2 of the paper)."""
+"""Ablate second-order effects: put them at their means, and see what is left (section 4.2 of the paper)."""
 
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from utils.norms import CentredNorms, blocks_of
-from utils.prs import COEFFICIENT, second_order
+from utils.data.splits import Split
+from utils.model.clip import Clip
+from utils.norms import CentredNorms, blocks_of, groups_of_layers
+from utils.prs import COEFFICIENT, fold_layers, second_order
+from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
+from utils.runtime.passes import Pass
+from utils.runtime.results import Results
 
 ABLATIONS = (
     "baseline",
@@ -127,3 +136,52 @@ def accuracies(predictions, labels):
     predictions: [images, layers, V]. labels: [images].
     """
     return (100 * (predictions == labels[:, None, None]).mean(axis=0)).tolist()
+
+
+@dataclass
+class Trial:
+    """A Trial asks a zero-shot classifier about the ablated representations of a split.
+
+    args: the flags coefficient, memory and overwrite.
+    clip: the loaded `Clip`.
+    results: `Results` of the folder that is written.
+    split: `Split` of the images.
+    classifier, labels: as `utils.statistics.load_classifier` returns them.
+    """
+
+    args: argparse.Namespace
+    clip: Clip
+    results: Results
+    split: Split
+    classifier: torch.Tensor
+    labels: np.ndarray
+
+    def run(self, kind, layers, ablate, record, names):
+        """Predict the classes, and return {layer: V accuracies in per cent}; {} where this is not rank 0.
+
+        kind: of the array of predicted classes.
+        layers: MLP layers, divided into groups that share one pass.
+        ablate: a function from `Directions` to `Ablations` or `Rebuilt`.
+        record: everything that the predictions are made from.
+        names: fields of file names, besides the layers.
+        """
+        table = {}
+        for group in groups_of_layers(self.clip.vit, layers, self.args.memory * 1e9):
+            predictions = self._predict(kind, group, ablate, record, names)
+            if is_rank_zero():
+                found = accuracies(np.load(predictions), self.labels)
+                table |= dict(zip(map(str, group), found, strict=True))
+        return table
+
+    @torch.inference_mode()
+    def _predict(self, kind, layers, ablate, record, names):
+        """Predict the classes for some layers, in one pass; return the path of the array."""
+        sizes = {"images": len(self.split), "layers": len(layers)}
+        arrays = self.results.arrays([kind], sizes, layer=layers, **names)
+        [path] = arrays
+        vit = self.clip.vit
+        with Pass(arrays, record, self.split, overwrite=self.args.overwrite) as work:
+            ablations = [ablate(item) for item in work.prepare(fold_layers, vit, layers)]
+            for rows, pixels in work:
+                work[path][rows] = classify(vit, pixels, ablations, self.classifier, self.args.coefficient)
+        return path

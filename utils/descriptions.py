@@ -1,4 +1,4 @@
-"""Sparse text descriptions of neurons: how they are made, written and read (section 4.3 of the paper)."""
+"""Make, write and read sparse text descriptions of neurons (section 4.3 of the paper)."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Second-order effects on disk, in three forms, each with a reader.
+"""Read second-order effects from disk, in any of three forms.
 
 Factorised: coefficients [images, K, N], values [K, N, e], outputs [K, e, D], bias [images, D];
     phi[i, n] = sum_k coefficients[i, k, n] values[k, n] @ outputs[k] + bias[i].

@@ -1,4 +1,4 @@
-"""Both descriptions of every neuron: inputs, fits, files and report of evaluate_descriptions.py."""
+"""Fit and grade both descriptions of every neuron: the work of evaluate_descriptions.py."""
 
 import csv
 import io
@@ -352,6 +352,21 @@ def to_grade(stage, described):
         if not all(made) and not stage.truth:
             found[layer] = of
     return found
+
+
+def grade(stage, layer, described):
+    """Grade a layer's neurons on the held-out images, write the files, and return the `Graded`."""
+    arrays, record = plan_grades(stage, layer, described)
+    [path] = arrays
+    size = max(16, min(256, 2**18 // len(stage.held_out)))
+    neurons = pieces_of(stage.clip.vit.N, size, title=f"grades of layer {layer}", unit="neuron")
+    with Pass(arrays, record, neurons, overwrite=stage.args.overwrite) as work:
+        for n in work:
+            work[path][n] = grade_neurons(stage, layer, described, n)
+    graded = Graded(np.load(path), described.directions)
+    if distributed.is_rank_zero():
+        finish(stage, layer, graded)
+    return graded
 
 
 def grade_neurons(stage, layer, described, n):

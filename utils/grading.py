@@ -1,4 +1,4 @@
-"""Grades of descriptions on held-out images: how far the texts that a neuron writes or fires on are right.
+"""Grade descriptions: how well the texts that a neuron writes or fires on predict its held-out effects.
 
 A description is a sparse signed sum of texts. It predicts a neuron's effect on an image by the same sum of
 the texts' presences there. A judge says how present a text is: the model, by the similarity of image and text

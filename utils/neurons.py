@@ -1,4 +1,4 @@
-"""One layer's neurons to look at, as the notebooks show them, from the files of the stages."""
+"""Look at one layer's neurons, as the notebooks do, from the files of the stages."""
 
 import numpy as np
 import torch

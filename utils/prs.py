@@ -1,4 +1,4 @@
-"""The projected residual stream: second-order effects of MLP neurons (eq. 5 and 11 of the paper).
+"""Compute second-order effects, the projected residual stream of MLP neurons (eq. 5 and 11 of the paper).
 
 phi_n(I) is what neuron n of MLP layer m adds to the representation of image I through the attention of later
 layers, straight to the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). That

@@ -1,4 +1,4 @@
-"""Results that later stages read to ablate or grade: statistics of effects, and the zero-shot classifier."""
+"""Read the results that ablations and grades need: statistics of effects, and the zero-shot classifier."""
 
 from typing import NamedTuple
 

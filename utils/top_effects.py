@@ -1,4 +1,4 @@
-"""Second-order effects of many layers without storing all of them: only each neuron's largest ones stay.
+"""Keep only each neuron's largest effects, of many layers, without storing all of them.
 
 This is `--keep top`. `compute_pcas.py` needs every neuron's mean effect, the centred norm of every effect,
 and the k largest centred effects. Two passes over the images give these. The first sums the coefficients. The

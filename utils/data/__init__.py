@@ -1,1 +1,1 @@
-"""What stages read: images, segmentation sets, text sets."""
+"""The data wing reads what stages look at: images, segmentation sets, text sets."""

@@ -1,4 +1,4 @@
-"""What a stage goes over: images, and how they are read in batches."""
+"""Read images in batches: a `Split` is everything that a pass needs to go over them."""
 
 import gc
 import re

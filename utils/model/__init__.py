@@ -1,1 +1,1 @@
-"""The image and text towers of a CLIP: hooks, weights, checkpoints, preprocessing, vectors of texts."""
+"""The model wing has the towers of a CLIP: hooks, weights, checkpoints, preprocessing, text vectors."""

@@ -1,4 +1,4 @@
-"""What attention and LayerNorms compute, from their weights and inputs. Letters as in `utils.prs`."""
+"""Compute attention and LayerNorms from their weights and inputs. Letters as in `utils.prs`."""
 
 import torch
 from torch import einsum

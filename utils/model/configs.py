@@ -1,4 +1,4 @@
-"""Configs beside weights: open_clip's, and those of the transformers library's `CLIPModel`."""
+"""Read the configs beside weights: open_clip's, and those of the transformers library's `CLIPModel`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""HookedViT: watch or change an image tower while it runs, and leave no trace. Letters as in `utils.prs`."""
+"""Watch or change an image tower while it runs, and leave no trace. Letters as in `utils.prs`."""
 
 import fnmatch
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A `CLIPModel` of the transformers library in open_clip's form: its folder, shape and names of weights."""
+"""Read a `CLIPModel` of the transformers library: its folder, its shape and the names of its weights."""
 
 import re
 from dataclasses import asdict

@@ -1,5 +1,4 @@
-"""How the output of an image tower is read from its tokens: one class for each kind. Letters as in
-`utils.prs`.
+"""Read the output of an image tower from its tokens: one class for each kind. Letters as in `utils.prs`.
 
 A neuron acts on the output through the attentions that come after its MLP. A pooling attention counts as that
 of layer L, and effects go through it alone.

@@ -1,4 +1,4 @@
-"""The preprocessing of a model: the steps from a picture to pixels, and the source that says so.
+"""Choose the preprocessing of a model: the steps from a picture to pixels, and the source that says so.
 
 `choose` decides for every way in which a model may be given. It uses a config whole, or refuses it.
 """

@@ -1,5 +1,7 @@
-"""Text and class embeddings. Texts are sorted by length and each batch is cut to its longest, because
-`encode_text` mostly computes padding.
+"""Embed texts and classes.
+
+Texts are sorted by length and each batch is cut to its longest, because `encode_text` mostly computes
+padding.
 """
 
 import numpy as np

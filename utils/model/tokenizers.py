@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder. Its files are data: no code that a folder holds is run."""
+"""Read the tokenizer of a Hugging Face folder. Its files are data: no code that a folder holds is run."""
 
 import hashlib
 import json

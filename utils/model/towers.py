@@ -1,6 +1,4 @@
-"""Image towers in one form: open_clip's own ViT, and timm's with their own parameters under open_clip's
-names.
-"""
+"""Bring image towers into one form: open_clip's ViT, and timm's own parameters under open_clip's names."""
 
 import timm.models.vision_transformer as timm_vit
 import torch

@@ -1,4 +1,4 @@
-"""The weights that effects are folded from, in float64. Letters as in `utils.prs`.
+"""Read the weights that effects are folded from, in float64. Letters as in `utils.prs`.
 
 Each function takes a `HookedViT` and is also a method of it.
 """

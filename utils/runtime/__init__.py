@@ -1,4 +1,4 @@
-"""The machinery of the stages: flags, names of files, resumable passes, processes.
+"""The runtime wing is the machinery of the stages: flags, names of files, resumable passes, processes.
 
 Only artifacts.py, flags.py and layers.py know what the stages are about. Nothing here imports the rest of
 `utils`.

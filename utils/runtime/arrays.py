@@ -1,4 +1,4 @@
-"""Arrays of a `Pass` on disk: written in pieces by a thread, whole or not at all, without NaN or infinity."""
+"""Write the arrays of a `Pass` in pieces, by a thread: whole or not at all, without NaN or infinity."""
 
 import contextlib
 import mmap

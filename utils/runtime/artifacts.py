@@ -1,4 +1,4 @@
-"""The table of results: how each is called, its shape, and which command makes it."""
+"""The table of results says how each is called, its shape, and which command makes it."""
 
 from typing import NamedTuple
 

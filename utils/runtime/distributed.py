@@ -1,4 +1,4 @@
-"""Processes of torchrun: which one this is, its share of the work, and waiting for the others.
+"""Share work among the processes of torchrun: which one this is, its part, and waiting for the others.
 
     torchrun --nproc_per_node=2 compute_representations.py ...
 

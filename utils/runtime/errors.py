@@ -1,4 +1,4 @@
-"""The one exception that a user sees."""
+"""Define the one exception that a user sees."""
 
 
 class UserError(Exception):

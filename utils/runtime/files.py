@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading what others wrote."""
+"""Write files that appear whole or not at all, and read files of others."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The flags that the scripts share, and the frame in which every script runs."""
+"""Define the flags that the scripts share, and the frame in which every script runs."""
 
 import argparse
 import contextlib

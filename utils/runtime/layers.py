@@ -1,4 +1,4 @@
-"""MLP layers that a flag names."""
+"""Find the MLP layers that a flag names."""
 
 from utils.runtime.errors import UserError
 

@@ -1,4 +1,4 @@
-"""One run at a time for a set of files: a lock that dies with its process.
+"""Let one run at a time make a set of files: a lock that dies with its process.
 
     with Lock(path, files):
         ...

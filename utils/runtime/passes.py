@@ -1,4 +1,4 @@
-"""Long passes over images or neurons: shared by processes, resumed after an interruption, whole files only.
+"""Go over images or neurons in a long pass: shared by processes, resumed when interrupted, whole files only.
 
     with Pass({path: ((len(images), vit.D), "float32")}, record, Split(images)) as work:
         for rows, pixels in work:
@@ -167,7 +167,7 @@ class Pass:
         self._in_turn = False
 
     def _identity(self, record, settings, alone):
-        """Return everything that an interrupted pass must agree with to be resumed, as json has it."""
+        """Return everything that an interrupted pass must agree with to be resumed, as json."""
         found = {key: value for key, value in complete(record).items() if key not in NOTES} | settings
         found["arrays"] = {
             path.name: [list(shape), str(dtype)] for path, (shape, dtype) in self.arrays.items()

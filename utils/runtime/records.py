@@ -1,4 +1,4 @@
-"""Records, the json of provenance beside every result, and how they compare with those of earlier versions.
+"""Write and compare records, the json of provenance beside every result, also those of earlier versions.
 
 A record says what a result was made from. Where a later version computes a value in another way, a `Digest`
 carries both values, so that results of the earlier version are still recognised.

@@ -1,4 +1,4 @@
-"""Results in a folder: their names, the commands that make them, and reading them.
+"""Name the results in a folder, say which command makes them, and read them.
 
 Every array is a plain .npy. Beside `X.npy` lies its record `X.meta.json`: shape, dtype, and everything that
 it was made from. The next stage compares it. A result without a record (made by the published code) is
