@@ -46,7 +46,8 @@ def keep_all(args, vit, layers, split, results, record):
     large = ["coefficients", "merged"] if args.merged else ["coefficients"]
     dtypes = dict.fromkeys(large, args.store_dtype)
     sizes = {"images": len(split)}
-    arrays = results.arrays([*large, *FULL], sizes, dtypes, layers=layers, **split.names)
+    arrays = results.arrays(large, sizes, dtypes, layers=layers, **split.names)
+    arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
     with Pass(arrays, record, split, overwrite=args.overwrite) as work:
         directions = work.prepare(fold_layers, vit, layers)
         for rows, pixels in work:

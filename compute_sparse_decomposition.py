@@ -69,10 +69,12 @@ def evaluate(args, inputs, results, rebuilt, names):
 
     rebuilt: {layer: what the descriptions add up to, [N, D]}. names: of the descriptions' files.
     """
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
-    inputs, results = (of_folder.of(clip, args.coefficient) for of_folder in (inputs, results))
     layers = list(rebuilt)
-    split = load_split(args, clip.transform, data_path=held_out_path(args, inputs, layers[0], names))
+    data_path = held_out_path(args, inputs, layers[0], names)
+    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    inputs = inputs.of(clip, args.coefficient)
+    results = results.of(clip, args.coefficient)
+    split = load_split(args, clip.transform, data_path=data_path)
     classifier, labels = load_classifier(inputs, split.images)
     statistics = load_statistics(inputs, names["dataset"], layers, args.top_k_pca)
     made_of = {**clip.record, **split.record}

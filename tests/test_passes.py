@@ -194,6 +194,16 @@ def test_rows_of_another_precision_are_not_resumed(tmp_path):
         pass
 
 
+def test_progress_that_says_more_than_this_pass_does_is_not_left_behind(tmp_path):
+    """As an earlier version wrote it: a run that started anew would leave its files beside the result."""
+    path = tmp_path / "a.npy"
+    interrupted(path, {"seed": 2}, 2, pieces=pieces_of(9, 2, layers=[8]))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="belongs to a run with other layers"), pass_of(path, {"seed": 2}):
+        pass
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_passes_that_share_an_array_do_not_disturb_each_other(tmp_path):
     """One of layers 8 and 9 is interrupted, one of layer 9 alone is finished, the former is resumed."""
     a, b = tmp_path / "a.npy", tmp_path / "b.npy"

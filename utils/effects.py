@@ -158,7 +158,8 @@ class _Effects:
 
     def again(self):
         """Return the command that makes the effects again."""
-        return f"{self.results.command(self.main, k=self.kept, **self.names)} --overwrite"
+        names = {**self.names, "k": self.kept}
+        return f"{self.results.command(self.main, **names)} --overwrite"
 
     def read_rows(self, take):
         """Copy take(rows of the main array) of all images to the device, in float32, a block at a time."""

@@ -22,6 +22,7 @@ from utils.runtime.files import digest, one_line, read_array, save_atomic, save_
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.records import Digest, agrees, complete, is_made, load_record
+from utils.runtime.results import Arrays
 from utils.statistics import load_statistics
 
 TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
@@ -191,7 +192,8 @@ def plan_effects(stage, split, layers, described=()):
     Returns the arrays, their record, and {path: record} of what some arrays alone are made from.
     """
     vit = stage.clip.vit
-    arrays = {stage.path("representations", split): ((len(split), vit.D), "float32")}
+    arrays = Arrays({stage.path("representations", split): ((len(split), vit.D), "float32")})
+    arrays.settings = {"layers": list(layers)}
     alone = {}
     for layer in layers:
         statistics = {"statistics": stage.statistics[layer].digest()}

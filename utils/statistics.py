@@ -34,7 +34,7 @@ def load_statistics(results, dataset, layers, k):
     """
     found = {}
     for layer in layers:
-        names = {"dataset": dataset, "layer": layer, "k": k}
+        names = {"dataset": dataset, "split": "train", "layer": layer, "k": k}
         norms = results.load("norm", **names)
         pcas = results.load("pca", **names)
         mean = mean_effects(results, **names)

@@ -11,6 +11,7 @@ from utils.evaluation import Inputs, digest_of_sides, load_grades
 from utils.norms import groups_of_layers
 from utils.runtime.files import digest
 from utils.runtime.records import Digest, complete, load_record
+from utils.runtime.results import Arrays
 from utils.statistics import load_classifier
 
 
@@ -149,13 +150,14 @@ class Sources(Inputs):
         """Plan the pass over a split.
 
         Returns
-        arrays: {path: (shape, dtype)}.
+        arrays: `Arrays`.
         record: everything that all of them are made from.
         alone: {path: record} of what some of them are made from besides.
         state: {name of an array: (shape, dtype)} of sums over the training images, for the shares of heads.
         """
         of = self.splits[split]
-        arrays = {}
+        arrays = Arrays()
+        arrays.settings = {"layers": layers}
         alone = {}
         state = {}
         if self.size:

@@ -70,6 +70,8 @@ def pieces_of(rows, size, **options):
 
 def walk(pieces, load=None, title="images", unit="image"):
     """Yield (piece, item), with a progress bar of rows. Parameters: as in `Pieces`."""
+    if not pieces:  # no processes that read images
+        return
     items = load(pieces) if load else [None] * len(pieces)
     count = sum(piece.stop - piece.start for piece in pieces)
     with tqdm(total=count, desc=title, unit=unit, disable=not distributed.is_rank_zero()) as bar:
@@ -273,7 +275,8 @@ class Pass:
         """Raise UserError when an unfinished run of something else has written into the first array."""
         saved = read_progress(path)
         started = self.identity if saved is None else json.loads(str(saved["identity"]))
-        differing = [key for key in self.identity if started.get(key) != self.identity[key]]
+        keys = dict.fromkeys([*self.identity, *started])  # an earlier version may have had others
+        differing = [key for key in keys if started.get(key) != self.identity.get(key)]
         if differing == ["data"] and self._same_rows(saved):
             return
         if differing:

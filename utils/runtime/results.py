@@ -73,7 +73,7 @@ def file_and_key(pretrained):
 class Arrays(dict):
     """Arrays are {path: (shape, dtype)} of results to be made, as a `Pass` takes them.
 
-    settings: {name: value} that an interrupted pass must agree with to be resumed.
+    settings: {flag: value} that an interrupted pass must agree with to be resumed, besides the batch size.
     """
 
     settings = {}
@@ -153,8 +153,10 @@ class Results:
         names: as in `path`.
         """
         found = Arrays()
-        if layers is not None:
-            found.settings = {"layers": list(layers)}
+        several = names.get("layer") if layers is None else layers
+        if isinstance(several, list):
+            top = {"top_k_pca": dict(sizes)["k"]} if "k" in dict(sizes) else {}
+            found.settings = {**top, "layers": several}
         for layer in [None] if layers is None else layers:
             own = names if layer is None else {**names, "layer": layer}
             known = {**self.sizes(layer), **dict(sizes)}
@@ -211,7 +213,7 @@ class Results:
         dtype = np.dtype(ARTIFACTS[kind].dtype)
         if array.dtype.kind not in {"f": "f", "i": "iu"}[dtype.kind]:
             raise UserError(f"{path} holds {array.dtype} and not {dtype}; {again}")
-        known = {**self.sizes(names.get("layer")), **dict(sizes), "k": names.get("k")}
+        known = {"k": names.get("k"), **self.sizes(names.get("layer")), **dict(sizes)}
         check_shape(path, array.shape, ARTIFACTS[kind].shape, known, again)
         self.check_record(path, {**self.expected(kind), **dict(expected)}, again)
         if mmap:
