@@ -24,13 +24,8 @@ from utils.runtime.records import Digest, digest_of_parts, digests_of_files, loa
 # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's
 READ_IMAGES = 512
 SAME = ("fingerprint", "data", "coefficient", "preprocessing", "precision")  # equal in all parts of effects
-OF_ARRAY = (
-    "shape",
-    "dtype",
-    "method_number",
-    "layers",
-    "batch_size",
-)  # keys that do not say what it is made of
+# keys of records that do not say what the array is made of
+OF_ARRAY = ("shape", "dtype", "method_number", "layers", "batch_size")
 FORMS = ("coefficients", "top_coefficients", "merged")
 
 

@@ -30,13 +30,8 @@ SIDES = {  # rows of each side, its own texts first
     "writes": ("writes", "one_written", "direction", "null_writes"),
     "fires_on": ("fires_on", "one_fired_on", "wpmi", "null_fires_on"),
 }
-MEASURES = (
-    "pearson",
-    "auprc",
-    "pearson_without",
-    "auprc_without",
-    "drop",
-)  # the first two where a truth judges
+# where a truth judges, the first two
+MEASURES = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS_AT_ONCE = 1024  # that are worked on together
 

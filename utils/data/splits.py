@@ -66,11 +66,8 @@ def _next(batches):
     """Return the next batch, None after the last. Raise UserError when a reading process has ended."""
     try:
         return next(batches, None)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # the last two, when it dies while it hands a batch over
+    except (RuntimeError, OSError, EOFError) as error:
+        # the last two, when it dies while it hands a batch over
         if isinstance(error, RuntimeError) and not re.search("DataLoader worker|shared memory", str(error)):
             raise
         why = "a process that loads images has ended, for want of memory or of shared memory (/dev/shm)"

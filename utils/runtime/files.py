@@ -141,9 +141,8 @@ def read_array(path, mmap=False):
     try:
         if mmap:
             with contextlib.suppress(OSError):
-                array = np.load(
-                    path, mmap_mode="c", allow_pickle=False
-                )  # private: some network disks map nothing else
+                # private: some network disks map nothing else
+                array = np.load(path, mmap_mode="c", allow_pickle=False)
                 array.flags.writeable = False
                 return array
         return np.load(path, allow_pickle=False)
