@@ -13,7 +13,7 @@ from utils.ablation import ABLATIONS, Ablations, Trial
 from utils.data.images import train_set_of
 from utils.data.splits import load_split
 from utils.figures import accuracy_table, plot_ablations
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import parse_layers
@@ -22,7 +22,7 @@ from utils.statistics import load_classifier, load_statistics
 
 def main(args):
     train = args.train_dataset or train_set_of(args.dataset)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    clip = clip_of(args)
     inputs, results = flags.results_of(args, clip)
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)

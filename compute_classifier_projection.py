@@ -7,7 +7,7 @@ Writes  DATASET_classifier_MODEL_PRETRAINED.npy  [D, classes], unit columns; the
 """
 
 from utils.data.images import classes_of, pairing, train_set_of
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.model.texts import CLASSES, zero_shot_classifier
 from utils.runtime import flags
 from utils.runtime.passes import Pass, pieces_of
@@ -17,7 +17,7 @@ def main(args):
     classes = classes_of(args.dataset, args.data_path, args.split, args.class_names)
     names = classes["class_names"]
     print(f"{args.dataset}: {pairing(**classes)}")
-    clip = load_clip(args.model, args.pretrained, args.device)
+    clip = clip_of(args, texts=True)
     results = flags.outputs_of(args, clip)
     dataset = train_set_of(args.dataset)
     record = {**clip.text_record, "dataset": dataset, **classes}

@@ -9,7 +9,7 @@ Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 tim
 import torch
 
 from utils.data.splits import load_split
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.runtime import distributed, flags
 from utils.runtime.locks import Lock, is_locked
 from utils.runtime.passes import Pass
@@ -17,7 +17,7 @@ from utils.runtime.records import complete, is_made, save_array
 
 
 def main(args):
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    clip = clip_of(args)
     split = load_split(args, clip.transform)
     results = flags.outputs_of(args, clip)
     classes = results.path("classes", **split.names)

@@ -12,7 +12,7 @@ effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[
 """
 
 from utils.data.splits import load_split
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.model.hooks import left_out_note
 from utils.norms import groups_of_layers
 from utils.prs import fold_layers, second_order
@@ -23,7 +23,7 @@ from utils.top_effects import FULL, TOP, Sums, TopK, start_of, write_top, write_
 
 
 def main(args):
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    clip = clip_of(args)
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)
     results = flags.outputs_of(args, clip)

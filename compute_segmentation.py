@@ -18,7 +18,7 @@ from utils.data.segmentation_row import Row
 from utils.data.segmentation_set import SegmentationSet
 from utils.data.splits import Split
 from utils.figures import plot_precision_recall, save_segmentation, segmentation_table
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.model.preprocessing import describe
 from utils.runtime import distributed, flags
 from utils.runtime.files import read_array, whole_folder
@@ -29,7 +29,7 @@ from utils.segmentation import METHODS, Scores, choose_method, row_of, save_scor
 
 def main(args):
     scores = Scores(args.mask_thr, args.thr)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    clip = clip_of(args)
     row = row_of(args, clip.vit)
     data = open_set(args, clip)
     print(f"images of {data.path.stem}: {len(data)}")
@@ -89,19 +89,10 @@ if __name__ == "__main__":
     default = "imagenet_seg/gtsegs_ijcv.mat"
     add("--data_path", "--dataset_path", default=default, help="the file, or its folder")
     add("--image_size", type=flags.positive_int, help="side of the scored maps; default: the model's")
-    add(
-        "--geometry",
-        choices=("paper", "aligned"),
-        default=Row.geometry,
-        help="squash masks, or crop them as images",
-    )
-    add(
-        "--ignore_index",
-        nargs="+",
-        type=int,
-        default=list(Row.ignore_index),
-        help="values of mask pixels that do not count; NaN never does",
-    )
+    help = "squash masks, or crop them as images"
+    add("--geometry", choices=("paper", "aligned"), default=Row.geometry, help=help)
+    help = "values of mask pixels that do not count; NaN never does"
+    add("--ignore_index", nargs="+", type=int, default=list(Row.ignore_index), help=help)
     flags.add_workers(group)
     group = parser.add_argument_group("method")
     add = group.add_argument
@@ -109,36 +100,17 @@ if __name__ == "__main__":
     add("--random", dest="method", action="store_const", const="random", help="short for --method random")
     add("--seed", type=int, default=Row.seed, help="of the random neurons")
     add("--mlp_layers", nargs="+", default=list(Row.layers), help="zero-based MLP layers, or 'all'")
-    add(
-        "--top_neurons",
-        type=flags.positive_int,
-        default=Row.top_neurons,
-        help="neurons per image, over all layers",
-    )
-    add(
-        "--neuron_sign",
-        choices=("both", "positive"),
-        default=Row.neuron_sign,
-        help="positive: only those for the class",
-    )
-    add(
-        "--class_source",
-        default=Row.class_source,
-        help="predicted, or a file (.npy, .json, .txt) of class indices",
-    )
+    help = "neurons per image, over all layers"
+    add("--top_neurons", type=flags.positive_int, default=Row.top_neurons, help=help)
+    help = "positive: only those for the class"
+    add("--neuron_sign", choices=("both", "positive"), default=Row.neuron_sign, help=help)
+    help = "predicted, or a file (.npy, .json, .txt) of class indices"
+    add("--class_source", default=Row.class_source, help=help)
     add("--mask_thr", type=float, default=Row.mask_thr, help="maps above it are predicted as object")
-    add(
-        "--thr",
-        type=float,
-        default=Row.thr,
-        help="scores below it are raised to it for the precision/recall curve",
-    )
-    add(
-        "--dataset",
-        choices=flags.DATASETS,
-        default=Row.train_dataset,
-        help="of components and classifier",
-    )
+    help = "scores below it are raised to it for the precision/recall curve"
+    add("--thr", type=float, default=Row.thr, help=help)
+    help = "of components and classifier"
+    add("--dataset", choices=flags.DATASETS, default=Row.train_dataset, help=help)
     flags.add_top_k(group)
     flags.add_compute(parser, precision=True)
     parser.add_argument("--classifier_dir", help="where the classifier is; default: --input_dir")

@@ -21,7 +21,7 @@ from utils.data.images import train_set_of
 from utils.data.splits import load_split
 from utils.data.text_sets import load_texts
 from utils.descriptions import describe
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of, load_clip
 from utils.omp import make_atoms
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
@@ -71,7 +71,7 @@ def evaluate(args, inputs, results, rebuilt, names):
     """
     layers = list(rebuilt)
     data_path = held_out_path(args, inputs, layers[0], names)
-    clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision, image_only=True)
+    clip = clip_of(args)
     inputs = inputs.of(clip, args.coefficient)
     results = results.of(clip, args.coefficient)
     split = load_split(args, clip.transform, data_path=data_path)

@@ -8,7 +8,7 @@ the texts in that order.
 """
 
 from utils.data.text_sets import as_text, digest_of_texts, find_texts, read_texts
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.model.texts import TEXTS, text_vectors, too_long
 from utils.runtime import distributed, flags
 from utils.runtime.files import save_atomic
@@ -18,7 +18,7 @@ from utils.runtime.passes import Pass, pieces_of
 def main(args):
     given = args.data_path or args.text_descriptions
     texts = read_texts(find_texts(given, args.descriptions_dir))
-    clip = load_clip(args.model, args.pretrained, args.device)
+    clip = clip_of(args, texts=True)
     results = flags.outputs_of(args, clip, descriptions_dir=None)
     if cut := too_long(clip, texts):
         what = f"{len(cut)} texts are longer than the model's context and are cut off"

@@ -55,6 +55,7 @@ COMMITS = {
 }  # every piece is saved at once
 WORDS = 60
 _RUNS = itertools.count()
+STARTING = threading.Lock()  # tests start stages in several threads, and the environment is one for all
 HANGS = 900  # seconds after which a process counts as hanging, however busy the machine is
 STAGES = (
     "representations",
@@ -71,27 +72,31 @@ STAGES = (
 STAGES += ("segmentation",)
 
 
+def _start_forkserver():
+    """Start the process that all stages fork from, in an environment of its own, unless it is there."""
+    ours = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ |= ours
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def start(script, *flags, log, errors=None, environment=(), constants=()):
     """A stage as a process of its own, whose output goes to the file `log`; its stderr to `errors`, where
     that is given.
 
     constants: {module.NAME: value}, set beforehand.
     """
-    before = {
-        name: os.environ.get(name)
-        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTHONPATH")
-    }
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with STARTING:
+        _start_forkserver()
     command = [str(script), *map(str, flags)]
     logs = (str(log), str(errors or log))
     process = CONTEXT.Process(target=_run_forked, args=(command, logs, dict(environment), dict(constants)))

@@ -195,7 +195,7 @@ def test_rows_of_another_precision_are_not_resumed(tmp_path):
 
 
 def test_progress_that_says_more_than_this_pass_does_is_not_left_behind(tmp_path):
-    """As an earlier version wrote it: a run that started anew would leave its files beside the result."""
+    """As an earlier version wrote it: a run from scratch would leave its files beside the result."""
     path = tmp_path / "a.npy"
     interrupted(path, {"seed": 2}, 2, pieces=pieces_of(9, 2, layers=[8]))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

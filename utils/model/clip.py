@@ -91,6 +91,17 @@ class Clip:
         return {"fingerprint": self.fingerprint, "preprocessing": self.transform.digest}
 
 
+def clip_of(args, texts=False):
+    """Load the CLIP that a stage's flags name: its image tower, with `texts` its text tower too.
+
+    args: model, pretrained, device and, where the stage has it, precision.
+
+    Raises UserError as `load_clip` does.
+    """
+    precision = getattr(args, "precision", "float32")
+    return load_clip(args.model, args.pretrained, args.device, precision=precision, image_only=not texts)
+
+
 def load_clip(model, pretrained, device, seed=0, precision="float32", image_only=False):
     """Load a CLIP in float32, for evaluation, with the activation that its tag or config says.
 
