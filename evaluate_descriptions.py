@@ -1,54 +1,101 @@
-"""Grade descriptions: how well the texts that a neuron writes or fires on predict its effects on new images.
+"""Grade descriptions: what the texts that a neuron writes or fires on say of its effects, over noise.
 
     python evaluate_descriptions.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
 
 What a neuron writes is the decomposition of compute_sparse_decomposition.py. What it fires on are as many
 signed texts of the same pool, pursued so that their similarities with the training images predict the
-neuron's effect along its component. Files:
+neuron's effect along its component. The first 1, 2, 4, ... texts of both are graded beside --controls
+dictionaries of random directions, pursued, fitted and graded as the texts are: a description counts for what
+it has over them. So are units that nobody trained, rows of a random rotation (--rotated_units). Files:
     DATASET_SPLIT_representations_MODEL_PRETRAINED.npy, as compute_representations.py writes them
     DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_K_projections.npy [images, N], effects along the components,
     train and held out DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_fires_on_omp_COMPONENTS.json and .npz, as the
     decomposition
     ..._wpmi.npy [N], CLIP-Dissect's labels
     DATASET_SPLIT_grades_MODEL_PRETRAINED_LAYER_NAME_COMPONENTS.npy [N, rows, measures]; .csv, every neuron's
-    texts and grades;
+    texts and grades; ..._controls.npy, grades by number of texts and of the controls
     ..._summary.json and .png, over neurons
+    the same for LAYER_rotated
+Several text sets are compared at equal numbers of texts:  --text_descriptions 30k concepts
 With --truth TRAIN.npy HELD_OUT.npy [images, texts], texts are judged by what is true of the images, not by
 similarity.
 """
 
+import argparse
+
 import torch
 
-from utils.ablation import Rebuilt
-from utils.evaluation import Evaluation, fit, grade, judge_of, plan_effects, report, to_grade
-from utils.grading import Along
+from utils.controls import CONTROLS, ROTATED
+from utils.evaluation import (
+    Evaluation,
+    LayerResults,
+    Observer,
+    compare,
+    decompose,
+    fit,
+    grade,
+    judge_of,
+    plan_effects,
+    recall,
+    summarise,
+    to_grade,
+)
 from utils.norms import groups_of_layers
-from utils.prs import fold_layers, second_order
+from utils.prs import fold, fold_layers, second_order
+from utils.reports import finish, lines_of_pools, report
 from utils.runtime import distributed, flags
+from utils.runtime.errors import UserError
 from utils.runtime.passes import Pass
 
 
 def main(args):
-    stage = Evaluation(args, *flags.results_of(args))
-    groups = groups_of_layers(stage.clip.vit, stage.layers, args.memory * 1e9)
+    if args.controls == 1:
+        raise UserError("--controls 1 shows no spread; give 0, or 2 and more")
+    pools = {}
+    for texts in args.text_descriptions:
+        own = argparse.Namespace(**{**vars(args), "text_descriptions": texts})
+        stage = Evaluation(own, *flags.results_of(own))
+        pools[texts] = evaluate(stage)
+    if len(pools) > 1 and distributed.is_rank_zero():
+        for layer in stage.layers:
+            of_layer = {texts: found[layer] for texts, found in pools.items()}
+            print("\n".join(["", *lines_of_pools(layer, of_layer)]))
+
+
+def evaluate(stage):
+    """Grade the descriptions by one text set; return {layer: LayerResults}."""
+    groups = groups_of_layers(stage.clip.vit, stage.layers, stage.args.memory * 1e9)
     for group in groups:
-        look(stage, stage.train, group)
+        study(stage, group)
     judge = judge_of(stage)
-    graded = {}
+    found = {}
     for group in groups:
-        described = {layer: fit(stage, judge, layer) for layer in group}
+        units = [units for layer in group for units in stage.units[layer]]
+        described = {of: fit(stage, judge, of) for of in units}
         look(stage, stage.held_out, group, to_grade(stage, described))
         for layer in group:
-            graded[layer] = grade(stage, layer, described[layer])
+            of_units = stage.units[layer]
+            graded = [grade(stage, of, described[of]) for of in of_units]
+            compared = [compare(stage, judge, of) for of in of_units]
+            found[layer] = LayerResults(
+                graded[0], compared[0], *(graded[1:] or [None]), *(compared[1:] or [{}])
+            )
     if distributed.is_rank_zero():
-        path = stage.path("graded", stage.held_out, layer=stage.layers)
-        print("\n".join(report(path, stage, graded)))
-        images = f"{len(stage.held_out)} held-out images"
-        print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {images}")
-        if not args.truth:
-            names = stage.of(stage.held_out, layer=stage.layers)
-            print(f"next: {stage.results.command('gallery', **names)}")
+        conclude(stage, found)
+    return found
+
+
+def study(stage, group):
+    """Look at the training images: effects along components, and the rotated units' own components."""
+    rotated = [units for layer in group for units in stage.units[layer] if units.name]
+    for units in rotated:
+        recall(stage, units)
+    look(stage, stage.train, group)
+    for units in rotated:
+        if units.statistics is None:
+            summarise(stage, units, fold(stage.clip.vit, units.layer))
+        decompose(stage, units)
 
 
 def look(stage, split, layers, described=()):
@@ -57,27 +104,39 @@ def look(stage, split, layers, described=()):
     work = Pass(arrays, record, split, alone=alone, overwrite=stage.args.overwrite)
     with torch.inference_mode(), work:
         folded = work.prepare(fold_layers, stage.clip.vit, layers)
-        components = []
-        along = {}
+        observers = []
         for item in folded:
-            statistics = stage.statistics[item.layer]
-            components.append(Rebuilt(item, statistics.mean, statistics.pcas))
-            if item.layer in described:
-                along[item.layer] = Along(item, described[item.layer].directions)
+            each = stage.units[item.layer]
+            observers.append([Observer(stage, split, units, item, described) for units in each])
         for rows, pixels in work:
             representation, effects = second_order(stage.clip.vit, pixels, folded, stage.args.coefficient)
             unit = torch.nn.functional.normalize(representation, dim=-1)
             work[stage.path("representations", split)][rows] = stage.args.coefficient * unit
-            for component, phi in zip(components, effects, strict=True):
-                layer = phi.directions.layer
-                work[stage.path("projections", split, layer=layer)][rows] = component.projections(phi)
-                if layer in along:
-                    work[stage.path("along", split, layer=layer)][rows] = along[layer](phi)
+            for of_layer, phi in zip(observers, effects, strict=True):
+                for observer in of_layer:
+                    for path, block in observer.blocks(phi):
+                        work[path][rows] = block
+
+
+def conclude(stage, found):
+    """Write the tables of all layers, and print them. found: {layer: LayerResults}."""
+    finish(stage, found)
+    path = stage.path("graded", stage.held_out, layer=stage.layers)
+    print("\n".join(report(path, stage, found)))
+    images = f"{len(stage.held_out)} held-out images"
+    print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {images}")
+    if not stage.args.truth:
+        names = stage.of(stage.held_out, layer=stage.layers)
+        print(f"next: {stage.results.command('gallery', **names)}")
 
 
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
-    flags.add_described(parser)
+    flags.add_described(parser, several=True)
+    help = "control dictionaries of random directions; 0: none, and nothing is said over noise"
+    parser.add_argument("--controls", type=flags.count, default=CONTROLS, help=help)
+    help = "units of a random rotation of a layer's neurons, which are graded beside them"
+    parser.add_argument("--rotated_units", type=flags.count, default=ROTATED, help=help)
     parser.add_argument(
         "--truth", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="two .npy [images, texts] that judge texts"
     )

@@ -173,6 +173,24 @@ class _Effects:
         return [slice(row, row + READ_IMAGES) for row in range(0, self.images, READ_IMAGES)]
 
 
+def largest(C, bias, directions, k):
+    """Return mean effects, the k largest centred ones, and all norms, as `FactorisedEffects.top` does.
+
+    C, bias: of all images, [images, K, n] and [images, D]. directions: `Directions` of the n neurons.
+    """
+    B_n = directions.B()  # [n, K, D]
+    mean_C = C.mean(dim=0).T  # [n, K]
+    mean_bias = bias.mean(dim=0)  # [D]
+    centred_norms = CentredNorms(directions, (mean_C.T, mean_bias))
+    rows = [slice(row, row + READ_IMAGES) for row in range(0, len(C), READ_IMAGES)]
+    norms = torch.cat([centred_norms(SecondOrder(C[i], bias[i], directions)) for i in rows])
+    images = norms.topk(k, dim=0).indices.T  # [n, k]
+    n = torch.arange(len(images), device=images.device)[:, None]
+    x = C[images, :, n] - mean_C[:, None]  # [n, k, K]
+    top = torch.bmm(x, B_n) + (bias[images] - mean_bias)
+    return torch.einsum("nk,nko->no", mean_C, B_n) + mean_bias, top, norms
+
+
 class FactorisedEffects(_Effects):
     """FactorisedEffects are coefficients and directions; only a neuron's largest effects are formed."""
 
@@ -198,17 +216,7 @@ class FactorisedEffects(_Effects):
         """
         C = self.read_rows(lambda rows: rows[:, :, neurons])  # [images, K, n]
         directions = self.directions._replace(values=self.directions.values[:, neurons])
-        B_n = directions.B()  # [n, K, D]
-        mean_C = C.mean(dim=0).T  # [n, K]
-        mean_bias = self.bias.mean(dim=0)  # [D]
-        centred_norms = CentredNorms(directions, (mean_C.T, mean_bias))
-        blocks = (SecondOrder(C[i], self.bias[i], directions) for i in self.row_blocks())
-        norms = torch.cat([centred_norms(phi) for phi in blocks])
-        images = norms.topk(k, dim=0).indices.T  # [n, k]
-        n = torch.arange(len(images), device=images.device)[:, None]
-        x = C[images, :, n] - mean_C[:, None]  # [n, k, K]
-        top = torch.bmm(x, B_n) + (self.bias[images] - mean_bias)
-        return torch.einsum("nk,nko->no", mean_C, B_n) + mean_bias, top, norms
+        return largest(C, self.bias, directions, k)
 
     def of(self, neuron):
         """Return the effects of one neuron on all images [images, D]."""

@@ -1,31 +1,56 @@
 """Fit and grade both descriptions of every neuron: the work of evaluate_descriptions.py."""
 
-import csv
-import io
-import json
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils import grading
+from utils import controls, grading, omp
+from utils.ablation import Rebuilt
+from utils.controls import Compared, Rotation
 from utils.data.images import load_images, train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import load_texts
 from utils.descriptions import describe, load_descriptions, load_support
-from utils.figures import plot_grades
+from utils.effects import largest
 from utils.model.clip import load_clip
+from utils.pca import statistics
+from utils.prs import SecondOrder
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
-from utils.runtime.files import digest, one_line, read_array, save_atomic, save_json
+from utils.runtime.files import digest, one_line, read_array
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.records import Digest, agrees, complete, is_made, load_record
+from utils.runtime.records import Digest, agrees, complete, is_made, load_record, record_path
 from utils.runtime.results import Arrays
-from utils.statistics import load_statistics
+from utils.statistics import Statistics, load_statistics
 
 TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
+
+
+class Units:
+    """Units are what is described and graded: the neurons of a layer, or units of another kind.
+
+    layer: MLP layer.
+    count: how many there are.
+    name: of the kind; "" for neurons.
+    statistics: `Statistics` of their effects; None where they are not known yet.
+    """
+
+    def __init__(self, layer, count, name="", statistics=None):
+        self.layer = layer
+        self.count = count
+        self.name = name
+        self.statistics = statistics
+
+    @property
+    def names(self):
+        """names are the fields of the names of files."""
+        return {"layer": self.layer, "units": self.name}
+
+    def __str__(self):
+        return f"layer {self.layer}" + (f", {self.name} units" if self.name else "")
 
 
 class Inputs:
@@ -101,21 +126,25 @@ class Inputs:
         """Return the fields of the names of files about a `Split`."""
         return {**self.names, **split.names, **names}
 
-    def load_descriptions(self, results, layer, kind="decomposition"):
-        """Read the descriptions of a layer's neurons, as `utils.descriptions.load_descriptions` returns them.
+    def neurons(self, layer):
+        """Return the `Units` that are a layer's neurons."""
+        return Units(layer, self.clip.vit.N, statistics=self.statistics[layer])
+
+    def load_descriptions(self, results, units, kind="decomposition"):
+        """Read the descriptions of a layer's units, as `utils.descriptions.load_descriptions` returns them.
 
         results: `Results` of the folder that has them.
-        kind: 'decomposition' for the texts that neurons write, 'fires_on' for those they fire on.
+        units: `Units`.
+        kind: 'decomposition' for the texts that units write, 'fires_on' for those they fire on.
 
         Raises UserError when they are of other components or texts.
         """
-        names = {"kind": kind, "layer": layer, **self.names}
-        statistics = self.statistics[layer]
+        names = {"kind": kind, **units.names, **self.names}
         if kind == "decomposition":
-            made_of = {"targets": digest(statistics.pcas)}
+            made_of = {"targets": digest(units.statistics.pcas)}
         else:
-            made_of = {"statistics": statistics.digest()}
-        found = load_descriptions(results.of(self.clip), {}, made_of, **names)
+            made_of = {"statistics": units.statistics.digest()}
+        found = load_descriptions(results.of(self.clip), {"N": units.count}, made_of, **names)
         for n, entries in enumerate(found):
             for i, _, text in entries:
                 if not 0 <= i < len(self.texts) or self.texts[i] != text:
@@ -125,11 +154,12 @@ class Inputs:
         # one string for each text, however often
         return [[(i, c, self.texts[i]) for i, c, _ in entries] for entries in found]
 
-    def sides(self, layer, results):
-        """Read {side: descriptions} of a layer. results: `Results` of the folder with fires_on."""
+    def sides(self, units, results):
+        """Read {side: descriptions} of a layer's units. results: `Results` of the folder with fires_on."""
+        written = results if units.name else self.inputs  # those of rotated units are made beside fires_on
         return {
-            "writes": self.load_descriptions(self.inputs, layer),
-            "fires_on": self.load_descriptions(results, layer, "fires_on"),
+            "writes": self.load_descriptions(written, units),
+            "fires_on": self.load_descriptions(results, units, "fires_on"),
         }
 
     def explained(self, layer):
@@ -152,14 +182,20 @@ class Evaluation(Inputs):
 
     Attributes, besides those of `Inputs`
     truth: what is true of the images of both splits, two tensors [images, T]; None where the CLIP judges.
+    units: {layer: list of `Units`}: the neurons, and rotated units.
     """
 
     def __init__(self, args, inputs, results):
         super().__init__(args, inputs)
         self.results = results.of(self.clip, args.coefficient)
         self.names = {**self.names, "judge": "_truth" if args.truth else ""}
+        rotated = min(args.rotated_units, self.clip.vit.N)
+        self.units = {}
         for layer in self.layers:
-            self.load_descriptions(self.inputs, layer)  # or raises, before the passes
+            self.units[layer] = [self.neurons(layer)]
+            self.load_descriptions(self.inputs, self.units[layer][0])  # or raises, before the passes
+            if rotated:
+                self.units[layer].append(Units(layer, rotated, "rotated"))
         self.truth = None
         if args.truth:
             self.truth = load_truth(args.truth, (self.train.images, self.held_out.images), self.texts)
@@ -171,6 +207,11 @@ class Evaluation(Inputs):
     def read(self, kind, split, **names):
         """Read a result about a `Split` that this stage has made, as a tensor."""
         return torch.from_numpy(np.load(self.path(kind, split, **names)))
+
+    @cached_property
+    def features(self):
+        """features are what descriptions are graded by on the held-out images, [images, F]."""
+        return self.truth[1] if self.truth else self.read("representations", self.held_out)
 
 
 class Described(NamedTuple):
@@ -187,25 +228,178 @@ def plan_effects(stage, split, layers, described=()):
     """Plan a pass over a split: representations, and effects along components and descriptions.
 
     stage: `Evaluation`.
-    described: {layer: Described} of layers that are to be graded: effects along these directions are kept.
+    described: {Units: Described} of units that are to be graded: effects along these directions are kept.
 
-    Returns the arrays, their record, and {path: record} of what some arrays alone are made from.
+    Returns the arrays, their record, and {path: record} of what some arrays alone are made from. Units
+    without statistics have their coefficients stored, from which `summarise` makes them.
     """
     vit = stage.clip.vit
-    arrays = Arrays({stage.path("representations", split): ((len(split), vit.D), "float32")})
+    count = len(split)
+    arrays = Arrays({stage.path("representations", split): ((count, vit.D), "float32")})
     arrays.settings = {"layers": list(layers)}
     alone = {}
-    for layer in layers:
-        statistics = {"statistics": stage.statistics[layer].digest()}
-        path = stage.path("projections", split, layer=layer)
-        arrays[path] = ((len(split), vit.N), "float32")
-        alone[path] = statistics
-        if layer in described:
-            path = stage.path("along", split, layer=layer)
-            arrays[path] = ((len(split), len(described[layer].directions), vit.N), "float32")
-            alone[path] = statistics | described[layer].digests
+    for units in (units for layer in layers for units in stage.units[layer]):
+        if units.statistics is None:
+            for kind, shape in (("coefficients", (vit.K(units.layer), units.count)), ("bias", (vit.D,))):
+                path = stage.path(kind, split, **units.names)
+                arrays[path] = ((count, *shape), "float32")
+                alone[path] = {"units": [units.name, units.count]}
+            continue
+        made_of = {"statistics": units.statistics.digest()}
+        path = stage.path("projections", split, **units.names)
+        arrays[path] = ((count, units.count), "float32")
+        alone[path] = made_of
+        if units in described:
+            path = stage.path("along", split, **units.names)
+            arrays[path] = ((count, len(described[units].directions), units.count), "float32")
+            alone[path] = made_of | described[units].digests
     record = {**stage.clip.record, **split.record, "coefficient": stage.args.coefficient}
     return arrays, record, alone
+
+
+class Observer:
+    """An Observer looks at one layer's units in batches of a split.
+
+    stage: `Evaluation`.
+    split: `Split`.
+    units: `Units` of the layer.
+    neurons: `Directions` of the layer's neurons.
+    described: {Units: Described}, as for `plan_effects`.
+    """
+
+    def __init__(self, stage, split, units, neurons, described):
+        self.paths = {
+            kind: stage.path(kind, split, **units.names)
+            for kind in ("coefficients", "bias", "projections", "along")
+        }
+        self.rotation = Rotation(neurons, units.count) if units.name else None
+        directions = self.rotation.directions if units.name else neurons
+        self.component = self.along = None
+        if units.statistics is not None:
+            self.component = Rebuilt(directions, units.statistics.mean, units.statistics.pcas)
+        if units in described:
+            self.along = grading.Along(directions, described[units].directions)
+
+    def blocks(self, phi):
+        """Yield (path, block) of everything that is kept. phi: `SecondOrder` of the layer's neurons."""
+        if self.rotation:
+            phi = self.rotation(phi)
+        if self.component is None:
+            yield self.paths["coefficients"], phi.C
+            yield self.paths["bias"], phi.kappa
+        else:
+            yield self.paths["projections"], self.component.projections(phi)
+        if self.along:
+            yield self.paths["along"], self.along(phi)
+
+
+# rotated units
+
+
+def record_of_units(stage, units):
+    """Return the record of the statistics of units that this stage makes itself."""
+    record = {**stage.clip.record, **stage.train.record, "layer": units.layer}
+    return record | {"units": [units.name, units.count], "coefficient": stage.args.coefficient}
+
+
+def plan_statistics(stage, units):
+    """Plan the statistics of units, {path: (shape, dtype)}."""
+    D = stage.clip.vit.D
+    k = min(stage.args.top_k_pca, len(stage.train))
+    shapes = {"mean": (units.count, D), "pca": (units.count, D), "norm": (units.count, k)}
+    paths = {kind: stage.path(kind, stage.train, **units.names) for kind in shapes}
+    return Arrays({paths[kind]: (shape, "float32") for kind, shape in shapes.items()})
+
+
+def recall(stage, units):
+    """Read the statistics of units that an earlier run has made. Raises UserError for others of the name."""
+    record = record_of_units(stage, units)
+    planned = plan_statistics(stage, units).items()
+    if all(is_made(path, complete(record, *spec), stage.args.overwrite) for path, spec in planned):
+        mean, pcas, norm = (torch.from_numpy(np.load(path)).to(stage.clip.device) for path, _ in planned)
+        found = Statistics(mean, pcas, norm[:, 0].contiguous())
+        path = stage.path("projections", stage.train, **units.names)
+        store = stage.path("coefficients", stage.train, **units.names)
+        if path.is_file() or not store.is_file():
+            units.statistics = found
+
+
+class Stored:
+    """Stored are the effects of rotated units on the training images, as a pass has stored them.
+
+    It is read as `utils.effects.open_effects` is.
+
+    stage: `Evaluation`.
+    units: `Units`.
+    neurons: `Directions` of the layer's neurons.
+    """
+
+    def __init__(self, stage, units, neurons):
+        self.device = stage.clip.device
+        self.path = stage.path("coefficients", stage.train, **units.names)
+        self.bias = torch.from_numpy(np.load(stage.path("bias", stage.train, **units.names)))
+        self.bias = self.bias.to(self.device)
+        self.directions = Rotation(neurons, units.count).directions
+
+    def top(self, units, k):
+        """Return the statistics of a slice of units that `FactorisedEffects.top` returns."""
+        C = torch.from_numpy(read_array(self.path, mmap=True)[:, :, units].copy()).to(self.device)
+        values = self.directions.values[:, units]
+        return largest(C, self.bias, self.directions._replace(values=values), k)
+
+    def on(self, rows):
+        """Return the `SecondOrder` of a slice of the images."""
+        C = torch.from_numpy(read_array(self.path, mmap=True)[rows].copy()).to(self.device)
+        return SecondOrder(C, self.bias[rows], self.directions)
+
+
+def summarise(stage, units, neurons):
+    """Make the statistics of units from their stored effects, and their effects along the components.
+
+    neurons: `Directions` of the layer's neurons.
+    """
+    arrays = plan_statistics(stage, units)
+    overwrite = stage.args.overwrite
+    effects = Stored(stage, units, neurons)
+    k = min(stage.args.top_k_pca, len(stage.train))
+    pieces = pieces_of(units.count, 16, title=str(units), unit="unit")
+    with Pass(arrays, record_of_units(stage, units), pieces, overwrite=overwrite) as work:
+        for n in work:
+            found = statistics(effects, n, k)
+            for path, kind in zip(arrays, ("mean", "pca", "norm"), strict=True):
+                work[path][n] = found[kind]
+    mean, pcas, norm = (torch.from_numpy(np.load(path)).to(stage.clip.device) for path in arrays)
+    units.statistics = Statistics(mean, pcas, norm[:, 0].contiguous())
+    path = stage.path("projections", stage.train, **units.names)
+    spec = ((len(stage.train), units.count), "float32")
+    record = {**stage.clip.record, **stage.train.record, "coefficient": stage.args.coefficient}
+    record["statistics"] = units.statistics.digest()
+    component = Rebuilt(effects.directions, mean, pcas)
+    pieces = pieces_of(len(stage.train), 64, title=f"{units}, along components")
+    with Pass({path: spec}, record, pieces, overwrite=overwrite) as work:
+        for rows in work:
+            work[path][rows] = component.projections(effects.on(rows))
+    if distributed.is_rank_zero():
+        for kind in ("coefficients", "bias"):
+            remove(stage.path(kind, stage.train, **units.names))
+    distributed.barrier()
+
+
+def remove(path):
+    """Remove an array that is no result, and its record."""
+    for file in (path, record_path(path)):
+        file.unlink(missing_ok=True)
+
+
+def decompose(stage, units):
+    """Describe what units write, where no other stage does. units: `Units`, with statistics."""
+    path = stage.path("decomposition", stage.train, **units.names)
+    atoms = omp.make_atoms(100 * stage.vectors, stage.args.normalise)
+    targets = units.statistics.pcas
+    record = {**stage.clip.record, "text_descriptions": stage.args.text_descriptions, **units.names}
+    record |= {"normalise": stage.args.normalise, "components": stage.args.components}
+    record |= {"vectors": digest(stage.vectors), "targets": digest(targets)}
+    describe(path, stage.texts, atoms.to(targets), targets, record, stage.args.overwrite)
 
 
 # what neurons fire on
@@ -218,32 +412,34 @@ def judge_of(stage):
     return grading.Judge(stage.read("representations", stage.train), stage.vectors)
 
 
-def fit(stage, judge, layer):
-    """Find the texts that a layer's neurons fire on, and return the layer's `Described`."""
-    effects = stage.read("projections", stage.train, layer=layer)
-    record = record_of_fit(stage, layer, effects)
-    path = fit_fires_on(stage, judge, layer, effects, record)
+def fit(stage, judge, units):
+    """Find the texts that a layer's units fire on, and return the units' `Described`."""
+    effects = stage.read("projections", stage.train, **units.names)
+    record = record_of_fit(stage, units, effects)
+    path = fit_fires_on(stage, judge, units, effects, record)
     first = load_support(path.with_suffix(".npz"))[:, 0]
     digested = [first]
     others = {}
     if not stage.truth:
-        labels = fit_labels(stage, layer, effects, record)
-        others = {"component": stage.statistics[layer].pcas, "labels": labels}
+        labels = fit_labels(stage, units, effects, record)
+        others = {"component": units.statistics.pcas, "labels": labels}
         digested.append(labels)
-    sides = stage.sides(layer, stage.results)
+    sides = stage.sides(units, stage.results)
     written, fired_on = (grading.as_matrix(side, len(stage.texts)) for side in sides.values())
     directions = directions_of(judge, written, fired_on, first, **others)
     return Described(directions, {"descriptions": digest_of_sides(sides), "labels": digest(*digested)})
 
 
-def record_of_fit(stage, layer, effects):
+def record_of_fit(stage, units, effects):
     """Return the record of what texts are fitted to. effects: [images, N], along the components.
 
     Atoms and targets are left out: another number of threads rounds them differently.
     """
-    record = {**stage.clip.record, **stage.train.record, "layer": layer}
+    record = {**stage.clip.record, **stage.train.record, "layer": units.layer}
+    if units.name:
+        record["units"] = [units.name, units.count]
     record |= {"text_descriptions": stage.args.text_descriptions, "coefficient": stage.args.coefficient}
-    record["statistics"] = stage.statistics[layer].digest()
+    record["statistics"] = units.statistics.digest()
     record["judge"] = digest(stage.truth[0]) if stage.truth else digest(stage.vectors)
     looked_at = [effects]
     if not stage.truth:
@@ -252,9 +448,9 @@ def record_of_fit(stage, layer, effects):
     return record
 
 
-def fit_fires_on(stage, judge, layer, effects, record):
-    """Pursue, for every neuron, the texts whose presences predict its effects; return the json's path."""
-    path = stage.path("fires_on", stage.train, layer=layer)
+def fit_fires_on(stage, judge, units, effects, record):
+    """Pursue, for every unit, the texts whose presences predict its effects; return the json's path."""
+    path = stage.path("fires_on", stage.train, **units.names)
     atoms = judge.atoms.to(stage.args.device)
     targets = judge.targets(effects).to(stage.args.device)
     made_of = {**record, "components": stage.args.components}
@@ -262,9 +458,9 @@ def fit_fires_on(stage, judge, layer, effects, record):
     return path
 
 
-def fit_labels(stage, layer, effects, record):
-    """Return the `grading.SoftWPMI` label of every neuron, int [N]; all processes share the texts."""
-    path = stage.path("labels", stage.train, layer=layer)
+def fit_labels(stage, units, effects, record):
+    """Return the `grading.SoftWPMI` label of every unit, int [N]; all processes share the texts."""
+    path = stage.path("labels", stage.train, **units.names)
     inputs = (stage.read("representations", stage.train), stage.vectors, effects)
     inputs = [tensor.to(stage.args.device) for tensor in inputs]
     return soft_wpmi(path, *inputs, record=record, overwrite=stage.args.overwrite)
@@ -329,59 +525,57 @@ def digest_of_sides(sides):
 # grades
 
 
-def plan_grades(stage, layer, described):
-    """Plan the array of a layer's grades, {path: spec}, and its record."""
+def plan_grades(stage, units, described):
+    """Plan the array of the grades of a layer's units, {path: spec}, and its record."""
     record = {**stage.clip.record, **stage.names, **stage.held_out.record}
-    record |= {"coefficient": stage.args.coefficient, "layer": layer, "share": stage.share}
-    record |= {"statistics": stage.statistics[layer].digest(), "rows": list(described.directions)}
+    record |= {"coefficient": stage.args.coefficient, "layer": units.layer, "share": stage.share}
+    record |= {"statistics": units.statistics.digest(), "rows": list(described.directions)}
     record |= described.digests
     if stage.truth:
         record["truth"] = digest(*stage.truth)
     measures = 2 if stage.truth else len(grading.MEASURES)
-    shape = (stage.clip.vit.N, len(described.directions), measures)
-    return {stage.path("grades", stage.held_out, layer=layer): (shape, "float32")}, record
+    shape = (units.count, len(described.directions), measures)
+    return {stage.path("grades", stage.held_out, **units.names): (shape, "float32")}, record
 
 
 def to_grade(stage, described):
-    """Return those of {layer: Described} whose grades need effects along their directions.
+    """Return those of {Units: Described} whose grades need effects along their directions.
 
     None where a truth judges. Raises UserError when grades are there, of other inputs.
     """
     found = {}
-    for layer, of in described.items():
-        arrays, record = plan_grades(stage, layer, of)
+    for units, of in described.items():
+        arrays, record = plan_grades(stage, units, of)
         made = [is_made(path, complete(record, *spec), stage.args.overwrite) for path, spec in arrays.items()]
         if not all(made) and not stage.truth:
-            found[layer] = of
+            found[units] = of
     return found
 
 
-def grade(stage, layer, described):
-    """Grade a layer's neurons on the held-out images, write the files, and return the `Graded`."""
-    arrays, record = plan_grades(stage, layer, described)
+def grade(stage, units, described):
+    """Grade a layer's units on the held-out images, write the array, and return the `Graded`."""
+    arrays, record = plan_grades(stage, units, described)
     [path] = arrays
     size = max(16, min(256, 2**18 // len(stage.held_out)))
-    neurons = pieces_of(stage.clip.vit.N, size, title=f"grades of layer {layer}", unit="neuron")
-    with Pass(arrays, record, neurons, overwrite=stage.args.overwrite) as work:
+    pieces = pieces_of(units.count, size, title=f"grades of {units}", unit="unit")
+    with Pass(arrays, record, pieces, overwrite=stage.args.overwrite) as work:
         for n in work:
-            work[path][n] = grade_neurons(stage, layer, described, n)
-    graded = Graded(np.load(path), described.directions)
+            work[path][n] = grade_units(stage, units, described, n)
     if distributed.is_rank_zero():
-        finish(stage, layer, graded)
-    return graded
+        remove(stage.path("along", stage.held_out, **units.names))
+    return Graded(np.load(path), described.directions)
 
 
-def grade_neurons(stage, layer, described, n):
-    """Return the grades of a slice of a layer's neurons, [n, rows, measures]."""
-    effects = columns(stage.path("projections", stage.held_out, layer=layer), n)
+def grade_units(stage, units, described, n):
+    """Return the grades of a slice of a layer's units, [n, rows, measures]."""
+    effects = columns(stage.path("projections", stage.held_out, **units.names), n)
     directions = torch.stack([of[n] for of in described.directions.values()])
     if stage.truth:
         found = grading.grades(stage.truth[1], directions, effects, stage.share)
     else:
-        features = stage.read("representations", stage.held_out)
-        own = columns(stage.path("along", stage.held_out, layer=layer), n)
-        mean = (directions * stage.statistics[layer].mean[n].cpu()).sum(dim=-1)
-        found = grading.grades(features, directions, effects, stage.share, own, mean)
+        own = columns(stage.path("along", stage.held_out, **units.names), n)
+        mean = (directions * units.statistics.mean[n].cpu()).sum(dim=-1)
+        found = grading.grades(stage.features, directions, effects, stage.share, own, mean)
     return torch.stack(list(found.values()), dim=-1).transpose(0, 1)
 
 
@@ -445,51 +639,168 @@ def load_grades(results, expected=(), **names):
     return Graded(values, rows)
 
 
-def finish(stage, layer, graded):
-    """Write the .csv of a layer, and remove the effects along its directions. graded: its `Graded`."""
-    path = stage.path("grades", stage.held_out, layer=layer)
-    sides = stage.sides(layer, stage.results)
-    save_neurons(path.with_suffix(".csv"), graded, stage.explained(layer), sides)
-    along = stage.path("along", stage.held_out, layer=layer)
-    for file in (along, along.with_suffix(".meta.json")):
-        file.unlink(missing_ok=True)
+# controls
 
 
-def save_neurons(path, graded, explained, described):
-    """Write the .csv of all neurons of a layer: their grades, and the texts of both sides as json.
+def slots_of(stage):
+    """Return what is compared with controls, [(side, measure, number of texts), ...]; soft-WPMI has one."""
+    lengths = controls.lengths_of(stage.args.components)
+    slots = [("fires_on", measure, m) for measure in ("pearson", "auprc") for m in lengths]
+    if not stage.truth:
+        slots += [("writes", "share", m) for m in lengths]
+        slots += [("wpmi", measure, 1) for measure in ("pearson", "auprc")]
+    return slots
 
-    graded: `Graded`.
-    explained: [N].
-    described: {side: descriptions, as `load_descriptions` returns them}.
+
+def compare(stage, judge, units):
+    """Grade the descriptions of a layer's units by number of texts, and those from control dictionaries.
+
+    Rotated units, a control themselves, are described by the text set alone. Writes the array
+    [1 + C, N, slots], the text set first, and returns {(side, measure): Compared}.
     """
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    grades = [f"{row} {measure}" for row in graded.rows for measure in graded.measures]
-    table.writerow(["neuron", "explained", *grades, *described])
-    for n, values in enumerate(graded.values):
-        sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
-        texts = [json.dumps(side, ensure_ascii=False) for side in sides]
-        table.writerow([n, f"{explained[n]:.4f}", *(f"{x:.4f}" for x in values.ravel()), *texts])
-    save_atomic(path, lambda out: out.write(file.getvalue().encode()))
+    dictionaries = 1 if units.name else 1 + stage.args.controls
+    labels = None
+    if not stage.truth and dictionaries > 1:
+        labels = control_labels(stage, units)
+    slots = slots_of(stage)
+    path = stage.path("controls", stage.held_out, **units.names)
+    arrays = {path: ((dictionaries, units.count, len(slots)), "float32")}
+    title = f"controls of {units}"
+    size = 2**24 // (stage.args.components * judge.vectors.shape[1])  # a batch of descriptions takes 128 MB
+    size = max(16, min(omp.PURSUED, size))
+    pieces = pieces_of(units.count, size, title=title, unit="unit", rounds=dictionaries)
+    record = record_of_comparison(stage, units, slots)
+    with Pass(arrays, record, pieces, overwrite=stage.args.overwrite) as work:
+        for number in range(0 if work.finished else dictionaries):
+            candidate = Candidate(stage, judge, units, number, labels)
+            for n in work.round(number, f"{title}, {number} of {dictionaries - 1}"):
+                work[path][number, n] = candidate.grades(n)
+    return compared_of(np.load(path), slots)
 
 
-def report(path, stage, graded):
-    """Write the summary of some layers at `path` (.json) and a .png beside; return the lines of a table.
+def record_of_comparison(stage, units, slots):
+    """Return the record of the grades by number of texts."""
+    record = {**stage.clip.record, **stage.names, **stage.held_out.record, "layer": units.layer}
+    record |= {"coefficient": stage.args.coefficient, "share": stage.share, "slots": slots}
+    record |= {"statistics": units.statistics.digest(), "vectors": digest(stage.vectors)}
+    record["descriptions"] = digest_of_sides(stage.sides(units, stage.results))
+    record["seeds"] = [] if units.name else list(range(stage.args.controls))
+    if stage.truth:
+        record["truth"] = digest(*stage.truth)
+    return record
 
-    graded: {layer: Graded}.
+
+def compared_of(values, slots):
+    """Return {(side, measure): Compared}. values: [1 + C, N, slots], as `compare` writes them."""
+    found = {}
+    for side, measure in dict.fromkeys((side, measure) for side, measure, _ in slots):
+        chosen = [i for i, slot in enumerate(slots) if tuple(slot[:2]) == (side, measure)]
+        lengths = [slots[i][2] for i in chosen]
+        found[side, measure] = Compared(measure, lengths, values[0][:, chosen], values[1:][..., chosen])
+    return found
+
+
+def control_labels(stage, units):
+    """Return the soft-WPMI labels of a layer's units from control dictionaries, int [C, N]."""
+    effects = stage.read("projections", stage.train, **units.names)
+    representations = stage.read("representations", stage.train)
+    record = record_of_fit(stage, units, effects)
+    found = []
+    for c in range(stage.args.controls):
+        inputs = (representations, controls.control_dictionary(stage.vectors, c), effects)
+        inputs = [tensor.to(stage.args.device) for tensor in inputs]
+        path = stage.path("control_labels", stage.train, **units.names, control=c)
+        found.append(soft_wpmi(path, *inputs, record={**record, "seed": c}, overwrite=stage.args.overwrite))
+    return np.array(found)
+
+
+class Candidate:
+    """A Candidate describes a layer's units by one dictionary: the text set, or a control.
+
+    stage: `Evaluation`.
+    judge: `grading.Judge` of the text set.
+    units: `Units`.
+    number: 0 for the text set, 1 + c for control c.
+    labels: of the controls, [C, N]; None where there are none.
     """
-    tables = {str(layer): grading.summary(of.values, of.rows, of.measures) for layer, of in graded.items()}
-    made_of = {**stage.clip.record, **stage.names, **stage.held_out.record}
-    made_of["coefficient"] = stage.args.coefficient
-    save_json(path, {**made_of, "layers": list(graded), "neurons": tables})
-    plot_grades(graded, path.with_suffix(".png"))
-    width = max(map(len, grading.ROWS.values())) + 2
-    lines = []
-    for layer, table in tables.items():
-        measures = next(iter(table.values()))
-        title = f"layer {layer}, means over neurons".ljust(width)
-        lines.append(title + "".join(f"{name:>17}" for name in measures))
-        for row, measured in table.items():
-            cells = (f"{value['mean']:.3f} ± {value['error']:.3f}" for value in measured.values())
-            lines.append(grading.ROWS[row].ljust(width) + "".join(f"{cell:>17}" for cell in cells))
-    return lines
+
+    def __init__(self, stage, judge, units, number, labels):
+        self.stage = stage
+        self.units = units
+        self.number = number
+        self.lengths = controls.lengths_of(stage.args.components)
+        vectors = stage.vectors
+        if number:
+            judge = judge.of(controls.control_dictionary(judge.vectors, number - 1))
+            vectors = judge.vectors
+        self.judge = judge
+        self.targets = judge.targets(stage.read("projections", stage.train, **units.names))
+        self.atoms = omp.make_atoms(100 * vectors, stage.args.normalise)
+        self.supports = None if number else self._supports()
+        self.labels = None
+        if not stage.truth and (number == 0 or labels is not None):
+            path = stage.path("labels", stage.train, **units.names)
+            self.labels = labels[number - 1] if number else np.load(path)
+
+    def _supports(self):
+        """Read the texts of both sides in the order of choice."""
+        stage = self.stage
+        written = stage.results if self.units.name else stage.inputs
+        path = written.find("decomposition", **self.units.names, **stage.names)
+        found = {"writes": load_support(path.with_suffix(".npz"))}
+        path = stage.path("fires_on", stage.train, **self.units.names)
+        return {**found, "fires_on": load_support(path.with_suffix(".npz"))}
+
+    def _fit(self, side, atoms, targets, n):
+        """Return the support [n, S], and the coefficients and shares of `omp.nested_fits`."""
+        atoms, targets = (x.to(self.stage.args.device) for x in (atoms, targets[n]))
+        if self.supports is None:
+            support, _ = omp.orthogonal_matching_pursuit(atoms, targets, self.stage.args.components)
+        else:
+            support = torch.from_numpy(self.supports[side][n]).to(atoms.device)
+        return support, *omp.nested_fits(support, atoms, targets, self.lengths)
+
+    def grades(self, n):
+        """Return the grades of a slice of the units, [n, slots]."""
+        effects = columns(self.stage.path("projections", self.stage.held_out, **self.units.names), n)
+        support, coefficients, _ = self._fit("fires_on", self.judge.atoms, self.targets, n)
+        directions = self.judge.directions(support.cpu(), coefficients.cpu())
+        found = list(self._predicted(directions, effects))
+        if not self.stage.truth:
+            _, _, shares = self._fit("writes", self.atoms, self.units.statistics.pcas, n)
+            found.append(shares.cpu())
+            label = self.judge.vectors[torch.from_numpy(self.labels[n]).long()]
+            found += self._predicted(label[None].float(), effects)
+        return torch.cat(found).T.float()
+
+    def _predicted(self, directions, effects):
+        """Return correlations and average precisions, [lengths, n] each. directions: [lengths, n, F]."""
+        share = self.stage.share
+        each = [grading.grades(self.stage.features, of[None], effects, share) for of in directions]
+        return (torch.cat([grades[measure] for grades in each]) for measure in ("pearson", "auprc"))
+
+
+def load_compared(results, expected=(), **names):
+    """Read what `compare` has written of a layer: {(side, measure): Compared}, and whether it has controls.
+
+    Parameters and errors: as in `Results.load`.
+    """
+    values = results.load("controls", expected=expected, **names)
+    path = results.find("controls", **names)
+    slots = load_record(path).get("slots", [])
+    if len(slots) != values.shape[2]:
+        again = f"make it again with: {results.command('controls', **names)} --overwrite"
+        raise UserError(f"{path} does not have the columns that its record says; {again}")
+    return compared_of(values, slots)
+
+
+# results
+
+
+class LayerResults(NamedTuple):
+    """LayerResults are what the evaluation of a layer has found."""
+
+    graded: Graded  # of the neurons
+    compared: dict  # {(side, measure): Compared}; without control dictionaries where --controls is 0
+    rotated: Graded | None  # of the rotated units
+    rotated_compared: dict

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import pyplot
 from PIL import Image
 
-from utils.grading import ROWS
+from utils.grading import COMPARED, JUDGED_BY, MEASURE_NAMES, ROWS
 from utils.runtime.files import save_atomic
 
 
@@ -48,18 +48,44 @@ def save_figure(figure, path):
     pyplot.close(figure)
 
 
-def plot_grades(graded, path):
-    """Draw how the grades are distributed: a panel for each of {layer: `Graded`}, a line for each row."""
-    columns = min(3, len(graded))
-    rows = -(-len(graded) // columns)
-    size = (4.6 * columns, 4.6 * rows)
-    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axes in grid.flat[len(graded) :]:
-        axes.set_axis_off()
-    for axes, (layer, grades) in zip(grid.flat, graded.items(), strict=False):
-        _draw_grades(axes, grades)
-        axes.set_title(f"layer {layer}")
+def plot_grades(found, path):
+    """Draw a row for each layer: how the grades are distributed, and grades by number of texts.
+
+    found: {layer: `utils.evaluation.LayerResults`}.
+    """
+    sides = {side: measure for side, measure in JUDGED_BY.items() if any_controls(found, side, measure)}
+    columns = 1 + len(sides)
+    size = (4.6 * columns, 4.6 * len(found))
+    figure, grid = pyplot.subplots(len(found), columns, figsize=size, squeeze=False, layout="constrained")
+    for (distribution, *curves), (layer, of) in zip(grid, found.items(), strict=True):
+        _draw_grades(distribution, of.graded)
+        distribution.set_title(f"layer {layer}")
+        for axes, (side, measure) in zip(curves, sides.items(), strict=True):
+            _draw_lengths(axes, of.compared[side, measure], of.rotated_compared.get((side, measure)))
+            axes.set(title=COMPARED[side], ylabel=MEASURE_NAMES[measure])
     save_figure(figure, path)
+
+
+def any_controls(found, side, measure):
+    """Return whether a side was compared with control dictionaries. found: as for `plot_grades`."""
+    each = (of.compared.get((side, measure)) for of in found.values())
+    return any(of is not None and len(of.controls) > 1 for of in each)
+
+
+def _draw_lengths(axes, compared, rotated):
+    """Draw mean grades by number of texts, of texts and controls. compared, rotated: `Compared`."""
+    texts, control = compared.mean()
+    axes.plot(compared.lengths, texts, marker="o", markersize=4, label="texts")
+    spread = compared.controls.mean(axis=1)  # [C, lengths]
+    style = {"marker": "o", "markersize": 4, "color": "C7"}
+    axes.plot(compared.lengths, control, label="control: random directions", **style)
+    axes.fill_between(compared.lengths, spread.min(axis=0), spread.max(axis=0), color="C7", alpha=0.3)
+    if rotated is not None:
+        axes.plot(rotated.lengths, rotated.texts.mean(axis=0), ":", color="C3", label="texts, rotated units")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(compared.lengths, compared.lengths)
+    axes.set(xlabel="texts of a description", ylim=(0, 1))
+    axes.legend(fontsize="x-small", loc="lower right")
 
 
 def _draw_grades(axes, grades):

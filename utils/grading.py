@@ -10,6 +10,8 @@ correlation and average precision (NeuronEval, arXiv 2506.05774). Letters as in 
 features, R rows of the table.
 """
 
+import copy
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -25,15 +27,32 @@ ROWS = {
     "wpmi": "its label by soft-WPMI (CLIP-Dissect)",
     "null_writes": "another neuron's texts that it writes",
     "null_fires_on": "another neuron's texts that it fires on",
+    "rotated_writes": "rotated units: texts that they write",
+    "rotated_fires_on": "rotated units: texts that they fire on",
+    "rotated_wpmi": "rotated units: their labels by soft-WPMI",
 }
+ROTATED = ("writes", "fires_on", "wpmi")  # rows that rotated units have beside the neurons'
 SIDES = {  # rows of each side, its own texts first
     "writes": ("writes", "one_written", "direction", "null_writes"),
     "fires_on": ("fires_on", "one_fired_on", "wpmi", "null_fires_on"),
 }
 # where a truth judges, the first two
 MEASURES = ("pearson", "auprc", "pearson_without", "auprc_without", "drop")
+JUDGED_BY = {"fires_on": "pearson", "writes": "share"}  # the measure that decides what is over noise
+COMPARED = {
+    "fires_on": "texts that they fire on",
+    "writes": "texts that they write",
+    "wpmi": "soft-WPMI labels",
+}
+MEASURE_NAMES = {
+    "pearson": "correlation with the effect on held-out images",
+    "auprc": "average precision on held-out images",
+    "share": "share of the component that they rebuild",
+}
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS_AT_ONCE = 1024  # that are worked on together
+NEURONS_AT_ONCE = 128
+FACTORS = 10  # that are multiplied before a logarithm is taken; float32 holds their product
 
 
 class Judge:
@@ -52,11 +71,15 @@ class Judge:
     def __init__(self, features, vectors):
         wide = features.double()
         self.centred = wide - wide.mean(dim=0)
-        self.vectors = vectors
         squares, V = torch.linalg.eigh(self.centred.T @ self.centred)
         kept = squares > 1e-10 * squares[-1]
         self.singular = squares[kept].sqrt()
         self.V = V[:, kept]
+        self._take(vectors)
+
+    def _take(self, vectors):
+        """Make the atoms of a dictionary."""
+        self.vectors = vectors
         atoms = []
         spreads = []
         for some in vectors.split(TEXTS_AT_ONCE):  # float64 for few at a time
@@ -66,6 +89,12 @@ class Judge:
         self.spread = torch.cat(spreads)
         told_apart = self.spread > 1e-6 * self.spread.max()
         self.atoms = torch.where(told_apart[:, None], torch.cat(atoms), 0)
+
+    def of(self, vectors):
+        """Return the judge, by the same images, of another dictionary [T, F]."""
+        other = copy.copy(self)
+        other._take(vectors)
+        return other
 
     def targets(self, effects):
         """Return effects [images, N], centred and of unit norm, projected on the basis: [N, rank]."""
@@ -82,6 +111,15 @@ class Judge:
             1 / np.maximum(self.spread.cpu().numpy(), 1e-300)
         )
         return written(scaled, self.vectors)
+
+    def directions(self, support, coefficients):
+        """Return the directions [lengths, n, F] of descriptions by number of texts.
+
+        support: [n, S], -1 for none. coefficients: of standardised presences, [lengths, n, S].
+        """
+        chosen = support.clamp_min(0)
+        scaled = coefficients * (support >= 0) / self.spread[chosen].clamp_min(1e-300)
+        return torch.einsum("lns,nsf->lnf", scaled, self.vectors[chosen].double()).float()
 
 
 def written(description, vectors):
@@ -151,9 +189,16 @@ class SoftWPMI:
         """Return the scores of a slice of the texts, [N, texts]."""
         probability = (self._scores(self.vectors[texts]) - self.total).exp()  # [images, texts]
         found = []
-        for n in self.top.split(16):
-            each = 1 + self.weight[:, None] * (probability[n] - 1)  # [n, count, texts]
-            found.append((each + WPMI["least"]).log_().sum(dim=1))
+        for top in self.top.split(NEURONS_AT_ONCE):
+            total = torch.zeros(len(top), probability.shape[1], device=top.device)
+            product = torch.ones_like(total)
+            for i, w in enumerate(self.weight.tolist()):
+                each = probability[top[:, i]].mul_(w).add_(1 - w + WPMI["least"])  # 0.002 at least
+                product.mul_(each)
+                if (i + 1) % FACTORS == 0:
+                    total += product.log_()
+                    product.fill_(1)
+            found.append(total + product.log_())
         found = torch.cat(found)
         return found - (found.logsumexp(dim=0) - np.log(len(found)))
 
@@ -196,15 +241,23 @@ def average_precision(predicted, positive):
     predicted: [..., images, n].
     positive: bool [images, n], one of a column at least.
     """
-    predicted, order = predicted.transpose(-1, -2).sort(dim=-1, descending=True)  # [..., n, images]
-    hit = positive.T.expand(order.shape).gather(-1, order)
-    count = order.shape[-1]
-    ends = torch.ones_like(hit)
-    ends[..., :-1] = predicted[..., :-1] != predicted[..., 1:]
-    places = torch.arange(count, device=order.device)
-    end = torch.where(ends, places, count).flip(-1).cummin(dim=-1).values.flip(-1)  # of the run of equal ones
-    precision = hit.cumsum(dim=-1).gather(-1, end).double() / (end + 1)
-    return (precision * hit).sum(dim=-1) / hit.sum(dim=-1)
+    predicted = predicted.transpose(-1, -2).contiguous()  # [..., n, images]
+    hit = positive.T.expand(predicted.shape)
+    ascending = _sorted(predicted)
+    hits = _sorted(torch.where(hit, predicted, -torch.inf))  # those that count come last
+    count = hit.shape[-1]
+    above = count - torch.searchsorted(ascending, hits)  # predictions that are as large as this hit or larger
+    hits_above = count - torch.searchsorted(hits, hits)
+    total = hit.sum(dim=-1, keepdim=True)
+    counts = torch.arange(count, device=hit.device) >= count - total
+    return (hits_above.double() / above * counts).sum(dim=-1) / total[..., 0]
+
+
+def _sorted(values):
+    """Sort along the last axis. numpy is quicker on the CPU: it does without the order."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1).values
+    return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))
 
 
 def positives(images, share):
@@ -265,4 +318,21 @@ def summary(graded, rows, measures):
                 "median": float(np.median(values)),
                 "above_null": float((values > bound).mean()),
             }
+    return found
+
+
+def blind_measures(table):
+    """Return {row: measures} that do not tell neurons from rotated units: their means are within two errors.
+
+    table: as `summary` returns it, with rows of rotated units.
+    """
+    found = {}
+    for row in ROTATED:
+        own, rotated = table.get(row), table.get(f"rotated_{row}")
+        if own is None or rotated is None:
+            continue
+        for measure in own:
+            error = np.hypot(own[measure]["error"], rotated[measure]["error"])
+            if own[measure]["mean"] <= rotated[measure]["mean"] + 2 * error:
+                found.setdefault(row, []).append(measure)
     return found

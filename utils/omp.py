@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from utils.model.attention import double
 from utils.runtime.errors import UserError
 
 PURSUED = 256  # targets that are pursued at a time
@@ -30,6 +31,32 @@ def rebuilt_from(support, atoms, targets, block=PURSUED):
         x = torch.linalg.lstsq(A, y, driver="gelsd").solution
         rebuilt.append((A @ x)[..., 0])
     return torch.cat(rebuilt).float()
+
+
+def nested_fits(support, atoms, targets, lengths):
+    """Fit every target again by the first m atoms that OMP chose for it, by least squares in float64.
+
+    OMP is nested, so one pursuit gives the descriptions of all lengths m.
+
+    support: int64 [n, S], in the order of choice, -1 (at the end) for none; the atoms are independent.
+    atoms: [texts, D].
+    targets: [n, D], on the same device.
+    lengths: list of m.
+
+    Returns coefficients [lengths, n, S], 0 from the m-th atom on, and shares [lengths, n] of the squared norm
+    of the target that the atoms rebuild.
+    """
+    chosen = support >= 0
+    A = double(atoms[support.clamp_min(0)] * chosen[..., None])  # [n, S, D]
+    y = double(targets)[..., None]
+    G = A @ A.mT + torch.diag_embed((~chosen).to(A))  # an identity where there is no atom
+    L = torch.linalg.cholesky(G)
+    z = torch.linalg.solve_triangular(L, A @ y, upper=False)  # the targets along an orthonormal basis
+    m = torch.as_tensor(lengths, device=z.device)
+    kept = z * (torch.arange(z.shape[1], device=z.device)[:, None] < m)  # [n, S, lengths]
+    coefficients = torch.linalg.solve_triangular(L.mT, kept, upper=True).permute(2, 0, 1)
+    shares = kept.square().sum(dim=1) / y.square().sum(dim=1).clamp_min(1e-300)
+    return coefficients, shares.T
 
 
 def make_atoms(text_vectors, normalise="axis"):

@@ -74,7 +74,7 @@ class Collector:
         self.directions = directions
         self.prefix = sources.clip.vit.prefix
         self.statistics = sources.statistics[directions.layer]
-        self.descriptions = sources.load_descriptions(sources.inputs, directions.layer)
+        self.descriptions = sources.load_descriptions(sources.inputs, sources.neurons(directions.layer))
         self.text_ids = sources.text_ids
         self.pairs = sources.pairs[directions.layer, split]
         self.paths = sources.paths(split, directions.layer)

@@ -88,7 +88,7 @@ class Sources(Inputs):
         Returns their digests.
         """
         statistics = self.statistics[layer].digest()
-        described = digest_of_sides(self.sides(layer, self.inputs))
+        described = digest_of_sides(self.sides(self.neurons(layer), self.inputs))
         made_of = {"data": self.held_out.record["data"], "statistics": statistics}
         made_of |= {"share": self.share, "descriptions": described}
         self.graded[layer] = load_grades(self.inputs, made_of, **self.of(self.held_out, layer=layer))

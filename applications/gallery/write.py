@@ -520,9 +520,10 @@ def layer_files(sources, layer, judge, pcas):
         splits[split] = LayerSplit(sources.projections(layer, split), sources.pairs[layer, split], maps)
     effects = splits["train"].projections
     held_out = len(sources.held_out)
+    described = sources.sides(sources.neurons(layer), sources.inputs)
     return LayerFiles(
         layer=layer,
-        sides={side: Side(texts) for side, texts in sources.sides(layer, sources.inputs).items()},
+        sides={side: Side(texts) for side, texts in described.items()},
         predicted=Predicted(judge, effects),
         graded=sources.graded[layer],
         explained=sources.explained(layer),

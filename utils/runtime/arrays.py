@@ -119,7 +119,9 @@ class ArrayFile:
                 self._start = file.tell()
 
     def __setitem__(self, index, block):
-        """Write file[rows] = block, or file[:, columns] = block. The block is copied to the host here.
+        """Write file[rows] = block, file[number, rows] = block or, of two dimensions, file[:, columns] = block.
+
+        The block is copied to the host here.
 
         block: a tensor or array. It must not be changed afterwards.
 
@@ -160,6 +162,10 @@ class ArrayFile:
             if isinstance(index, slice):
                 row = int(np.prod(self.shape[1:], dtype=np.int64))
                 self._write_at((index.start or 0) * row, block)
+            elif isinstance(index[0], int):
+                number, rows = index
+                row = int(np.prod(self.shape[2:], dtype=np.int64))
+                self._write_at((number * self.shape[1] + rows.start) * row, block)
             else:
                 for i, values in enumerate(block):
                     self._write_at(i * self.shape[1] + index[1].start, values)

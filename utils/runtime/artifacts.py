@@ -133,6 +133,19 @@ ARTIFACTS = {
     "grades": Artifact(
         OF_GRADES + ".npy", "N rows measures", BY_GRADES, "grades of descriptions; also `.csv`"
     ),
+    "controls": Artifact(
+        OF_GRADES + "_controls.npy",
+        "dictionaries N slots",
+        BY_GRADES,
+        "grades by number of texts: of the text set, then of control dictionaries",
+    ),
+    "control_labels": Artifact(
+        OF_FIRES_ON + "_wpmi_control_{control}.npy",
+        "N",
+        BY_GRADES,
+        "soft-WPMI labels from a control dictionary",
+        "int32",
+    ),
     "graded": Artifact(OF_GRADES + "_summary.json", "", BY_GRADES, "their means over neurons; also `.png`"),
     "gallery": Artifact(
         "gallery/index.html", "", BY_GALLERY, "a page of all neurons; format in `gallery/FORMAT.md`"

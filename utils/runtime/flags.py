@@ -88,15 +88,18 @@ def add_data(parser, split="val", required=True):
     add_workers(group)
 
 
-def add_described(parser):
-    """Add the flags of the stages that look at descriptions: images of both splits, layers, descriptions."""
+def add_described(parser, several=False):
+    """Add the flags of the stages that look at descriptions: images of both splits, layers, descriptions.
+
+    several: whether the stage takes several text sets.
+    """
     add_data(parser)
     help = "root folder of the training images; default: --data_path, or the folder they were first read from"
     parser.add_argument("--train_data_path", help=help)
     parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
     add_layers(parser)
     add_top_k(parser)
-    add_texts(parser, components=128)
+    add_texts(parser, components=128, several=several)
     add_normalise(parser)
 
 
@@ -136,11 +139,19 @@ def add_normalise(parser):
     parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help=help)
 
 
-def add_texts(parser, components=32, also=()):
-    """Add the flags that name descriptions. components: the default. also: other names of --components."""
+def add_texts(parser, components=32, also=(), several=False):
+    """Add the flags that name descriptions.
+
+    components: the default.
+    also: other names of --components.
+    several: whether --text_descriptions takes several text sets.
+    """
     add = parser.add_argument
     help = "name of the text set, as in compute_text_set_projection.py"
-    add("--text_descriptions", default="30k", help=help)
+    if several:
+        add("--text_descriptions", nargs="+", default=["30k"], help=f"{help}; several are compared")
+    else:
+        add("--text_descriptions", default="30k", help=help)
     help = "where NAME.txt is, if not beside the vectors"
     add("--descriptions_dir", default="text_descriptions", help=help)
     add("--components", *also, type=positive_int, default=components, help="texts per neuron")

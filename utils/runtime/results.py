@@ -118,10 +118,13 @@ class Results:
     def path(self, kind, **names):
         """Return the path of a result.
 
-        names: the fields of its file's name, such as dataset, split, layer (one or a list), k.
+        names: the fields of its file's name, such as dataset, split, layer (one or a list), k, and the units
+            where they are not the neurons.
         """
         fields = {"split": "train", "source": "", "variant": "", "judge": "", **names, "clip": self.clip}
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
+        if names.get("units"):
+            fields["layer"] += f"_{names['units']}"
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
             fields["source"] = f"_{names['train_dataset']}"
         if "texts" in names:

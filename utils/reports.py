@@ -1,0 +1,194 @@
+"""Say what the evaluation of descriptions has found: tables and sentences, the .csv, .json and .png."""
+
+import csv
+import io
+import json
+
+import numpy as np
+
+from utils import grading
+from utils.figures import plot_grades
+from utils.runtime.files import save_atomic, save_json
+
+
+def judged_by(side, compared):
+    """Return the `Compared` by which a side's descriptions are judged; None where there are no controls.
+
+    side: 'fires_on', by the correlation, or 'writes', by the share of the component.
+    compared: {(side, measure): Compared}.
+    """
+    found = compared.get((side, grading.JUDGED_BY[side]))
+    return found if found is not None and len(found.controls) > 1 else None
+
+
+def save_neurons(path, found, explained, described):
+    """Write the .csv of all neurons of a layer: their grades, and the texts of both sides as json.
+
+    found: `LayerResults`.
+    explained: [N].
+    described: {side: descriptions, as `load_descriptions` returns them}.
+    """
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    columns = {
+        f"{row} {m}": found.graded.of(row, m) for row in found.graded.rows for m in found.graded.measures
+    }
+    columns |= columns_of(found.compared)
+    table.writerow(["neuron", "explained", *columns, *described])
+    for n, values in enumerate(zip(*columns.values(), strict=True)):
+        cells = [str(int(x)) if isinstance(x, np.bool_) else f"{x:.4f}" for x in values]
+        sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
+        texts = [json.dumps(side, ensure_ascii=False) for side in sides]
+        table.writerow([n, f"{explained[n]:.4f}", *cells, *texts])
+    save_atomic(path, lambda out: out.write(file.getvalue().encode()))
+
+
+def columns_of(compared):
+    """Return {name: [N]}: grades by number of texts, means of their controls, whether they are better."""
+    found = {}
+    for (side, measure), of in compared.items():
+        if len(of.controls) < 2:
+            continue
+        better = of.better()
+        for j, m in enumerate(of.lengths):
+            name = f"{side} {measure} {m} {'texts' if m > 1 else 'text'}"
+            found[name] = of.texts[:, j]
+            found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
+            found[f"{name}, better than noise"] = better[:, j]
+    return found
+
+
+def finish(stage, found):
+    """Write the .csv of every layer. found: {layer: LayerResults}."""
+    for layer, of in found.items():
+        units = stage.units[layer][0]
+        path = stage.path("grades", stage.held_out, layer=layer)
+        sides = stage.sides(units, stage.results)
+        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides)
+
+
+def report(path, stage, found):
+    """Write the summary of some layers at `path` (.json) and a .png beside; return lines of text.
+
+    found: {layer: LayerResults}.
+    """
+    tables = {str(layer): table_of(of) for layer, of in found.items()}
+    noise = {str(layer): noise_of(of) for layer, of in found.items()}
+    made_of = {**stage.clip.record, **stage.names, **stage.held_out.record}
+    made_of |= {"coefficient": stage.args.coefficient, "controls": stage.args.controls}
+    made_of["rotated_units"] = stage.args.rotated_units
+    save_json(path, {**made_of, "layers": list(found), "neurons": tables, "over_noise": noise})
+    plot_grades(found, path.with_suffix(".png"))
+    lines = []
+    for layer, of in found.items():
+        lines += ["", *lines_of_table(layer, tables[str(layer)]), *lines_of_noise(layer, of)]
+    return lines
+
+
+def table_of(found):
+    """Return the summary of a layer's table, {row: {measure: numbers}}, with the rotated units as rows."""
+    table = grading.summary(found.graded.values, found.graded.rows, found.graded.measures)
+    if found.rotated is not None:
+        of_rotated = grading.summary(found.rotated.values, found.rotated.rows, found.rotated.measures)
+        table |= {f"rotated_{row}": of_rotated[row] for row in grading.ROTATED if row in of_rotated}
+    return table
+
+
+def noise_of(found):
+    """Return the summary of a layer's grades by number of texts, {side: {measure: columns}}."""
+    summary = {}
+    for (side, measure), of in found.compared.items():
+        if len(of.controls) < 2:
+            continue
+        texts, control = of.mean()
+        columns = {"texts": of.lengths, "grade": texts, "control": control}
+        if measure != "auprc":
+            columns["skill"] = of.skill()
+        columns |= {"better": of.better().mean(axis=0), "better_by_chance": of.by_chance()}
+        if (side, measure) in found.rotated_compared:
+            columns["rotated"] = found.rotated_compared[side, measure].texts.mean(axis=0)
+        columns = {name: [round(float(x), 6) for x in values] for name, values in columns.items()}
+        columns["texts"] = of.lengths
+        summary.setdefault(side, {})[measure] = columns
+        if measure == grading.JUDGED_BY.get(side):
+            place = of.justified()
+            summary[side]["justified"] = 0 if place is None else of.lengths[place]
+    return summary
+
+
+def lines_of_table(layer, table):
+    """Return the lines of the table of a layer's grades, and what does not tell neurons from a null."""
+    width = max(map(len, grading.ROWS.values())) + 2
+    measures = next(iter(table.values()))
+    title = f"layer {layer}, means over neurons".ljust(width)
+    lines = [title + "".join(f"{name:>17}" for name in measures)]
+    for row, measured in table.items():
+        cells = (f"{value['mean']:.3f} ± {value['error']:.3f}" for value in measured.values())
+        lines.append(grading.ROWS[row].ljust(width) + "".join(f"{cell:>17}" for cell in cells))
+    blind = grading.blind_measures(table)
+    for row, names in blind.items():
+        lines.append(f"{', '.join(names)}: not higher than for rotated units ({grading.ROWS[row]})")
+    return lines
+
+
+def lines_of_noise(layer, found):
+    """Return what descriptions have over noise: tables by number of texts, and a sentence for each side."""
+    lines = []
+    for (side, measure), of in found.compared.items():
+        if len(of.controls) < 2:
+            continue
+        texts, control = of.mean()
+        columns = {"texts": texts, "control": control}
+        if measure != "auprc":
+            columns["skill"] = of.skill()
+        columns |= {"better": of.better().mean(axis=0), "by chance": of.by_chance()}
+        if (side, measure) in found.rotated_compared:
+            columns["rotated"] = found.rotated_compared[side, measure].texts.mean(axis=0)
+        lines.append(f"{grading.COMPARED[side]}, {grading.MEASURE_NAMES[measure]}: number of texts")
+        lines.append(" " * 12 + "".join(f"{m:>8}" for m in of.lengths))
+        for name, values in columns.items():
+            lines.append(f"  {name:<10}" + "".join(f"{x:>8.3f}" for x in values))
+    for side in grading.JUDGED_BY:
+        of = judged_by(side, found.compared)
+        if of is not None:
+            lines.append(f"layer {layer}, {in_words(side, of)}")
+    return lines
+
+
+def in_words(side, compared):
+    """Say how many texts of a side are justified, and for what share of the neurons they are over noise."""
+    name = grading.COMPARED[side]
+    place = compared.justified()
+    if place is None:
+        most = 100 * compared.better().mean(axis=0).max()
+        chance = 100 * compared.by_chance().mean()
+        passing = f"at most {most:.0f} % of the neurons pass, by chance {chance:.0f} %"
+        return f"{name}: no more than random directions say. No number of texts is justified; {passing}."
+    m = compared.lengths[place]
+    share = 100 * compared.better()[:, place].mean()
+    chance = 100 * compared.by_chance()[place]
+    texts = "1 text is" if m == 1 else f"{m} texts are"
+    skill = f"skill {compared.skill()[place]:.2f}"
+    better = f"better than noise for {share:.0f} % of the neurons (by chance {chance:.0f} %)"
+    return f"{name}: {texts} justified with this pool ({skill}), {better}."
+
+
+def lines_of_pools(layer, pools):
+    """Return a table of text sets at equal lengths. pools: {text set: LayerResults}, of a layer."""
+    lines = []
+    for side, measure in grading.JUDGED_BY.items():
+        of_side = {name: judged_by(side, found.compared) for name, found in pools.items()}
+        of_side = {name: of for name, of in of_side.items() if of is not None}
+        if not of_side:
+            continue
+        width = max(max(map(len, of_side)), 10) + 2
+        what = f"{grading.COMPARED[side]}, {grading.MEASURE_NAMES[measure]}"
+        lines.append(f"layer {layer}, {what}: texts, control, skill, share better than noise")
+        lengths = sorted({m for of in of_side.values() for m in of.lengths})
+        lines.append(" " * width + "".join(f"{m:>26}" for m in lengths))
+        for name, of in of_side.items():
+            columns = zip(*of.mean(), of.skill(), of.better().mean(axis=0), strict=True)
+            cells = dict(zip(of.lengths, columns, strict=True))
+            row = ("  ".join(f"{x:.2f}" for x in cells[m]) if m in cells else "" for m in lengths)
+            lines.append(name.ljust(width) + "".join(f"{cell:>26}" for cell in row))
+    return lines
