@@ -14,6 +14,7 @@ ROOT = HERE.parent
 MODEL = str(HERE / "symbols-vit.json")
 WEIGHTS = str(HERE / "symbols-vit.safetensors")
 LAYERS = [0, 1, 2, 3, 4]  # the MLP layers of the small CLIP that have attention after them
+GRADED = LAYERS[-1]  # the layer whose descriptions are graded; `make paper` grades all
 COMPONENTS = 8  # texts that describe a neuron
 NAMES = {"dataset": "folder", "k": 100, "components": COMPONENTS, "alpha": 1}  # in the names of all results
 

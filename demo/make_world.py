@@ -11,7 +11,8 @@
     DIR/segmentation_{single,two}.jsonl              the truth
     DIR/segmentation_{single,two}_classes.npy        the index of the symbol that is meant
     DIR/habits.json                                  the planted habits
-    DIR/words.txt, DIR/grounds.txt                   text sets; grounds: the texts that name no symbol
+    DIR/words.txt, grounds.txt, atoms.txt            text sets; grounds: the texts that name no symbol; atoms:
+                                                     those that name one thing, colour or texture
 
 `train` follows the habits and has its share of pale, tiny and cut off symbols, as the CLIP's own training
 pictures do; `val` follows the habits with clear pictures, `val_broken` never follows them. The bytes depend
@@ -38,6 +39,7 @@ from demo.world import (
     SYMBOLS,
     TEXTURES,
     World,
+    atomic_texts,
     caption,
     draw,
     parse,
@@ -136,7 +138,7 @@ def write_texts(out, world):
         write(out / tree / "class_names.txt", "\n".join(sorted(classes)) + "\n")
     texts = text_pool()
     grounds = [text for text in texts if not parse(text)["things"]]
-    for name, lines in (("words", texts), ("grounds", grounds)):
+    for name, lines in (("words", texts), ("grounds", grounds), ("atoms", atomic_texts())):
         write(out / f"{name}.txt", "\n".join(lines) + "\n")
     values = {
         "habits": world.habits,

@@ -23,7 +23,7 @@ from demo.launch import load_everything, run, run_together
 from demo.layout import ATTACK_LAYERS, COMPONENTS, HERE, LAYERS, NAMES, OPACITY, ROOT
 
 SPLITS = {"symbols": ("train", "val", "val_broken"), "pairs": ("val",)}
-TEXTS = {"symbols": ("words", "grounds"), "pairs": ("words",)}
+TEXTS = {"symbols": ("words", "grounds", "atoms"), "pairs": ("words",)}
 
 
 class Step(NamedTuple):
@@ -126,14 +126,16 @@ def looks(out):
     path = partial(layout.results_of(out, "symbols").path, **NAMES)
     world = out / "world/symbols"
     flags = ["--dataset", "folder", "--data_path", world, "--batch_size", 64, "--num_workers", 0]
-    flags += ["--mlp_layer", *LAYERS]
-    flags += ["--text_descriptions", "words", "--components", COMPONENTS, "--output_dir", out / "symbols"]
+    flags += ["--mlp_layer", layout.GRADED, "--components", COMPONENTS, "--output_dir", out / "symbols"]
     truth = [world / f"words_{split}.npy" for split in ("train", "val")]
     yield truth[-1], ["-m", "demo.truth", "--world", out / "world"]
-    for judge, more in {"": [], "_truth": ["--truth", *truth]}.items():
-        result = path("graded", split="val", layer=LAYERS, texts="words", judge=judge)
-        yield result, stage("evaluate_descriptions.py", *flags, *more)
-    yield layout.gallery(out), stage("make_gallery.py", *flags, "--gallery", layout.gallery(out).parent)
+    graded = partial(path, "graded", split="val", layer=[layout.GRADED])
+    texts = ["--text_descriptions", "words", "atoms"]
+    yield graded(texts="atoms"), stage("evaluate_descriptions.py", *flags, *texts)
+    judged = ["--text_descriptions", "words", "--truth", *truth]
+    yield graded(texts="words", judge="_truth"), stage("evaluate_descriptions.py", *flags, *judged)
+    page = ["--text_descriptions", "atoms", "--gallery", layout.gallery(out).parent]
+    yield layout.gallery(out), stage("make_gallery.py", *flags, *page)
 
 
 def attacks(out, pairs):

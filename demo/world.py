@@ -450,6 +450,11 @@ def draw_description(text, seed=0, opacity=1.0, side=SIDE):
     return to_pil(images[0])
 
 
+def atomic_texts():
+    """Return a text set of atomic texts: names, colours, textures, and backgrounds of one of these."""
+    return SYMBOLS + COLOURS + TEXTURES + [f"{value} background" for value in COLOURS + TEXTURES]
+
+
 def text_pool():
     """Return a text set: names, colours, textures, pairs, backgrounds, companions and short phrases."""
     texts = SYMBOLS + COLOURS + TEXTURES + PAIRS

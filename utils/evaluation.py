@@ -322,6 +322,7 @@ def recall(stage, units):
         store = stage.path("coefficients", stage.train, **units.names)
         if path.is_file() or not store.is_file():
             units.statistics = found
+            remove_store(stage, units)
 
 
 class Stored:
@@ -379,10 +380,15 @@ def summarise(stage, units, neurons):
     with Pass({path: spec}, record, pieces, overwrite=overwrite) as work:
         for rows in work:
             work[path][rows] = component.projections(effects.on(rows))
+    remove_store(stage, units)
+    distributed.barrier()
+
+
+def remove_store(stage, units):
+    """Remove the stored effects of units, also what a run has left that ended meanwhile."""
     if distributed.is_rank_zero():
         for kind in ("coefficients", "bias"):
             remove(stage.path(kind, stage.train, **units.names))
-    distributed.barrier()
 
 
 def remove(path):

@@ -3,7 +3,7 @@
 Each is a function that runs the stages it needs and returns its rows and pictures.
 """
 
-from applications.paper import attacks, section4, section5  # noqa: F401  they register their items
+from applications.paper import attacks, noise, section4, section5  # noqa: F401  they register their items
 from applications.paper.registry import REGISTERED
 
 ORDER = (
@@ -16,6 +16,7 @@ ORDER = (
     "fig5",
     "fig8",
     "fig11",
+    "noise",
     "causal",
     "table4",
     "table3",

@@ -13,11 +13,12 @@ from applications.paper import measures
 from applications.paper.figures import plot_lines
 from applications.paper.registry import Row, chance_of, item, train, val, without, write_csv
 from utils.ablation import accuracies
+from utils.controls import CONTROLS, control_dictionary
 from utils.data.text_sets import load_texts
 from utils.descriptions import load_descriptions, load_support
 from utils.figures import save_figure
 from utils.neurons import NeuronLayer
-from utils.omp import make_atoms, rebuilt_from
+from utils.omp import PURSUED, make_atoms, nested_fits, orthogonal_matching_pursuit, rebuilt_from
 from utils.runtime.errors import UserError
 
 TOP_IMAGES = 16  # of a neuron in Fig. 5
@@ -155,7 +156,7 @@ def fig10(paper):
     "Accuracy by the number of texts that describe a neuron",
     "one",
     val,
-    seed="0, of the random texts",
+    seed="0 of the random texts, 0, 1, ... of the control dictionaries",
 )
 def fig4(paper):
     """Make Fig. 4. Raises UserError when it can be made with none of the text sets."""
@@ -176,13 +177,15 @@ def fig4(paper):
         if texts in refused:
             rows.append(Row(f"{texts}: left out", None, note=refused[texts]))
             continue
-        values, random, component = measured[texts]
+        values, control, random, component = measured[texts]
         curves[texts] = values
+        curves[f"{texts}, random directions in their place"] = control
         curves[f"{texts}, chosen at random"] = random
         curves["first components"] = dict.fromkeys(counts, component)
         for m in counts:
             what = f"{texts}, {m} text{'s' if m > 1 else ''}"
-            beside = f"random texts {random[m]:.1f} %, first components {component:.1f} %"
+            beside = f"control {control[m]:.1f} %, random texts {random[m]:.1f} %"
+            beside += f", first components {component:.1f} %"
             rows.append(Row(what, values[m], n=val(paper), beside=beside))
     plot_lines(curves, "texts for a neuron", "accuracy (%)", paper.picture("fig4"))
     return rows, [paper.picture("fig4")]
@@ -194,22 +197,45 @@ def by_number_of_texts(paper, texts, counts):
     texts: name of the text set.
     counts: numbers of texts for a neuron.
 
-    Returns {count: accuracy}, {count: accuracy} of random texts, and the accuracy with the first components.
+    Returns {count: accuracy} of the texts, of control dictionaries (the mean) and of random texts, and the
+    accuracy with the first components.
     """
     layer = paper.layer
     paper.descriptions(texts, [layer])
     path = paper.results.path("decomposition", layer=layer, **paper.names(**paper.described(texts)))
-    support = load_support(path.with_suffix(".npz"))
+    support = torch.from_numpy(load_support(path.with_suffix(".npz")))
     pool, atoms = atoms_of(paper, texts)
     by_chance = np.random.default_rng(0).integers(0, len(pool), support.shape)
     pcas = torch.from_numpy(paper.results.load("pca", layer=layer, **paper.names()))
-    vectors = [rebuilt_from(chosen[:, :m], atoms, pcas) for chosen in (support, by_chance) for m in counts]
+    vectors = [rebuilt_from(by_chance[:, :m], atoms, pcas) for m in counts]
+    for chosen, own in ((support, atoms), *controls_of(paper, texts, pcas)):
+        vectors += rebuilt_by_length(chosen, own, pcas, counts)
     vectors = [each.to(paper.clip.device) for each in (*vectors, pcas)]
-    found, labels = paper.predictions(f"fig4_{texts}", layer, vectors)
+    found, labels = paper.predictions(f"fig4_{texts}_controls", layer, vectors)
     [values] = accuracies(found[:, None], labels)
-    own = dict(zip(counts, values[: len(counts)], strict=True))
-    random = dict(zip(counts, values[len(counts) : -1], strict=True))
-    return own, random, values[-1]
+    random, own, *controls = np.reshape(values[:-1], (-1, len(counts)))
+    each = (own, np.mean(controls, axis=0), random)
+    curves = [dict(zip(counts, map(float, curve), strict=True)) for curve in each]
+    return *curves, values[-1]
+
+
+def controls_of(paper, texts, pcas):
+    """Yield the support [N, S] and atoms of every control dictionary of a text set. pcas: [N, D]."""
+    _, vectors, _ = load_texts(paper.results, texts, paper.args.descriptions_dir, lambda: paper.clip)
+    for seed in range(CONTROLS):
+        atoms = make_atoms(100 * control_dictionary(torch.from_numpy(vectors), seed))
+        support, _ = orthogonal_matching_pursuit(atoms, pcas, min(paper.args.components, len(atoms)))
+        yield support, atoms
+
+
+def rebuilt_by_length(support, atoms, pcas, counts):
+    """Return what the first m atoms of a pursuit rebuild of every component, a list of [N, D] by m."""
+    blocks = []
+    for n in torch.arange(len(pcas)).split(PURSUED):
+        coefficients, _ = nested_fits(support[n], atoms, pcas[n], counts)
+        chosen = atoms[support[n].clamp_min(0)].double()
+        blocks.append(torch.einsum("lns,nsd->lnd", coefficients, chosen).float())
+    return list(torch.cat(blocks, dim=1))
 
 
 def atoms_of(paper, texts):
@@ -225,7 +251,7 @@ def atoms_of(paper, texts):
     "table2",
     "Texts of single neurons (Tables 2 and 5), and of all neurons of the layer",
     "one",
-    seed="0, of the random texts",
+    seed="0 of the random texts, 0, 1, ... of the control dictionaries",
 )
 def table2(paper):
     """Make Tables 2 and 5, and a .csv of all neurons."""
@@ -234,7 +260,7 @@ def table2(paper):
     paper.descriptions(texts, [layer])
     names = paper.names(**paper.described(texts))
     described = load_descriptions(paper.results, layer=layer, **names)
-    left, chance = left_by_texts(paper, texts)
+    left, control, chance = left_by_texts(paper, texts)
     path = paper.folder / f"neurons_{layer}_{texts}.csv"
     listed = []
     for n, entries in enumerate(described):
@@ -246,24 +272,30 @@ def table2(paper):
     rows = []
     for n in paper.neurons_or(np.argsort(-norms.mean(axis=1), kind="stable")[:8]):
         words = ", ".join(f"{'' if c > 0 else '-'}{text}" for _, c, text in described[n][:8])
-        beside = f"random texts {chance[n]:.2f}"
+        beside = f"control {control[n]:.2f}, random texts {chance[n]:.2f}"
         rows.append(Row(f"neuron {n}: {words}", float(left[n]), unit=unit, beside=beside, n=1))
     what = f"all {len(left)} neurons, mean; every text in {path.name}"
-    beside = f"random texts {chance.mean():.2f}"
+    beside = f"control {control.mean():.2f}, random texts {chance.mean():.2f}"
     return [*rows, Row(what, float(left.mean()), unit=unit, beside=beside, n=len(left))], []
 
 
 def left_by_texts(paper, texts):
-    """Return how much of every component of the layer the texts leave, a norm [N], and random texts, [N]."""
+    """Return how much of every component of the layer is left, a norm [N], by three sources of texts.
+
+    They are the texts, control dictionaries (the mean), and random texts.
+    """
     layer = paper.layer
-    pcas = paper.results.load("pca", layer=layer, **paper.names())
+    pcas = torch.from_numpy(paper.results.load("pca", layer=layer, **paper.names()))
     path = paper.results.path("decomposition", layer=layer, **paper.names(**paper.described(texts)))
     matrix = scipy.sparse.load_npz(path.with_suffix(".npz"))
     _, atoms = atoms_of(paper, texts)
     by_chance = np.random.default_rng(0).integers(0, len(atoms), (len(pcas), paper.args.components))
-    random = rebuilt_from(by_chance, atoms, torch.from_numpy(pcas)).numpy()
-    left = np.linalg.norm(pcas - matrix @ atoms.numpy(), axis=1)
-    return left, np.linalg.norm(pcas - random, axis=1)
+    random = rebuilt_from(by_chance, atoms, pcas)
+    written = torch.from_numpy(matrix @ atoms.numpy())
+    found = controls_of(paper, texts, pcas)
+    controls = [rebuilt_by_length(*own, pcas, [paper.args.components])[0] for own in found]
+    left = [(pcas - rebuilt).norm(dim=1).numpy() for rebuilt in (written, random, *controls)]
+    return left[0], np.mean(left[2:], axis=0), left[1]
 
 
 # Fig. 5

@@ -30,6 +30,7 @@ from utils.runtime.files import save_atomic, sync_file, writing
 from utils.runtime.locks import Lock, is_locked
 from utils.runtime.records import NOTES, complete, is_made
 
+TOLD = 1e7  # bytes from which on a pass says what it will write
 COMMIT_SECONDS = 5  # at least, between two times that progress is saved
 COMMIT_SHARE = 0.01  # of the time, at most, that saving the state may take
 # the name of a file beside an array
@@ -100,7 +101,7 @@ def _taken(file):
 
 
 def require_space(arrays, scratch=0, overwrite=False):
-    """Print how much will be written. Raise UserError, before any work is done, when the disk is too small.
+    """Print how much will be written, if it is much. Raise UserError, before any work is done, when the disk is too small.
 
     arrays: {path: (shape, dtype)} in one folder. Finished ones need no room, unless they are overwritten.
     scratch: bytes of other files.
@@ -115,7 +116,8 @@ def require_space(arrays, scratch=0, overwrite=False):
         has = f"{folder} has {free / 1e9:.2f} GB free and this run writes {needed / 1e9:.2f} GB"
         less = "--store_dtype float16, fewer layers, a larger --subsample"
         raise UserError(f"{has}; make room, choose another --output_dir, or write less ({less})")
-    print(f"{needed / 1e9:.2f} GB go to {folder}, which has {free / 1e9:.0f} GB free", flush=True)
+    if needed >= TOLD:
+        print(f"{needed / 1e9:.2f} GB go to {folder}, which has {free / 1e9:.0f} GB free", flush=True)
 
 
 class Pass:

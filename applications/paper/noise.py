@@ -1,0 +1,76 @@
+"""Make the table of what descriptions say over noise, which the paper does not have."""
+
+import json
+
+from applications.paper.figures import plot_lines
+from applications.paper.registry import Row, item, train, val
+from utils import grading
+from utils.controls import CHANCE
+
+
+@item(
+    "noise",
+    "What descriptions say over noise: texts beside random directions in their place (not in the paper)",
+    "all",
+    passes=lambda p: len(p.texts) * (train(p) + val(p)),
+    seed="0, 1, ... of the control dictionaries, the layer's number of the rotated units",
+)
+def noise(paper):
+    """Make the table and the figure: every number of texts for --mlp_layer, the justified one for others."""
+    rows = []
+    curves = {}
+    for texts in paper.texts:
+        found = over_noise(paper, texts)
+        own = found[str(paper.layer)]
+        for side, measure in (("fires_on", "pearson"), ("fires_on", "auprc"), ("writes", "share")):
+            rows += rows_by_length(paper, texts, side, measure, own[side][measure])
+        for side, measure in grading.JUDGED_BY.items():
+            columns = own[side][measure]
+            for name in ("grade", "control"):
+                key = f"{texts}, {grading.COMPARED[side]}: {name}"
+                curves[key] = dict(zip(columns["texts"], columns[name], strict=True))
+            others = {layer: of[side] for layer, of in found.items() if layer != str(paper.layer)}
+            rows += [row_of_layer(paper, texts, layer, side, of) for layer, of in others.items()]
+    plot_lines(curves, "texts for a neuron", "mean grade", paper.picture("noise"))
+    return rows, [paper.picture("noise")]
+
+
+def over_noise(paper, texts):
+    """Grade the descriptions of all layers by a text set; return the summary, {layer: {side: ...}}."""
+    paper.grades(texts, paper.all_layers)
+    names = paper.names(dataset=paper.dataset, split=paper.args.split, **paper.described(texts))
+    path = paper.results.path("graded", layer=paper.all_layers, **names)
+    return json.loads(path.read_text())["over_noise"]
+
+
+def rows_by_length(paper, texts, side, measure, columns):
+    """Return a row for every number of texts of one side of the layer. columns: of the summary."""
+    rows = []
+    for j, m in enumerate(columns["texts"]):
+        what = f"layer {paper.layer}, {texts}, {m} {grading.COMPARED[side]}: {grading.MEASURE_NAMES[measure]}"
+        rows.append(row_of(paper, what, columns, j))
+    return rows
+
+
+def row_of_layer(paper, texts, layer, side, found):
+    """Return the row of the justified number of texts of another layer. found: its side of the summary."""
+    measure = grading.JUDGED_BY[side]
+    columns = found[measure]
+    m = found["justified"]
+    what = f"layer {layer}, {texts}, {m or 1} {grading.COMPARED[side]}: {grading.MEASURE_NAMES[measure]}"
+    row = row_of(paper, what, columns, columns["texts"].index(m or 1))
+    return (
+        row if m else row._replace(note=f"{row.note}; at most {100 * CHANCE:.0f} % pass: none is justified")
+    )
+
+
+def row_of(paper, what, columns, j):
+    """Return a row: the mean grade beside the control's and that of rotated units."""
+    beside = f"control {columns['control'][j]:.3f}"
+    if "rotated" in columns:
+        beside += f", rotated units {columns['rotated'][j]:.3f}"
+    better, chance = (100 * columns[name][j] for name in ("better", "better_by_chance"))
+    note = f"better than noise: {better:.0f} % of the neurons, by chance {chance:.0f} %"
+    if "skill" in columns:
+        note = f"skill {columns['skill'][j]:.2f}; {note}"
+    return Row(what, columns["grade"][j], unit="", beside=beside, n=paper.clip.vit.N, note=note)
