@@ -200,7 +200,15 @@ def table_of_files():
         "texts": "NAME",
         "file": "FILE",
     }
-    fields |= {"control": "0", "row": "ROW", "alpha": "ALPHA", "components": "S", "source": "", "variant": "", "judge": ""}
+    fields |= {
+        "control": "0",
+        "row": "ROW",
+        "alpha": "ALPHA",
+        "components": "S",
+        "source": "",
+        "variant": "",
+        "judge": "",
+    }
     lines, last = ["| script | file | content |", "|---|---|---|"], None
     for artifact in ARTIFACTS.values():
         script = artifact.maker[0].removesuffix(".py")

@@ -62,7 +62,8 @@ def plot_grades(found, path):
         distribution.set_title(f"layer {layer}")
         for axes, (side, measure) in zip(curves, sides.items(), strict=True):
             _draw_lengths(axes, of.compared[side, measure], of.rotated_compared.get((side, measure)))
-            axes.set(title=COMPARED[side], ylabel=MEASURE_NAMES[measure])
+            axes.set_title(COMPARED[side])
+            axes.set_ylabel(MEASURE_NAMES[measure], fontsize="small")
     save_figure(figure, path)
 
 
@@ -85,7 +86,7 @@ def _draw_lengths(axes, compared, rotated):
     axes.set_xscale("log", base=2)
     axes.set_xticks(compared.lengths, compared.lengths)
     axes.set(xlabel="texts of a description", ylim=(0, 1))
-    axes.legend(fontsize="x-small", loc="lower right")
+    axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
 def _draw_grades(axes, grades):

@@ -7,6 +7,8 @@ from applications.paper.registry import Row, item, train, val
 from utils import grading
 from utils.controls import CHANCE
 
+SIDES = {"fires_on": "fires on", "writes": "writes"}
+
 
 @item(
     "noise",
@@ -17,20 +19,21 @@ from utils.controls import CHANCE
 )
 def noise(paper):
     """Make the table and the figure: every number of texts for --mlp_layer, the justified one for others."""
+    found = {texts: over_noise(paper, texts) for texts in paper.texts}
+    layer = str(paper.layer)
     rows = []
+    for side, measure in (("fires_on", "pearson"), ("writes", "share"), ("fires_on", "auprc")):
+        for texts, of in found.items():
+            rows += rows_by_length(paper, texts, side, measure, of[layer][side][measure])
     curves = {}
-    for texts in paper.texts:
-        found = over_noise(paper, texts)
-        own = found[str(paper.layer)]
-        for side, measure in (("fires_on", "pearson"), ("fires_on", "auprc"), ("writes", "share")):
-            rows += rows_by_length(paper, texts, side, measure, own[side][measure])
-        for side, measure in grading.JUDGED_BY.items():
-            columns = own[side][measure]
+    for side, measure in grading.JUDGED_BY.items():
+        for texts, of in found.items():
+            others = {other: sides[side] for other, sides in of.items() if other != layer}
+            rows += [row_of_layer(paper, texts, other, side, found) for other, found in others.items()]
+            columns = of[layer][side][measure]
             for name in ("grade", "control"):
-                key = f"{texts}, {grading.COMPARED[side]}: {name}"
+                key = f"{texts}, {SIDES[side]}: {name}"
                 curves[key] = dict(zip(columns["texts"], columns[name], strict=True))
-            others = {layer: of[side] for layer, of in found.items() if layer != str(paper.layer)}
-            rows += [row_of_layer(paper, texts, layer, side, of) for layer, of in others.items()]
     plot_lines(curves, "texts for a neuron", "mean grade", paper.picture("noise"))
     return rows, [paper.picture("noise")]
 
@@ -47,7 +50,7 @@ def rows_by_length(paper, texts, side, measure, columns):
     """Return a row for every number of texts of one side of the layer. columns: of the summary."""
     rows = []
     for j, m in enumerate(columns["texts"]):
-        what = f"layer {paper.layer}, {texts}, {m} {grading.COMPARED[side]}: {grading.MEASURE_NAMES[measure]}"
+        what = f"layer {paper.layer}, {named(texts, side, measure, m)}"
         rows.append(row_of(paper, what, columns, j))
     return rows
 
@@ -57,11 +60,16 @@ def row_of_layer(paper, texts, layer, side, found):
     measure = grading.JUDGED_BY[side]
     columns = found[measure]
     m = found["justified"]
-    what = f"layer {layer}, {texts}, {m or 1} {grading.COMPARED[side]}: {grading.MEASURE_NAMES[measure]}"
+    what = f"layer {layer}, {named(texts, side, measure, m or 1)}"
     row = row_of(paper, what, columns, columns["texts"].index(m or 1))
     return (
         row if m else row._replace(note=f"{row.note}; at most {100 * CHANCE:.0f} % pass: none is justified")
     )
+
+
+def named(texts, side, measure, m):
+    """Name a row: the side, the text set, the number of texts, and the measure."""
+    return f"{SIDES[side]}, {m} of {texts}: {grading.MEASURE_NAMES[measure]}"
 
 
 def row_of(paper, what, columns, j):

@@ -119,7 +119,7 @@ class ArrayFile:
                 self._start = file.tell()
 
     def __setitem__(self, index, block):
-        """Write file[rows] = block, file[number, rows] = block or, of two dimensions, file[:, columns] = block.
+        """Write file[rows], file[number, rows] or, of two dimensions, file[:, columns] = block.
 
         The block is copied to the host here.
 

@@ -101,7 +101,7 @@ def _taken(file):
 
 
 def require_space(arrays, scratch=0, overwrite=False):
-    """Print how much will be written, if it is much. Raise UserError, before any work is done, when the disk is too small.
+    """Print how much will be written, if it is much. Raise UserError when the disk is too small for it.
 
     arrays: {path: (shape, dtype)} in one folder. Finished ones need no room, unless they are overwritten.
     scratch: bytes of other files.
