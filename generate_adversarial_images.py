@@ -7,7 +7,9 @@ In the demo's world, without any other model:  --text_model template --similarit
         --image_model demo.world:draw_description --image_options '{"opacity": 0.5}'
 
 Reads components and descriptions of neurons from --output_dir (or --input_dir), and the classifier if it is
-there. The classes are any two texts. Writes to DATASET_PATH/CLASS0_CLASS1_SOURCE_seedSEED/
+there. The descriptions are those of compute_sparse_decomposition.py; for --word_source fires_on, and for
+random_fires_on, its control, those of evaluate_descriptions.py. The classes are any two texts. Writes to
+DATASET_PATH/CLASS0_CLASS1_SOURCE_seedSEED/
     candidates.json   the neurons, and their words by score
     words.json        the words taken; those dropped, and why
     prompts.json      the descriptions (generations.json: the language model's answers)
@@ -53,7 +55,13 @@ from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
 
-SOURCES = ("second_order", "random", "similar", "random_words", "file")
+BY_NEURONS = {  # word sources, and how the texts of neurons are read
+    "second_order": NeuronWords.load,
+    "random": NeuronWords.load,
+    "fires_on": NeuronWords.load_fires_on,
+    "random_fires_on": NeuronWords.load_fires_on,
+}
+SOURCES = (*BY_NEURONS, "similar", "random_words", "file")
 CLIP_THRESHOLD = 0.9  # CLIP's cosines of any two words are large
 SENTENCE_THRESHOLD = 0.6
 CLIP_BATCH = 64  # texts in one forward pass
@@ -110,11 +118,11 @@ def open_source(args, clip, v):
     layers = parse_layers(args.mlp_layers, clip.vit)
     names = {"dataset": train, "texts": args.text_descriptions, "k": args.top_k_pca}
     names |= {"components": args.components, "alpha": args.transform_alpha}
-    neurons = NeuronWords.load(results, layers, **names)
+    neurons = BY_NEURONS[args.word_source](results, layers, **names)
     inputs = {"train_dataset": train, "mlp_layers": layers, "neurons_num": args.neurons_num}
     inputs |= {"components": args.components, "transform_alpha": args.transform_alpha}
     inputs |= {"top_k_pca": args.top_k_pca, "inputs": neurons.digest()}
-    seed = args.seed if args.word_source == "random" else None
+    seed = args.seed if args.word_source.startswith("random") else None
     return inputs, partial(neurons.mine, v, args.neurons_num, seed)
 
 
@@ -189,7 +197,8 @@ if __name__ == "__main__":
     add("--train_dataset", choices=flags.DATASETS, help=help)
     group = parser.add_argument_group("words")
     add = group.add_argument
-    help = "words of neurons along v, the classes' difference; of random neurons; or other texts"
+    help = "words that neurons along v, the classes' difference, write or fire on; those of random neurons; "
+    help += "or other texts"
     add("--word_source", default="second_order", choices=SOURCES, help=help)
     add("--words", help="for --word_source file: a json [[word, score], ...], best first")
     add("--mlp_layers", nargs="+", default=["8", "9", "10"], help="zero-based MLP layers, or 'all'")

@@ -1,9 +1,10 @@
 """Compare sources of words: why do words similar to v fool the small CLIP more often than words of neurons?
 
-    python -m demo.attack_study --output_dir demo/output                 # about ten minutes on one core
+    python -m demo.attack_study --output_dir demo/output                 # about five minutes on one core
 
 All 16 pairs of attack_table.py at one opacity. v is the difference of the classes' text vectors; a word's
-share of v is the projection of its centred text vector on v. Reads what run_demo.py wrote into DIR, writes
+share of v is the projection of its centred text vector on v. Reads what run_demo.py wrote into DIR. Runs
+evaluate_descriptions.py first, where what the neurons of these layers fire on is not there. Writes
 DIR/attack_study.md and .json: pictures taken for class_0, those nearer to its bare name, and in how many
 pairs one of the three words names the colour of the planted background.
 """
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from applications.attack.generators import load_similarity
 from applications.attack.judging import rates
 from applications.attack.words import NeuronWords, PoolWords
-from demo.attack_table import Attacks, over_seeds, shares, weighted
+from demo.attack_table import Attacks, fit_fires_on, over_seeds, shares, weighted
 from demo.figures import markdown_table
 from demo.layout import ATTACK, ATTACK_LAYERS, HERE, NAMES, OPACITY, attack_pairs
 from utils.omp import make_atoms, orthogonal_matching_pursuit
@@ -74,6 +75,8 @@ class Study(Attacks):
         return {
             f"{count} neurons, 8 texts each (the table's second-order)": self.mined(neurons),
             f"{count} random neurons": self.mined(neurons, drawn=True),
+            f"{count} neurons, texts that they fire on": self.mined(self.fired_on),
+            f"{count} random neurons, texts that they fire on": self.mined(self.fired_on, drawn=True),
             "words similar to v": lambda v, seed: pool.similar(v)["words"],
             **{f"{n} neurons": self.mined(neurons, n) for n in (10, 25, 50, 200, 400)},
             f"all {every} neurons": self.mined(neurons, every),
@@ -115,6 +118,7 @@ def main():
     add("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
     add("--images", type=int, default=102, help="pictures of each pair, source and seed")
     args = parser.parse_args()
+    fit_fires_on(args.output_dir)
     torch.set_num_threads(1)
     study = Study(args.output_dir)
     pairs = attack_pairs(args.output_dir / "world")[: args.pairs]

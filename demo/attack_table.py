@@ -5,6 +5,7 @@
 Pairs, by a rule that looks at no result: class_0 goes through the symbols with a background habit by name,
 class_1 is the symbol at the same place among those without one. Sources of words:
     second_order, random, similar, random_words   as in generate_adversarial_images.py
+    fires_on, random_fires_on   the same, if asked for; evaluate_descriptions.py runs first where it has not
     weighted   second_order, with every score times the word's own share of v (`weighted`; not in the paper)
     planted    the habit of class_0 itself: what words can do at best
     nothing    no words, class_1 alone
@@ -18,9 +19,11 @@ opacities DIR/figures/attack_table.png. The rates are in per cent:
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +36,12 @@ from applications.attack.generators import load_similarity
 from applications.attack.judging import judge, load_named_classifier, rates
 from applications.attack.words import NeuronWords, PoolWords, check_classes, filter_words
 from demo.figures import markdown_table
+from demo.launch import run
 from demo.layout import (
     ATTACK,
     ATTACK_LAYERS,
     ATTACK_TEXTS,
+    COMPONENTS,
     HERE,
     MODEL,
     NAMES,
@@ -45,18 +50,40 @@ from demo.layout import (
     attack_pairs,
     results_of,
 )
+from demo.run_demo import readable, stage
 from demo.world import articles, describe, draw, to_pil
 from utils.figures import save_figure
 from utils.model.clip import load_clip
 from utils.runtime.files import save_json
 
 SOURCES = ("second_order", "weighted", "random", "similar", "random_words", "planted", "nothing")
+FIRES_ON = ("fires_on", "random_fires_on")  # sources that evaluate_descriptions.py has to run for
 RATES = {
     "argmax_rate": "taken for class_0",
     "binary_rate": "nearer to class_0",
     "class_1_rate": "taken for class_1, drawn",
 }
 OPACITIES = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+
+
+def fit_fires_on(out):
+    """Find the texts that the neurons fire on, where they are not there. out: the demo's output folder.
+
+    Exits where evaluate_descriptions.py fails.
+    """
+    out = out.resolve()
+    path = functools.partial(results_of(out, "symbols").path, **NAMES)
+    files = [path("fires_on", layer=layer, texts=ATTACK_TEXTS) for layer in ATTACK_LAYERS]
+    files += [path("projections", layer=layer) for layer in ATTACK_LAYERS]
+    if all(file.is_file() for file in files):
+        return
+    flags = ["--dataset", "folder", "--data_path", out / "world/symbols", "--output_dir", out / "symbols"]
+    flags += ["--batch_size", 64, "--num_workers", 0, "--mlp_layer", *ATTACK_LAYERS]
+    flags += ["--text_descriptions", ATTACK_TEXTS, "--components", COMPONENTS]
+    words = [str(word) for word in stage("evaluate_descriptions.py", *flags)]
+    print(f"$ {readable('python', *words)}", flush=True)
+    if code := run(words):
+        sys.exit(code)
 
 
 def shares(pool, v):
@@ -97,6 +124,11 @@ class Attacks:
         texts = [*self.class_names, *self.pool.texts]
         self.vectors = dict(zip(texts, load_similarity("clip", self.clip, 64)(texts), strict=True))
 
+    @functools.cached_property
+    def fired_on(self):
+        """fired_on are the `NeuronWords` of what neurons fire on, for which `fit_fires_on` has run."""
+        return NeuronWords.load_fires_on(self.results, ATTACK_LAYERS, texts=ATTACK_TEXTS, **NAMES)
+
     def habit(self, class_0):
         """Return the planted background of a symbol, in words."""
         return f"{self.habits[class_0]['texture']} {self.habits[class_0]['background']} background"
@@ -121,7 +153,9 @@ class Attacks:
             return self.pool.similar(v)["words"]
         if source == "random_words":
             return self.pool.random(seed)["words"]
-        mined = self.neurons.mine(v, count, seed=seed if source == "random" else None)["words"]
+        neurons = self.fired_on if source in FIRES_ON else self.neurons
+        drawn = source in ("random", "random_fires_on")
+        mined = neurons.mine(v, count, seed=seed if drawn else None)["words"]
         return weighted(mined, shares(self.pool, v)) if source == "weighted" else mined
 
     def choose(self, candidates, class_0):
@@ -310,13 +344,16 @@ def parse_args():
     add("--seeds", type=int, default=3, help="0, 1, ... of words, descriptions and pictures")
     images = ATTACK["results_per_generation"] * ATTACK["batch_size"]
     add("--images", type=int, default=images, help="pictures of each pair, source and seed")
-    add("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the words come from")
+    where = "where the words come from; default: all but those that neurons fire on"
+    add("--sources", nargs="+", choices=SOURCES + FIRES_ON, default=SOURCES, help=where)
     add("--opacity", type=float, default=OPACITY, help="of the symbols, in the table by pairs")
     add("--opacities", type=float, nargs="+", default=OPACITIES, help="of the table by opacity")
     return parser.parse_args()
 
 
 def main(args):
+    if set(args.sources) & set(FIRES_ON):
+        fit_fires_on(args.output_dir)
     torch.set_num_threads(1)  # many small operations: on a busy machine threads wait for each other
     out = args.output_dir
     attacks = Attacks(out)

@@ -43,7 +43,7 @@ from demo.layout import (
 from demo.truth import true_of
 from demo.world import COLOURS, TEXTURES, articles, parse
 from utils.ablation import ABLATIONS
-from utils.concepts import concepts_of_images, word_scores
+from utils.concepts import nearest_texts, sums
 from utils.data.images import load_images
 from utils.data.splits import Split
 from utils.data.text_sets import load_texts
@@ -58,6 +58,11 @@ TOP_WORDS = 5  # discovered words of a picture that count
 EVERY = 4  # stride of the held-out pictures whose concepts are discovered
 TOGETHER = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
 JUDGES = {"the CLIP's similarity": "", "the truth": "_truth"}  # {judge of which texts fit: its file names}
+FORMS = {  # of discovered texts
+    "nearest": "nearest to the representation, no neurons",
+    "fires_on": "active neurons fire on",
+    "writes": "active neurons write",
+}
 TITLES = {"single": "one symbol", "two": "two symbols, the class of each in turn"}
 
 
@@ -218,7 +223,7 @@ def descriptions(symbols):
 
 
 class Discovered:
-    """A `Discovered` holds the concepts that the active neurons of held-out pictures stand for.
+    """A `Discovered` holds the concepts of held-out pictures, in three forms.
 
     tree: `Tree` of the pictures.
     layers: {layer: NeuronLayer}.
@@ -227,8 +232,9 @@ class Discovered:
     texts: the texts of the tree.
     pictures: truth of the pictures.
     images: the pictures, as `Images`.
-    words: {row of the table: [(word, score), ...] for each picture}, a row for each layer, and one for the
-        active neurons of the last layers together.
+    words: {form: {row of the table: [(word, score), ...] for each picture}}. The forms are those of
+        `utils.concepts`. Those with neurons have a row for each layer whose neurons are so described, and one
+        for the last layers together where all of them are.
     """
 
     def __init__(self, tree, layers):
@@ -236,40 +242,45 @@ class Discovered:
         self.texts = tree.texts
         self.pictures = tree.truth("val")[::EVERY]
         self.images = load_images("folder", tree.world / tree.name, "val", clip.transform, subsample=EVERY)
-        found = self._concepts_by_layer(clip, layers)
-        self.words = {layer: [concepts.words for concepts in found[layer]] for layer in layers}
-        self.words[TOGETHER] = []
-        for of_picture in zip(*(found[layer] for layer in ATTACK_LAYERS), strict=True):
-            active = list(zip(ATTACK_LAYERS, of_picture, strict=True))
-            described = [layers[l].descriptions[n] for l, concepts in active for n in concepts.neurons]
-            norms = [norm for _, concepts in active for norm in concepts.norms]
-            self.words[TOGETHER].append(word_scores(described, dict(enumerate(norms))))
+        self.words = {"nearest": {"": []}, "fires_on": {}, "writes": {}}
+        for representations, found in self._by_batch(clip, layers):
+            self.words["nearest"][""] += nearest_texts(
+                representations, tree.texts, tree.text_vectors, TOP_WORDS
+            )
+            for layer, forms in found.items():
+                for form, concepts in forms.items():
+                    self.words[form].setdefault(layer, []).extend(of.words for of in concepts)
+        for by_layer in self.words.values():
+            if by_layer.keys() >= set(ATTACK_LAYERS):
+                of_layers = zip(*(by_layer[layer] for layer in ATTACK_LAYERS), strict=True)
+                by_layer[TOGETHER] = [sums(itertools.chain(*of_picture)) for of_picture in of_layers]
 
-    def _concepts_by_layer(self, clip, layers):
-        """Return {layer: `Concepts` of each picture}."""
-        found = {layer: [] for layer in layers}
+    def _by_batch(self, clip, layers):
+        """Yield the representations of a batch of pictures, and {layer: {form: `Concepts` of each}}."""
         directions = [neurons.directions for neurons in layers.values()]
         for _, pixels in Split(self.images, batch_size=64).walk("concepts"):
-            _, effects = second_order(clip.vit, pixels, directions)
+            representations, effects = second_order(clip.vit, pixels, directions)
+            found = {}
             for (layer, neurons), phi in zip(layers.items(), effects, strict=True):
-                thresholds = neurons.statistics.thresholds
-                norms = neurons.centred_norms
-                found[layer] += concepts_of_images(phi, norms, thresholds, neurons.descriptions)
-        return found
+                found[layer] = neurons.concepts(phi)
+            yield representations, found
 
     def table(self):
         """Return how often the strongest words are true of their picture.
 
-        {row: (share, share of random texts, ratio)}.
+        {form: {row: (share, share of random texts, ratio)}}.
         """
         truth = true_of(self.texts, self.pictures)
         row_of = {text: row for row, text in enumerate(self.texts)}
         chance = truth.mean()
         table = {}
-        for name, words in self.words.items():
-            hits = [truth[row_of[word], i] for i, found in enumerate(words) for word, _ in found[:TOP_WORDS]]
-            share = sum(hits) / (TOP_WORDS * len(words))  # a word that is missing counts as wrong
-            table[name] = (float(share), float(chance), float(share / chance))
+        for form, rows in self.words.items():
+            table[form] = {}
+            for name, words in rows.items():
+                strongest = [(i, word) for i, found in enumerate(words) for word, _ in found[:TOP_WORDS]]
+                hits = sum(truth[row_of[word], i] for i, word in strongest)
+                share = hits / (TOP_WORDS * len(words))  # a word that is missing counts as wrong
+                table[form][name] = (float(share), float(chance), float(share / chance))
         return table
 
 
@@ -416,7 +427,6 @@ def adversarial(out):
 def report(results):
     """Return the lines of results.md."""
     strongest = "strongest text true of the top pictures, layer"
-    discovered = f"discovered: the {TOP_WORDS} strongest words true of the picture, layer"
     tables = [
         table_of_accuracies(results["zero_shot"]),
         *(table_of_ablations(name, results[f"ablations_{name}"]) for name in ("pairs", "symbols")),
@@ -424,7 +434,7 @@ def report(results):
         table_of_grades(results["grades"]),
         table_of_shares([strongest, "share", "random text", "ratio"], results["descriptions"]),
         table_of_habits(results["habits"]),
-        table_of_shares([discovered, "share", "random texts", "ratio"], results["concepts"]),
+        table_of_concepts(results["concepts"]),
         *(table_of_segmentation(TITLES[scenes], rows) for scenes, rows in results["segmentation"].items()),
         attack_table.markdown(results["attack_table"]),
     ]
@@ -486,6 +496,16 @@ def table_of_shares(columns, table):
     return markdown_table(columns, rows)
 
 
+def table_of_concepts(concepts):
+    rows = {}
+    for form, by_row in concepts.items():
+        for name, found in by_row.items():
+            where = f", layer {name}" if isinstance(name, int) else name and f", layers {name}"
+            rows[FORMS[form] + where] = found
+    title = f"discovered: the {TOP_WORDS} strongest texts true of the picture"
+    return table_of_shares([title, "share", "random texts", "ratio"], rows)
+
+
 def table_of_habits(habits):
     columns = ["the symbol's habit among all of its kind", "text set", "mean rank", "chance", "AUC", "chance"]
     columns += ["AUC for symbols without it", "AUC of texts alone"]
@@ -524,11 +544,16 @@ def draw_neurons(neurons, folder, count=8):
 
 
 def draw_concepts(discovered, path, count=8, words=8):
-    """Draw some pictures with the words discovered in them, in blue where a word is true of its picture."""
+    """Draw some pictures with the texts that active neurons of the last layer fire on.
+
+    Blue where a text is true of its picture. The texts that they write where the layer has no others.
+    """
+    layer = LAYERS[-1]
+    form = "fires_on" if layer in discovered.words["fires_on"] else "writes"
     rows = range(0, len(discovered.pictures), len(discovered.pictures) // count)[:count]
     examples = []
     for i in rows:
-        found = discovered.words[TOGETHER][i][:words]
+        found = discovered.words[form][layer][i][:words]
         truth = discovered.pictures[i]
         right = true_of([word for word, _ in found], [truth])[:, 0]
         picture = Image.open(discovered.images.samples[i][0]).convert("RGB")
@@ -537,7 +562,8 @@ def draw_concepts(discovered, path, count=8, words=8):
             caption += " and a {companion_colour} {companion}"
         caption = articles((caption + " on a {texture} {background} background").format(**truth))
         examples.append((picture, caption, found, right))
-    title = f"Concepts of held-out pictures, MLP layers {TOGETHER} (blue: true of the picture, red: not)"
+    texts = f"texts that {FORMS[form]}, MLP layer {layer}"
+    title = f"Concepts of held-out pictures: {texts} (blue: true of the picture, red: not)"
     save_figure(plot_concepts(title, examples), path)
 
 

@@ -42,6 +42,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import save_atomic
 from utils.runtime.records import save_array
 from utils.runtime.results import Results
+from utils.statistics import load_statistics
 
 CLASSES = ["horse", "automobile", "sports car", "frog", "Egyptian cat", "ship"]
 POOL = [
@@ -91,6 +92,7 @@ class Attack:
         self.pcas = {}
         self.supports = {}
         self.coefficients = {}
+        self.fires_on = {}
         for layer in LAYERS:
             r = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=-1)
             support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS]
@@ -102,12 +104,28 @@ class Attack:
             self.pcas[layer] = r.numpy()
             self.supports[layer] = support
             self.coefficients[layer] = coefficients
+            self.save_fires_on(layer, record, generator)
         self.classifier = text_vectors(self.clip, CLASSES, 8).T
         path = self.results.path("classifier", dataset="imagenet")
         save_array(path, self.classifier, {**record, "class_names": CLASSES})
         path = self.results.path("texts", texts="pool")
         save_atomic(path.with_suffix(".txt"), lambda file: file.write("\n".join(POOL).encode()))
         save_array(path, 100 * text_vectors(self.clip, POOL, 8), record)
+
+    def save_fires_on(self, layer, record, generator):
+        """Make up what the layer's neurons fire on, and effects on 30 images, which vary more or less."""
+        means, norms = torch.randn(N, D, generator=generator), torch.rand(N, K, generator=generator)
+        save_array(self.results.path("mean", layer=layer, **NAMES), means.numpy(), record)
+        save_array(self.results.path("norm", layer=layer, **NAMES), norms.sort(dim=1).values.numpy(), record)
+        statistics = load_statistics(self.results, "imagenet", [layer], K)[layer]
+        record = {**record, "statistics": statistics.digest()}
+        support = torch.rand(N, len(POOL), generator=generator).argsort(dim=1)[:, :COMPONENTS].numpy()
+        coefficients = torch.randn(N, COMPONENTS, generator=generator).numpy()
+        path = self.results.path("fires_on", layer=layer, **NAMES)
+        save_descriptions(path, support, coefficients, texts=POOL, record=record)
+        effects = 2 + torch.randn(30, N, generator=generator) * torch.rand(N, generator=generator) ** 3
+        save_array(self.results.path("projections", layer=layer, **NAMES), effects.numpy(), record)
+        self.fires_on[layer] = (support, coefficients, effects.numpy().astype(float))
 
     def run(self, *flags, output="out", check=True):
         """Run the script as a user does, in the folder with the drawing function."""
@@ -159,6 +177,69 @@ def test_words_and_scores_are_those_of_a_plain_loop(attack, seed):
     assert_allclose(values, sorted(positive.values(), reverse=True), rtol=1e-4)
     for word, score in found["words"]:
         assert_allclose(score, positive[word], rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_words_that_neurons_fire_on_are_those_of_a_plain_loop(attack, seed):
+    """Of the neurons of the largest deviation * |<r_n, v>|, and of the random ones of the other control."""
+    v = np.random.default_rng(0).normal(size=D).astype(np.float32)
+    words = NeuronWords.load_fires_on(attack.results, LAYERS, **NAMES)
+    found = words.mine(v, 20, seed)
+    weight = {}
+    for layer in LAYERS:
+        deviations = attack.fires_on[layer][2].std(axis=0)
+        for n in range(N):
+            weight[layer, n] = deviations[n] * float(attack.pcas[layer][n].astype(float) @ v)
+    chosen = [(layer, n) for layer, n, _ in found["neurons"]]
+    written = NeuronWords.load(attack.results, LAYERS, **NAMES).mine(v, 20, seed)["neurons"]
+    if seed is None:
+        assert chosen == sorted(weight, key=lambda at: -abs(weight[at]))[:20]
+        assert set(chosen) != {(layer, n) for layer, n, _ in written}  # by |<r_n, v>| alone
+    else:
+        assert chosen == [(layer, n) for layer, n, _ in written]
+    assert_allclose([x for _, _, x in found["neurons"]], [weight[at] for at in chosen], rtol=1e-4)
+    scores = dict.fromkeys(POOL, 0.0)
+    for layer, n in chosen:
+        support, coefficients, _ = attack.fires_on[layer]
+        for text, coefficient in zip(support[n], coefficients[n], strict=True):
+            scores[POOL[text]] += float(coefficient) * weight[layer, n]
+    positive = {word: score for word, score in scores.items() if score > 0}
+    assert 0 < len(positive) < len(POOL) and dict(found["words"]).keys() == positive.keys()
+    assert [word for word, _ in found["words"]] == sorted(positive, key=lambda word: -positive[word])
+    for word, score in found["words"]:
+        assert_allclose(score, positive[word], rtol=1e-3)
+
+
+@pytest.mark.parametrize("source", ["fires_on", "random_fires_on"])
+def test_an_attack_by_what_neurons_fire_on_draws_their_words(attack, source):
+    output = f"by_{source}"
+    attack.run("--word_source", source, "--batch_size", 1, "--seed", 3, output=output)
+    folder = attack.root / output / f"horse_automobile_{source}_seed3"
+    horse, automobile = text_vectors(attack.clip, ["horse", "automobile"], 2)
+    words = NeuronWords.load_fires_on(attack.results, LAYERS, **NAMES)
+    expected = words.mine(horse - automobile, 30, 3 if source.startswith("random") else None)
+    found = json.loads((folder / "candidates.json").read_text())
+    assert found["neurons"] == expected["neurons"] and found["words"] == expected["words"]
+    assert found["settings"]["inputs"] == words.digest()
+    assert json.loads((folder / "results.json").read_text())["images"] == 4
+    file = attack.results.path("projections", layer=LAYERS[1], **NAMES)
+    whole = file.read_bytes()
+    effects = np.load(file)
+    effects[0, 0] += 1  # another deviation
+    np.save(file, effects)
+    try:
+        done = attack.run("--word_source", source, "--seed", 3, output=output, check=False)
+        assert_one_line(done, "candidates.json was made with other inputs", "--overwrite")
+        for kind in ("projections", "fires_on"):
+            moved = attack.results.path(kind, layer=LAYERS[1], **NAMES)
+            moved.rename(moved.with_suffix(".away"))
+            done = attack.run("--word_source", source, "--seed", 4, output=output, check=False)
+            moved.with_suffix(".away").rename(moved)
+            make = f"--mlp_layer {LAYERS[1]} --top_k_pca {K} --text_descriptions pool"
+            assert_one_line(done, f"{moved.name} is missing", "python evaluate_descriptions.py", make)
+            assert "--split train" not in done.stderr
+    finally:
+        file.write_bytes(whole)
 
 
 def test_weighted_scores_are_those_of_the_words_times_their_share_of_v(attack):

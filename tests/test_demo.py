@@ -118,11 +118,29 @@ def test_descriptions_are_true_more_often_than_random_texts(results):
     assert ratio >= 4 and share > chance
 
 
-def test_discovered_words_are_true_more_often_than_random_texts(results):
-    assert list(results["concepts"]) == ["0", "1", "2", "3", "4", "2 to 4 together"]
-    for share, chance, ratio in results["concepts"].values():
-        assert 0 <= share <= 1 and 0.005 < chance < 0.05 and ratio == pytest.approx(share / chance)
-    assert results["concepts"]["4"][2] >= 3
+def test_discovered_words_are_true_more_often_than_random_texts_and_less_than_the_nearest(results):
+    found = results["concepts"]
+    assert list(found) == ["nearest", "fires_on", "writes"] and list(found["nearest"]) == [""]
+    assert list(found["writes"]) == ["0", "1", "2", "3", "4", "2 to 4 together"]
+    assert "4" in found["fires_on"] and set(found["fires_on"]) <= set(found["writes"])
+    for rows in found.values():
+        for share, chance, ratio in rows.values():
+            assert 0 <= share <= 1 and 0.005 < chance < 0.05 and ratio == pytest.approx(share / chance)
+    assert found["writes"]["4"][2] >= 3
+    # on the whole world 0.86, 0.42 and 0.19
+    assert found["nearest"][""][0] >= 0.8 and 0.25 <= found["fires_on"]["4"][0] <= 0.6
+    assert found["fires_on"]["4"][0] >= 1.5 * found["writes"]["4"][0]
+
+
+def test_the_table_of_discovered_words_leaves_out_what_is_not_described():
+    shares = {"nearest": {"": (0.9, 0.01, 90)}, "fires_on": {4: (0.4, 0.01, 40)}}
+    lines = measure.table_of_concepts(shares | {"writes": {4: (0.2, 0.01, 20), "2 to 4 together": (0, 1, 0)}})
+    assert lines[2:] == [
+        "| nearest to the representation, no neurons | 0.900 | 0.010 | 90.0 |",
+        "| active neurons fire on, layer 4 | 0.400 | 0.010 | 40.0 |",
+        "| active neurons write, layer 4 | 0.200 | 0.010 | 20.0 |",
+        "| active neurons write, layers 2 to 4 together | 0.000 | 1.000 | 0.0 |",
+    ]
 
 
 def test_habits_are_ranked_among_all_of_their_kind_with_chance_beside(results):
@@ -215,6 +233,28 @@ def test_the_attack_table_draws_and_classifies_as_the_command_line_does(demo, so
         assert rate == pytest.approx(found[name], abs=2)
 
 
+def test_the_attack_study_finds_what_neurons_fire_on_first(demo):
+    """A second run, and the table by the sources of the same name, use what is there."""
+    out = demo[0]
+    few = ["--output_dir", out, "--pairs", 1, "--seeds", 1, "--images", 6]
+    said = [run_script("-m", "demo.attack_study", *few).stdout for _ in range(2)]
+    assert "--mlp_layer 2 3 4 --text_descriptions grounds" in said[0].splitlines()[0]
+    assert "evaluate_descriptions.py" not in said[1] and said[0].endswith(
+        said[1][said[1].index("| words (") :]
+    )
+    rows = json.loads((out / "attack_study.json").read_text())
+    attacks = attack_table.Attacks(out)
+    [pair] = attack_table.attack_pairs(out / "world")[:1]
+    v = attacks.difference(*pair)
+    mined = {}
+    for source, which in (("fires_on", "100 neurons"), ("random_fires_on", "100 random neurons")):
+        assert 0 <= rows[f"{which}, texts that they fire on"]["argmax_rate"][0] <= 100
+        drawn = 0 if source == "random_fires_on" else None
+        mined[source] = attacks.mine(source, v, 0)
+        assert mined[source] == attacks.fired_on.mine(v, 100, drawn)["words"]
+    assert mined["fires_on"] != mined["random_fires_on"] != attacks.mine("random", v, 0)
+
+
 def test_the_attack_table_sums_up_its_rows():
     found = {
         ("a", "second_order"): (6, 9),
@@ -296,18 +336,36 @@ def test_the_search_finds_the_neurons_of_planted_habits(demo, gallery):
     assert len(found) == 16 and sum(found.values()) >= 12, found
 
 
+def run_notebook(name, out, results):
+    """Run a notebook on a world and a folder of results; return it, with its outputs."""
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    parameters = notebook.cells[1]
+    parameters.source = parameters.source.replace("demo/output/symbols", str(results))
+    parameters.source = parameters.source.replace("demo/output", str(out))
+    where = {"metadata": {"path": str(ROOT)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    return notebook
+
+
+def test_the_concepts_of_a_notebook_do_without_what_neurons_fire_on(demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for path in (demo[0] / "symbols").iterdir():
+        if not re.search("fires_on|projections|grades", path.name):
+            (tmp_path / path.name).symlink_to(path)
+    notebook = run_notebook("concept_discovery.ipynb", demo[0], tmp_path)
+    outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
+    said = "".join(part["text"] for part in outputs if part.get("name") == "stdout")
+    assert "make it with: python evaluate_descriptions.py --dataset folder --data_path" in said
+    assert f"--output_dir {tmp_path}" in said and "what each writes" in said
+    assert sum("image/png" in part.get("data", {}) for part in outputs) >= 3
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_on_the_worlds_output_and_every_plotting_cell_shows_a_picture(
     demo, name, monkeypatch
 ):
-    monkeypatch.chdir(ROOT)
-    notebook = nbformat.read(name, as_version=4)
-    parameters = notebook.cells[1]
-    parameters.source = parameters.source.replace("demo/output", str(demo[0]))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
+    notebook = run_notebook(name, demo[0], demo[0] / "symbols")
     plotting = [
         cell
         for cell in notebook.cells

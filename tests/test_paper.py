@@ -3,9 +3,11 @@ and resuming.
 """
 
 import copy
+import csv
 import json
 import re
 from html import unescape
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,10 +132,8 @@ def test_every_item_is_made_or_left_out_with_a_reason(world):
                 assert row["ours"] is None or np.isfinite(row["ours"])
                 assert row["beside"] or row["note"] or "nothing ablated" in row["what"], (name, row)
     commands = {command for item in world.page.values() for command in item["commands"]}
-    assert all(
-        command.startswith("python compute_") or command.startswith("python generate_")
-        for command in commands
-    )
+    stages = ("python compute_", "python evaluate_", "python generate_")
+    assert all(command.startswith(stages) for command in commands)
     printed = [line for line in world.first.stdout.splitlines() if line.startswith("$ ")]
     assert len(printed) == len(set(printed)) == len(commands)  # nothing runs twice
 
@@ -277,6 +277,59 @@ def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
         assert (
             abs(rows[f"pool, {m} text{'s' if m > 1 else ''}"]["ours"] - separate) <= 100 / 12 + 1e-9
         )  # one of twelve images at most, by rounding
+
+
+def test_fig_8_is_that_of_the_definition_in_all_three_forms(world):
+    """Effects by the definition, in float64; components and descriptions as they lie on disk."""
+    exact = copy.deepcopy(world.clip.vit.visual).double()
+    train, val = (world.pixels(split)[0] for split in ("train", "val"))
+    val = val[measures.drawn(len(val), 8)]
+    known, new = (
+        np.array([definition.effects(exact, image.double(), LAYER).numpy() for image in images])
+        for images in (train, val)
+    )
+    mean = known.mean(axis=0)
+    r = np.load(world.root / "out" / f"folder_train_mlps_tiny_random_{LAYER}_{K}_pca.npy").astype(float)
+    usual, along = (np.einsum("ind,nd->in", phi - mean, r) for phi in (known, new))
+    norms, of_new = (np.linalg.norm(phi - mean, axis=-1) for phi in (known, new))
+    weights = {"fires_on": (along - usual.mean(axis=0)) / usual.std(axis=0), "writes": of_new}
+    found = concepts_by_image(world)
+    assert [list(forms) for forms in found] == [["fires_on", "writes", "nearest"]] * 8
+    for form, name in (("fires_on", "fires_on_omp_4"), ("writes", "decomposition_omp_1.0_4")):
+        path = world.root / "out" / f"folder_mlps_tiny_random_{LAYER}_pool_{name}.json"
+        described = json.loads(path.read_text())
+        for i, listed in enumerate(found):
+            scores = {}
+            for n in np.flatnonzero(of_new[i] > np.sort(norms, axis=0)[-K]):
+                for _, coefficient, text in described[str(n)]:
+                    scores[text] = scores.get(text, 0) + coefficient * weights[form][i, n]
+            assert listed[form].keys() == scores.keys() and len(scores) > 3
+            size = max(map(abs, scores.values()))
+            for text, score in listed[form].items():
+                assert_allclose(score, scores[text], rtol=1e-3, atol=1e-3 * size + 6e-6)
+    vectors = np.load(world.root / "out" / "pool_tiny_random.npy") / 100
+    for image, listed in zip(val, found, strict=True):
+        representation = world.clip.vit.visual(image[None])[0].numpy()
+        cosines = vectors @ representation / np.linalg.norm(representation)
+        assert list(listed["nearest"]) == [WORDS[i] for i in np.argsort(-cosines)]
+        assert_allclose(list(listed["nearest"].values()), np.sort(cosines)[::-1], atol=1e-4)
+    said = [what.split(",")[0] for what in world.rows("fig8")]
+    assert said[:6] == ["fires on", "writes", "nearest"] * 2
+    counts = {"train": range(1000), "val": range(500)}
+    paper = SimpleNamespace(images=counts.get, args=SimpleNamespace(split="val"))
+    assert 1508 <= ITEMS["fig8"].passes(paper) <= 1600  # the stages' images, and its own
+
+
+def concepts_by_image(world):
+    """The concepts of Fig. 8's images, [{form: {text: score}}, ...]."""
+    with open(world.folder / "concepts.csv") as file:
+        rows = list(csv.DictReader(file))
+    found = []
+    for row in rows:
+        if row["form"] == "fires_on" and row["rank"] == "0":
+            found.append({})
+        found[-1].setdefault(row["form"], {})[row["text"]] = float(row["score"])
+    return found
 
 
 class Writer:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
+from utils.concepts import LayerConcepts, load_fires_on
 from utils.data.images import to_pictures, train_set_of
 from utils.descriptions import load_descriptions
 from utils.effects import DenseEffects, FactorisedEffects
@@ -35,6 +36,8 @@ class NeuronLayer:
     descriptions: the texts that every neuron writes, as `load_descriptions` returns them.
     fires_on: the texts that every neuron fires on; None where evaluate_descriptions.py has not run.
     graded: `Graded`; None where evaluate_descriptions.py has not run.
+    command: the command that makes fires_on and graded.
+    concepts: `LayerConcepts`, to find the concepts of images; without "fires_on" where fires_on is None.
     statistics, directions, centred_norms: `Statistics`, `Directions` and `CentredNorms` of the layer.
 
     Raises UserError, with the command, when a file is missing or of other images or weights.
@@ -52,9 +55,9 @@ class NeuronLayer:
         self.norms = self.results.load("norm", **names)
         self.explained = self._if_there("explained", **names)
         self._open_effects(names)
-        self._load_descriptions({**names, "alpha": 1, **described}, held_out)
         self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
         self._along = Rebuilt(self.directions, self.statistics.mean, self.statistics.pcas)
+        self._load_descriptions({**names, "alpha": 1, **described}, held_out)
 
     def _if_there(self, kind, **names):
         """Read an array, or return None where there is no such file."""
@@ -85,14 +88,18 @@ class NeuronLayer:
             self._projections = self.results.load("projections", sizes, made_of, mmap=True, **shown)
 
     def _load_descriptions(self, names, held_out):
-        """Read both descriptions, and their grades on a split."""
+        """Read both descriptions, how effects spread over the training images, and grades on a split."""
         targets = {"targets": digest(self.statistics.pcas)}
         statistics = {"statistics": self.statistics.digest()}
         graded = {**names, "dataset": self.images.dataset, "split": held_out}
         self.descriptions = load_descriptions(self.results, expected=targets, **names)
-        self.fires_on = self.graded = None
+        self.fires_on = self.graded = fires_on = None
+        self.command = self.results.command("fires_on", **names)
         if self.results.find("fires_on", **names).is_file():
-            self.fires_on = load_descriptions(self.results, (), statistics, "fires_on", **names)
+            fires_on = load_fires_on(self.results, self.statistics, **names)
+            self.fires_on = fires_on.descriptions
+        known = (self.centred_norms, self.statistics.thresholds, self.descriptions)
+        self.concepts = LayerConcepts(*known, self._along, fires_on)
         if self.results.find("grades", **graded).is_file():
             self.graded = load_grades(self.results, statistics, **graded)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.concepts import word_scores
+from utils.concepts import load_fires_on, word_scores
 from utils.data.text_sets import as_text, load_texts
 from utils.descriptions import load_descriptions
 from utils.runtime.errors import UserError
 from utils.runtime.files import ROOT, digest, read_json
 from utils.runtime.records import Digest
+from utils.statistics import load_statistics
 
 COMPARED = 256  # words compared with class_0 at a time
 BLOCK_LIST = ROOT / "text_descriptions" / "block_list.json"
@@ -78,15 +79,18 @@ def read_words(path):
 
 
 class NeuronWords:
-    """`NeuronWords` mines words from the descriptions of neurons (Table 3 of the paper).
+    """`NeuronWords` mines words from the texts that neurons write, or from those that they fire on.
 
     pcas: {layer: components [N, D]}.
     descriptions: {layer: list over neurons, as `load_descriptions` returns it}.
+    deviations: {layer: standard deviations [N] of the effects along the components}, by which neurons are
+        weighted where descriptions are of what they fire on; None where they are of what they write.
     """
 
-    def __init__(self, pcas, descriptions):
+    def __init__(self, pcas, descriptions, deviations=None):
         self.pcas = pcas
         self.descriptions = descriptions
+        self.deviations = deviations
 
     @classmethod
     def load(cls, results, layers, **names):
@@ -102,22 +106,59 @@ class NeuronWords:
             described[layer] = load_descriptions(results, expected=expected, layer=layer, **names)
         return cls(pcas, described)
 
+    @classmethod
+    def load_fires_on(cls, results, layers, **names):
+        """Read the components of some layers, and the texts that their neurons fire on.
+
+        Parameters: as in `load`. Raises UserError, with the command, for what is missing.
+        """
+        statistics = load_statistics(results, names["dataset"], layers, names["k"])
+        pcas = {}
+        described = {}
+        deviations = {}
+        for layer, of_layer in statistics.items():
+            found = load_fires_on(results, of_layer, layer=layer, **names)
+            pcas[layer] = of_layer.pcas.cpu().numpy()
+            described[layer] = found.descriptions
+            deviations[layer] = found.deviation.numpy()
+        return cls(pcas, described, deviations)
+
     def digest(self):
-        """Return twelve hex digits of all components and descriptions."""
+        """Return twelve hex digits of all components, descriptions and deviations."""
         content = json.dumps(list(self.descriptions.items())).encode()
-        return Digest(digest(*self.pcas.values(), np.frombuffer(content, np.uint8)), earlier=None)
+        arrays = [*self.pcas.values(), np.frombuffer(content, np.uint8)]
+        if self.deviations is not None:
+            arrays += self.deviations.values()
+        return Digest(digest(*arrays), earlier=None)
+
+    def along(self, v):
+        """Return the weights of all neurons, [[layer, neuron, <r_n, v>], ...].
+
+        For the texts that neurons fire on, a weight is multiplied by the neuron's deviation.
+
+        v: [D].
+        """
+        found = []
+        for layer, r in self.pcas.items():
+            weights = r @ v
+            if self.deviations is not None:
+                weights = weights * self.deviations[layer]
+            found += [[layer, n, float(x)] for n, x in enumerate(weights)]
+        return found
 
     def mine(self, v, neurons_num, seed=None):
-        """Score the words of some neurons: add up coefficient * <r_n, v> over the neurons (eq. 6).
+        """Score the words of some neurons: add up coefficient * weight over the neurons (eq. 6).
+
+        The weight is <r_n, v>, for what neurons fire on deviation * <r_n, v>.
 
         v: [D], the difference of the classes' text vectors.
         neurons_num: how many neurons to take, from all layers together.
-        seed: of the random choice of neurons; None takes those with the largest |<r_n, v>|.
+        seed: of the random choice of neurons; None takes those with the largest |weight|.
 
-        Returns {"neurons": [[layer, neuron, <r_n, v>], ...], "words": [[word, score], ...]}, with the
-        positive scores only, largest first.
+        Returns {"neurons": [[layer, neuron, weight], ...], "words": [[word, score], ...]}, with the positive
+        scores only, largest first.
         """
-        along = [[layer, n, float(x)] for layer, r in self.pcas.items() for n, x in enumerate(r @ v)]
+        along = self.along(v)
         if seed is None:
             along.sort(key=lambda item: -abs(item[2]))
         else:

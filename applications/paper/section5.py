@@ -12,14 +12,16 @@ from applications.attack import generators
 from applications.attack.drawings import parse_list
 from applications.attack.words import names_class
 from applications.paper.figures import plot_maps
-from applications.paper.registry import Row, item, train, without, write_csv
+from applications.paper.registry import Row, item, train, val, without, write_csv
 from applications.paper.study import here
-from utils.concepts import concepts_of_images
+from utils.ablation import Rebuilt
+from utils.concepts import FORMS, Concepts, LayerConcepts, load_fires_on, nearest_texts
 from utils.data.folders import find_pictures, tell
 from utils.data.images import Images, to_pictures
 from utils.data.segmentation_row import Row as SegmentationRow
 from utils.data.segmentation_set import SegmentationSet, file_of
 from utils.data.splits import Split
+from utils.data.text_sets import load_texts
 from utils.descriptions import load_descriptions
 from utils.norms import CentredNorms
 from utils.prs import fold, second_order
@@ -39,6 +41,7 @@ PUBLISHED_SCORES = {  # the scores of Table 4
 QUOTED = {"LRP": (62.9, 35.8, 68.5), "partial LRP": (55.0, 35.5, 66.9)}  # rows that are not computed here
 NONE = (None, None, None)
 MAPS = 4  # images of Fig. 7
+LISTED = 50  # concepts of an image in the .csv of Fig. 8
 TEXTS_REQUEST = (
     'Write {count} short descriptions of different photos that show "{class_name}": '
     "what else is in them, where they were\ntaken, their light and their colours. "
@@ -54,47 +57,64 @@ TEXTS_REQUEST = (
     "fig8",
     "Concepts of images (Fig. 8; --images FOLDER for your own)",
     "one",
-    passes=lambda p: 64,
+    passes=lambda p: train(p) + val(p) + 64,
     seed="0, of the images",
 )
 def fig8(paper):
-    """Make Fig. 8, and a .csv of the concepts of all its images."""
-    paper.descriptions(paper.texts[0], [paper.layer])
+    """Make Fig. 8, and a .csv of the concepts of all its images, in all forms."""
     if paper.args.images:
         split = own_images(paper)
         names = [here(path) for path, _ in split.images.samples]
     else:
         split = paper.images(paper.args.split, 8)
         names = [split.images.class_names[label] for _, label in split.images.samples]
+    paper.grades(paper.texts[0], [paper.layer])
     found = concepts_of(paper, split)
     listed = []
     for i, name in enumerate(names):
-        for rank, (text, score) in enumerate(found[i].words[:50]):
-            listed.append([name, rank, f"{score:.5f}", text])
-    write_csv(paper.folder / "concepts.csv", ["image", "rank", "score", "text"], listed)
-    beside = f"{100 * min(1, paper.args.top_k_pca / train(paper)):.2g} % of train images"
+        for form, concepts in found.items():
+            for rank, (text, score) in enumerate(concepts[i].words[:LISTED]):
+                listed.append([name, form, rank, f"{score:.5f}", text])
+    write_csv(paper.folder / "concepts.csv", ["image", "form", "rank", "score", "text"], listed)
     rows = []
     for i, name in enumerate(names[:16]):
-        words = ", ".join(f"{text} {score:.2f}" for text, score in found[i].words[:5])
-        active = 100 * len(found[i].neurons) / paper.clip.vit.N
-        rows.append(Row(f"{name}: {words}; active neurons", active, beside=beside, n=1))
+        rows += [row_of_concepts(paper, form, name, concepts[i]) for form, concepts in found.items()]
     violin = "the paper's image, a violin: violin .69, guitar .49, chords .40, faceted .32, cranes .32"
     return [*rows, Row(violin, None, note="another image; try it with --images")], []
 
 
+def row_of_concepts(paper, form, name, concepts):
+    """Return the row of one image's concepts in one form. name: of the image."""
+    words = ", ".join(f"{text} {score:.2f}" for text, score in concepts.words[:5])
+    what = f"{form.replace('_', ' ')}, {name}: {words}"
+    if form == "nearest":
+        return Row(what, None, note=FORMS[form], n=1)
+    active = 100 * len(concepts.neurons) / paper.clip.vit.N
+    beside = f"{100 * min(1, paper.args.top_k_pca / train(paper)):.2g} % of train images"
+    return Row(f"{what}; active neurons", active, beside=beside, note=FORMS[form], n=1)
+
+
 @torch.inference_mode()
 def concepts_of(paper, split):
-    """Return the `Concepts` of every image of a `Split`."""
+    """Return {form: `Concepts` of every image of a `Split`}, in the order of `FORMS`."""
     layer = paper.layer
-    names = paper.names(**paper.described(paper.texts[0]))
-    described = load_descriptions(paper.results, layer=layer, **names)
+    names = {"layer": layer, **paper.names(**paper.described(paper.texts[0]))}
+    written = load_descriptions(paper.results, **names)
     statistics = paper.statistics(layer)
     directions = fold(paper.clip.vit, layer)
     norms = CentredNorms(directions, statistics.mean)
-    found = []
+    rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
+    fires_on = load_fires_on(paper.results, statistics, **names)
+    by_neurons = LayerConcepts(norms, statistics.thresholds, written, rebuilt, fires_on)
+    where = paper.args.descriptions_dir
+    texts, vectors, _ = load_texts(paper.results, paper.texts[0], where, lambda: paper.clip)
+    found = {form: [] for form in FORMS}
     for _, pixels in split.walk("concepts"):
-        _, [phi] = second_order(paper.clip.vit, pixels, [directions])
-        found += concepts_of_images(phi, norms, statistics.thresholds, described)
+        representation, [phi] = second_order(paper.clip.vit, pixels, [directions])
+        for form, concepts in by_neurons(phi).items():
+            found[form] += concepts
+        nearest = nearest_texts(representation, texts, vectors, LISTED)
+        found["nearest"] += [Concepts([], [], words) for words in nearest]
     return found
 
 

@@ -299,6 +299,20 @@ class Paper:
         words += ["--components", components or self.args.components]
         self.stage("compute_sparse_decomposition.py", *words)
 
+    def grades(self, texts, layers, components=None):
+        """Make the texts that neurons of some layers fire on, and the grades of both their descriptions.
+
+        Parameters: as in `descriptions`, which is run first.
+        """
+        self.descriptions(texts, layers, components)
+        args = self.args
+        words = [*self.image_flags(args.split), "--mlp_layer", *layers, "--memory", args.memory]
+        if args.subsample:
+            words += ["--train_subsample", args.subsample]
+        words += ["--text_descriptions", self.given[texts], "--descriptions_dir", args.descriptions_dir]
+        words += ["--components", components or args.components, "--top_k_pca", args.top_k_pca]
+        self.stage("evaluate_descriptions.py", *words)
+
     def names(self, **more):
         """Return the fields of the names of results of the train split."""
         return {"dataset": self.train_set, "k": self.args.top_k_pca, **more}
