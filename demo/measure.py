@@ -28,6 +28,7 @@ from demo.layout import (
     ATTACK_SOURCES,
     ATTACKS,
     COMPONENTS,
+    GRADED,
     HERE,
     LAYERS,
     MODEL,
@@ -57,7 +58,11 @@ TOP_NEURONS, TOP_PICTURES = 100, 20
 TOP_WORDS = 5  # discovered words of a picture that count
 EVERY = 4  # stride of the held-out pictures whose concepts are discovered
 TOGETHER = f"{ATTACK_LAYERS[0]} to {ATTACK_LAYERS[-1]} together"
-JUDGES = {"the CLIP's similarity": "", "the truth": "_truth"}  # {judge of which texts fit: its file names}
+GRADES = {  # {set of grades: text set, judge in file names}; the judge decides which texts fit a picture
+    "words": ("words", ""),
+    "atoms": ("atoms", ""),
+    "words, judged by the truth": ("words", "_truth"),
+}
 FORMS = {  # of discovered texts
     "nearest": "nearest to the representation, no neurons",
     "fires_on": "active neurons fire on",
@@ -185,14 +190,15 @@ def won_back(pairs):
 
 
 def grades(symbols):
-    """Return how well each side of the descriptions predicts effects on held-out pictures.
+    """Return what descriptions of layer GRADED say of effects on held-out pictures, and what noise says.
 
-    {judge: {layer: {row: {measure: {"mean", "error", ...}}}}}; the judge decides which texts fit a picture.
+    {set of grades: {"neurons": {row: {measure: numbers}}, "over_noise": {side: {measure: columns}}}}.
     """
     found = {}
-    for judge, name in JUDGES.items():
-        path = symbols.path("graded", split="val", layer=LAYERS, texts="words", judge=name)
-        found[judge] = json.loads(path.read_text())["neurons"]
+    for name, (texts, judge) in GRADES.items():
+        path = symbols.path("graded", split="val", layer=[GRADED], texts=texts, judge=judge)
+        content = json.loads(path.read_text())
+        found[name] = {key: content[key][str(GRADED)] for key in ("neurons", "over_noise")}
     return found
 
 
@@ -431,7 +437,8 @@ def report(results):
         table_of_accuracies(results["zero_shot"]),
         *(table_of_ablations(name, results[f"ablations_{name}"]) for name in ("pairs", "symbols")),
         table_of_losses(results["won_back"]),
-        table_of_grades(results["grades"]),
+        table_of_noise(results["grades"]),
+        table_of_nulls(results["grades"]),
         table_of_shares([strongest, "share", "random text", "ratio"], results["descriptions"]),
         table_of_habits(results["habits"]),
         table_of_concepts(results["concepts"]),
@@ -463,30 +470,67 @@ def table_of_losses(table):
     return markdown_table(columns, rows)
 
 
-def table_of_grades(grades):
-    """Return the table of mean correlations.
-
-    "without": without the neuron's own effect on the picture's representation.
-    """
-    shown = {
-        "fires_on": "fires on",
-        "one_fired_on": "its first text",
-        "wpmi": "soft-WPMI label",
-        "null_fires_on": "of another neuron",
-        "writes": "writes",
-        "direction": "component itself",
-        "null_writes": "of another neuron",
-    }
+def table_of_noise(grades):
+    """Return the table of grades by number of texts, each beside the control's."""
+    measures = {("fires_on", "pearson"): "fires on, correlation", ("fires_on", "auprc"): "average precision"}
+    measures[("writes", "share")] = "writes, share of the component"
     rows = []
-    for judge, layers in grades.items():
-        for measure, name in (("pearson", judge), ("pearson_without", f"{judge}, without own effect")):
-            for layer, table in layers.items():
-                found = [table.get(row, {}).get(measure) for row in shown]
-                cells = [f"{grade['mean']:.3f}" if grade else "" for grade in found]
-                if any(cells):
-                    rows.append([f"{layer}, {name}", *cells])
-    title = "correlation with the effect on held-out pictures, layer and judge"
-    return markdown_table([title, *shown.values()], rows)
+    lengths = []
+    for name, of in grades.items():
+        for (side, measure), title in measures.items():
+            if measure not in of["over_noise"].get(side, {}):
+                continue
+            columns = of["over_noise"][side][measure]
+            lengths = columns["texts"]
+            pairs = zip(columns["grade"], columns["control"], strict=True)
+            rows.append([f"{name}: {title}: texts; control", *(f"{x:.3f}; {c:.3f}" for x, c in pairs)])
+            rows.append(["the same of rotated units", *(f"{x:.3f}" for x in columns["rotated"])])
+            if "skill" in columns:
+                rows.append(["skill", *(f"{x:.2f}" for x in columns["skill"])])
+            pairs = zip(columns["better"], columns["better_by_chance"], strict=True)
+            rows.append(
+                ["better than noise, % (by chance)", *(f"{100 * x:.0f} ({100 * c:.0f})" for x, c in pairs)]
+            )
+    return markdown_table([f"layer {GRADED}, by number of texts", *lengths], rows)
+
+
+def table_of_nulls(grades):
+    """Return the table of grades of whole descriptions, beside their controls and nulls; the CLIP judges."""
+    shown = {
+        "fires_on": "8 texts that the neuron fires on",
+        "one_fired_on": "the first of these texts",
+        "wpmi": "its soft-WPMI label",
+        "null_fires_on": "texts that another neuron fires on",
+        "rotated_fires_on": "texts that rotated units fire on",
+        "rotated_wpmi": "soft-WPMI labels of rotated units",
+        "writes": "8 texts that it writes",
+        "direction": "its component",
+        "null_writes": "texts that another neuron writes",
+        "rotated_writes": "texts that rotated units write",
+    }
+    of = grades["words"]
+    controls = {"wpmi": of["over_noise"]["wpmi"]}
+    controls["fires_on"] = {key: at(columns, -1) for key, columns in of["over_noise"]["fires_on"].items()}
+    controls["one_fired_on"] = {key: at(columns, 0) for key, columns in of["over_noise"]["fires_on"].items()}
+    rows = []
+    for row, title in shown.items():
+        cells = []
+        for measure in ("pearson", "auprc", "pearson_without"):
+            cell = f"{of['neurons'][row][measure]['mean']:.3f}"
+            control = controls.get(row, {}).get(measure)
+            cells.append(f"{cell}; {control['control'][0]:.3f}" if control else cell)
+        rows.append([title, *cells])
+    columns = ["correlation; control", "average precision; control", "correlation without own effect"]
+    return markdown_table([f"layer {GRADED}, {len(shown)} ways to predict an effect", *columns], rows)
+
+
+def at(columns, place):
+    """Return the columns of one number of texts; what is no column is left as it is."""
+    return (
+        {name: values[place:][:1] for name, values in columns.items()}
+        if isinstance(columns, dict)
+        else columns
+    )
 
 
 def table_of_shares(columns, table):

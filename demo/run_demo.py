@@ -134,7 +134,7 @@ def looks(out):
     yield graded(texts="atoms"), stage("evaluate_descriptions.py", *flags, *texts)
     judged = ["--text_descriptions", "words", "--truth", *truth]
     yield graded(texts="words", judge="_truth"), stage("evaluate_descriptions.py", *flags, *judged)
-    page = ["--text_descriptions", "atoms", "--gallery", layout.gallery(out).parent]
+    page = ["--text_descriptions", "words", "--gallery", layout.gallery(out).parent]
     yield layout.gallery(out), stage("make_gallery.py", *flags, *page)
 
 

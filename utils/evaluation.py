@@ -662,9 +662,11 @@ def compare(stage, judge, units):
     """Grade the descriptions of a layer's units by number of texts, and those from control dictionaries.
 
     Rotated units, a control themselves, are described by the text set alone. Writes the array
-    [1 + C, N, slots], the text set first, and returns {(side, measure): Compared}.
+    [1 + C, N, slots], the text set first, and returns {(side, measure): Compared}; {} without controls.
     """
     dictionaries = 1 if units.name else 1 + stage.args.controls
+    if not stage.args.controls:
+        return {}
     labels = None
     if not stage.truth and dictionaries > 1:
         labels = control_labels(stage, units)

@@ -8,10 +8,11 @@ from utils.concepts import LayerConcepts, load_fires_on
 from utils.data.images import to_pictures, train_set_of
 from utils.descriptions import load_descriptions
 from utils.effects import DenseEffects, FactorisedEffects
-from utils.evaluation import load_grades
+from utils.evaluation import load_compared
 from utils.figures import plot_neuron
 from utils.norms import CentredNorms
 from utils.prs import COEFFICIENT, fold, second_order
+from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 from utils.statistics import load_statistics
@@ -35,8 +36,8 @@ class NeuronLayer:
     explained: [N]; None in a folder of the published code.
     descriptions: the texts that every neuron writes, as `load_descriptions` returns them.
     fires_on: the texts that every neuron fires on; None where evaluate_descriptions.py has not run.
-    graded: `Graded`; None where evaluate_descriptions.py has not run.
-    command: the command that makes fires_on and graded.
+    compared: {(side, measure): Compared}, grades and their controls; {} where they are not there.
+    command: the command that makes fires_on and compared.
     concepts: `LayerConcepts`, to find the concepts of images; without "fires_on" where fires_on is None.
     statistics, directions, centred_norms: `Statistics`, `Directions` and `CentredNorms` of the layer.
 
@@ -93,15 +94,16 @@ class NeuronLayer:
         statistics = {"statistics": self.statistics.digest()}
         graded = {**names, "dataset": self.images.dataset, "split": held_out}
         self.descriptions = load_descriptions(self.results, expected=targets, **names)
-        self.fires_on = self.graded = fires_on = None
+        self.compared = {}
+        self.fires_on = fires_on = None
         self.command = self.results.command("fires_on", **names)
         if self.results.find("fires_on", **names).is_file():
             fires_on = load_fires_on(self.results, self.statistics, **names)
             self.fires_on = fires_on.descriptions
         known = (self.centred_norms, self.statistics.thresholds, self.descriptions)
         self.concepts = LayerConcepts(*known, self._along, fires_on)
-        if self.results.find("grades", **graded).is_file():
-            self.graded = load_grades(self.results, statistics, **graded)
+        if self.results.find("controls", **graded).is_file():
+            self.compared = load_compared(self.results, statistics, **graded)
 
     def effects(self, pixels):
         """Return the `SecondOrder` of transformed images [n, 3, side, side]."""
@@ -170,7 +172,7 @@ class NeuronLayer:
 
         It shows the images with its largest effects (along its component most project positively, by the
         component's sign), the texts that it writes and those that it fires on, with their grades and those of
-        another neuron's texts, and the histogram of its norms.
+        random directions, and the histogram of its norms.
 
         pictures, words: how many are shown. by: as in `top_images`.
         """
@@ -187,9 +189,12 @@ class NeuronLayer:
         return plot_neuron(title, shown, np.maximum(maps, 0), sides, norms, threshold=self.norms[neuron, 0])
 
     def _name_of(self, side, neuron):
-        """Return the title above the texts of a side."""
+        """Return the title above the texts of a side: their grade, and that of random directions."""
         name = side.replace("_", " ")
-        if self.graded is None:
-            return name
-        own, null = (self.graded.of(row, "pearson_without")[neuron] for row in (side, f"null_{side}"))
-        return f"{name}: r = {own:.2f} (another's {null:.2f})"
+        compared = judged_by(side, self.compared)
+        if compared is None:
+            return f"{name}: not graded"
+        own = compared.texts[neuron, -1]
+        control = compared.controls[:, neuron, -1].mean()
+        measure = "r" if compared.measure == "pearson" else "share"
+        return f"{name}: {measure} = {own:.2f} (random directions {control:.2f})"
