@@ -363,7 +363,8 @@ def summarise(stage, units, neurons):
     overwrite = stage.args.overwrite
     effects = Stored(stage, units, neurons)
     k = min(stage.args.top_k_pca, len(stage.train))
-    pieces = pieces_of(units.count, 16, title=str(units), unit="unit")
+    size = 2**26 // (len(stage.train) * stage.clip.vit.K(units.layer))  # 256 MB of coefficients
+    pieces = pieces_of(units.count, max(16, min(256, size)), title=str(units), unit="unit")
     with Pass(arrays, record_of_units(stage, units), pieces, overwrite=overwrite) as work:
         for n in work:
             found = statistics(effects, n, k)

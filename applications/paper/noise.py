@@ -5,14 +5,14 @@ import json
 from applications.paper.figures import plot_lines
 from applications.paper.registry import Row, item, train, val
 from utils import grading
-from utils.controls import CHANCE
 
+MEASURES = {"pearson": "correlation", "auprc": "average precision", "share": "share rebuilt"}
 SIDES = {"fires_on": "fires on", "writes": "writes"}
 
 
 @item(
     "noise",
-    "What descriptions say over noise: texts beside random directions in their place (not in the paper)",
+    "What descriptions say over noise, beside random directions in the texts' place (not in the paper)",
     "all",
     passes=lambda p: len(p.texts) * (train(p) + val(p)),
     seed="0, 1, ... of the control dictionaries, the layer's number of the rotated units",
@@ -62,23 +62,21 @@ def row_of_layer(paper, texts, layer, side, found):
     m = found["justified"]
     what = f"layer {layer}, {named(texts, side, measure, m or 1)}"
     row = row_of(paper, what, columns, columns["texts"].index(m or 1))
-    return (
-        row if m else row._replace(note=f"{row.note}; at most {100 * CHANCE:.0f} % pass: none is justified")
-    )
+    return row if m else row._replace(note=f"{row.note}: none is justified")
 
 
 def named(texts, side, measure, m):
     """Name a row: the side, the text set, the number of texts, and the measure."""
-    return f"{SIDES[side]}, {m} of {texts}: {grading.MEASURE_NAMES[measure]}"
+    return f"{SIDES[side]}, {m} of {texts}: {MEASURES[measure]}"
 
 
 def row_of(paper, what, columns, j):
     """Return a row: the mean grade beside the control's and that of rotated units."""
     beside = f"control {columns['control'][j]:.3f}"
     if "rotated" in columns:
-        beside += f", rotated units {columns['rotated'][j]:.3f}"
+        beside += f", rotated {columns['rotated'][j]:.3f}"
     better, chance = (100 * columns[name][j] for name in ("better", "better_by_chance"))
-    note = f"better than noise: {better:.0f} % of the neurons, by chance {chance:.0f} %"
+    note = f"better for {better:.0f} % (chance {chance:.0f})"
     if "skill" in columns:
-        note = f"skill {columns['skill'][j]:.2f}; {note}"
+        note = f"skill {columns['skill'][j]:.2f}, {note}"
     return Row(what, columns["grade"][j], unit="", beside=beside, n=paper.clip.vit.N, note=note)
