@@ -1,4 +1,4 @@
-"""Make a page of all neurons of some layers: what each writes and fires on, its top pictures, its grades.
+"""Make a page of all neurons of some layers: what each writes and fires on over noise, and its top pictures.
 
     python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
@@ -60,8 +60,8 @@ def look(sources, split, layers):
             if sources.size:
                 pictures = sources.part(split, "pictures")
                 work[pictures][rows] = thumbnails(pixels, clip.transform, sources.size)
-            for collector, p, phi in collect(clip.vit, collectors, pixels):
-                for path, place, block in collector.blocks(rows, p, phi):
+            for collector, p, phi, representation in collect(clip.vit, collectors, pixels):
+                for path, place, block in collector.blocks(rows, p, phi, representation):
                     work[path][place] = block
                 if state:
                     work.state[collector.paths["heads"].stem] += collector.through_heads(phi)

@@ -47,6 +47,8 @@ new MutationObserver((_, observer) => {
 }).observe(main, { attributeFilter: ["data-shown"] });
 next();
 """
+LENGTHS = [1, 2, 4, 8, 16, 20]  # numbers of texts that the invented gallery grades
+JUSTIFIED = {"fires_on": 8, "writes": 2}
 HOSTILE_CLASS = "<img src=x onerror=alert(1)>"
 HOSTILE_TEXT = "</script><b>"
 
@@ -300,12 +302,14 @@ def invented_about(rng, layers, neurons, counts, texts, components, plain):
         "classifier": not plain,
         "graded_on": "val",
         "graded_images": counts.get("val", 0),
-        "sides": {"writes": ["writes", "null_writes"], "fires_on": ["fires_on", "null_fires_on"]},
+        "sides": {"writes": ["writes", "null_writes"], "fires_on": ["fires_on", "wpmi", "null_fires_on"]},
         "rows": {
             "writes": "texts that it writes",
             "fires_on": "texts that it fires on",
+            "wpmi": "its label by soft-WPMI",
             "null_writes": "another neuron's texts that it writes",
             "null_fires_on": "another neuron's texts that it fires on",
+            "rotated_fires_on": "rotated units: texts that they fire on",
         },
     }
 
@@ -315,8 +319,16 @@ def rounded(array):
     return np.round(array, 4).tolist()
 
 
-def invented_layer(rng, about, shown, plain):
-    """The columns of a layer's neurons, and all texts of each side."""
+def invented_grades(rng, neurons, lengths):
+    """Grades beside controls by number of texts, [neurons][lengths] of (grade, control, better)."""
+    control = rng.uniform(0.1, 0.4, (neurons, 1)) + 0.05 * np.arange(len(lengths))
+    grade = control + rng.uniform(-0.1, 0.4, control.shape)
+    grade[:4] = control[:4] + 0.2  # the first neurons are better than noise
+    return np.round(np.stack([grade, control, grade > control + 0.1], axis=-1), 4).tolist()
+
+
+def invented_layer(rng, about, graded):
+    """The columns of a layer's neurons; all texts of each side; grades by number of texts."""
     neurons = about["neurons"]
     sides = {
         name: invented_side(rng, neurons, about["components"], len(about["texts"]))
@@ -328,22 +340,31 @@ def invented_layer(rng, about, shown, plain):
         "explained": rounded(rng.uniform(0.1, 0.9, neurons)),
         "norm": rounded(rng.gamma(2, 0.3, neurons)),
         "threshold": rounded(rng.uniform(0.2, 0.4, neurons)),
-        "grades": {} if plain else {name: rounded(rng.uniform(-0.1, 0.8, neurons)) for name in about["rows"]},
-        "shown": shown,
+        "rotated": {"rotated_fires_on": {"pearson": 0.7, "auprc": 0.3}} if graded else {},
+        "rotated_by_length": {"fires_on": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]} if graded else {},
+        "blind": {"fires_on": ["pearson"]} if graded else {},
         "pictures": {
             "split": "train",
             "rows": rng.integers(0, about["splits"]["train"]["count"], neurons * 4).tolist(),
         },
     }
+    by_length = {name: invented_grades(rng, neurons, LENGTHS) for name in sides if graded}
     for name, (ids, values) in sides.items():
-        columns[name] = {
-            "texts": ids[:, :shown].ravel().tolist(),
-            "coefficients": values[:, :shown].ravel().tolist(),
-        }
-    columns["fires_on"]["correlations"] = rounded(rng.uniform(-0.2, 0.9, neurons * shown))
-    if plain:
-        columns["fires_on"] = sides["fires_on"] = None
-    return columns, sides
+        m = {None: 16, "noise": 0}.get(graded, JUSTIFIED[name])
+        ids, values = ids[:, :m].copy(), values[:, :m]
+        columns[name] = {"shown": m}
+        if graded:
+            judged = {"lengths": LENGTHS, "justified": m, "better": 3, "chance": 4, "controls": 5}
+            columns[name]["judged"] = judged
+        if graded == "over noise":
+            at_m = np.array(by_length[name])[:, LENGTHS.index(m)]
+            ids[at_m[:, 2] == 0] = -1
+            judged["better"] = int(at_m[:, 2].sum())
+            columns[name] |= dict(zip(("grade", "control", "better"), at_m.T.tolist(), strict=True))
+        columns[name] |= {"texts": ids.ravel().tolist(), "coefficients": values.ravel().tolist()}
+    if graded:
+        by_length["wpmi"] = invented_grades(rng, neurons, [1])
+    return columns, sides, by_length
 
 
 def invented_index(rng, count, n_texts, neurons):
@@ -366,22 +387,22 @@ def invented_picture(rng, about, split, sign):
     ]
 
 
-def invented_neuron(rng, about, columns, sides, n):
+def invented_neuron(rng, about, columns, sides, by_length, n):
     """Everything about neuron `n`."""
     counts = {split: value["count"] for split, value in about["splits"].items()}
     near = rng.integers(0, about["neurons"], 8)
     classes = rng.permutation(len(about["class_names"])) if about["classifier"] else []
     detail = {
         "grades": {
-            name: {
-                "pearson": round(1.2 * values[n], 3),
-                "pearson_without": round(values[n], 3),
-                "auprc": round(abs(values[n]) / 2, 3),
-                "auprc_without": round(abs(values[n]) / 3, 3),
-                "drop": 0.1,
+            row: {
+                measure: round(float(rng.uniform(-0.1, 0.9)), 3)
+                for measure in ("pearson", "auprc", "pearson_without", "auprc_without", "drop")
             }
-            for name, values in columns["grades"].items()
+            for row in about["rows"]
+            if not row.startswith("rotated")
         },
+        "by_length": {name: rows[n] for name, rows in by_length.items()},
+        "shown": {},
         "auprc_chance": 0.02,
         "top": {
             split: {
@@ -405,19 +426,21 @@ def invented_neuron(rng, about, columns, sides, n):
     for split, count in counts.items():
         detail["histogram"][split] = np.histogram(rng.normal(0, 0.2, 10 * count), 40, (-1, 1))[0].tolist()
     for name, side in sides.items():
-        detail[name] = side and [
-            [int(i), float(value)] for i, value in zip(side[0][n], side[1][n], strict=True)
-        ]
+        detail[name] = [[int(i), float(value)] for i, value in zip(side[0][n], side[1][n], strict=True)]
+        if "judged" in columns[name]:
+            better = columns[name].get("better", {n: 0})[n]
+            detail["shown"][name] = detail[name][: columns[name]["shown"]] if better else []
     return detail
 
 
 def invented_image(rng, about):
-    """The active neurons of an image and the texts that they write."""
-    neurons, words = rng.permutation(about["neurons"])[:30], rng.permutation(len(about["texts"]))[:12]
-    return {
-        "neurons": [[int(n), round(2 / (i + 1), 3)] for i, n in enumerate(neurons)],
-        "words": [[int(w), round(1 / (i + 1), 3)] for i, w in enumerate(words)],
-    }
+    """The active neurons of an image, and its concepts."""
+    neurons = rng.permutation(about["neurons"])[:30]
+    image = {"neurons": [[int(n), round(2 / (i + 1), 3)] for i, n in enumerate(neurons)]}
+    for form in ("fires_on", "writes", "nearest"):
+        words = rng.permutation(len(about["texts"]))[:8]
+        image[form] = [[int(w), round(1 / (i + 1), 3)] for i, w in enumerate(words)]
+    return image
 
 
 def invented_gallery(
@@ -428,12 +451,13 @@ def invented_gallery(
     counts=None,
     texts=None,
     components=20,
-    shown=8,
+    graded="over noise",
     plain=False,
     seed=0,
 ):
-    """Write a gallery of random numbers and return its folder; a `plain` one has no pictures, grades, classes
-    or fires_on.
+    """Write a gallery of random numbers and return its folder; a `plain` one has no pictures and classes.
+
+    graded: "over noise"; "noise" where no length is justified; None without controls.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -459,12 +483,12 @@ def invented_gallery(
         for split, count in counts.items():
             invented_images(rng, folder / "pictures", split, count, about["sheet"])
     for layer in layers:
-        columns, sides = invented_layer(rng, about, shown, plain)
+        columns, sides, by_length = invented_layer(rng, about, graded)
         give(f"{layer}/layer", f"layer {layer}", columns)
         give(
             f"{layer}/texts",
             f"texts {layer}",
-            invented_index(rng, 0 if plain else 3, len(about["texts"]), neurons),
+            invented_index(rng, 3, len(about["texts"]), neurons),
         )
         if not plain:
             table = rng.integers(-127, 128, size=(len(about["class_names"]), neurons)).astype(np.int8)
@@ -473,7 +497,7 @@ def invented_gallery(
         chunk = about["neuron_chunk"]
         for first in range(0, neurons, chunk):
             some = [
-                invented_neuron(rng, about, columns, sides, n)
+                invented_neuron(rng, about, columns, sides, by_length, n)
                 for n in range(first, min(first + chunk, neurons))
             ]
             give(

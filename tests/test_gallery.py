@@ -181,20 +181,20 @@ def test_the_search_knows_the_neurons_whose_effects_a_text_predicts(world, folde
     values = unpacked(index["correlations"], np.int8).reshape(neurons.shape) / 127
     assert_allclose(values, np.take_along_axis(correlations, neurons.astype(int), 1), atol=5e-3)
     assert_allclose(values, -np.sort(-correlations, axis=1)[:, : index["count"]], atol=5e-3)
-    grid = received(folder, f"{LAYER}/layer")
-    ids = np.reshape(grid["fires_on"]["texts"], (N, -1))
-    own = np.reshape(grid["fires_on"]["correlations"], ids.shape)
-    for n in range(N):
-        for i, value in zip(ids[n], own[n], strict=True):
-            assert value == pytest.approx(correlations[i, n] if i >= 0 else 0, abs=6e-3)
 
 
-def test_an_image_s_neurons_and_words_are_those_of_the_definition(world, folder, about, runs):
+def test_an_image_s_neurons_and_concepts_are_those_of_the_definition(world, folder, about, runs):
     mean, norms = (array(world, f"train_mlps_tiny_random_{LAYER}_{name}") for name in ("mean", "5_norm"))
-    path = world.base / f"folder_mlps_tiny_random_{LAYER}_words_decomposition_omp_1.0_8.json"
-    described = json.loads(path.read_text())
+    pcas = array(world, f"train_mlps_tiny_random_{LAYER}_5_pca")
+    y = array(world, f"folder_train_mlps_tiny_random_{LAYER}_5_projections").astype(np.float64)
+    representations = array(world, "train_representations_tiny_random")
+    vectors = array(world, "words_tiny_random")
+    described = {}
+    for side, name in (("writes", "decomposition_omp_1.0_8"), ("fires_on", "fires_on_omp_8")):
+        path = world.base / f"folder_mlps_tiny_random_{LAYER}_words_{name}.json"
+        described[side] = json.loads(path.read_text())
     images = received(folder, f"{LAYER}/images_train_0")["images"]
-    for (_, phi), image in zip(runs, images, strict=True):
+    for (_, phi), representation, image in zip(runs, representations, images, strict=True):
         size = np.linalg.norm(phi - mean, axis=1)
         shown, thresholds = [n for n, _ in image["neurons"]], norms.min(axis=1)
         near = np.abs(size / thresholds - 1) < 1e-4  # the image that gives the threshold is not above it
@@ -203,13 +203,20 @@ def test_an_image_s_neurons_and_words_are_those_of_the_definition(world, folder,
         left = [size[n] for n in active - set(shown)]
         assert not left or (len(shown) == 24 and max(left) <= size[shown[-1]] * (1 + 1e-4))
         assert_allclose([value for _, value in image["neurons"]], size[shown], rtol=6e-3)
-        scores = {}
-        for n in shown:
-            for _, c, text in described[str(n)]:
-                scores[text] = scores.get(text, 0) + c * size[n]
-        if len(shown) < 24:
-            for i, score in image["words"]:
-                assert score == pytest.approx(scores[about["texts"][i]], rel=1e-2, abs=1e-3)
+        along = ((phi - mean) * pcas).sum(axis=1)
+        weights = {"writes": size, "fires_on": (along - y.mean(axis=0)) / y.std(axis=0)}
+        for side, weight in weights.items():
+            scores = {}
+            for n in shown:
+                for _, c, text in described[side][str(n)]:
+                    scores[text] = scores.get(text, 0) + c * weight[n]
+            if len(shown) < 24:
+                assert len(image[side]) == min(8, len(scores))
+                for i, score in image[side]:
+                    assert score == pytest.approx(scores[about["texts"][i]], rel=1e-2, abs=2e-3)
+        cosines = vectors @ representation / np.linalg.norm(vectors, axis=1) / np.linalg.norm(representation)
+        assert_allclose([value for _, value in image["nearest"]], np.sort(cosines)[::-1][:8], atol=6e-3)
+        assert_allclose([cosines[i] for i, _ in image["nearest"]], np.sort(cosines)[::-1][:8], atol=1e-5)
 
 
 def test_sheets_hold_what_the_model_saw(world, folder, about):
@@ -246,6 +253,153 @@ def test_parquet_says_the_same(folder, about, details):
             )
         assert row["train_positive"] == [image for image, _, _ in detail["top"]["train"]["positive"]]
         assert row["fires_on_pearson"] == pytest.approx(detail["grades"]["fires_on"]["pearson"], rel=6e-3)
+        for j, m in enumerate(("1 text", "2 texts", "4 texts", "8 texts")):
+            for side, measure in (("fires_on", "pearson"), ("writes", "share")):
+                name = f"{side} {measure} {m}"
+                found = [row[name], row[f"{name}, control"], row[f"{name}, better than noise"]]
+                assert_allclose(np.array(found, float), detail["by_length"][side][j], rtol=6e-3, atol=1e-6)
+
+
+def with_controls(world, folder, over):
+    """A copy of the results whose controls are set by hand: every third neuron's grades lie over noise.
+
+    It has fewer rotated units than neurons, as wide layers have.
+
+    over: {"fires_on", "writes": number of texts of the largest skill}; 0 where the layer is no better.
+    """
+    base = shutil.copytree(world.base, folder)
+    [path] = base.glob(f"*val_grades_tiny_random_{LAYER}_words_8_controls.npy")
+    slots = json.loads(path.with_suffix(".meta.json").read_text())["slots"]
+    values = np.full((6, N, len(slots)), 0.3, np.float32)
+    values[1:] += np.linspace(-0.01, 0.01, 5, dtype=np.float32)[:, None, None]
+    for i, (side, _, m) in enumerate(slots):
+        if over.get(side):
+            values[0, ::3, i] = 0.8 if m == over[side] else 0.4
+    np.save(path, values)
+    for path in base.glob(f"*val_grades_tiny_random_{LAYER}_rotated_*.npy"):
+        rotated = np.load(path)
+        np.save(path, rotated[:, :10] if path.name.endswith("controls.npy") else rotated[:10])
+    return base
+
+
+def page_of(world, output, base):
+    """The columns and the details of the layer, of a gallery made from some results."""
+    make(world, output, "--input_dir", base, "--mlp_layer", LAYER)
+    details = [n for i in range(2) for n in received(output / "gallery", f"{LAYER}/neurons_{i}")["neurons"]]
+    return received(output / "gallery", f"{LAYER}/layer"), details
+
+
+def fitted(atoms, target, chosen):
+    """Coefficients of the least squares fit by some atoms."""
+    return np.linalg.lstsq(atoms[chosen].T.astype(np.float64), target, rcond=None)[0]
+
+
+def test_texts_over_noise_are_the_first_that_were_chosen_fitted_again(world, tmp_path):
+    base = with_controls(world, tmp_path / "base", {"fires_on": 4, "writes": 2})
+    grid, details = page_of(world, tmp_path / "out", base)
+    vectors = array(world, "words_tiny_random").astype(np.float64)
+    representations = array(world, "train_representations_tiny_random")
+    y = array(world, f"folder_train_mlps_tiny_random_{LAYER}_5_projections").astype(np.float64)
+    presences = vectors / 100 @ (representations - representations.mean(axis=0)).T.astype(np.float64)
+    centred = vectors - vectors.mean(axis=0)
+    fits = {  # atoms, targets
+        "fires_on": (
+            presences / np.linalg.norm(presences, axis=1, keepdims=True),
+            ((y - y.mean(axis=0)) / np.linalg.norm(y - y.mean(axis=0), axis=0)).T,
+        ),
+        "writes": (
+            100 * centred / np.linalg.norm(centred, axis=0),
+            array(world, f"train_mlps_tiny_random_{LAYER}_5_pca"),
+        ),
+    }
+    for side, name, m in (("fires_on", "fires_on_omp_8", 4), ("writes", "decomposition_omp_1.0_8", 2)):
+        judged = {"lengths": [1, 2, 4, 8], "justified": m, "better": N // 3, "chance": 0, "controls": 5}
+        assert grid[side]["judged"] == judged and grid[side]["shown"] == m
+        assert grid[side]["better"] == [1, 0, 0] * (N // 3)
+        assert_allclose(grid[side]["grade"], np.where(np.arange(N) % 3, 0.3, 0.8))
+        assert_allclose(grid[side]["control"], 0.3, rtol=1e-3)
+        support = np.load(base / f"folder_mlps_tiny_random_{LAYER}_words_{name}.npz")["support"]
+        texts = np.reshape(grid[side]["texts"], (N, m))
+        values = np.reshape(grid[side]["coefficients"], (N, m))
+        for n, detail in enumerate(details):
+            if n % 3:
+                assert detail["shown"][side] == [] and (texts[n] == -1).all()
+                continue
+            assert detail["shown"][side] == [list(pair) for pair in zip(texts[n], values[n], strict=True)]
+            chosen = support[n, :m]
+            atoms, targets = fits[side]
+            expected = dict(zip(chosen, fitted(atoms, targets[n], chosen), strict=True))
+            sizes = np.abs(values[n])
+            assert set(texts[n]) == set(expected) and (sizes == np.sort(sizes)[::-1]).all()
+            assert_allclose(values[n], [expected[i] for i in texts[n]], rtol=1e-2)
+
+
+def test_an_order_of_choice_of_other_texts_is_refused(world, tmp_path):
+    base = with_controls(world, tmp_path / "base", {"writes": 2})
+    [path] = base.glob(f"*tiny_random_{LAYER}_words_decomposition_omp_1.0_8.npz")
+    content = dict(np.load(path))
+    content["support"] = np.roll(content["support"], 1, axis=0)
+    np.savez(path, **content)
+    done = make(world, tmp_path / "out", "--input_dir", base, "--mlp_layer", LAYER, check=False)
+    line = the_line(done.stderr)
+    assert done.returncode == 1 and "is of other texts than the .json beside it" in line
+    assert "make both again with: python compute_sparse_decomposition.py" in line
+
+
+def test_a_layer_no_better_than_noise_shows_no_text(world, tmp_path):
+    grid, details = page_of(world, tmp_path / "out", with_controls(world, tmp_path / "base", {}))
+    for side in ("fires_on", "writes"):
+        assert grid[side]["judged"]["justified"] == grid[side]["shown"] == 0
+        assert grid[side]["texts"] == [] and "grade" not in grid[side]
+        assert all(detail["shown"][side] == [] and len(detail[side]) > 0 for detail in details)
+
+
+def test_results_without_controls_are_not_graded(world, tmp_path):
+    """Of one layer; the others still are."""
+    base = shutil.copytree(world.base, tmp_path / "base")
+    for path in {*base.glob(f"*_{LAYER}_*_controls.*"), *base.glob(f"*_{LAYER}_rotated_*")}:
+        path.unlink()
+    make(world, tmp_path / "out", "--input_dir", base)
+    folder = tmp_path / "out/gallery"
+    grid, other = (received(folder, f"{layer}/layer") for layer in (LAYER, LAYER - 1))
+    details = received(folder, f"{LAYER}/neurons_0")["neurons"]
+    for side in ("fires_on", "writes"):
+        assert set(grid[side]) == {"shown", "texts", "coefficients"} and grid[side]["shown"] == 8
+        assert grid[side]["texts"][:8] == [i for i, _ in details[0][side]]
+        assert "judged" in other[side]
+    assert all(detail["shown"] == detail["by_length"] == {} for detail in details)
+    assert grid["rotated"] == grid["rotated_by_length"] == grid["blind"] == {}
+    column = pyarrow.parquet.read_table(folder / "neurons.parquet")["writes share 2 texts, better than noise"]
+    assert [value is None for value in column.to_pylist()] == [False] * 3 * N + [True] * N
+
+
+def test_a_single_control_dictionary_shows_no_spread_and_is_not_graded(world, tmp_path):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    for path in base.glob(f"*val_grades_tiny_random_{LAYER}_words_8_controls.npy"):
+        np.save(path, np.load(path)[:2])
+    grid, _ = page_of(world, tmp_path / "out", base)
+    assert "judged" not in grid["fires_on"] and "judged" not in grid["writes"]
+
+
+def test_grades_by_length_and_of_rotated_units_are_those_of_the_stage(world, folder, details):
+    grades = {}
+    for units in ("", "rotated_"):
+        [path] = world.base.glob(f"*val_grades_tiny_random_{LAYER}_{units}words_8_controls.npy")
+        slots = json.loads(path.with_suffix(".meta.json").read_text())["slots"]
+        grades[units] = slots, np.load(path)
+    grid = received(folder, f"{LAYER}/layer")
+    for side, measure in (("fires_on", "pearson"), ("writes", "share"), ("wpmi", "pearson")):
+        found = {}
+        for units, (slots, values) in grades.items():
+            found[units] = values[..., [i for i, slot in enumerate(slots) if slot[:2] == [side, measure]]]
+        own = np.array([detail["by_length"][side] for detail in details])
+        assert_allclose(own[..., 0], found[""][0], rtol=6e-3, atol=1e-6)
+        assert_allclose(own[..., 1], found[""][1:].mean(axis=0), rtol=6e-3, atol=1e-6)
+        if side != "wpmi":
+            means = found["rotated_"][0].mean(axis=0)
+            assert_allclose(grid["rotated_by_length"][side], means, rtol=6e-3)
+    rotated = array(world, f"val_grades_tiny_random_{LAYER}_rotated_words_8").mean(axis=0)
+    assert grid["rotated"]["rotated_writes"]["pearson"] == pytest.approx(rotated[0, 0], rel=6e-3, abs=1e-4)
 
 
 def make(world, output, *more, check=True):

@@ -8,6 +8,8 @@ import pytest
 from tests.browser import (
     HOSTILE_CLASS,
     HOSTILE_TEXT,
+    JUSTIFIED,
+    LENGTHS,
     VISIT_ALL,
     Page,
     axe_violations,
@@ -31,10 +33,19 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain_gallery(tmp_path_factory):
-    """A gallery without pictures, grades, classifier and texts that neurons fire on."""
+    """A gallery without pictures, classifier and controls."""
     browser_binaries()
     folder = tmp_path_factory.mktemp("plain")
-    return invented_gallery(folder, plain=True, layers=(9,), neurons=30, counts={"train": 40})
+    few = {"layers": (9,), "neurons": 30, "counts": {"train": 40}}
+    return invented_gallery(folder, plain=True, graded=None, **few)
+
+
+@pytest.fixture(scope="module")
+def noise_gallery(tmp_path_factory):
+    """A gallery of a layer whose descriptions are no better than noise."""
+    browser_binaries()
+    folder = tmp_path_factory.mktemp("noise")
+    return invented_gallery(folder, graded="noise", layers=(9,), neurons=30, counts={"train": 40})
 
 
 @pytest.fixture
@@ -51,6 +62,12 @@ def plain_page(browser, plain_gallery):
     yield from checked_page(browser, plain_gallery)
 
 
+@pytest.fixture
+def noise_page(browser, noise_gallery):
+    """The same of the gallery of noise."""
+    yield from checked_page(browser, noise_gallery)
+
+
 def match_level(text, query):
     """3 for the whole text, 2 for the start of a word, 1 for a part of one, 0 for none."""
     if query not in text:
@@ -65,26 +82,26 @@ def unpacked(text, dtype):
 
 
 def expected_matches(about, layer, index, query):
-    """The neurons that a search finds, best first."""
-    shown, scores = layer["shown"], {}
+    """The neurons that a search finds, best first, and how many of them by their descriptions."""
+    alone, described = {}, {}
     for i, (n, value) in enumerate(
         zip(unpacked(index["neurons"], "<u2"), unpacked(index["correlations"], np.int8), strict=True)
     ):
         level = match_level(about["texts"][i // index["count"]].lower(), query)
         if level:
-            scores[n] = max(scores.get(n, 0), 2 * level + value / 127)
-    own = np.reshape(layer["fires_on"]["correlations"], (-1, shown))
+            alone[n] = max(alone.get(n, 0), 2 * level + value / 127)
     for name in ("fires_on", "writes"):
-        ids, values = (np.reshape(layer[name][key], (-1, shown)) for key in ("texts", "coefficients"))
+        side = layer[name]
+        ids, values = (np.reshape(side[key], (-1, side["shown"])) for key in ("texts", "coefficients"))
         for n in range(len(ids)):
-            for j, (text, value) in enumerate(zip(ids[n], values[n], strict=True)):
+            for text, value in zip(ids[n], values[n], strict=True):
                 level = match_level(about["texts"][text].lower(), query) if text >= 0 else 0
-                strength = (
-                    own[n, j] if name == "fires_on" else abs(value / values[n][0]) * layer["grades"][name][n]
-                )
+                over = side["grade"][n] - side["control"][n]
                 if level:
-                    scores[n] = max(scores.get(n, 0), 2 * level + max(strength, 0))
-    return sorted(scores, key=lambda n: (-scores[n], n))
+                    score = 2 * level + max(abs(value / values[n][0]) * over, 0)
+                    described[n] = max(described.get(n, 0), score)
+    scores = {n: (n in described, described.get(n, alone.get(n))) for n in {*alone, *described}}
+    return sorted(scores, key=lambda n: (-scores[n][0], -scores[n][1], n)), len(described)
 
 
 def addresses_of_neurons(about):
@@ -125,10 +142,14 @@ def test_the_search_narrows_the_grid_with_each_letter(page):
     layer, index = received(page.folder, "8/layer"), received(page.folder, "8/texts")
     for letter, query in (("d", "d"), ("o", "do"), ("g", "dog")):
         page.type(letter)
-        expected = expected_matches(page.about, layer, index, query)
+        expected, described = expected_matches(page.about, layer, index, query)
+        alone = len(expected) - described
         assert page.address() == f"#8?q={query}"
-        assert page.status() == f"{len(expected)} of {page.about['neurons']} neurons match."
-        assert page.neurons()[:24] == expected[:24]
+        assert page.status().startswith(
+            f"{len(expected)} of {page.about['neurons']} neurons match: {described} by their descriptions"
+        )
+        assert (f"{alone} only because the text predicts their effects" in page.status()) == (alone > 0)
+        assert page.neurons()[:16] == expected[:16]
     assert len(expected) < page.about["neurons"]
     marked = page.script(
         "return [...document.querySelectorAll('.card')]"
@@ -137,13 +158,19 @@ def test_the_search_narrows_the_grid_with_each_letter(page):
     assert set(marked) == {"dog"}
 
 
-def test_a_whole_text_comes_before_a_word_and_a_word_before_a_part(page):
+def test_descriptions_come_before_texts_alone_and_a_whole_text_before_a_part(page):
     page.open("#8?q=dog")
-    texts = page.script(
-        "return [...document.querySelectorAll('.card')].map((c) => c.querySelector('li:has(mark)').title)"
+    count = int(page.status().split()[0])
+    page.until(lambda _: page.script("window.scrollTo(0, 1e6)") or len(page.neurons()) == count)
+    found = page.script(
+        "return [...document.querySelectorAll('.card li:has(mark)')]"
+        ".map((li) => [li.title, li.querySelector('.alone') !== null])"
     )
-    levels = [match_level(text, "dog") for text in texts]
-    assert levels == sorted(levels, reverse=True) and set(levels) == {3, 2, 1}
+    alone = [is_alone for _, is_alone in found]
+    assert alone == sorted(alone) and set(alone) == {True, False}
+    for which in (True, False):
+        levels = [match_level(text, "dog") for text, is_alone in found if is_alone == which]
+        assert levels == sorted(levels, reverse=True) and set(levels) == {3, 2, 1}
 
 
 def test_a_number_finds_its_neuron_first(page):
@@ -167,12 +194,12 @@ def test_the_grid_is_sorted_by_each_key(page, sort):
         "explained": layer["explained"],
         "norm": layer["norm"],
         "number": [0] * page.about["neurons"],
-        **layer["grades"],
+        **{side: np.subtract(layer[side]["grade"], layer[side]["control"]) for side in JUSTIFIED},
     }[sort]
     page.choose("number" if sort != "number" else "norm")
     page.choose(sort)
     expected = sorted(range(len(column)), key=lambda n: (-column[n], n))
-    assert page.neurons()[:24] == expected[:24]
+    assert page.neurons()[:16] == expected[:16]
 
 
 @pytest.mark.parametrize(("sort", "sign"), [("for", 1), ("against", -1)])
@@ -186,7 +213,7 @@ def test_the_grid_is_sorted_by_what_speaks_for_or_against_a_class(page, sort, si
         -1, page.about["neurons"]
     )
     expected = sorted(range(page.about["neurons"]), key=lambda n: (-sign * int(values[label, n]), n))
-    assert page.neurons()[:24] == expected[:24]
+    assert page.neurons()[:16] == expected[:16]
 
 
 def test_a_class_that_is_there_twice_can_be_told_apart(page):
@@ -240,21 +267,62 @@ def test_back_leads_to_the_place_of_the_grid_that_one_left(page):
     page.until(lambda _: page.script("return scrollY") == 3000)
 
 
+def shown_texts(page, side):
+    """The lines of a side's list on the page of a neuron."""
+    return page.script(
+        "return [...document.querySelectorAll(`[aria-label='Texts: ${arguments[0]}'] li`)]"
+        ".map((li) => li.textContent)",
+        side.replace("_", " "),
+    )
+
+
+def section(page, title):
+    """The text of a section of the page."""
+    return page.driver.find_element("xpath", f"//section[h2='{title}']").text
+
+
+def table_of(page, title):
+    """The rows of the first table of a section, {title: cells}."""
+    rows = page.driver.find_elements("xpath", f"(//section[h2='{title}']//table)[1]/tbody/tr")
+    return [
+        (row.find_element("tag name", "th").text, [td.text for td in row.find_elements("tag name", "td")])
+        for row in rows
+    ]
+
+
 def test_a_neuron_page_shows_what_its_data_say(page):
     page.open("#9/3")
     detail = received(page.folder, "9/neurons_0")["neurons"][3]
     texts = page.about["texts"]
     for side, title in (("fires_on", "Fires on"), ("writes", "Writes")):
-        shown = page.script(
-            f"return [...document.querySelectorAll('[aria-label=\"Texts: {title.lower()}\"] li')]"
-            ".map((li) => li.textContent)"
-        )
-        assert len(shown) == 12
-        for text, (number, value) in zip(shown, detail[side], strict=False):
+        shown = shown_texts(page, side)
+        assert len(shown) == JUSTIFIED[side]
+        for text, (number, value) in zip(shown, detail["shown"][side], strict=True):
             assert (
                 text == f"{texts[number]}{value:+.2f}".replace("-", "−") if "-" not in texts[number] else text
             )
-    rows = page.script("return [...document.querySelectorAll('tr.own td')].map((cell) => cell.textContent)")
+        grade, control, _ = detail["by_length"][side][LENGTHS.index(JUSTIFIED[side])]
+        said = section(page, title)
+        assert f"grade {grade:.2f}, control {control:.2f}" in said
+        assert f"With this pool {JUSTIFIED[side]} texts are justified" in said
+        rows = table_of(page, title)
+        assert rows[0] == ("its texts", [f"{grade:.2f}" for grade, _, _ in detail["by_length"][side]])
+        assert rows[1] == ("control", [f"{control:.2f}" for _, control, _ in detail["by_length"][side]])
+        better = ["yes" if better else "no" for _, _, better in detail["by_length"][side]]
+        assert rows[2] == ("better than noise", better)
+    rows = dict(table_of(page, "Fires on"))
+    grade, control, _ = detail["by_length"]["wpmi"][0]
+    assert rows["rotated units, mean of the layer"] == ["0.10", "0.20", "0.30", "0.40", "0.50", "0.60"]
+    assert rows["its label by soft-WPMI"] == [f"{grade:.2f}", *[""] * 5]
+    assert rows["its control"] == [f"{control:.2f}", *[""] * 5]
+    null = f"{detail['grades']['null_fires_on']['pearson']:.2f}".replace("-", "−")
+    assert rows["another neuron's texts"] == [*[""] * 5, null]
+    assert "do not tell neurons from rotated units (texts that it fires on): correlation." in section(
+        page, "Fires on"
+    )
+    rows = page.script(
+        "return [...document.querySelectorAll('details tr.own td')].map((cell) => cell.textContent)"
+    )
     grades = [
         detail["grades"][side][key]
         for side in ("fires_on", "writes")
@@ -279,13 +347,85 @@ def test_a_neuron_page_shows_what_its_data_say(page):
     )
 
 
-def test_a_button_shows_all_texts_of_a_side(page):
+def test_a_button_shows_the_texts_that_are_not_justified(page):
     page.open("#9/3")
-    count = "return document.querySelectorAll('[aria-label=\"Texts: writes\"] li').length"
-    assert page.script(count) == 12
-    buttons = page.driver.find_elements("xpath", "//section[h2='Writes']//button")
-    buttons[0].click()
-    assert page.script(count) == page.about["components"]
+    detail = received(page.folder, "9/neurons_0")["neurons"][3]
+    assert len(shown_texts(page, "writes")) == JUSTIFIED["writes"]
+    page.driver.find_element("xpath", "//section[h2='Writes']//button").click()
+    assert [
+        line.startswith(page.about["texts"][i])
+        for line, (i, _) in zip(shown_texts(page, "writes"), detail["writes"], strict=True)
+    ] == [True] * page.about["components"]
+    assert page.driver.find_elements("xpath", "//section[h2='Writes']//button") == []
+
+
+def test_the_head_of_a_layer_says_what_is_over_noise(page):
+    layer = received(page.folder, "8/layer")
+    lines = page.script("return [...document.querySelectorAll('.claim li')].map((li) => li.textContent)")
+    assert lines == [
+        f"{title}: {layer[side]['judged']['better']} of 130 neurons have a description better than noise; "
+        f"by chance 4 would. {JUSTIFIED[side]} texts are justified."
+        for side, title in (("fires_on", "Fires on"), ("writes", "Writes"))
+    ]
+
+
+def cards(page):
+    """{neuron: [fires on, writes]}, the lines of both sides of the cards."""
+    found = page.script(
+        "return [...document.querySelectorAll('.card')].map((card) =>"
+        " [...card.querySelectorAll('.side > div')].map((side) => side.innerText.split('\\n')))"
+    )
+    return dict(zip(page.neurons(), found, strict=True))
+
+
+def test_a_card_shows_texts_only_where_they_are_better_than_noise(page):
+    page.open("#8?sort=number")
+    layer = received(page.folder, "8/layer")
+    seen = set()
+    for n, sides in cards(page).items():
+        for side, lines in zip(("fires_on", "writes"), sides, strict=True):
+            of = layer[side]
+            number = f"{of['grade'][n]:.2f} ({of['control'][n]:.2f})".replace("-", "−")
+            assert lines[:2] == [side.replace("_", " "), number]
+            first = n * of["shown"]
+            signs = zip(of["texts"][first:], of["coefficients"][first:], strict=True)
+            texts = [("− " if c < 0 else "") + page.about["texts"][i] for i, c in list(signs)[:3] if i >= 0]
+            expected = texts[: of["shown"]] if of["better"][n] else ["no better than noise"]
+            assert [line for line in lines[2:] if line] == expected
+            seen.add(bool(of["better"][n]))
+    assert seen == {True, False}
+
+
+def test_a_neuron_no_better_than_noise_says_so_and_keeps_its_texts_behind_a_button(page):
+    better = received(page.folder, "9/layer")["fires_on"]["better"]
+    n = better.index(0)
+    page.open(f"#9/{n}")
+    assert shown_texts(page, "fires_on") == []
+    assert "No better than noise: 8 texts reach" in section(page, "Fires on")
+    page.driver.find_element("xpath", "//section[h2='Fires on']//button").click()
+    assert len(shown_texts(page, "fires_on")) == page.about["components"]
+    assert len(page.driver.find_elements("css selector", ".pictures canvas")) == 32
+
+
+def test_a_layer_of_noise_says_that_no_text_names_its_neurons(noise_page):
+    page = noise_page
+    said = page.find(".claim").text
+    assert said.startswith("No text names these neurons:")
+    assert "Writes: at most 3 of 30 neurons pass as better than noise; by chance 4 would." in said
+    keys = page.script("return [...document.querySelectorAll('#sort option')].map((one) => one.value)")
+    assert keys[0] == "explained" and not {"fires_on", "writes"} & set(keys)
+    assert page.script("return document.querySelectorAll('.meter, .card li').length") == 0
+    assert page.script("return document.querySelectorAll('.card .none').length") == 2 * len(page.neurons())
+    page.open("#9?q=dog")
+    assert " neurons match: 0 by their descriptions, " in page.status()
+    page.open("#9/3")
+    for title in ("Fires on", "Writes"):
+        assert "No better than noise: in this layer no number of texts" in section(page, title)
+    page.driver.find_element("xpath", "//section[h2='Writes']//button").click()
+    assert len(shown_texts(page, "writes")) == page.about["components"]
+    page.open("#image/train/7")
+    assert page.script("return document.querySelectorAll('.thirds .none').length") == 2
+    assert page.script("return document.querySelectorAll('.thirds .bars').length") == 1
 
 
 def test_a_button_hides_and_shows_where_the_neuron_fires(page):
@@ -310,9 +450,13 @@ def test_an_image_page_shows_its_active_neurons_and_links_to_them(page):
     )
     assert page.neurons() == [neuron for neuron, _ in image["neurons"]]
     concepts = page.script(
-        "return [...document.querySelectorAll('[aria-label=Concepts] li > a')].map((a) => a.textContent)"
+        "return [...document.querySelectorAll('.thirds > div')].map((list) =>"
+        " [list.querySelector('h3').textContent, [...list.querySelectorAll('a')].map((a) => a.textContent)])"
     )
-    assert concepts == [page.about["texts"][word] for word, _ in image["words"]]
+    forms = {"fires_on": "Fires on", "writes": "Writes", "nearest": "Nearest texts, without neurons"}
+    assert concepts == [
+        [title, [page.about["texts"][word] for word, _ in image[form]]] for form, title in forms.items()
+    ]
     page.script("window.scrollTo(0, 0)")
     page.click(".card a")
     page.settle(f"#8/{image['neurons'][0][0]}")
@@ -343,6 +487,14 @@ def test_axe_finds_no_serious_or_critical_fault(page, address, scheme, width):
     page.open(address)
     assert axe_violations(page.driver) == []
     assert page.script("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("address", ["#9", "#9?q=dog", "#9/3", "#image/train/7"])
+def test_axe_finds_no_fault_in_a_layer_of_noise(noise_page, address, scheme):
+    set_scheme(noise_page.driver, scheme)
+    noise_page.open(address)
+    assert axe_violations(noise_page.driver) == []
 
 
 def test_the_colours_follow_the_reader_s_scheme(page):
@@ -466,6 +618,22 @@ def test_typing_on_a_neuron_page_searches_its_layer_and_back_leads_to_the_neuron
     page.settle()
     page.driver.back()
     page.settle("#9/5")
+
+
+def test_without_controls_nothing_is_claimed(plain_page):
+    page = plain_page
+    assert page.find(".claim").text.startswith("Not graded:")
+    assert page.script("return document.querySelectorAll('.meter').length") == 0
+    for sides in cards(page).values():
+        for lines in sides:
+            assert lines[1] == "not graded" and len(lines) == 5
+    page.open("#9/3")
+    assert page.script("return document.querySelectorAll('table, .meter').length") == 0
+    for side, title in (("fires_on", "Fires on"), ("writes", "Writes")):
+        assert "Not graded:" in section(page, title)
+        assert len(shown_texts(page, side)) == 12
+    page.driver.find_element("xpath", "//section[h2='Writes']//button").click()
+    assert len(shown_texts(page, "writes")) == page.about["components"]
 
 
 def test_without_sheets_no_picture_is_requested_and_every_page_works(plain_page):

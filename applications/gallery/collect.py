@@ -1,21 +1,21 @@
 """Look at batches of images for the gallery.
 
 Collected are small pictures, the places where neurons fire on their top images, the neurons that are active
-on an image with their words, and the heads through which neurons act. Letters as in `utils.prs`.
+on an image, its concepts, and the heads through which neurons act. Letters as in `utils.prs`.
 """
 
 import numpy as np
 import torch
 
 from utils.ablation import Rebuilt
-from utils.concepts import concepts_of_images
+from utils.concepts import FORMS, FiresOn, LayerConcepts, spread
 from utils.data.images import to_pictures
 from utils.norms import CentredNorms
 from utils.prs import second_order
 
 TOP_PICTURES = 8  # images of each sign that a neuron shows
 ACTIVE = 24  # neurons that an image shows
-IMAGE_WORDS = 12  # words that an image shows
+IMAGE_WORDS = 8  # words that an image shows in each form of its concepts
 CONCEPTS = ("neurons", "norms", "words", "scores")  # names of arrays that hold them
 
 
@@ -73,46 +73,73 @@ class Collector:
     def __init__(self, sources, split, directions):
         self.directions = directions
         self.prefix = sources.clip.vit.prefix
-        self.statistics = sources.statistics[directions.layer]
-        self.descriptions = sources.load_descriptions(sources.inputs, sources.neurons(directions.layer))
+        layer = directions.layer
+        statistics = sources.statistics[layer]
         self.text_ids = sources.text_ids
-        self.pairs = sources.pairs[directions.layer, split]
-        self.paths = sources.paths(split, directions.layer)
-        self.centred_norms = CentredNorms(directions, self.statistics.mean)
-        self.rebuilt = Rebuilt(directions, self.statistics.mean, self.statistics.pcas)
+        self.distinct = torch.tensor(sorted(self.text_ids.values()))  # of equal texts the first
+        self.vectors = sources.vectors[self.distinct].to(statistics.mean)
+        self.pairs = sources.pairs[layer, split]
+        self.paths = sources.paths(split, layer)
+        self.rebuilt = Rebuilt(directions, statistics.mean, statistics.pcas)
+        sides = sources.sides(sources.neurons(layer), sources.inputs)
+        usual = map(torch.from_numpy, spread(sources.projections(layer, "train")))
+        self.find_concepts = LayerConcepts(
+            CentredNorms(directions, statistics.mean),
+            statistics.thresholds,
+            sides["writes"],
+            self.rebuilt,
+            FiresOn(sides["fires_on"], *usual),
+        )
 
-    def blocks(self, rows, p, phi):
+    def blocks(self, rows, p, phi, representation):
         """Yield (path of an array, its rows, block) for everything that is kept of a batch.
 
         rows: slice of the images.
         p: post-GELU activations, [B, T, N].
         phi: `SecondOrder`.
+        representation: [B, D].
         """
         pairs, images, neurons = self.pairs.of(rows)
         maps = p[torch.from_numpy(images), self.prefix :, torch.from_numpy(neurons)]  # [pairs, patches]
         yield self.paths["maps"], pairs, maps
-        for name, block in self.concepts(phi).items():
+        for name, block in self.concepts(phi, representation).items():
             yield self.paths[name], rows, block
 
-    def concepts(self, phi):
-        """Return the most active neurons of every image, and its strongest words.
+    def concepts(self, phi, representation):
+        """Return the most active neurons of every image, and its concepts in all forms.
 
-        neurons, norms: [B, ACTIVE]. words, scores: [B, IMAGE_WORDS], text indices and their scores. Where
-        there are fewer, they are -1 and 0.
+        neurons, norms: [B, ACTIVE]. words, scores: [B, forms, IMAGE_WORDS], text indices and their scores, in
+        the order of `FORMS`. Where there are fewer, they are -1 and 0.
         """
-        found = concepts_of_images(phi, self.centred_norms, self.statistics.thresholds, self.descriptions)
-        neurons = np.full((len(found), ACTIVE), -1, np.int32)
-        words = np.full((len(found), IMAGE_WORDS), -1, np.int32)
+        by_form = self.find_concepts(phi)
+        neurons = np.full((len(representation), ACTIVE), -1, np.int32)
+        words = np.full((len(representation), len(FORMS), IMAGE_WORDS), -1, np.int32)
         norms = np.zeros(neurons.shape, np.float32)
         scores = np.zeros(words.shape, np.float32)
-        for b, concepts in enumerate(found):
+        for b, concepts in enumerate(by_form["writes"]):
             count = min(ACTIVE, len(concepts.neurons))
             neurons[b, :count] = concepts.neurons[:count]
             norms[b, :count] = concepts.norms[:count]
-            for j, (word, score) in enumerate(concepts.words[:IMAGE_WORDS]):
-                words[b, j] = self.text_ids[word]
-                scores[b, j] = score
+        for f, form in enumerate(FORMS):
+            for b, concepts in enumerate(by_form.get(form, ())):
+                for j, (word, score) in enumerate(concepts.words[:IMAGE_WORDS]):
+                    words[b, f, j] = self.text_ids[word]
+                    scores[b, f, j] = score
+        f = list(FORMS).index("nearest")
+        ids, cosines = self.nearest(representation)
+        words[:, f, : ids.shape[1]] = ids
+        scores[:, f, : ids.shape[1]] = cosines
         return {"neurons": neurons, "norms": norms, "words": words, "scores": scores}
+
+    def nearest(self, representation):
+        """Return the texts nearest to every representation, and their cosines, [B, IMAGE_WORDS] each.
+
+        They are those of `nearest_texts`, without a sort of the whole text set for every image.
+        """
+        unit = torch.nn.functional.normalize(representation.to(self.vectors), dim=1)
+        cosines = unit @ self.vectors.T
+        values, places = cosines.topk(min(IMAGE_WORDS, cosines.shape[1]), dim=1)
+        return self.distinct[places.cpu()].numpy(), values.cpu().numpy()
 
     def through_heads(self, phi):
         """Return sum_b y_k y, float64 [K, N].
@@ -133,7 +160,9 @@ def thumbnails(pixels, transform, size):
 
 
 def collect(vit, collectors, pixels):
-    """Run a batch, and yield (`Collector`, activations p [B, T, N], `SecondOrder`) of every layer.
+    """Run a batch, and yield (`Collector`, activations, `SecondOrder`, representations) of every layer.
+
+    Activations are [B, T, N], representations [B, D].
 
     collectors: one for each layer, ascending.
     pixels: [B, 3, side, side].
@@ -141,6 +170,6 @@ def collect(vit, collectors, pixels):
     directions = [collector.directions for collector in collectors]
     names = [f"blocks.{item.layer}.mlp.post" for item in directions]
     with vit.record(*names) as cache:
-        _, effects = second_order(vit, pixels, directions)
+        representation, effects = second_order(vit, pixels, directions)
         for name, collector in zip(names, collectors, strict=True):
-            yield collector, cache.pop(name), next(effects)
+            yield collector, cache.pop(name), next(effects), representation

@@ -4,9 +4,11 @@
 (() => {
   const FIRST = 16; // cards that are drawn at once; the others follow as one scrolls
   const BATCH = 36;
-  const TEXTS = 12; // texts of a side before one asks for all
+  const TEXTS = 12; // texts of a side that is not graded, before one asks for all
   const CLASS_SORTS = ["for", "against"];
   const SIDES = { fires_on: "fires on", writes: "writes" };
+  const titles = { fires_on: "Fires on", writes: "Writes" };
+  const ALONE = 2; // in place of a side: a text that is in no description, but alone predicts a neuron's effects
   const byId = (id) => document.getElementById(id);
   const main = byId("main");
   const siteTitle = document.title;
@@ -70,7 +72,7 @@
   // ---- search ----
 
   function prepareLayer(number, data) {
-    const sides = Object.keys(SIDES).map((name) => ({ name, ...(data[name] ?? { texts: [], coefficients: [] }) }));
+    const sides = Object.keys(SIDES).map((name) => ({ name, ...data[name] }));
     return { number, count: data.explained.length, sides, ...data };
   }
 
@@ -79,9 +81,12 @@
     return (layer.search ??= prepareSearch(layer, index));
   }
 
+  // What the description of a neuron has over noise; 1 where it is not graded.
+  const overNoise = ({ grade, control }, neuron) => (grade ? grade[neuron] - control[neuron] : 1);
+
   // Everything that a key stroke needs is made once here: lower-cased texts, and the entries of each text, (neuron, side, strength).
-  // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text predicts best. The strength is that
-  // correlation; of a written text, its share of the largest coefficient times the grade.
+  // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text predicts best. The strength of the
+  // first is its share of the largest coefficient times grade over control, that of the second the correlation.
   function prepareSearch(layer, index) {
     const neurons = new Uint16Array(bytes(index.neurons).buffer);
     const correlations = new Int8Array(bytes(index.correlations).buffer);
@@ -98,15 +103,14 @@
       search.side[at] = side;
       search.strength[at] = Math.max(strength, 0);
     };
-    for (let i = 0; i < neurons.length; i++) add(Math.floor(i / index.count), neurons[i], 0, correlations[i] / 127);
-    layer.sides.forEach(({ name, texts, coefficients, correlations: own }, side) => {
-      const grades = layer.grades[name];
+    for (let i = 0; i < neurons.length; i++) add(Math.floor(i / index.count), neurons[i], ALONE, correlations[i] / 127);
+    layer.sides.forEach((side, place) => {
+      const { texts, coefficients, shown } = side;
       for (let i = 0; i < texts.length; i++) {
         if (texts[i] < 0) continue;
-        const neuron = Math.floor(i / layer.shown);
-        const largest = Math.abs(coefficients[neuron * layer.shown]) || 1;
-        const grade = grades ? grades[neuron] ?? 0 : 1;
-        add(texts[i], neuron, side, own ? own[i] : Math.abs(coefficients[i] / largest) * grade);
+        const neuron = Math.floor(i / shown);
+        const largest = Math.abs(coefficients[neuron * shown]) || 1;
+        add(texts[i], neuron, place, Math.abs(coefficients[i] / largest) * overNoise(side, neuron));
       }
     });
     search.words = about.texts.map((text) => text.toLowerCase());
@@ -122,7 +126,7 @@
     return 1;
   }
 
-  // The score of each neuron, 0 where nothing matches, and the text and the side that gave it.
+  // The score of each neuron, 0 where nothing matches, and the text and the side that gave it. Descriptions come before texts alone.
   function searchLayer(layer, search, query) {
     const score = new Float32Array(layer.count);
     const text = new Int32Array(layer.count).fill(-1);
@@ -133,7 +137,7 @@
       if (!level) continue;
       for (let i = search.first[t]; i < search.first[t + 1]; i++) {
         const neuron = search.neuron[i];
-        const value = 2 * level + search.strength[i];
+        const value = (search.side[i] === ALONE ? 0 : 8) + 2 * level + search.strength[i];
         if (value > score[neuron]) {
           score[neuron] = value;
           text[neuron] = t;
@@ -156,7 +160,7 @@
   function sortKeys(layer, hasQuery) {
     const keys = [];
     if (hasQuery) keys.push(["match", "best match"]);
-    for (const [name, title] of Object.entries(SIDES)) if (layer.grades[name]) keys.push([name, `${title}: grade`]);
+    for (const [name, title] of Object.entries(SIDES)) if (layer[name].grade) keys.push([name, `${title}: over noise`]);
     keys.push(["explained", "share explained"], ["norm", "largest norm"], ["number", "number"]);
     if (about.classifier !== false && about.class_names.length) keys.push(["for", "speaks for a class"], ["against", "speaks against a class"]);
     return keys;
@@ -170,7 +174,7 @@
   function sortColumn(layer, sort, found, classes, label) {
     if (sort === "match") return found.score;
     if (sort === "explained" || sort === "norm") return layer[sort];
-    if (Object.hasOwn(SIDES, sort)) return layer.grades[sort];
+    if (Object.hasOwn(SIDES, sort)) return layer[sort].grade.map((_, neuron) => overNoise(layer[sort], neuron));
     if (classes) {
       const sign = sort === "for" ? 1 : -1;
       return classes.table.subarray(label * layer.count, (label + 1) * layer.count).map((value) => sign * value);
@@ -250,33 +254,45 @@
     return [text.slice(0, at), element("mark", {}, text.slice(at, at + query.length)), text.slice(at + query.length)];
   }
 
+  // A bar from 0 to 1: the grade, solid where it is over the control, with a mark at the control.
+  function meter(grade, control, better) {
+    const within = (x) => 100 * Math.min(Math.max(x, 0), 1);
+    const bar = (name, from, to) => {
+      const part = element("i", { class: name });
+      part.style.left = `${from}%`;
+      part.style.width = `${Math.max(to - from, 0)}%`;
+      return part;
+    };
+    const [end, mark] = [within(grade), within(control)];
+    return element("span", { class: better ? "meter better" : "meter", "aria-hidden": "true" },
+      bar("noise", 0, Math.min(end, mark)), bar("over", mark, end), bar("control", mark, mark));
+  }
+
   // The three strongest texts of a side; the one that the search found takes the last place when it is not among them.
-  function cardSide(layer, neuron, side, match, query) {
-    const { name, texts, coefficients } = layer.sides[side];
-    if (!texts.length) return null;
-    const first = neuron * layer.shown;
+  function cardSide(layer, neuron, place, match, query) {
+    const { name, texts, coefficients, shown, judged, grade, control, better } = layer.sides[place];
+    const first = neuron * shown;
     const lines = [];
-    for (let i = first; i < first + Math.min(3, layer.shown); i++) if (texts[i] >= 0) lines.push([texts[i], coefficients[i] < 0]);
-    const found = match?.side === side ? match.text : -1;
-    if (found >= 0 && !lines.some(([text]) => text === found)) {
-      const at = texts.indexOf(found, first);
-      if (at >= 0 && at < first + layer.shown) lines.splice(2, 1, [found, coefficients[at] < 0]);
-      else lines.push([found, false, `r = ${decimals(match.strength)} `]); // not in its description
+    for (let i = first; i < first + Math.min(3, shown); i++) if (texts[i] >= 0) lines.push([texts[i], coefficients[i] < 0]);
+    const found = match && (match.side === ALONE ? 0 : match.side) === place ? match.text : -1;
+    const says = lines.length > 0;
+    if (found >= 0 && match.side === ALONE) {
+      lines.push([found, false, `r = ${decimals(match.strength)} `]); // not in its description
+    } else if (found >= 0 && !lines.some(([text]) => text === found)) {
+      lines.splice(2, 1, [found, coefficients[texts.indexOf(found, first)] < 0]);
     }
-    const grade = layer.grades[name]?.[neuron];
-    const label = element("div", { class: "label" }, SIDES[name]);
-    if (layer.grades[name]) {
-      const fill = element("i");
-      fill.style.width = `${100 * Math.min(Math.max(grade ?? 0, 0), 1)}%`;
-      label.append(element("span", { class: "meter", "aria-hidden": "true" }, fill), element("span", { class: "number" }, decimals(grade)));
-    }
+    const number = grade ? `${decimals(grade[neuron])} (${decimals(control[neuron])})` : judged ? "" : "not graded";
     const items = lines.map(([id, isMinus, alone]) => {
       const text = about.texts[id];
       const minus = isMinus ? element("span", { class: "minus" }, "− ") : null;
       const label = alone ? element("span", { class: "alone" }, alone) : null;
       return element("li", { title: text }, minus, label, id === found ? highlighted(text, query) : text);
     });
-    return element("div", {}, label, element("ul", {}, items));
+    return element("div", {},
+      element("div", { class: "label" }, SIDES[name], element("span", { class: "number" }, number)),
+      grade && meter(grade[neuron], control[neuron], better[neuron]),
+      judged && !says ? element("div", { class: "none" }, "no better than noise") : null,
+      element("ul", {}, items));
   }
 
   function thumbnail(split, row) {
@@ -377,15 +393,49 @@
     };
     growing?.stop();
     const all = `${grouped(layer.count)} neurons`;
-    let status = found ? `${grouped(neurons.length)} of ${all} match.` : `${all}.`;
+    let status = `${all}.`;
+    if (found) {
+      const byText = neurons.filter((neuron) => found.text[neuron] >= 0);
+      const alone = byText.filter((neuron) => found.side[neuron] === ALONE).length;
+      status = `${grouped(neurons.length)} of ${all} match`;
+      if (byText.length) status += `: ${grouped(byText.length - alone)} by their descriptions`;
+      status += alone ? `, ${grouped(alone)} only because the text predicts their effects (r).` : ".";
+    }
     if (wantsClass && !classes) status += " Choose a class.";
     byId("status").textContent = status;
     main.replaceChildren(
       element("h1", { tabindex: "-1" }, `Layer ${layer.number}`),
       element("p", { class: "note" }, "Each card is a neuron of the layer's MLP: images of its largest effects, when it acts (fires on) ",
-        "and what it adds to the image's representation (writes). Bars: correlation with its effects on held-out images, its own effect taken out."),
+        "and what it adds to the image's representation (writes)."),
+      claim(layer),
       ...cardList(`Neurons of layer ${layer.number}`, neurons, makeCard));
     return `Layer ${layer.number}`;
+  }
+
+  const textsAre = (count) => (count === 1 ? "1 text is" : `${count} texts are`);
+
+  // What the layer's descriptions have over noise: a line for each side.
+  function claim(layer) {
+    const sides = layer.sides.filter(({ judged }) => judged);
+    if (!sides.length) {
+      return element("p", { class: "claim empty" }, element("strong", {}, "Not graded:"),
+        " these texts were not compared with random directions, as evaluate_descriptions.py does.");
+    }
+    const none = sides.every(({ judged }) => !judged.justified);
+    const lines = sides.map((side) => {
+      const { justified, better, chance } = side.judged;
+      const share = `${grouped(better)} of ${grouped(layer.count)} neurons`;
+      const says = justified
+        ? [element("strong", {}, share), ` have a description better than noise; by chance ${grouped(chance)} would. ${textsAre(justified)} justified.`]
+        : [none ? "" : element("strong", {}, "no text names these neurons: "), `at most ${share} pass as better than noise; by chance ${grouped(chance)} would.`];
+      return element("li", {}, `${titles[side.name]}: `, says);
+    });
+    const heading = none ? element("p", {}, element("strong", {}, "No text names these neurons:"),
+      " their descriptions say no more about them than random directions do.") : null;
+    const legend = none ? null : element("p", { class: "note" }, meter(0.7, 0.45, true),
+      " Bars: the grade, blue where it is better than noise; the mark, and the number in brackets, is the control: random directions in place of the texts. "
+      + "Fires on: correlation with the effects on held-out images. Writes: share of the direction that the texts rebuild.");
+    return element("div", { class: none ? "claim empty" : "claim" }, heading, element("ul", {}, lines), legend);
   }
 
   async function showControls(place) {
@@ -417,7 +467,7 @@
       element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's largest effects `,
         `on the image's representation. Their mean norm is ${figures(layer.norm[place.neuron])}.`),
       pictureSection(place.layer, detail.top),
-      element("div", { class: "columns" }, Object.keys(SIDES).map((side) => textSection(place.layer, detail, side))),
+      element("div", { class: "columns" }, layer.sides.map((side) => textSection(layer, place.neuron, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
       detail.for.length || detail.against.length ? classSection(place.layer, detail) : "",
       section("Nearest neurons", "Neurons whose directions are most alike, by cosine.",
@@ -476,42 +526,99 @@
     return small;
   }
 
-  function textSection(layer, detail, side) {
-    const notes = {
-      writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts. Bars: coefficients of the text vectors.",
-      fires_on: "When the neuron acts: texts whose similarity to an image predicts the neuron's effect. Bars: coefficients of standardised similarities.",
-    };
-    const title = SIDES[side][0].toUpperCase() + SIDES[side].slice(1);
-    const texts = detail[side];
-    if (!texts) return section(title, "These texts were not computed.");
-    const item = ([id, coefficient]) => [link(gridAddress({ layer, q: about.texts[id] }), about.texts[id]), coefficient];
-    const holder = element("div", {}, barList(texts.slice(0, TEXTS).map(item), `Texts: ${SIDES[side]}`));
-    const all = texts.length > TEXTS ? element("button", { type: "button" }, `Show all ${texts.length} texts`) : null;
-    all?.addEventListener("click", () => {
-      holder.replaceChildren(barList(texts.map(item), `Texts: ${SIDES[side]}`));
-      holder.querySelectorAll("a")[TEXTS].focus();
-      all.remove();
+  const NOTES = {
+    writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts. Bars: coefficients of the text vectors.",
+    fires_on: "When the neuron acts: texts whose similarity to an image predicts the neuron's effect. Bars: coefficients of standardised similarities.",
+  };
+  const MEASURED = {
+    writes: () => "Share of the direction that texts rebuild",
+    fires_on: () => `Correlation with the effect on ${grouped(about.graded_images)} images of ${about.graded_on}`,
+  };
+
+  const MEASURES = {
+    pearson: "correlation", pearson_without: "correlation without own effect", auprc: "AUPRC", auprc_without: "AUPRC without own effect", drop: "fall when ablated",
+  };
+
+  // The texts that are justified, and behind a button the whole description.
+  function textSection(layer, neuron, detail, side) {
+    const { name, judged, grade, control, better } = side;
+    const whole = detail[name];
+    const texts = detail.shown[name] ?? whole.slice(0, TEXTS);
+    const item = ([id, coefficient]) => [link(gridAddress({ layer: layer.number, q: about.texts[id] }), about.texts[id]), coefficient];
+    const list = (entries) => barList(entries.map(item), `Texts: ${SIDES[name]}`);
+    const holder = element("div", {}, texts.length ? list(texts) : null);
+    const more = texts.length < whole.length ? element("button", { type: "button" }, `More: all ${whole.length} texts`) : null;
+    more?.addEventListener("click", () => {
+      holder.replaceChildren(list(whole));
+      holder.querySelectorAll("a")[texts.length].focus();
+      more.remove();
     });
-    return section(title, notes[side], gradeTable(detail, side), holder, all);
+    return section(titles[name], NOTES[name],
+      grade && element("p", { class: "grade" }, meter(grade[neuron], control[neuron], better[neuron]),
+        ` grade ${decimals(grade[neuron])}, control ${decimals(control[neuron])}`),
+      holder, element("p", { class: "note" }, reason(side, neuron, whole.length)), more,
+      ...(judged ? [...lengthTable(layer, detail, side), gradeTable(layer, detail, name)] : []));
   }
 
-  // The rows of a side: its own texts first, then what to compare them with.
-  function gradeTable(detail, side) {
+  // Why no more texts are shown.
+  function reason({ judged, grade, control, better }, neuron, count) {
+    if (!judged) return "Not graded: these texts were not compared with random directions.";
+    const { justified } = judged;
+    if (!justified) return "No better than noise: in this layer no number of texts says more than random directions do.";
+    if (!better[neuron]) {
+      const what = justified === 1 ? "1 text reaches" : `${justified} texts reach`;
+      return `No better than noise: ${what} ${decimals(grade[neuron])}, random directions ${decimals(control[neuron])} on average and by chance as much.`;
+    }
+    if (justified >= count) return `With this pool all ${textsAre(justified)} justified.`;
+    return `With this pool ${textsAre(justified)} justified: longer descriptions rebuild the effect, but what they add random directions add too.`;
+  }
+
+  const table = (caption, head, rows) => element("table", {},
+    element("caption", {}, caption),
+    element("thead", {}, element("tr", {}, head.map((title) => (title === "" ? element("td") : element("th", { scope: "col" }, title))))),
+    element("tbody", {}, rows));
+  const tableRow = (title, cells, own) => element("tr", own ? { class: "own" } : {}, element("th", { scope: "row" }, title),
+    cells.map((cell) => element("td", {}, typeof cell === "string" ? cell : decimals(cell))));
+
+  // Grades by number of texts beside their controls, and the measures that are blind. The label by soft-WPMI is one text.
+  function lengthTable(layer, detail, { name, judged }) {
+    const row = (title, values, own) => tableRow(title, judged.lengths.map((_, i) => values[i] ?? ""), own);
+    const compared = (texts, control, found, own) => [
+      row(texts, found.map(([grade]) => grade), own),
+      row(control, found.map(([, value]) => value)),
+      row("better than noise", found.map(([, , better]) => (better ? "yes" : "no"))),
+    ];
+    const rows = compared("its texts", "control", detail.by_length[name], true);
+    if (layer.rotated_by_length[name]) rows.push(row("rotated units, mean of the layer", layer.rotated_by_length[name]));
+    if (name === "fires_on") {
+      const all = judged.lengths.length - 1;
+      if (detail.by_length.wpmi) rows.push(...compared(about.rows.wpmi, "its control", detail.by_length.wpmi));
+      rows.push(row("another neuron's texts", { [all]: detail.grades.null_fires_on.pearson }));
+    }
+    const caption = `${MEASURED[name]()}, by number of texts. Control: random directions in their place, the mean of ${judged.controls} dictionaries.`;
+    const found = table(caption, ["number of texts", ...judged.lengths.map(String)], rows);
+    const column = judged.lengths.indexOf(judged.justified);
+    if (column >= 0) for (const line of found.querySelectorAll("tr")) line.children[1 + column].classList.add("justified");
+    const blind = about.sides[name].filter((of) => Object.hasOwn(layer.blind, of)).map((of) => element("p", { class: "note" },
+      `Measures that do not tell neurons from rotated units (${about.rows[of]}): ${layer.blind[of].map((measure) => MEASURES[measure]).join(", ")}.`));
+    return [found, ...blind];
+  }
+
+  // All texts of a side by all measures, and what to compare them with.
+  function gradeTable(layer, detail, side) {
     const chosen = about.sides[side].filter((name) => Object.hasOwn(detail.grades, name));
-    if (!chosen.length) return null;
-    const measures = { pearson: "correlation", pearson_without: "the same without own effect", auprc: "AUPRC", auprc_without: "AUPRC without own effect", drop: "fall when ablated" };
-    const shown = Object.keys(measures).filter((measure) => Object.hasOwn(detail.grades[chosen[0]], measure));
+    const shown = Object.keys(MEASURES).filter((measure) => Object.hasOwn(detail.grades[chosen[0]], measure));
     const chance = { auprc: detail.auprc_chance, auprc_without: detail.auprc_chance };
-    const head = ["", ...shown.map((measure) => measures[measure])];
-    const row = (title, values, own) => element("tr", own ? { class: "own" } : {},
-      element("th", { scope: "row" }, title), values.map((value) => element("td", {}, decimals(value))));
-    return element("table", {},
-      element("caption", {}, `How well texts predict the effect on ${grouped(about.graded_images)} images of ${about.graded_on}: correlation, and AUPRC, the average precision in finding the images of its largest effects. `,
-        shown.includes("drop") ? "Fall when ablated: how much less similar those images are to the texts (× 100) when the effect is replaced by its mean." : ""),
-      element("thead", {}, element("tr", {}, head.map((title) => (title ? element("th", { scope: "col" }, title) : element("td"))))),
-      element("tbody", {},
-        chosen.map((name) => row(about.rows[name], shown.map((measure) => detail.grades[name][measure]), name === side)),
-        row("chance", shown.map((measure) => chance[measure] ?? 0))));
+    const rotated = chosen.map((name) => `rotated_${name}`).filter((name) => Object.hasOwn(layer.rotated, name));
+    const cells = (values) => shown.map((measure) => values[measure]);
+    const caption = `How well all texts predict the effect on ${grouped(about.graded_images)} images of ${about.graded_on}: correlation, and AUPRC, the average precision in finding the images of its largest effects. `
+      + (shown.includes("drop") ? "Fall when ablated: how much less similar those images are to the texts (× 100) when the effect is replaced by its mean." : "");
+    return element("details", {}, element("summary", {}, "Other measures, and other descriptions"),
+      table(caption, ["", ...shown.map((measure) => MEASURES[measure])], [
+        ...chosen.map((name) => tableRow(about.rows[name], cells(detail.grades[name]), name === side)),
+        ...rotated.map((name) => tableRow(about.rows[name], cells(layer.rotated[name]))),
+        tableRow("chance", shown.map((measure) => chance[measure] ?? 0)),
+      ]));
   }
 
   function histogramSection({ histogram, threshold }) {
@@ -566,6 +673,22 @@
 
   // ---- an image ----
 
+  const CONCEPTS = {
+    fires_on: [titles.fires_on, "What active neurons fire on: the sum of coefficients times standardised effects."],
+    writes: [titles.writes, "What active neurons write: the sum of coefficients times norms, as published."],
+    nearest: ["Nearest texts, without neurons", "Cosines with the image's representation."],
+  };
+
+  function conceptList(layer, image, form) {
+    const [title, note] = CONCEPTS[form];
+    const judged = layer[form]?.judged;
+    const items = image[form].map(([id, score]) => [link(gridAddress({ layer: layer.number, q: about.texts[id] }), about.texts[id]), score]);
+    return element("div", {}, element("h3", {}, title), element("p", { class: "note" }, note),
+      judged && !judged.justified
+        ? element("p", { class: "none" }, "No better than noise: no text names the neurons of this layer.")
+        : barList(items, `Concepts: ${title}`));
+  }
+
   async function showImage({ split, row, layer: number }, isCurrent) {
     const [layer, image] = await Promise.all([
       loadLayer(number), loadPiece(`images ${number} ${split}`, `${number}/images_${encodeURIComponent(split)}`, row, about.image_chunk),
@@ -588,10 +711,10 @@
         element("h1", { tabindex: "-1" }, `Image ${row} of ${split}: ${name}`),
         element("nav", { "aria-label": "Neighbours" }, neighbour(row - 1, "← previous", "prev"), neighbour(row + 1, "next →", "next"))),
       element("p", { class: "note" }, files?.[row] ?? ""),
-      element("div", { class: "columns" },
+      element("div", { class: "pair" },
         element("div", {}, canvas, element("h3", {}, "Show the neurons of"), element("nav", { "aria-label": "Layers of this image" }, layers)),
-        section("Concepts", `Texts that the active neurons of layer ${number} write together.`,
-          barList(image.words.map(([id, score]) => [link(gridAddress({ layer: number, q: about.texts[id] }), about.texts[id]), score]), "Concepts"))),
+        section("Concepts", `Texts for this image: by the active neurons of layer ${number}, and without neurons.`,
+          element("div", { class: "thirds" }, Object.keys(CONCEPTS).map((form) => conceptList(layer, image, form))))),
       section(`Active neurons of layer ${number}`, "Neurons with a large effect on this image, the largest first.",
         ...cardList(`Active neurons of layer ${number}`, image.neurons, makeCard)));
     return `Image ${row} of ${split}`;

@@ -6,11 +6,15 @@ import numpy as np
 import torch
 
 from applications.gallery.collect import ACTIVE, CONCEPTS, IMAGE_WORDS, TOP_PICTURES, Pairs, top_rows
+from utils.concepts import FORMS
 from utils.data.images import train_set_of
-from utils.evaluation import Inputs, digest_of_sides, load_grades
+from utils.descriptions import load_support
+from utils.evaluation import Inputs, LayerResults, digest_of_sides, load_compared, load_grades
 from utils.norms import groups_of_layers
+from utils.reports import judged_by
+from utils.runtime.errors import UserError
 from utils.runtime.files import digest
-from utils.runtime.records import Digest, complete, load_record
+from utils.runtime.records import complete, load_record
 from utils.runtime.results import Arrays
 from utils.statistics import load_classifier
 
@@ -34,7 +38,7 @@ class Sources(Inputs):
     groups: lists of layers that share one pass over the images.
     text_ids: {text: its index in the text set}, of equal texts the first.
     classes: `Classes`.
-    graded: {layer: Graded}.
+    found: {layer: LayerResults}, what evaluate_descriptions.py has found.
     pairs: {(layer, split): Pairs}.
     record: everything that the gallery is made of.
 
@@ -43,12 +47,13 @@ class Sources(Inputs):
 
     def __init__(self, args, inputs, parts):
         super().__init__(args, inputs)
+        self.any_units = inputs
         self.parts = parts
         self.size = None if args.no_pictures else args.picture_size
         self.groups = groups_of_layers(self.clip.vit, self.layers, args.memory * 1e9)
         self.text_ids = {text: i for i, text in reversed(list(enumerate(self.texts)))}
         self.classes = self._find_classes()
-        self.graded = {}
+        self.found = {}
         self.pairs = {}
         self.record = self._record()
 
@@ -88,18 +93,65 @@ class Sources(Inputs):
         Returns their digests.
         """
         statistics = self.statistics[layer].digest()
-        described = digest_of_sides(self.sides(self.neurons(layer), self.inputs))
-        made_of = {"data": self.held_out.record["data"], "statistics": statistics}
-        made_of |= {"share": self.share, "descriptions": described}
-        self.graded[layer] = load_grades(self.inputs, made_of, **self.of(self.held_out, layer=layer))
-        looked_at = [self.graded[layer].values, self.explained(layer)]
+        sides = self.sides(self.neurons(layer), self.inputs)
+        described = digest_of_sides(sides)
+        found = self.found[layer] = self._load_results(layer, statistics, described)
+        looked_at = [found.graded.values, self.explained(layer), self.norms(layer)]
+        if found.rotated:
+            looked_at.append(found.rotated.values)
+        for of in (*found.compared.values(), *found.rotated_compared.values()):
+            looked_at += [of.texts, of.controls]
+        for side, descriptions in sides.items():
+            compared = judged_by(side, found.compared)
+            if compared and compared.justified() is not None:
+                looked_at.append(self.support(side, layer, descriptions))
         for split, of in self.splits.items():
             projections = self.projections(layer, split)
             top = top_rows(projections, min(TOP_PICTURES, len(of)))
             self.pairs[layer, split] = Pairs(top, len(of))
             looked_at.append(digest(projections))
-        with_norms = digest(*looked_at, self.norms(layer))  # earlier versions did not look at them
-        return [statistics, described, Digest(with_norms, digest(*looked_at))]
+        return [statistics, described, digest(*looked_at)]
+
+    def _load_results(self, layer, statistics, described):
+        """Read the `LayerResults` of a layer; older runs have no controls and no rotated units.
+
+        statistics, described: digests of what the grades must be of.
+        """
+        made_of = {"data": self.held_out.record["data"], "share": self.share}
+        of_neurons = {**made_of, "statistics": statistics, "descriptions": described}
+        names = self.of(self.held_out, layer=layer)
+        graded = load_grades(self.inputs, of_neurons, **names)
+        compared = self._load_compared(self.inputs, of_neurons, names)
+        # rotated units may be fewer than neurons, and what else they must be of is said here
+        made_of |= self.inputs.expected("grades")
+        names["units"] = "rotated"
+        rotated = None
+        if self.inputs.find("grades", **names).is_file():
+            rotated = load_grades(self.any_units, made_of, **names)
+        return LayerResults(graded, compared, rotated, self._load_compared(self.any_units, made_of, names))
+
+    def _load_compared(self, results, made_of, names):
+        """Read grades by number of texts, {(side, measure): Compared}; {} where there are none."""
+        there = results.find("controls", **names).is_file()
+        return load_compared(results, made_of, **names) if there else {}
+
+    def support(self, side, layer, descriptions):
+        """Read the texts of every neuron of a layer in the order of choice, int64 [N, S], -1 for none.
+
+        side: 'writes' or 'fires_on'.
+        descriptions: the same texts, as `load_descriptions` returns them.
+
+        Raises UserError where they are not the same.
+        """
+        kind = "decomposition" if side == "writes" else side
+        names = {**self.names, "layer": layer}
+        path = self.inputs.find(kind, **names).with_suffix(".npz")
+        support = load_support(path)
+        described = [sorted(i for i, _, _ in of) for of in descriptions]
+        if [sorted(i for i in of if i >= 0) for of in support.tolist()] != described:
+            again = f"make both again with: {self.inputs.command(kind, **names)} --overwrite"
+            raise UserError(f"{path} is of other texts than the .json beside it; {again}")
+        return support
 
     def projections(self, layer, split):
         """Read every neuron's effects along its component, [images, N]."""
@@ -139,8 +191,8 @@ class Sources(Inputs):
             "maps": ((len(self.pairs[layer, split].neurons), rows * columns), "float32"),
             "neurons": ((count, ACTIVE), "int32"),
             "norms": ((count, ACTIVE), "float32"),
-            "words": ((count, IMAGE_WORDS), "int32"),
-            "scores": ((count, IMAGE_WORDS), "float32"),
+            "words": ((count, len(FORMS), IMAGE_WORDS), "int32"),
+            "scores": ((count, len(FORMS), IMAGE_WORDS), "float32"),
         }
         if split == "train":
             specs["heads"] = ((vit.K(layer), vit.N), "float32")

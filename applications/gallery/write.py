@@ -22,8 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from applications.gallery.collect import Pairs
-from utils import grading
-from utils.evaluation import Graded
+from utils import grading, omp
+from utils.concepts import FORMS
+from utils.evaluation import LayerResults
+from utils.reports import columns_of, judged_by, table_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, whole_folder
 from utils.runtime.records import record_path, to_json
@@ -33,7 +35,7 @@ HERE = Path(__file__).parent
 NEURONS_A_FILE = 64  # in one file of details
 IMAGES_A_FILE = 256  # in one file of details
 SHEET_COLUMNS, SHEET_ROWS = 8, 8  # of a sheet of pictures
-SEARCHED = 16  # texts of each side that the search looks at
+SEARCHED = 16  # texts of each side, at most, that cards and the search know
 HISTOGRAM_BINS = 40
 NEAREST, CLASSES, HEADS = 8, 8, 8  # that a neuron's page shows
 FIRING = 8  # neurons that the search knows of every text, besides those whose cards show it
@@ -122,24 +124,83 @@ class Side:
     """A Side is the texts that the neurons of a layer write, or those that they fire on.
 
     descriptions: as `load_descriptions` returns them.
+    compared: `Compared` by which they are judged; None where they are not graded over noise.
+    justified: the descriptions of the justified length; None where there is no such length.
 
-    Attribute: entries, [[text index, short coefficient], ...] of every neuron.
+    Attributes
+    place: of the justified length; None without one.
+    shown: the descriptions that the page shows: all where they are not graded; else the justified ones of
+        the neurons for which they are better than noise.
     """
 
-    def __init__(self, descriptions):
+    def __init__(self, descriptions, compared=None, justified=None):
         self.descriptions = descriptions
-        self.entries = []
-        for of in descriptions:
-            coefficients = short([c for _, c, _ in of])
-            self.entries.append([[i, c] for (i, _, _), c in zip(of, coefficients, strict=True)])
+        self.compared = compared
+        self.place = compared.justified() if compared else None
+        if compared is None:
+            self.shown = descriptions
+        elif self.place is None:
+            self.shown = [[]] * len(descriptions)
+        else:
+            better = compared.better()[:, self.place]
+            self.shown = [of if passes else [] for of, passes in zip(justified, better, strict=True)]
 
-    def strongest(self):
-        """Return the first SEARCHED texts of every neuron, in columns for the grid."""
-        filled = [(of + [[-1, 0]] * SEARCHED)[:SEARCHED] for of in self.entries]
-        return {
+    def columns(self):
+        """Return what the grid shows of all neurons: the first SEARCHED texts, grades and controls."""
+        count = min(SEARCHED, max(map(len, self.shown)))
+        filled = [(entries(of) + [[-1, 0]] * count)[:count] for of in self.shown]
+        found = {
+            "shown": count,
             "texts": [i for of in filled for i, _ in of],
             "coefficients": [c for of in filled for _, c in of],
         }
+        if self.compared:
+            found["judged"] = self.judged()
+        if self.place is not None:
+            found["grade"] = short(self.compared.texts[:, self.place])
+            found["control"] = short(self.compared.controls[..., self.place].mean(axis=0))
+            found["better"] = self.compared.better()[:, self.place].astype(int).tolist()
+        return found
+
+    def judged(self):
+        """Return the numbers of texts that are graded, the justified one, and how many neurons pass by it.
+
+        Without a justified one it is 0, and those are counted that pass by the length by which most do.
+        """
+        better = self.compared.better().sum(axis=0)
+        chance = self.compared.by_chance() * len(self.descriptions)
+        best = better.argmax() if self.place is None else self.place
+        return {
+            "lengths": self.compared.lengths,
+            "justified": 0 if self.place is None else self.compared.lengths[self.place],
+            "better": int(better[best]),
+            "chance": round(float(chance[best])),
+            "controls": len(self.compared.controls),
+        }
+
+
+def entries(description):
+    """Return [[text index, short coefficient], ...] of one neuron's description."""
+    ids = [i for i, _, _ in description]
+    return [list(pair) for pair in zip(ids, short([c for _, c, _ in description]), strict=True)]
+
+
+def justified_texts(support, atoms, targets, texts):
+    """Return the descriptions by the texts that were chosen first, fitted again, the strongest text first.
+
+    support: of these texts, [N, m], in the order of choice, -1 for none.
+    atoms: [T, D]. targets: [N, D].
+    texts: the text set.
+
+    Returns descriptions as `load_descriptions` does.
+    """
+    found = []
+    for part, target in zip(support.split(omp.PURSUED), targets.split(omp.PURSUED), strict=True):
+        [coefficients], _ = omp.nested_fits(part, atoms, target, [support.shape[1]])
+        for ids, values in zip(part.tolist(), coefficients.tolist(), strict=True):
+            there = [(i, c, texts[i]) for i, c in zip(ids, values, strict=True) if i >= 0]
+            found.append(sorted(there, key=lambda entry: -abs(entry[1])))
+    return found
 
 
 class Predicted:
@@ -165,16 +226,6 @@ class Predicted:
         correlations = packed(np.round(127 * values).astype(np.int8))
         return {"count": count, "neurons": packed(neurons.astype("<u2")), "correlations": correlations}
 
-    def of(self, texts):
-        """Return the correlations of each neuron's effects with some texts, [N, m]; 0 for an index of -1.
-
-        texts: indices, [N, m].
-        """
-        found = []
-        for ids, target in zip(torch.as_tensor(texts), self.targets, strict=True):
-            found.append((self.atoms[ids.clamp_min(0)] @ target) * (ids >= 0))
-        return torch.stack(found).numpy()
-
 
 class LayerSplit(NamedTuple):
     """A LayerSplit is the effects and maps of one layer's neurons on the images of one split."""
@@ -197,7 +248,7 @@ class LayerFiles:
     layer: int
     sides: dict  # {"writes", "fires_on": Side}
     predicted: Predicted
-    graded: Graded
+    found: LayerResults
     explained: np.ndarray  # share of the largest effects along the component, [N]
     norm: np.ndarray  # mean norm of the largest effects, [N]
     pcas: np.ndarray  # [N, D]
@@ -241,9 +292,6 @@ class LayerFiles:
 
     def grid(self):
         """Return the columns of all neurons that the grid shows."""
-        sides = {name: side.strongest() for name, side in self.sides.items()}
-        texts = np.reshape(sides["fires_on"]["texts"], (self.N, SEARCHED))
-        sides["fires_on"]["correlations"] = short(self.predicted.of(texts).ravel(), digits=2)
         train = self.splits["train"]
         rows = train.pairs.top[0][:, :4]
         shown = np.take_along_axis(train.projections.T, rows, 1) > 0
@@ -252,18 +300,32 @@ class LayerFiles:
         return {
             "explained": short(self.explained),
             "norm": short(self.norm),
-            "grades": {row: short(self.graded.of(row, "pearson_without")) for row in self.sides},
-            "shown": SEARCHED,
-            **sides,
+            **{name: side.columns() for name, side in self.sides.items()},
+            **self.rotated(),
             "pictures": {"split": "train", "rows": top.ravel().tolist()},
         }
 
+    def rotated(self):
+        """Return the means of rotated units, and the measures that do not tell neurons from them."""
+        table = table_of(self.found)
+        means = {}
+        for row in (row for row in table if row.startswith("rotated_")):
+            means[row] = {measure: short(numbers["mean"]) for measure, numbers in table[row].items()}
+        by_length = {}
+        for (side, measure), of in self.found.rotated_compared.items():
+            if measure == grading.JUDGED_BY.get(side):
+                by_length[side] = short(of.texts.mean(axis=0))
+        return {"rotated": means, "rotated_by_length": by_length, "blind": grading.blind_measures(table)}
+
     def detail(self, n):
         """Return everything that a neuron's page shows."""
-        found = {name: side.entries[n] for name, side in self.sides.items()}
+        found = {name: entries(side.descriptions[n]) for name, side in self.sides.items()}
+        found["shown"] = {name: entries(side.shown[n]) for name, side in self.sides.items() if side.compared}
+        found["by_length"] = {name: rows[n] for name, rows in self.by_length.items()}
         found["grades"] = {}
-        for row, values in zip(self.graded.rows, short(self.graded.values[n]), strict=True):
-            found["grades"][row] = dict(zip(self.graded.measures, values, strict=True))
+        graded = self.found.graded
+        for row, values in zip(graded.rows, short(graded.values[n]), strict=True):
+            found["grades"][row] = dict(zip(graded.measures, values, strict=True))
         found["auprc_chance"] = self.chance
         found["top"] = {split: self.pictures(of, n) for split, of in self.splits.items()}
         found["threshold"] = short(self.threshold[n])
@@ -273,6 +335,17 @@ class LayerFiles:
         found["heads"] = [[*self.heads[k], share] for k, share in zip(order, shares, strict=True)]
         found["for"], found["against"] = self.classes(n)
         found["nearest"] = self.nearest[n]
+        return found
+
+    @cached_property
+    def by_length(self):
+        """Return {side: [[[grade, control, better], ...] of every neuron]} by number of texts."""
+        found = {side: of.compared for side, of in self.sides.items() if of.compared}
+        if "fires_on" in found and ("wpmi", "pearson") in self.found.compared:
+            found["wpmi"] = self.found.compared["wpmi", "pearson"]
+        for side, of in found.items():
+            columns = (of.texts, of.controls.mean(axis=0), of.better())
+            found[side] = short(np.stack(columns, axis=-1))
         return found
 
     def pictures(self, of, n):
@@ -348,17 +421,19 @@ def _largest(size):
 
 
 def write_images(folder, layer, split, found):
-    """Write the active neurons and the words of a split's images.
+    """Write the active neurons of a split's images, and their concepts in all forms.
 
     found: {name: array} of all images, as `Collector.concepts` returns them.
     """
-    sides = {"neurons": (found["neurons"], found["norms"]), "words": (found["words"], found["scores"])}
+    lists = {"neurons": (found["neurons"], found["norms"])}
+    for f, form in enumerate(FORMS):
+        lists[form] = (found["words"][:, f], found["scores"][:, f])
     count = len(found["neurons"])
     for number, first in enumerate(range(0, count, IMAGES_A_FILE)):
         images = []
         for i in range(first, min(first + IMAGES_A_FILE, count)):
             image = {}
-            for name, (ids, values) in sides.items():
+            for name, (ids, values) in lists.items():
                 there = ids[i] >= 0
                 image[name] = with_values(ids[i][there], values[i][there])
             images.append(image)
@@ -375,7 +450,8 @@ def write_parquet(path, files):
     files: list of `LayerFiles`.
     """
     tables = [pyarrow.table(parquet_columns(of)) for of in files]
-    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), path, compression="zstd")
+    table = pyarrow.concat_tables(tables, promote_options="default")  # layers without controls have nulls
+    pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
 def parquet_columns(of):
@@ -386,15 +462,17 @@ def parquet_columns(of):
         "neuron": pyarrow.array(range(of.N), int32),
     }
     numbers = {"explained": of.explained, "norm": of.norm, "threshold": of.threshold}
-    for row in of.graded.rows:
-        for measure in of.graded.measures:
-            numbers[f"{row}_{measure}"] = of.graded.of(row, measure)
-    for name, values in numbers.items():
-        columns[name] = pyarrow.array(np.asarray(values, np.float32))
+    graded = of.found.graded
+    numbers |= {
+        f"{row}_{measure}": graded.of(row, measure) for row in graded.rows for measure in graded.measures
+    }
+    for name, values in (numbers | columns_of(of.found.compared)).items():
+        kept = values.dtype if values.dtype == bool else np.float32
+        columns[name] = pyarrow.array(values.astype(kept))
     pairs = pyarrow.list_(pyarrow.struct([("text", pyarrow.string()), ("coefficient", pyarrow.float32())]))
     for name, side in of.sides.items():
-        entries = [[{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions]
-        columns[name] = pyarrow.array(entries, pairs)
+        listed = [[{"text": text, "coefficient": c} for _, c, text in texts] for texts in side.descriptions]
+        columns[name] = pyarrow.array(listed, pairs)
     for split, of_split in of.splits.items():
         for name, sign, images in of_split.top():
             kept = []
@@ -428,7 +506,7 @@ def about(sources):
         "graded_on": args.split,
         "graded_images": len(sources.held_out),
         "sides": grading.SIDES,
-        "rows": {row: grading.ROWS[row] for row in sources.graded[sources.layers[0]].rows},
+        "rows": grading.ROWS,
     }
 
 
@@ -520,12 +598,12 @@ def layer_files(sources, layer, judge, pcas):
         splits[split] = LayerSplit(sources.projections(layer, split), sources.pairs[layer, split], maps)
     effects = splits["train"].projections
     held_out = len(sources.held_out)
-    described = sources.sides(sources.neurons(layer), sources.inputs)
+    predicted = Predicted(judge, effects)
     return LayerFiles(
         layer=layer,
-        sides={side: Side(texts) for side, texts in described.items()},
-        predicted=Predicted(judge, effects),
-        graded=sources.graded[layer],
+        sides=sides_of(sources, layer, predicted),
+        predicted=predicted,
+        found=sources.found[layer],
         explained=sources.explained(layer),
         norm=sources.norms(layer),
         pcas=pcas[layer],
@@ -537,6 +615,28 @@ def layer_files(sources, layer, judge, pcas):
         k=min(sources.args.top_k_pca, len(sources.train)),
         chance=round(grading.positives(held_out, sources.share) / held_out, 4),
     )
+
+
+def sides_of(sources, layer, predicted):
+    """Return {side: `Side`} of a layer, with the descriptions that are justified.
+
+    predicted: `Predicted`, whose atoms and targets the texts that neurons fire on are fitted with.
+    """
+    found = {}
+    for side, descriptions in sources.sides(sources.neurons(layer), sources.inputs).items():
+        compared = judged_by(side, sources.found[layer].compared)
+        place = compared.justified() if compared else None
+        justified = None
+        if place is not None:
+            support = torch.from_numpy(sources.support(side, layer, descriptions))
+            support = support[:, : compared.lengths[place]]
+            atoms, targets = predicted.atoms, predicted.targets
+            if side == "writes":
+                atoms = omp.make_atoms(100 * sources.vectors, sources.args.normalise)
+                targets = sources.statistics[layer].pcas.cpu()
+            justified = justified_texts(support, atoms, targets, sources.texts)
+        found[side] = Side(descriptions, compared, justified)
+    return found
 
 
 def heads_after(vit, layer):
