@@ -497,7 +497,8 @@ def described_by(folder, name, texts):
     """What a json of descriptions says, as a matrix [N, texts]; Refused where it names texts that the pool
     does not have.
     """
-    [path] = [path for path in folder.glob(f"*{name}.json") if not path.name.endswith("meta.json")] or [None]
+    paths = [path for path in folder.glob(f"*{name}.json") if not re.search(r"rotated|meta\.json", path.name)]
+    [path] = paths or [None]
     content = readable(lambda path: json.loads(path.read_text(encoding="utf-8")), path)
     matrix = np.zeros((len(content), len(texts)))
     for n in range(len(content)):
