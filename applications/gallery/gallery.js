@@ -101,16 +101,17 @@
       const at = place[text]++;
       search.neuron[at] = neuron;
       search.side[at] = side;
-      search.strength[at] = Math.max(strength, 0);
+      search.strength[at] = strength;
     };
-    for (let i = 0; i < neurons.length; i++) add(Math.floor(i / index.count), neurons[i], ALONE, correlations[i] / 127);
+    const noise = layer.sides[0].judged && !layer.sides[0].judged.justified; // where any text predicts effects
+    for (let i = 0; i < neurons.length; i++) add(Math.floor(i / index.count), neurons[i], ALONE, noise ? -1 : Math.max(correlations[i] / 127, 0));
     layer.sides.forEach((side, place) => {
       const { texts, coefficients, shown } = side;
       for (let i = 0; i < texts.length; i++) {
         if (texts[i] < 0) continue;
         const neuron = Math.floor(i / shown);
         const largest = Math.abs(coefficients[neuron * shown]) || 1;
-        add(texts[i], neuron, place, Math.abs(coefficients[i] / largest) * overNoise(side, neuron));
+        add(texts[i], neuron, place, Math.max(Math.abs(coefficients[i] / largest) * overNoise(side, neuron), 0));
       }
     });
     search.words = about.texts.map((text) => text.toLowerCase());
@@ -137,6 +138,7 @@
       if (!level) continue;
       for (let i = search.first[t]; i < search.first[t + 1]; i++) {
         const neuron = search.neuron[i];
+        if (search.strength[i] < 0) continue;
         const value = (search.side[i] === ALONE ? 0 : 8) + 2 * level + search.strength[i];
         if (value > score[neuron]) {
           score[neuron] = value;
@@ -277,7 +279,7 @@
     const found = match && (match.side === ALONE ? 0 : match.side) === place ? match.text : -1;
     const says = lines.length > 0;
     if (found >= 0 && match.side === ALONE) {
-      lines.push([found, false, `r = ${decimals(match.strength)} `]); // not in its description
+      lines.push([found, false, "not described by: "]);
     } else if (found >= 0 && !lines.some(([text]) => text === found)) {
       lines.splice(2, 1, [found, coefficients[texts.indexOf(found, first)] < 0]);
     }
@@ -399,7 +401,7 @@
       const alone = byText.filter((neuron) => found.side[neuron] === ALONE).length;
       status = `${grouped(neurons.length)} of ${all} match`;
       if (byText.length) status += `: ${grouped(byText.length - alone)} by their descriptions`;
-      status += alone ? `, ${grouped(alone)} only because the text predicts their effects (r).` : ".";
+      status += alone ? `, ${grouped(alone)} only because the text predicts their effects.` : ".";
     }
     if (wantsClass && !classes) status += " Choose a class.";
     byId("status").textContent = status;
