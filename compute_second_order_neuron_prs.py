@@ -8,6 +8,7 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
     merged.npy [images, N, D], the effects themselves, with --merged
 With --keep top (the default for several layers) two passes, and instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
+and in any case the mean activations of the neurons at every token, activations.npy [T, N]
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
 
@@ -19,7 +20,7 @@ from utils.prs import fold_layers, second_order
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
-from utils.top_effects import FULL, TOP, Sums, TopK, start_of, write_top, write_weights
+from utils.top_effects import FULL, TOP, Activations, Sums, TopK, start_of, write_top, write_weights
 
 
 def main(args):
@@ -48,16 +49,18 @@ def keep_all(args, vit, layers, split, results, record):
     sizes = {"images": len(split)}
     arrays = results.arrays(large, sizes, dtypes, layers=layers, **split.names)
     arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
-    with Pass(arrays, record, split, overwrite=args.overwrite) as work:
+    activations = Activations(vit, layers, results, split.names)
+    arrays.update(activations.arrays)
+    with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
         directions = work.prepare(fold_layers, vit, layers)
         for rows, pixels in work:
-            _, effects = second_order(vit, pixels, directions, args.coefficient)
-            for phi in effects:
+            for phi in activations.second_order(work, pixels, directions, args.coefficient):
                 names = {**split.names, "layer": phi.directions.layer}
                 work[results.path("coefficients", **names)][rows] = phi.C
                 work[results.path("bias", **names)][rows] = phi.kappa
                 if args.merged:
                     work[results.path("merged", **names)][rows] = phi.dense()
+        activations.write(work, len(split))
         write_weights(work, directions, results, split.names)
 
 
@@ -65,13 +68,16 @@ def keep_top(args, vit, layers, split, results, record):
     """Store the largest effects of every neuron, in two passes: means, then what is largest about them."""
     k = args.top_k_pca
     arrays = results.arrays(TOP, {"images": len(split), "k": k}, layers=layers, **split.names)
+    activations = Activations(vit, layers, results, split.names)
+    arrays.update(activations.arrays)
     state, scratch = start_of(vit, layers, k, len(split))
+    state |= activations.sums
     twice = split.rounds(2)
     with Pass(arrays, record, twice, state=state, scratch=scratch, overwrite=args.overwrite) as work:
         directions = work.prepare(fold_layers, vit, layers)
         sums = Sums(work, args.coefficient)
         for _, pixels in work.round(0, "means"):
-            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            effects = activations.second_order(work, pixels, directions, args.coefficient)
             for _ in layers:
                 sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
         tops = work.prepare(TopK.of_layers, work, directions, sums, len(split))
@@ -82,6 +88,7 @@ def keep_top(args, vit, layers, split, results, record):
                 kappa, norms = top.add(next(effects), rows.start)
                 work[results.path("bias", **names)][rows] = kappa
                 work[results.path("image_norms", **names)][rows] = norms
+        activations.write(work, len(split))
         write_top(work, tops, results, split.names)
 
 

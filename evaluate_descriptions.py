@@ -27,6 +27,7 @@ import argparse
 import torch
 
 from utils.controls import CONTROLS, ROTATED
+from utils.deletion import grade_by_deletion
 from utils.evaluation import (
     Evaluation,
     LayerResults,
@@ -78,9 +79,9 @@ def evaluate(stage):
             of_units = stage.units[layer]
             graded = [grade(stage, of, described[of]) for of in of_units]
             compared = [compare(stage, judge, of) for of in of_units]
-            found[layer] = LayerResults(
-                graded[0], compared[0], *(graded[1:] or [None]), *(compared[1:] or [{}])
-            )
+            rotated = (graded[1], compared[1]) if len(of_units) > 1 else (None, {})
+            deleted = grade_by_deletion(stage, of_units[0], described[of_units[0]])
+            found[layer] = LayerResults(graded[0], compared[0], *rotated, deleted)
     if distributed.is_rank_zero():
         conclude(stage, found)
     return found
@@ -140,6 +141,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--truth", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="two .npy [images, texts] that judge texts"
     )
+    help = "held-out images on which each drawn neuron is taken away in the running model; 0: none"
+    parser.add_argument("--delete", type=flags.count, default=24, help=help)
+    help = "neurons of a layer that are taken away"
+    parser.add_argument("--drawn_neurons", type=flags.positive_int, default=512, help=help)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
     flags.run(main, parser, parallel=True)

@@ -71,6 +71,16 @@ def test_a_pass_may_be_finished_by_another_number_of_processes(world, started_by
     assert_same_files(output, world.whole / "full")
 
 
+def test_sums_that_another_process_took_over_count_once(world):
+    """Two processes, killed; one, which takes over what they have, killed; two again."""
+    output = world.root / "taken_over"
+    interrupt(world, "full", output, 2)
+    interrupt(world, "full", output, 1)
+    assert finished_pieces(output) == 6 + 2  # of the one, who has those of both, and what the second has left
+    world.run("full", output, size=2)
+    assert_same_files(output, world.whole / "full")
+
+
 @pytest.mark.parametrize("pieces", [2, 10])  # of the first pass, of the second
 def test_what_processes_keep_for_themselves_is_resumed_by_as_many(world, pieces):
     output = world.root / f"top_of_2_{pieces}"

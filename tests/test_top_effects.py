@@ -51,6 +51,18 @@ def largest(norms, k):
     return np.stack([sorted(range(len(column)), key=lambda i: (-column[i], i))[:k] for column in norms.T])
 
 
+def test_mean_activations_are_those_of_the_definition(world):
+    clip = load_clip(*world.model[1::2], "cpu")
+    images = load_images("folder", world.photos, "train", clip.transform)
+    visual = clip.vit.visual.double()
+    runs = [definition.run(visual, images[i][0].double()) for i in range(len(images))]
+    for layer in LAYERS:
+        expected = torch.stack([run.p[layer] for run in runs]).mean(dim=0).numpy()
+        found = read(world.whole / "top", layer, "activations")
+        assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max() + 1e-7)
+        assert np.array_equal(found, read(world.whole / "full", layer, "activations"))
+
+
 def test_the_largest_effects_are_those_of_the_definition(world):
     """All from float64 loops over the definition; the stage works in float32."""
     layer, whole = 2, world.whole / "top"

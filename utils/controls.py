@@ -72,7 +72,7 @@ class Rotation:
 class Compared(NamedTuple):
     """Compared are the grades of a layer's descriptions by number of texts, beside those of the controls."""
 
-    measure: str  # "pearson", "auprc" or "share"
+    measure: str  # "pearson", "auprc", "share" or "deletion"
     lengths: list  # of m
     texts: np.ndarray  # [N, lengths]
     controls: np.ndarray  # [C, N, lengths]
@@ -87,7 +87,7 @@ class Compared(NamedTuple):
         (mean r^2 - mean r_control^2) / (1 - mean r_control^2), r held-out correlations; a share is a square.
         """
         texts, controls = self.texts.astype(np.float64), self.controls.astype(np.float64)
-        if self.measure == "pearson":
+        if self.measure in ("pearson", "deletion"):
             texts, controls = texts**2, controls**2
         noise = controls.mean(axis=(0, 1))
         return (texts.mean(axis=0) - noise) / np.maximum(1 - noise, 1e-30)

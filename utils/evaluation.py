@@ -15,6 +15,7 @@ from utils.data.text_sets import load_texts
 from utils.descriptions import describe, load_descriptions, load_support
 from utils.effects import largest
 from utils.model.clip import load_clip
+from utils.norms import CentredNorms
 from utils.pca import statistics
 from utils.prs import SecondOrder
 from utils.runtime import distributed, flags
@@ -208,6 +209,26 @@ class Evaluation(Inputs):
         """Read a result about a `Split` that this stage has made, as a tensor."""
         return torch.from_numpy(np.load(self.path(kind, split, **names)))
 
+    def deletes(self, units, split):
+        """Return whether units are to be taken away on a split: neurons, on the held-out images."""
+        return not units.name and split is self.held_out and units.layer in self.activations
+
+    @cached_property
+    def activations(self):
+        """activations are mean activations, {layer: [T, N]}, of the layers whose neurons are deleted."""
+        found = {}
+        dataset = self.names["dataset"]
+        for layer in self.layers if self.args.delete and not self.truth else ():
+            if not self.inputs.find("activations", dataset=dataset, layer=layer).is_file():
+                command = self.inputs.command("activations", dataset=dataset, layer=layer, split="train")
+                what = f"the mean activations of layer {layer} are missing"
+                print(f"note: {what}, so no neuron is deleted; make them with: {command}")
+                continue
+            made_of = {"data": self.train.record["data"]}
+            mean = self.inputs.load("activations", expected=made_of, dataset=dataset, layer=layer)
+            found[layer] = torch.from_numpy(mean).to(self.clip.device)
+        return found
+
     @cached_property
     def features(self):
         """features are what descriptions are graded by on the held-out images, [images, F]."""
@@ -253,6 +274,10 @@ def plan_effects(stage, split, layers, described=()):
             path = stage.path("along", split, **units.names)
             arrays[path] = ((count, len(described[units].directions), units.count), "float32")
             alone[path] = made_of | described[units].digests
+        if stage.deletes(units, split):
+            path = stage.path("image_norms", split, **units.names)
+            arrays[path] = ((count, units.count), "float32")
+            alone[path] = made_of
     record = {**stage.clip.record, **split.record, "coefficient": stage.args.coefficient}
     return arrays, record, alone
 
@@ -270,7 +295,7 @@ class Observer:
     def __init__(self, stage, split, units, neurons, described):
         self.paths = {
             kind: stage.path(kind, split, **units.names)
-            for kind in ("coefficients", "bias", "projections", "along")
+            for kind in ("coefficients", "bias", "projections", "along", "image_norms")
         }
         self.rotation = Rotation(neurons, units.count) if units.name else None
         directions = self.rotation.directions if units.name else neurons
@@ -279,6 +304,7 @@ class Observer:
             self.component = Rebuilt(directions, units.statistics.mean, units.statistics.pcas)
         if units in described:
             self.along = grading.Along(directions, described[units].directions)
+        self.norms = CentredNorms(directions, units.statistics.mean) if stage.deletes(units, split) else None
 
     def blocks(self, phi):
         """Yield (path, block) of everything that is kept. phi: `SecondOrder` of the layer's neurons."""
@@ -291,6 +317,8 @@ class Observer:
             yield self.paths["projections"], self.component.projections(phi)
         if self.along:
             yield self.paths["along"], self.along(phi)
+        if self.norms:
+            yield self.paths["image_norms"], self.norms(phi)
 
 
 # rotated units
@@ -813,3 +841,4 @@ class LayerResults(NamedTuple):
     compared: dict  # {(side, measure): Compared}; without control dictionaries where --controls is 0
     rotated: Graded | None  # of the rotated units
     rotated_compared: dict
+    deleted: tuple | None = None  # `utils.deletion.Deleted`, where neurons were taken away

@@ -31,6 +31,12 @@ ROWS = {
     "rotated_fires_on": "rotated units: texts that they fire on",
     "rotated_wpmi": "rotated units: their labels by soft-WPMI",
 }
+DELETED = {  # what may say what happens without a neuron, besides the texts that it writes
+    "component": "its component",
+    "fires_on": "texts that it fires on",
+    "direct": "its direct effect (the logit lens)",
+    "null": "another neuron's component",
+}
 ROTATED = ("writes", "fires_on", "wpmi")  # rows that rotated units have beside the neurons'
 SIDES = {  # rows of each side, its own texts first
     "writes": ("writes", "one_written", "direction", "null_writes"),
@@ -48,6 +54,7 @@ MEASURE_NAMES = {
     "pearson": "correlation with the effect on held-out images",
     "auprc": "average precision on held-out images",
     "share": "share of the component that they rebuild",
+    "deletion": "correlation over texts with what deleting the neuron does",
 }
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS_AT_ONCE = 1024  # that are worked on together

@@ -4,6 +4,7 @@ A neuron's activations are replaced by their mean for each token, over a data se
 attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
 """
 
+import numpy as np
 import torch
 
 from utils.prs import COEFFICIENT
@@ -52,3 +53,79 @@ class IndirectEffects:
                 lost.append(representation[b] - self.vit.after(self.layer, z[b] + written))
             effects.append(scale[b] * torch.cat(lost))
         return torch.stack(effects)
+
+
+class Deletions:
+    """`Deletions` takes neurons of one layer away, each on its own images, in the running model.
+
+    A deleted neuron acts as on average: its activations are put at their means. Only the blocks after the
+    layer run again.
+
+    vit: HookedViT.
+    layer: MLP layer.
+    mean: [T, N], mean activations over the training images.
+    """
+
+    def __init__(self, vit, layer, mean):
+        self.vit = vit
+        self.layer = layer
+        self.mean = mean
+        self.w = vit.mlp_weights(layer)[0].to(mean)  # [N, d]
+        self.activations = [f"blocks.{layer}.mlp.post", f"blocks.{layer + 1}.resid.pre"]
+
+    @torch.inference_mode()
+    def __call__(self, pixels, images, neurons, coefficient=COEFFICIENT):
+        """Return what the unit representations lose, coefficient (rep/|rep| - rep'/|rep'|), [pairs, D].
+
+        pixels: [B, 3, side, side].
+        images, neurons: int64 [pairs], which neuron is taken away on which image of the batch.
+        """
+        with self.vit.record(*self.activations) as cache:
+            unit = torch.nn.functional.normalize(self.vit(pixels), dim=-1)
+        p, z = (cache[name] for name in self.activations)  # [B, T, N], [B, T, d]
+        lost = []
+        for b, n in zip(images.split(TOGETHER), neurons.split(TOGETHER), strict=True):
+            change = self.mean.T[n] - p[b, :, n]  # [pairs, T]
+            written = change[..., None] * self.w[n, None]  # [pairs, T, d]
+            with self.vit.class_token_last():
+                without = self.vit.after(self.layer, z[b] + written)
+            lost.append(unit[b] - torch.nn.functional.normalize(without, dim=-1))
+        return coefficient * torch.cat(lost)
+
+
+class Acting:
+    """Acting are the (neuron, image) pairs of drawn neurons and the images on which each acts most.
+
+    norms: centred norms of the effects on all images, [images, n].
+    count: images for a neuron.
+
+    Attributes: images, places (of the neuron among the drawn ones) of every pair, in the order of the images.
+    """
+
+    def __init__(self, norms, count):
+        top = np.argsort(-norms, axis=0, kind="stable")[:count]  # [count, n], of equal ones the earlier image
+        places = np.broadcast_to(np.arange(norms.shape[1]), top.shape)
+        order = np.argsort(top, axis=None, kind="stable")
+        self.count = len(top)
+        self.images = top.reshape(-1)[order]
+        self.places = places.reshape(-1)[order]
+
+    def of(self, rows):
+        """Return the pairs of a slice of the images: images counted from its start, places; int64 tensors."""
+        first, last = np.searchsorted(self.images, [rows.start, rows.stop])
+        images = torch.from_numpy(self.images[first:last] - rows.start)
+        return images, torch.from_numpy(self.places[first:last])
+
+
+def agreement(lost, vectors, texts):
+    """Return how well vectors say what deletions do: the correlation over texts of both, [..., n].
+
+    lost: the mean loss of the representation by every deletion, [n, D].
+    vectors: what is said of it, [..., n, D].
+    texts: [T, D], text vectors.
+    """
+    wide = texts.double() - texts.double().mean(dim=0)
+    gram = wide.T @ wide  # centred over texts, so correlations are cosines by this form
+    lost, vectors = lost.double(), vectors.double()
+    own = (lost @ gram * lost).sum(dim=-1) * (vectors @ gram * vectors).sum(dim=-1)
+    return ((lost @ gram * vectors).sum(dim=-1) / own.clamp_min(1e-300).sqrt()).float()

@@ -77,7 +77,9 @@ def report(path, stage, found):
     made_of = {**stage.clip.record, **stage.names, **stage.held_out.record}
     made_of |= {"coefficient": stage.args.coefficient, "controls": stage.args.controls}
     made_of["rotated_units"] = stage.args.rotated_units
-    save_json(path, {**made_of, "layers": list(found), "neurons": tables, "over_noise": noise})
+    deleted = {str(layer): of_deletion(of.deleted) for layer, of in found.items() if of.deleted}
+    content = {"neurons": tables, "over_noise": noise, "deletion": deleted}
+    save_json(path, {**made_of, "layers": list(found), **content})
     plot_grades(found, path.with_suffix(".png"))
     lines = []
     for layer, of in found.items():
@@ -100,20 +102,26 @@ def noise_of(found):
     for (side, measure), of in found.compared.items():
         if len(of.controls) < 2:
             continue
-        texts, control = of.mean()
-        columns = {"texts": of.lengths, "grade": texts, "control": control}
-        if measure != "auprc":
-            columns["skill"] = of.skill()
-        columns |= {"better": of.better().mean(axis=0), "better_by_chance": of.by_chance()}
-        if (side, measure) in found.rotated_compared:
-            columns["rotated"] = found.rotated_compared[side, measure].texts.mean(axis=0)
-        columns = {name: [round(float(x), 6) for x in values] for name, values in columns.items()}
-        columns["texts"] = of.lengths
+        columns = columns_by_length(of, found.rotated_compared.get((side, measure)))
         summary.setdefault(side, {})[measure] = columns
         if measure == grading.JUDGED_BY.get(side):
             place = of.justified()
             summary[side]["justified"] = 0 if place is None else of.lengths[place]
     return summary
+
+
+def columns_by_length(compared, rotated=None):
+    """Return {name: a number for every number of texts}, over neurons. compared, rotated: `Compared`."""
+    columns = {"grade": compared.texts.mean(axis=0)}
+    if len(compared.controls) > 1:
+        columns["control"] = compared.controls.mean(axis=(0, 1))
+        if compared.measure != "auprc":
+            columns["skill"] = compared.skill()
+        columns |= {"better": compared.better().mean(axis=0), "better_by_chance": compared.by_chance()}
+    if rotated is not None:
+        columns["rotated"] = rotated.texts.mean(axis=0)
+    rounded = {name: [round(float(x), 6) for x in values] for name, values in columns.items()}
+    return {"texts": compared.lengths, **rounded}
 
 
 def lines_of_table(layer, table):
@@ -137,21 +145,46 @@ def lines_of_noise(layer, found):
     for (side, measure), of in found.compared.items():
         if len(of.controls) < 2:
             continue
-        texts, control = of.mean()
-        columns = {"texts": texts, "control": control}
-        if measure != "auprc":
-            columns["skill"] = of.skill()
-        columns |= {"better": of.better().mean(axis=0), "by chance": of.by_chance()}
-        if (side, measure) in found.rotated_compared:
-            columns["rotated"] = found.rotated_compared[side, measure].texts.mean(axis=0)
-        lines.append(f"{grading.COMPARED[side]}, {grading.MEASURE_NAMES[measure]}: number of texts")
-        lines.append(" " * 12 + "".join(f"{m:>8}" for m in of.lengths))
-        for name, values in columns.items():
-            lines.append(f"  {name:<10}" + "".join(f"{x:>8.3f}" for x in values))
+        lines += lines_of_lengths(side, of, found.rotated_compared.get((side, measure)))
+    lines += lines_of_deletion(found)
     for side in grading.JUDGED_BY:
         of = judged_by(side, found.compared)
         if of is not None:
             lines.append(f"layer {layer}, {in_words(side, of)}")
+    return lines
+
+
+def of_deletion(deleted):
+    """Return the summary of a layer's `Deleted`: means and errors of its rows, and columns by texts."""
+    rows = {row: {"mean": float(of.mean()), "error": error_of(of)} for row, of in deleted.rows.items()}
+    found = {"neurons": len(deleted.neurons), "rows": rows}
+    return found | {"writes": columns_by_length(deleted.compared)}
+
+
+def lines_of_deletion(found):
+    """Return the table of what says what happens without a neuron. found: `LayerResults`."""
+    if found.deleted is None:
+        return []
+    rows = found.deleted.rows.items()
+    said = ", ".join(f"{grading.DELETED[row]} {of.mean():.3f} ± {error_of(of):.3f}" for row, of in rows)
+    lines = [f"{len(found.deleted.neurons)} neurons deleted; {grading.MEASURE_NAMES['deletion']}: {said}"]
+    return lines + lines_of_lengths("writes", found.deleted.compared, None)
+
+
+def error_of(values):
+    """Return the standard error of a mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def lines_of_lengths(side, compared, rotated):
+    """Return the lines of a table by number of texts. compared, rotated: `Compared`; rotated may be None."""
+    columns = columns_by_length(compared, rotated)
+    lengths = columns.pop("texts")
+    names = {"grade": "texts", "better_by_chance": "by chance"}
+    lines = [f"{grading.COMPARED[side]}, {grading.MEASURE_NAMES[compared.measure]}: number of texts"]
+    lines.append(" " * 12 + "".join(f"{m:>8}" for m in lengths))
+    for name, values in columns.items():
+        lines.append(f"  {names.get(name, name):<10}" + "".join(f"{x:>8.3f}" for x in values))
     return lines
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from utils.norms import CentredNorms
+from utils.prs import second_order
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
+from utils.runtime.passes import Totals
 
 WEIGHT_PARTS = ("values", "outputs")
 FULL = ("bias", *WEIGHT_PARTS)  # written with --keep full, besides the large arrays
@@ -23,6 +25,52 @@ FIXED = 2.0**32
 ENTERING = 8192  # effects that are copied into the kept ones at a time
 MERGED_AT_ONCE = 64  # neurons whose kept effects are merged at a time
 LAST_IMAGE = 2**32 - 1
+
+
+class Activations:
+    """Activations are the mean post-GELU activations of some layers at every token, [T, N] each.
+
+    They are summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
+
+    vit: HookedViT.
+    layers: MLP layers.
+    results, names: `Results`, and the fields of file names besides the layer.
+    """
+
+    def __init__(self, vit, layers, results, names):
+        self.vit = vit
+        self.names = {layer: f"p{layer}" for layer in layers}
+        self.recorded = {layer: f"blocks.{layer}.mlp.post" for layer in layers}
+        self.sums = Totals({name: ((vit.T, vit.N), "int64") for name in self.names.values()})
+        self.arrays = results.arrays(["activations"], layers=layers, **names)
+        self.paths = {layer: results.path("activations", layer=layer, **names) for layer in layers}
+
+    def second_order(self, work, pixels, directions, coefficient):
+        """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
+
+        Yields the `SecondOrder` of each layer, as they are asked for.
+        """
+        with self.vit.record(*self.recorded.values()) as cache:
+            _, effects = second_order(self.vit, pixels, directions, coefficient)
+        for item in directions:
+            p = cache.pop(self.recorded[item.layer])
+            work.state[self.names[item.layer]] += fixed(p, FIXED)
+            del p
+            yield next(effects)
+
+    def write(self, work, images):
+        """Write the means over all `images`, once all processes are here."""
+        if work.finished:
+            return
+        gathered = work.gather(list(self.names.values()))
+        if is_rank_zero():
+            for layer, name in self.names.items():
+                work[self.paths[layer]][:] = (sum(gathered[name]) / (images * FIXED)).astype(np.float32)
+
+
+def fixed(values, scale):
+    """Return the sum over the first axis as int64 multiples of 1/scale, an array."""
+    return values.sum(dim=0).cpu().double().mul_(scale).round_().to(torch.int64).numpy()
 
 
 def start_of(vit, layers, k, images):
@@ -56,8 +104,7 @@ class Sums:
     def add(self, phi):
         """Add the effects of a batch, a `SecondOrder`."""
         for name, values in (("C", phi.C), ("kappa", phi.kappa)):
-            total = values.sum(dim=0).cpu().double().mul_(self.scale).round_().to(torch.int64)
-            self.work.state[f"{name}{phi.directions.layer}"] += total.numpy()
+            self.work.state[f"{name}{phi.directions.layer}"] += fixed(values, self.scale)
 
     def means(self, layers, images):
         """Return {layer: (C [K, N], kappa [D])}, means over all `images`, once all processes are here."""

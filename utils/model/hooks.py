@@ -58,7 +58,7 @@ class HookedViT:
 
     Attributes:
     L, H, N, d, D: sizes, in the letters of the paper.
-    sizes: {letter: size} of N, D and e, the width of the heads through which neurons act.
+    sizes: {letter: size} of N, D, T and e, the width of the heads through which neurons act.
     grid: rows and columns of patches.
     prefix: tokens before the patches.
     T: tokens at the trained resolution.
@@ -87,10 +87,10 @@ class HookedViT:
         self.N = first.mlp.c_fc.out_features
         self.d = first.mlp.c_fc.in_features
         self.D = visual.output_dim if visual.proj is None else visual.proj.shape[1]
-        self.sizes = {"N": self.N, "D": self.D, "e": self.pooling.head_width}
         self.grid = visual.grid_size
         self.prefix = self.pooling.prefix
         self.T = self.grid[0] * self.grid[1] + self.prefix
+        self.sizes = {"N": self.N, "D": self.D, "e": self.pooling.head_width, "T": self.T}
         self.last_attention = self.pooling.last_attention
         self.last = self.last_attention - 1
         self.summands = self.pooling.summands

@@ -85,6 +85,9 @@ ARTIFACTS = {
     ),
     "top_images": Artifact(OF_LAYER + "top_images.npy", "N k", BY_TOP, "their images", "int32"),
     "top_mean": Artifact(OF_LAYER + "top_mean.npy", "N D", BY_TOP, "mean effects"),
+    "activations": Artifact(
+        OF_LAYER + "activations.npy", "T N", BY_SECOND_ORDER, "mean post-GELU activation at every token"
+    ),
     "pca": Artifact(OF_LAYER + "{k}_pca.npy", "N D", BY_PCAS, "first components"),
     "norm": Artifact(
         OF_LAYER + "{k}_norm.npy", "N k", BY_PCAS, "norms of the k largest centred effects, ascending"
@@ -145,6 +148,18 @@ ARTIFACTS = {
         BY_GRADES,
         "soft-WPMI labels from a control dictionary",
         "int32",
+    ),
+    "deletions": Artifact(
+        OF_LAYER + "{k}_deletions.npy",
+        "drawn D",
+        BY_GRADES,
+        "what taking drawn neurons away costs the representation, mean over the images where each acts most",
+    ),
+    "by_deletion": Artifact(
+        OF_GRADES + "_deletion.npy",
+        "dictionaries drawn lengths",
+        BY_GRADES,
+        "how well texts that drawn neurons write say that, by number of texts; then control dictionaries",
     ),
     "graded": Artifact(OF_GRADES + "_summary.json", "", BY_GRADES, "their means over neurons; also `.png`"),
     "gallery": Artifact(

@@ -58,6 +58,13 @@ class Pieces(list):
         self.settings = settings
 
 
+class Totals(dict):
+    """Totals are a state of a `Pass`, {name: (shape, dtype)}, that the loop only adds to.
+
+    Processes that resume the pass take over what others have added up.
+    """
+
+
 def pieces_of(rows, size, **options):
     """Divide rows into `Pieces` of `size` rows.
 
@@ -134,6 +141,7 @@ class Pass:
     alone: {path: {key: value}}, for arrays that are made from something more.
     state: {name: (shape, dtype)} of arrays, zero at first, that the loop changes in place (`work.state`).
         They are saved with the progress. Each process has its own, so as many processes must resume the pass.
+        Of `Totals` any number may resume it.
     scratch: {name: (shape, dtype)} of such arrays that are too large for memory (`work.scratch`).
     overwrite: discard finished results and earlier progress.
 
@@ -143,16 +151,17 @@ class Pass:
     settings has written into the first array, and when the disk is too small.
     """
 
-    def __init__(self, arrays, record, over, alone=None, state=None, scratch=None, overwrite=False):
+    def __init__(self, arrays, record, over, alone=(), state=(), scratch=(), overwrite=False):
         self.arrays = {Path(path): spec for path, spec in arrays.items()}
         self.first = next(iter(self.arrays))
         self.pieces = getattr(over, "pieces", over)
         self.rounds = self.pieces.rounds
         self.overwrite = overwrite
-        self.state = {name: np.zeros(*spec) for name, spec in (state or {}).items()}
-        self.scratch = dict(scratch or {})
+        self.state = {name: np.zeros(*spec) for name, spec in dict(state).items()}
+        self.adds_up = not state or isinstance(state, Totals)
+        self.scratch = dict(scratch)
         self.finished = False
-        alone = {str(path): made_of for path, made_of in (alone or {}).items()}
+        alone = {str(path): made_of for path, made_of in dict(alone).items()}
         settings = {**getattr(arrays, "settings", {}), **self.pieces.settings}
         self._rows = _as_numbers(self.pieces.digests or [])
         self.identity = self._identity(record, settings, alone)
@@ -181,7 +190,7 @@ class Pass:
         found["division into pieces"] = _hash(
             [[piece.start, piece.stop] for piece in self.pieces] * self.rounds
         )
-        if self.state:
+        if not self.adds_up:
             found["number of processes"] = distributed.world_size()
         return json.loads(json.dumps(found))
 
@@ -297,13 +306,15 @@ class Pass:
         """Open the files, and read the progress of all processes."""
         for file in self.files.values():
             file.open()
-        for path in self._progress_files():
-            saved = read_progress(path)
-            if saved is not None:
-                self._elsewhere |= saved["done"]
-                if path == self.beside("progress"):
-                    self._done |= saved["done"]
-                    self.state = {name: saved[name] for name in self.state}
+        for path, saved in self._progress():
+            self._elsewhere |= saved["done"]
+            rank = int(path.name.rpartition(".")[2])
+            if rank == distributed.rank() or (
+                self.adds_up and rank % distributed.world_size() == distributed.rank()
+            ):
+                self._done |= saved["done"]
+                for name, values in self.state.items():
+                    self.state[name] = values + saved[name]
         for name, (shape, dtype) in self.scratch.items():
             self.scratch[name] = Scratch(self.beside(name), shape, dtype, resumed=self._done.any())
         distributed.barrier()  # every process has read the progress before one of them saves more
@@ -333,7 +344,7 @@ class Pass:
         count = len(self.pieces)
         numbers = range(number * count, (number + 1) * count)
         done = self._done | self._elsewhere | self.finished
-        if self.state:  # a process resumes its own pieces, which its state goes with
+        if not self.adds_up:  # a process resumes its own pieces, which its state goes with
             return [i for i in distributed.shard(numbers) if not done[i]]
         return distributed.shard([i for i in numbers if not done[i]])
 
@@ -433,6 +444,20 @@ class Pass:
         for file in self.files.values():
             file.publish()
         self._clean()
+
+    def _progress(self):
+        """List the progress of all processes, (path, arrays), by rank.
+
+        One whose pieces are all in that of others before is left out: these have taken it over.
+        """
+        found = []
+        done = np.zeros_like(self._done)
+        for path in sorted(self._progress_files(), key=lambda path: int(path.name.rpartition(".")[2])):
+            saved = read_progress(path)
+            if saved is not None and (saved["done"] & ~done).any():
+                done |= saved["done"]
+                found.append((path, saved))
+        return found
 
     def _progress_files(self, every_tag=False):
         files = _temporary([self.first], None if every_tag else self.tag)

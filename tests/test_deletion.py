@@ -1,0 +1,154 @@
+"""Taking neurons away, against a plain open_clip model whose weights or activations are edited."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import pearsonr
+
+from tests import definition
+from tests.launcher import run_stage_of_user, shared_world
+from tests.test_controls import drawn_by_hand, pursued, unit
+from utils.data.images import load_images
+from utils.indirect import Acting, Deletions, agreement
+from utils.model.clip import load_clip
+
+LAYER = 3
+LENGTHS = [1, 2, 4, 8]
+
+
+def test_a_deletion_is_a_model_with_edited_weights(visual, vit, images):
+    """Where the mean is one number for all tokens, a neuron at its mean is a bias of the MLP."""
+    mean = torch.zeros(vit.T, vit.N)
+    neurons = torch.tensor([3, 3, 17])
+    mean[:, 3], mean[:, 17] = 0.3, -0.2
+    found = Deletions(vit, 1, mean)(images[:2], torch.tensor([0, 1, 1]), neurons)
+    with torch.inference_mode():
+        before = torch.nn.functional.normalize(visual(images[:2]), dim=-1)
+        for pair, (image, n) in enumerate(((0, 3), (1, 3), (1, 17))):
+            edited = copy.deepcopy(visual)
+            mlp = edited.transformer.resblocks[1].mlp
+            mlp.c_proj.bias += mean[0, n] * mlp.c_proj.weight[:, n]
+            mlp.c_proj.weight[:, n] = 0
+            after = torch.nn.functional.normalize(edited(images[image : image + 1]), dim=-1)[0]
+            expected = (100 * (before[image] - after)).numpy()
+            assert_allclose(found[pair], expected, atol=1e-5 * 100)
+            assert np.abs(expected).max() > 1e-3
+
+
+def test_a_neuron_is_taken_away_where_it_acts_most():
+    norms = np.array([[1.0, 5], [3, 5], [2, 1], [3, 4]])
+    acting = Acting(norms, 2)
+    pairs = sorted(zip(acting.images.tolist(), acting.places.tolist(), strict=True))
+    assert pairs == [(0, 1), (1, 0), (1, 1), (3, 0)]  # of equal ones the earlier
+    found = [acting.of(slice(first, first + 2)) for first in (0, 2)]
+    assert [images.tolist() for images, _ in found] == [[0, 1, 1], [1]]
+    assert Acting(norms, 24).count == 4
+
+
+def test_agreement_is_scipys_correlation_over_texts():
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((40, 8)) + 1
+    lost, said = rng.standard_normal((5, 8)), rng.standard_normal((3, 5, 8))
+    found = agreement(*map(torch.from_numpy, (lost, said, texts)))
+    for m in range(3):
+        for n in range(5):
+            expected = pearsonr(texts @ lost[n], texts @ said[m, n]).statistic
+            assert float(found[m, n]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model):
+    return shared_world(tmp_path_factory, tiny_model)
+
+
+def result(world, ending):
+    [path] = (world.whole / "evaluation").glob(f"*_{LAYER}_{ending}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lost(world):
+    """What deleting a few neurons costs, by hooks of torch on the plain model, in float64."""
+    clip = load_clip(*world.model[1::2], "cpu")
+    visual = clip.vit.visual.double()
+    splits = {s: load_images("folder", world.photos, s, clip.transform) for s in ("train", "val")}
+    pixels = {s: [images[i][0].double() for i in range(len(images))] for s, images in splits.items()}
+    mean = torch.stack([definition.run(visual, image).p[LAYER] for image in pixels["train"]]).mean(dim=0)
+    of_train = np.stack([definition.effects(visual, image, LAYER).numpy() for image in pixels["train"]])
+    of_val = np.stack([definition.effects(visual, image, LAYER).numpy() for image in pixels["val"]])
+    norms = np.linalg.norm(of_val - of_train.mean(axis=0), axis=2)
+    found = {}
+    gelu = visual.transformer.resblocks[LAYER].mlp.gelu
+    for n in (0, 41, 95):
+        changes = []
+        for i in np.argsort(-norms[:, n], kind="stable")[:24]:
+
+            def at_mean(module, inputs, output, n=n):
+                output[..., n] = mean[:, n]
+                return output
+
+            before = unit(visual(pixels["val"][i][None])[0].numpy())
+            handle = gelu.register_forward_hook(at_mean)
+            after = unit(visual(pixels["val"][i][None])[0].numpy())
+            handle.remove()
+            changes.append(100 * (before - after))
+        found[n] = np.mean(changes, axis=0)
+    return found
+
+
+def test_the_stage_s_deletions_are_those_of_the_plain_model(world, lost):
+    path = result(world, "5_deletions.npy")
+    found, record = np.load(path), json.loads(path.with_suffix(".meta.json").read_text())
+    assert record["neurons"] == list(range(96)) and record["images"] == 24
+    for n, expected in lost.items():
+        assert_allclose(found[n], expected, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_texts_and_controls_are_graded_by_deletion_as_by_scikit_learn(world):
+    found = np.load(result(world, "words_8_deletion.npy")).astype(np.float64)
+    lost = np.load(result(world, "5_deletions.npy")).astype(np.float64)
+    r = np.load(world.base / f"folder_train_mlps_tiny_random_{LAYER}_5_pca.npy").astype(np.float64)
+    texts = unit(np.load(world.base / "words_tiny_random.npy").astype(np.float64))
+    close = []
+    for number, dictionary in enumerate((texts, drawn_by_hand(texts, 0))):
+        atoms = 100 * (dictionary - dictionary.mean(axis=0))
+        atoms = 100 * atoms / np.linalg.norm(atoms, axis=0)
+        for n in range(0, 96, 9):
+            for j, m in enumerate(LENGTHS):
+                chosen, x = pursued(atoms, r[n], m)
+                expected = pearsonr(texts @ lost[n], texts @ (x @ atoms[chosen])).statistic
+                close.append(abs(found[number, n, j] - expected) < 2e-3)
+    assert np.mean(close) > 0.98, "but for near ties"
+
+
+def test_the_summary_has_what_is_said_of_deletions(world):
+    [path] = (world.whole / "evaluation").glob("*_words_8_summary.json")
+    found = json.loads(path.read_text())["deletion"][str(LAYER)]
+    lost = torch.from_numpy(np.load(result(world, "5_deletions.npy")))
+    r = torch.from_numpy(np.load(world.base / f"folder_train_mlps_tiny_random_{LAYER}_5_pca.npy"))
+    texts = unit(np.load(world.base / "words_tiny_random.npy").astype(np.float64))
+    each = [pearsonr(texts @ d, texts @ v).statistic for d, v in zip(lost.numpy(), r.numpy(), strict=True)]
+    assert found["rows"]["component"]["mean"] == pytest.approx(np.mean(each), abs=1e-4)
+    assert found["neurons"] == 96 and set(found["rows"]) == {"component", "fires_on", "direct", "null"}
+    assert_array_equal(found["writes"]["texts"], LENGTHS)
+
+
+def test_without_mean_activations_one_line_says_how_to_get_them(world, tmp_path):
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for path in world.base.iterdir():
+        if "activations" not in path.name:
+            (inputs / path.name).symlink_to(path)
+    script, flags, _ = world.stages()["evaluation"]
+    flags = [str(flag) for flag in flags]
+    flags[flags.index("--mlp_layer") + 1] = str(LAYER)
+    flags[flags.index("--input_dir") + 1] = inputs
+    done = run_stage_of_user(script, *world.model, *flags, "--output_dir", tmp_path / "out", folder=tmp_path)
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: the mean activations")]
+    assert len(notes) == 1 and "compute_second_order_neuron_prs.py" in notes[0]
+    assert not list((tmp_path / "out").glob("*deletion*"))
