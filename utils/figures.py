@@ -7,6 +7,9 @@ from PIL import Image
 from utils.grading import COMPARED, JUDGED_BY, MEASURE_NAMES, ROWS
 from utils.runtime.files import save_atomic
 
+# grades by number of texts that are drawn, {(side, measure): in words}
+CURVES = {key: MEASURE_NAMES[key[1]] for key in (*JUDGED_BY.items(), ("writes", "deletion"))}
+
 
 def accuracy_table(table):
     """Return a plain-text table of {layer: {name: per cent}}."""
@@ -53,24 +56,27 @@ def plot_grades(found, path):
 
     found: {layer: `utils.evaluation.LayerResults`}.
     """
-    sides = {side: measure for side, measure in JUDGED_BY.items() if any_controls(found, side, measure)}
-    columns = 1 + len(sides)
-    size = (4.6 * columns, 4.6 * len(found))
-    figure, grid = pyplot.subplots(len(found), columns, figsize=size, squeeze=False, layout="constrained")
-    for (distribution, *curves), (layer, of) in zip(grid, found.items(), strict=True):
+    curves = {key: name for key, name in CURVES.items() if any(curve(of, key) for of in found.values())}
+    size = (4.6 * (1 + len(curves)), 4.6 * len(found))
+    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
+    figure, grid = pyplot.subplots(len(found), 1 + len(curves), **options)
+    for (distribution, *others), (layer, of) in zip(grid, found.items(), strict=True):
         _draw_grades(distribution, of.graded)
         distribution.set_title(f"layer {layer}")
-        for axes, (side, measure) in zip(curves, sides.items(), strict=True):
-            _draw_lengths(axes, of.compared[side, measure], of.rotated_compared.get((side, measure)))
-            axes.set_title(COMPARED[side])
-            axes.set_ylabel(MEASURE_NAMES[measure], fontsize="small")
+        for axes, (key, name) in zip(others, curves.items(), strict=True):
+            if compared := curve(of, key):
+                _draw_lengths(axes, compared, of.rotated_compared.get(key))
+            axes.set_title(COMPARED[key[0]])
+            axes.set_ylabel(name, fontsize="small")
     save_figure(figure, path)
 
 
-def any_controls(found, side, measure):
-    """Return whether a side was compared with control dictionaries. found: as for `plot_grades`."""
-    each = (of.compared.get((side, measure)) for of in found.values())
-    return any(of is not None and len(of.controls) > 1 for of in each)
+def curve(found, key):
+    """Return the `Compared` of a side and measure, None without controls. found: `LayerResults`."""
+    compared = found.compared.get(key)
+    if key[1] == "deletion" and found.deleted is not None:
+        compared = found.deleted.compared
+    return compared if compared is not None and len(compared.controls) > 1 else None
 
 
 def _draw_lengths(axes, compared, rotated):

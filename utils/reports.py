@@ -34,9 +34,11 @@ def save_neurons(path, found, explained, described):
         f"{row} {m}": found.graded.of(row, m) for row in found.graded.rows for m in found.graded.measures
     }
     columns |= columns_of(found.compared)
+    if found.deleted is not None:
+        columns |= columns_of_deletion(found.deleted, len(explained))
     table.writerow(["neuron", "explained", *columns, *described])
     for n, values in enumerate(zip(*columns.values(), strict=True)):
-        cells = [str(int(x)) if isinstance(x, np.bool_) else f"{x:.4f}" for x in values]
+        cells = [cell_of(x) for x in values]
         sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
         texts = [json.dumps(side, ensure_ascii=False) for side in sides]
         table.writerow([n, f"{explained[n]:.4f}", *cells, *texts])
@@ -56,6 +58,29 @@ def columns_of(compared):
             found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
             found[f"{name}, better than noise"] = better[:, j]
     return found
+
+
+def cell_of(value):
+    """Return a number of the .csv in words: 1 or 0 for a truth, nothing for NaN."""
+    if isinstance(value, np.bool_):
+        return str(int(value))
+    return "" if np.isnan(value) else f"{value:.4f}"
+
+
+def columns_of_deletion(deleted, neurons):
+    """Return {name: [N]}: grades by deletion, NaN for neurons that were not drawn. deleted: `Deleted`."""
+    found = {f"deletion {row}": values for row, values in deleted.rows.items()}
+    of = deleted.compared
+    for j, m in enumerate(of.lengths):
+        name = f"deletion writes {m} {'texts' if m > 1 else 'text'}"
+        found[name] = of.texts[:, j]
+        if len(of.controls) > 1:
+            found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
+    columns = {}
+    for name, values in found.items():
+        columns[name] = np.full(neurons, np.nan, np.float32)
+        columns[name][deleted.neurons] = values
+    return columns
 
 
 def finish(stage, found):
