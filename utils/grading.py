@@ -54,7 +54,7 @@ MEASURE_NAMES = {
     "pearson": "correlation with the effect on held-out images",
     "auprc": "average precision on held-out images",
     "share": "share of the component that they rebuild",
-    "deletion": "correlation over texts with what deleting the neuron does",
+    "deletion": "correlation over texts with their deletion",
 }
 WPMI = {"scale": 10.0, "images": 100, "first": 0.998, "last": 0.97, "least": 1e-7}  # of CLIP-Dissect
 TEXTS_AT_ONCE = 1024  # that are worked on together
