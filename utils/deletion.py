@@ -24,7 +24,7 @@ class Deleted(NamedTuple):
     """Deleted are the grades of what a layer's drawn neurons write, by taking them away."""
 
     neurons: np.ndarray  # the drawn ones, [n]
-    compared: Compared  # of the texts that they write, by their number
+    compared: Compared | None  # of the texts that they write, by their number; None without controls
     rows: dict  # {row of grading.DELETED: grades [n]}
 
 
@@ -38,12 +38,15 @@ def grade_by_deletion(stage, units, described):
     )
     neurons = np.sort(drawn)
     lost = torch.from_numpy(delete(stage, units, neurons))
-    values = compare_deletions(stage, units, neurons, lost)
+    compared = None
+    if stage.args.controls:
+        values = compare_deletions(stage, units, neurons, lost)
+        lengths = controls.lengths_of(stage.args.components)
+        compared = Compared("deletion", lengths, values[0], values[1:])
     rows = {}
     for row, vectors in directions_of_deletion(stage, units, described).items():
         rows[row] = agreement(lost, vectors[neurons], stage.vectors).numpy()
-    lengths = controls.lengths_of(stage.args.components)
-    return Deleted(neurons, Compared("deletion", lengths, values[0], values[1:]), rows)
+    return Deleted(neurons, compared, rows)
 
 
 def delete(stage, units, neurons):

@@ -71,11 +71,10 @@ def columns_of_deletion(deleted, neurons):
     """Return {name: [N]}: grades by deletion, NaN for neurons that were not drawn. deleted: `Deleted`."""
     found = {f"deletion {row}": values for row, values in deleted.rows.items()}
     of = deleted.compared
-    for j, m in enumerate(of.lengths):
+    for j, m in enumerate(of.lengths if of is not None else ()):
         name = f"deletion writes {m} {'texts' if m > 1 else 'text'}"
         found[name] = of.texts[:, j]
-        if len(of.controls) > 1:
-            found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
+        found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
     columns = {}
     for name, values in found.items():
         columns[name] = np.full(neurons, np.nan, np.float32)
@@ -137,12 +136,11 @@ def noise_of(found):
 
 def columns_by_length(compared, rotated=None):
     """Return {name: a number for every number of texts}, over neurons. compared, rotated: `Compared`."""
-    columns = {"grade": compared.texts.mean(axis=0)}
-    if len(compared.controls) > 1:
-        columns["control"] = compared.controls.mean(axis=(0, 1))
-        if compared.measure != "auprc":
-            columns["skill"] = compared.skill()
-        columns |= {"better": compared.better().mean(axis=0), "better_by_chance": compared.by_chance()}
+    texts, control = compared.mean()
+    columns = {"grade": texts, "control": control}
+    if compared.measure != "auprc":
+        columns["skill"] = compared.skill()
+    columns |= {"better": compared.better().mean(axis=0), "better_by_chance": compared.by_chance()}
     if rotated is not None:
         columns["rotated"] = rotated.texts.mean(axis=0)
     rounded = {name: [round(float(x), 6) for x in values] for name, values in columns.items()}
@@ -183,7 +181,9 @@ def of_deletion(deleted):
     """Return the summary of a layer's `Deleted`: means and errors of its rows, and columns by texts."""
     rows = {row: {"mean": float(of.mean()), "error": error_of(of)} for row, of in deleted.rows.items()}
     found = {"neurons": len(deleted.neurons), "rows": rows}
-    return found | {"writes": columns_by_length(deleted.compared)}
+    if deleted.compared is not None:
+        found["writes"] = columns_by_length(deleted.compared)
+    return found
 
 
 def lines_of_deletion(found):
@@ -193,7 +193,9 @@ def lines_of_deletion(found):
     rows = found.deleted.rows.items()
     said = ", ".join(f"{grading.DELETED[row]} {of.mean():.3f} ± {error_of(of):.3f}" for row, of in rows)
     lines = [f"{len(found.deleted.neurons)} neurons deleted; {grading.MEASURE_NAMES['deletion']}: {said}"]
-    return lines + lines_of_lengths("writes", found.deleted.compared, None)
+    if found.deleted.compared is not None:
+        lines += lines_of_lengths("writes", found.deleted.compared, None)
+    return lines
 
 
 def error_of(values):
