@@ -7,14 +7,15 @@ What a neuron writes is the decomposition of compute_sparse_decomposition.py. Wh
 signed texts of the same pool, pursued so that their similarities with the training images predict the
 neuron's effect along its component. The first 1, 2, 4, ... texts of both are graded beside --controls
 dictionaries of random directions, pursued, fitted and graded as the texts are: a description counts for what
-it has over them. So are units that nobody trained, rows of a random rotation (--rotated_units). Files:
+it has over them. So are units that nobody trained, rows of a random rotation (--rotated_units). What neurons
+write is also graded by taking drawn ones away where they act most (--delete, --drawn_neurons). Files:
     DATASET_SPLIT_representations_MODEL_PRETRAINED.npy, as compute_representations.py writes them
     DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_K_projections.npy [images, N], effects along the components,
     train and held out DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_fires_on_omp_COMPONENTS.json and .npz, as the
     decomposition
     ..._wpmi.npy [N], CLIP-Dissect's labels
     DATASET_SPLIT_grades_MODEL_PRETRAINED_LAYER_NAME_COMPONENTS.npy [N, rows, measures]; .csv, every neuron's
-    texts and grades; ..._controls.npy, grades by number of texts and of the controls
+    texts and grades; ..._controls.npy, grades by number of texts and of the controls; ..._deletion.npy
     ..._summary.json and .png, over neurons
     the same for LAYER_rotated
 Several text sets are compared at equal numbers of texts:  --text_descriptions 30k concepts

@@ -17,6 +17,7 @@ ORDER = (
     "fig8",
     "fig11",
     "noise",
+    "deletion",
     "causal",
     "table4",
     "table3",

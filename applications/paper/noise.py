@@ -1,4 +1,4 @@
-"""Make the table of what descriptions say over noise, which the paper does not have."""
+"""Make the tables of what descriptions say over noise and by deletion, which the paper does not have."""
 
 import json
 
@@ -6,6 +6,7 @@ from applications.paper.figures import plot_lines
 from applications.paper.registry import Row, item, train, val
 from utils import grading
 
+TEXTS = 8  # of the descriptions that are graded by deletion, or as near to it as there is
 MEASURES = {"pearson": "correlation", "auprc": "average precision", "share": "share rebuilt"}
 SIDES = {"fires_on": "fires on", "writes": "writes"}
 
@@ -19,7 +20,7 @@ SIDES = {"fires_on": "fires on", "writes": "writes"}
 )
 def noise(paper):
     """Make the table and the figure: every number of texts for --mlp_layer, the justified one for others."""
-    found = {texts: over_noise(paper, texts) for texts in paper.texts}
+    found = {texts: summary(paper, texts)["over_noise"] for texts in paper.texts}
     layer = str(paper.layer)
     rows = []
     for side, measure in (("fires_on", "pearson"), ("writes", "share"), ("fires_on", "auprc")):
@@ -38,12 +39,39 @@ def noise(paper):
     return rows, [paper.picture("noise")]
 
 
-def over_noise(paper, texts):
-    """Grade the descriptions of all layers by a text set; return the summary, {layer: {side: ...}}."""
+@item(
+    "deletion",
+    "What happens without a neuron: correlation over texts of what is said with what its deletion does",
+    "all",
+    passes=lambda p: len(p.texts) * (train(p) + 2 * val(p)),
+    seed="the layer's number, of the drawn neurons",
+)
+def deletion(paper):
+    """Make the table of grades by deletion, of every layer."""
+    rows = []
+    for layer in paper.all_layers:
+        found = {texts: summary(paper, texts)["deletion"].get(str(layer)) for texts in paper.texts}
+        if not all(found.values()):
+            continue
+        first = found[paper.texts[0]]
+        said = {row: of["mean"] for row, of in first["rows"].items()}
+        beside = ", ".join(f"{grading.DELETED[row]} {said[row]:.2f}" for row in said if row != "component")
+        of = {"unit": "", "n": first["neurons"]}
+        rows.append(Row(f"layer {layer}: component", said["component"], beside=beside, **of))
+        for texts, of_texts in found.items():
+            columns = of_texts["writes"]
+            place = min(range(len(columns["texts"])), key=lambda j: abs(columns["texts"][j] - TEXTS))
+            what = f"layer {layer}: writes, {columns['texts'][place]} of {texts}"
+            rows.append(row_of(paper, what, columns, place)._replace(n=first["neurons"]))
+    return rows, []
+
+
+def summary(paper, texts):
+    """Grade the descriptions of all layers by a text set; return the content of the summary."""
     paper.grades(texts, paper.all_layers)
     names = paper.names(dataset=paper.dataset, split=paper.args.split, **paper.described(texts))
     path = paper.results.path("graded", layer=paper.all_layers, **names)
-    return json.loads(path.read_text())["over_noise"]
+    return json.loads(path.read_text())
 
 
 def rows_by_length(paper, texts, side, measure, columns):
