@@ -417,12 +417,18 @@ def invented_neuron(rng, about, columns, sides, by_length, n):
             *([int(rng.integers(9, 12)), int(rng.integers(12)), 0.3 / (i + 1)] for i in range(7)),
             [-1, 3, -0.04],
         ],
+        "without": None,
         "for": [[int(c), 0.04 - 0.01 * i] for i, c in enumerate(classes[:4])],
         "against": [[int(c), -0.04 + 0.01 * i] for i, c in enumerate(classes[4:])],
         "nearest": [
             [int(rng.choice(about["layers"])), int(m), round(0.9 - 0.05 * i, 3)] for i, m in enumerate(near)
         ],
     }
+    if n % 2:
+        falls = [
+            [int(t), 0.5 / (i + 1)] for i, t in enumerate(rng.choice(len(about["texts"]), 4, replace=False))
+        ]
+        detail["without"] = {"agreement": 0.94, "null": -0.01, "falls": falls, "rises": falls[::-1]}
     for split, count in counts.items():
         detail["histogram"][split] = np.histogram(rng.normal(0, 0.2, 10 * count), 40, (-1, 1))[0].tolist()
     for name, side in sides.items():

@@ -12,6 +12,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from open_clip import CLIP
 from PIL import Image
+from scipy.stats import pearsonr
 
 from tests import definition
 from tests.browser import received
@@ -128,6 +129,23 @@ def test_shares_of_the_heads_are_those_of_effects_split_by_head(world, details):
         assert [layer for layer, _, _ in detail["heads"]] == [4] * 4  # of one later layer
         for _, head, share in detail["heads"]:
             assert share == pytest.approx(shares[head, n], abs=6e-3 * max(1, np.abs(shares[:, n]).max()))
+
+
+def test_what_happens_without_a_neuron(world, details):
+    lost = np.load(next((world.base).glob(f"folder_val_mlps_tiny_random_{LAYER}_5_deletions.npy")))
+    pcas = array(world, f"train_mlps_tiny_random_{LAYER}_5_pca")
+    vectors = array(world, "words_tiny_random").astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    nulls = [pearsonr(vectors @ lost[n], vectors @ pcas[n - 1]).statistic for n in range(N)]
+    for n, detail in enumerate(details):
+        found = detail["without"]
+        falls = (vectors - vectors.mean(axis=0)) @ lost[n]
+        expected = pearsonr(vectors @ lost[n], vectors @ pcas[n]).statistic
+        assert found["agreement"] == pytest.approx(expected, abs=6e-3)
+        assert found["null"] == pytest.approx(np.mean(nulls), abs=6e-3)
+        for name, sign in (("falls", 1), ("rises", -1)):
+            assert [i for i, _ in found[name]] == np.argsort(-sign * falls)[:4].tolist()
+            assert_allclose([x for _, x in found[name]], sign * np.sort(falls)[::-sign][:4], rtol=6e-3)
 
 
 def test_classes_and_nearest_neurons(world, folder, about, details):

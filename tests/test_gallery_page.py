@@ -407,6 +407,17 @@ def test_a_neuron_no_better_than_noise_says_so_and_keeps_its_texts_behind_a_butt
     assert len(page.driver.find_elements("css selector", ".pictures canvas")) == 32
 
 
+def test_a_neuron_that_was_deleted_says_what_happens_without_it(page):
+    page.open("#8/5")
+    said = section(page, "Without it")
+    assert "with a correlation of 0.94; another neuron's with −0.01 on average" in said
+    without = received(page.folder, "8/neurons 0")["neurons"][5]["without"]
+    for title, name in (("Falls", "falls"), ("Rises", "rises")):
+        assert all(page.about["texts"][text] in said for text, _ in without[name]) and title in said
+    page.open("#8/4")
+    assert not page.driver.find_elements("xpath", "//section[h2='Without it']")
+
+
 def test_a_layer_of_noise_says_that_no_text_names_its_neurons(noise_page):
     page = noise_page
     said = page.find(".claim").text

@@ -471,6 +471,7 @@
       pictureSection(place.layer, detail.top),
       element("div", { class: "columns" }, layer.sides.map((side) => textSection(layer, place.neuron, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
+      detail.without ? withoutSection(place.layer, detail.without) : "",
       detail.for.length || detail.against.length ? classSection(place.layer, detail) : "",
       section("Nearest neurons", "Neurons whose directions are most alike, by cosine.",
         barList(detail.nearest.map(([l, n, cosine]) => [link(`#${l}/${n}`, `layer ${l}, neuron ${n}`), cosine]), "Nearest neurons")));
@@ -657,6 +658,15 @@
     const legend = splits.map((split, i) => element("span", {}, element("i", { class: i ? "key val" : "key", "aria-hidden": "true" }), split, "  "));
     return section("How strong its effects are", "Signed effects along the direction over all images; heights are square roots of shares. "
       + `Beyond the dashed lines are the ${grouped(about.k)} largest of the training images.`, plot, element("p", { class: "note" }, legend));
+  }
+
+  function withoutSection(layer, { agreement, null: other, falls, rises }) {
+    const list = (title, entries) => element("div", {},
+      element("h3", {}, title),
+      barList(entries.map(([id, value]) => [link(gridAddress({ layer, q: about.texts[id] }), about.texts[id]), value]), title));
+    return section("Without it", "The model run with this neuron at its mean, on the images where it acts most: texts whose similarity to them (× 100) "
+      + `falls and rises most. Its direction says the same of all texts with a correlation of ${decimals(agreement)}; another neuron's with ${decimals(other)} on average.`,
+      element("div", { class: "columns" }, list("Falls", falls), list("Rises", rises)));
   }
 
   function headSection({ heads }) {

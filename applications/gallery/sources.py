@@ -97,6 +97,7 @@ class Sources(Inputs):
         described = digest_of_sides(sides)
         found = self.found[layer] = self._load_results(layer, statistics, described)
         looked_at = [found.graded.values, self.explained(layer), self.norms(layer)]
+        looked_at += self.deletions(layer).values()
         if found.rotated:
             looked_at.append(found.rotated.values)
         for of in (*found.compared.values(), *found.rotated_compared.values()):
@@ -152,6 +153,20 @@ class Sources(Inputs):
             again = f"make both again with: {self.inputs.command(kind, **names)} --overwrite"
             raise UserError(f"{path} is of other texts than the .json beside it; {again}")
         return support
+
+    def deletions(self, layer):
+        """Read what taking drawn neurons of a layer away costs, {neuron: [D]}; {} where none was."""
+        names = self.of(self.held_out, layer=layer)
+        path = self.inputs.find("deletions", **names)
+        if not path.is_file():
+            return {}
+        made_of = {**self.inputs.expected("deletions"), "data": self.held_out.record["data"]}
+        lost = self.any_units.load("deletions", expected=made_of, **names)
+        neurons = load_record(path).get("neurons", [])
+        if len(neurons) != len(lost):
+            again = f"make it again with: {self.inputs.command('deletions', **names)} --overwrite"
+            raise UserError(f"{path} is of other neurons than its record says; {again}")
+        return dict(zip(neurons, lost, strict=True))
 
     def projections(self, layer, split):
         """Read every neuron's effects along its component, [images, N]."""

@@ -25,6 +25,7 @@ from applications.gallery.collect import Pairs
 from utils import grading, omp
 from utils.concepts import FORMS
 from utils.evaluation import LayerResults
+from utils.indirect import agreement
 from utils.reports import columns_of, judged_by, table_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, whole_folder
@@ -37,7 +38,7 @@ IMAGES_A_FILE = 256  # in one file of details
 SHEET_COLUMNS, SHEET_ROWS = 8, 8  # of a sheet of pictures
 SEARCHED = 16  # texts of each side, at most, that cards and the search know
 HISTOGRAM_BINS = 40
-NEAREST, CLASSES, HEADS = 8, 8, 8  # that a neuron's page shows
+NEAREST, CLASSES, HEADS, WITHOUT = 8, 8, 8, 4  # that a neuron's page shows
 FIRING = 8  # neurons that the search knows of every text, besides those whose cards show it
 OURS = (
     "index.html",
@@ -259,6 +260,8 @@ class LayerFiles:
     splits: dict  # {split: LayerSplit}
     k: int  # number of a neuron's largest effects
     chance: float  # AUPRC of a random order
+    deletions: dict  # {neuron: what taking it away costs the representation, [D]}
+    vectors: torch.Tensor  # of the texts, [T, D]
 
     @property
     def N(self):
@@ -333,9 +336,35 @@ class LayerFiles:
         order = np.argsort(-np.abs(self.shares[:, n]), kind="stable")[:HEADS]
         shares = short(self.shares[order, n])
         found["heads"] = [[*self.heads[k], share] for k, share in zip(order, shares, strict=True)]
+        found["without"] = self.without(n)
         found["for"], found["against"] = self.classes(n)
         found["nearest"] = self.nearest[n]
         return found
+
+    def without(self, n):
+        """Return what the page says about the images without the neuron; None where it was not taken away.
+
+        {"agreement", "null": correlation over texts with its component, and the mean of those with another
+        neuron's; "falls", "rises": [[text, how much], ...]}, the texts whose similarity with the images on
+        which the neuron acts most falls and rises most.
+        """
+        if n not in self.deletions:
+            return None
+        lost = torch.from_numpy(self.deletions[n])
+        said = agreement(lost[None], torch.from_numpy(self.pcas[n])[None], self.vectors)
+        falls = ((self.vectors - self.vectors.mean(dim=0)) @ lost).numpy()
+        order = np.argsort(-falls, kind="stable")
+        found = {"agreement": short(float(said)), "null": short(self.null_of_deletion)}
+        found["falls"] = with_values(order[:WITHOUT], falls[order[:WITHOUT]])
+        found["rises"] = with_values(order[::-1][:WITHOUT], -falls[order[::-1][:WITHOUT]])
+        return found
+
+    @cached_property
+    def null_of_deletion(self):
+        """null_of_deletion is the mean agreement of deletions with another neuron's component."""
+        lost = torch.from_numpy(np.stack(list(self.deletions.values())))
+        others = grading.of_another(torch.from_numpy(self.pcas))[list(self.deletions)]
+        return float(agreement(lost, others, self.vectors).mean())
 
     @cached_property
     def by_length(self):
@@ -614,6 +643,8 @@ def layer_files(sources, layer, judge, pcas):
         splits=splits,
         k=min(sources.args.top_k_pca, len(sources.train)),
         chance=round(grading.positives(held_out, sources.share) / held_out, 4),
+        deletions=sources.deletions(layer),
+        vectors=sources.vectors,
     )
 
 
