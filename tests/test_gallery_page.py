@@ -411,7 +411,7 @@ def test_a_neuron_that_was_deleted_says_what_happens_without_it(page):
     page.open("#8/5")
     said = section(page, "Without it")
     assert "with a correlation of 0.94; another neuron's with −0.01 on average" in said
-    without = received(page.folder, "8/neurons 0")["neurons"][5]["without"]
+    without = received(page.folder, "8/neurons_0")["neurons"][5]["without"]
     for title, name in (("Falls", "falls"), ("Rises", "rises")):
         assert all(page.about["texts"][text] in said for text, _ in without[name]) and title in said
     page.open("#8/4")
