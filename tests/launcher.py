@@ -38,6 +38,8 @@ IMPORTS = (  # of all stages, so that a process forks with them
     "applications.attack.generators",
     "applications.attack.judging",
     "applications.attack.words",
+    "applications.explain.answer",
+    "applications.explain.page",
     "applications.gallery.write",
     "applications.paper.items",
     "utils.ablation",

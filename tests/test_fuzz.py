@@ -966,7 +966,9 @@ def mutate(rng, name, folder, world):
         paths = sorted((folder / chosen).rglob("*.JPEG"))
     else:
         paths = (
-            [folder / chosen] if (folder / chosen).is_file() else sorted((folder / "in").glob(f"*{chosen}.*"))
+            [folder / chosen]
+            if (folder / chosen).is_file()
+            else sorted(path for path in (folder / "in").glob(f"*{chosen}.*") if "rotated" not in path.name)
         )
         paths = [
             path

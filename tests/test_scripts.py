@@ -99,6 +99,7 @@ def test_files_have_the_names_shapes_dtypes_and_norms_of_the_table(world):
             base + "values.npy": (heads, N, D // 2),
             base + "outputs.npy": (heads, D // 2, D),
             base + "merged.npy": (20, N, D),
+            base + "activations.npy": (17, N),
             base + "5_pca.npy": (N, D),
             base + "5_norm.npy": (N, 5),
             base + "5_explained.npy": (N,),

@@ -22,6 +22,7 @@ from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, one_line, read_array
 from utils.runtime.layers import parse_layers
+from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.records import Digest, agrees, complete, is_made, load_record, record_path
 from utils.runtime.results import Arrays
@@ -387,9 +388,18 @@ def summarise(stage, units, neurons):
 
     neurons: `Directions` of the layer's neurons.
     """
+    with Lock(stage.path("coefficients", stage.train, **units.names)):
+        distributed.barrier()  # nobody looks before the lock is taken
+        recall(stage, units)  # another run may have made them meanwhile, and removed the store
+        if units.statistics is None:
+            make_statistics(stage, units, Stored(stage, units, neurons))
+        distributed.barrier()
+
+
+def make_statistics(stage, units, effects):
+    """Write the statistics of units and their effects along the components. effects: `Stored`."""
     arrays = plan_statistics(stage, units)
     overwrite = stage.args.overwrite
-    effects = Stored(stage, units, neurons)
     k = min(stage.args.top_k_pca, len(stage.train))
     size = 2**26 // (len(stage.train) * stage.clip.vit.K(units.layer))  # 256 MB of coefficients
     pieces = pieces_of(units.count, max(16, min(256, size)), title=str(units), unit="unit")
@@ -409,8 +419,8 @@ def summarise(stage, units, neurons):
     with Pass({path: spec}, record, pieces, overwrite=overwrite) as work:
         for rows in work:
             work[path][rows] = component.projections(effects.on(rows))
+    distributed.barrier()  # every process has read the store
     remove_store(stage, units)
-    distributed.barrier()
 
 
 def remove_store(stage, units):

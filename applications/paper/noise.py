@@ -13,7 +13,7 @@ SIDES = {"fires_on": "fires on", "writes": "writes"}
 
 @item(
     "noise",
-    "What descriptions say over noise, beside random directions in the texts' place (not in the paper)",
+    "What descriptions say over noise (not in the paper)",
     "all",
     passes=lambda p: len(p.texts) * (train(p) + val(p)),
     seed="0, 1, ... of the control dictionaries, the layer's number of the rotated units",
@@ -41,7 +41,7 @@ def noise(paper):
 
 @item(
     "deletion",
-    "What happens without a neuron: correlation over texts of what is said with what its deletion does",
+    "What happens without a neuron: correlation over texts with its deletion (not in the paper)",
     "all",
     passes=lambda p: len(p.texts) * (train(p) + 2 * val(p)),
     seed="the layer's number, of the drawn neurons",
