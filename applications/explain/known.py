@@ -1,0 +1,75 @@
+"""Say what is known of a neuron: the texts that it writes and fires on, and what they have over noise."""
+
+import functools
+
+from utils.descriptions import load_descriptions, load_support
+from utils.evaluation import load_compared
+from utils.reports import judged_by
+
+SHOWN = 4  # texts of a side at most
+KINDS = {"writes": "decomposition", "fires_on": "fires_on"}
+SIDES = {"writes": "writes", "fires_on": "fires on"}
+
+
+class Known:
+    """`Known` reads the descriptions and grades of neurons where they are there, a layer at a time.
+
+    results: `Results` of a loaded model.
+    names: fields of the names of files of descriptions, besides the layer.
+    split: on which the descriptions were graded.
+    """
+
+    def __init__(self, results, names, split):
+        self.results = results
+        self.names = names
+        self.split = split
+        self._of_layer = functools.cache(self._read)
+
+    def _read(self, layer):
+        """Return {side: (descriptions, path of their .npz)}, and {(side, measure): Compared}, of a layer."""
+        names = {**self.names, "layer": layer}
+        found = {}
+        for side, kind in KINDS.items():
+            path = self.results.find(kind, **names)
+            if path.is_file():
+                found[side] = load_descriptions(self.results, kind=kind, **names), path.with_suffix(".npz")
+        compared = {}
+        graded = {**names, "split": self.split}
+        if found and self.results.find("controls", **graded).is_file():
+            compared = load_compared(self.results, **graded)
+        return found, compared
+
+    def of(self, layer, neuron):
+        """Return {side: {"texts", "grade", "control", "verdict"}} of a neuron; {} where nothing is known.
+
+        A description that is no better than noise has no texts; one without grades claims nothing.
+        """
+        found, compared = self._of_layer(layer)
+        sides = {}
+        for side, (descriptions, path) in found.items():
+            entries = [(i, text, round(c, 6)) for i, c, text in descriptions[neuron]]
+            sides[side] = graded(side, neuron, entries, path, judged_by(side, compared))
+        return sides
+
+
+def graded(side, neuron, entries, path, compared):
+    """Return what a side says of a neuron, as `Known.of` does.
+
+    entries: [(text index, text, coefficient)], by falling |coefficient|.
+    path: of the descriptions' .npz.
+    compared: the `Compared` that judges the side, or None.
+    """
+    if compared is None:
+        texts = [[text, c] for _, text, c in entries[:SHOWN]]
+        return {"texts": texts, "grade": None, "control": None, "verdict": "not graded"}
+    place = compared.justified()
+    at = -1 if place is None else place
+    grade = round(float(compared.texts[neuron, at]), 4)
+    control = round(float(compared.controls[:, neuron, at].mean()), 4)
+    found = {"texts": [], "grade": grade, "control": control, "verdict": "no better than noise"}
+    if place is None or not compared.better()[neuron, place]:
+        return found
+    by_index = {i: [text, c] for i, text, c in entries}
+    chosen = load_support(path)[neuron, : min(compared.lengths[place], SHOWN)].tolist()
+    texts = [by_index[i] for i in chosen if i in by_index]
+    return {**found, "texts": texts, "verdict": "better than noise"}

@@ -1,0 +1,161 @@
+"""Contributions to a score: by finite differences, by models with other weights, by second-order effects."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from torch.testing import assert_close
+
+from tests.conftest import random_tower
+from tests.test_towers import coca, siglip
+from utils.contributions import Contributions
+from utils.model.hooks import HookedViT
+from utils.prs import fold, second_order
+
+TOWERS = {
+    "class token": random_tower,
+    "average": lambda: random_tower(pool_type="avg", final_ln_after_pool=True),
+    "average of norms": lambda: random_tower(pool_type="avg"),
+    "attention": coca,
+    "attention and an MLP": siglip,
+}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def tower(request, images):
+    """A tower, the same in float64, mean activations, and a direction."""
+    model = TOWERS[request.param]()
+    vit = HookedViT(model)
+    exact = HookedViT(copy.deepcopy(model).double())
+    with vit.record("blocks.*.mlp.post") as cache:
+        vit(images)
+    means = {l: cache[f"blocks.{l}.mlp.post"].mean(dim=0) for l in range(vit.last + 1)}
+    v = torch.randn(vit.D, generator=torch.Generator().manual_seed(2))
+    return vit, exact, means, v / v.norm()
+
+
+def score(vit, images, v):
+    """100 <rep/|rep|, v>, by the tower itself."""
+    output = vit.visual(images)
+    output = output[0] if isinstance(output, tuple) else output
+    return 100 * normalize(output, dim=-1) @ v
+
+
+def test_a_contribution_is_the_derivative_of_the_score_as_the_neuron_goes_to_its_mean(tower, images):
+    vit, exact, means, v = tower
+    finder = Contributions(vit, means, v)
+    found = finder.contributions(finder(images[:2])).double()
+    assert found.shape == (2, len(means), vit.N)
+    assert_close(finder.score(vit(images)), score(vit, images, v), rtol=1e-5, atol=1e-4)
+    for place, layer in enumerate(means):
+        for n in (0, 17, vit.N - 1):
+
+            def score_at(eps, layer=layer, n=n):
+                def change(p):
+                    p = p.clone()
+                    p[..., n] += eps * (means[layer][:, n].double() - p[..., n])
+                    return p
+
+                with exact.edit({f"blocks.{layer}.mlp.post": change}):
+                    return score(exact, images[:2].double(), v.double())
+
+            eps = 1e-4
+            slope = (score_at(eps) - score_at(-eps)) / (-2 * eps)
+            assert_close(found[:, place, n], slope, rtol=1e-3, atol=1e-5 * float(found.abs().max()))
+
+
+def test_second_order_along_v_is_that_of_the_effects_and_of_every_head(tower, images):
+    vit, _, means, v = tower
+    finder = Contributions(vit, {l: torch.zeros_like(mean) for l, mean in means.items()}, v)
+    decision = finder(images[:2])
+    found = finder.second_order(decision)
+    for place, layer in enumerate(means):
+        _, [phi] = second_order(vit, images[:2], [fold(vit, layer)])
+        along = (phi.dense() - phi.kappa[:, None]) @ v
+        assert_close(found[:, place], along, rtol=1e-3, atol=1e-4 * float(along.abs().max()))
+        of_heads = torch.cat(list(finder.of_heads(decision, layer, 3).values()), dim=1)
+        by_hand = phi.C[:, :, 3] * (phi.directions.B([3])[0] @ v)
+        assert_close(of_heads, by_hand, rtol=1e-3, atol=1e-4 * float(by_hand.abs().max()))
+
+
+def test_tokens_and_heads_add_up(tower, images):
+    vit, _, means, v = tower
+    finder = Contributions(vit, means, v)
+    decision = finder(images[:2])
+    found = finder.contributions(decision)
+    straight = finder.second_order(decision)
+    for place, layer in enumerate(means):
+        tokens = finder.of_tokens(decision, layer, 5)
+        assert tokens.shape == (2, vit.T)
+        assert_close(tokens.sum(dim=1), found[:, place, 5], rtol=1e-4, atol=1e-4)
+        of_heads = torch.cat(list(finder.of_heads(decision, layer, 5).values()), dim=1)
+        assert_close(of_heads.sum(dim=1), straight[:, place, 5], rtol=1e-4, atol=1e-4)
+
+
+def test_a_deletion_of_a_set_is_a_plain_model_with_other_weights(images):
+    """Where the mean is one number for all tokens, what the neuron writes goes into the output bias."""
+    visual = random_tower()
+    vit = HookedViT(visual)
+    generator = torch.Generator().manual_seed(3)
+    constant = {l: torch.rand(vit.N, generator=generator) for l in range(4)}
+    means = {l: of.expand(vit.T, -1) for l, of in constant.items()}
+    taken = torch.rand(4, vit.N, generator=generator) < 0.1
+    v = torch.randn(vit.D, generator=generator)
+    finder = Contributions(vit, means, v)
+    for mask in (taken, ~taken):  # to delete a set, and to keep only it
+        plain = copy.deepcopy(visual)
+        for l in range(4):
+            c_proj = plain.transformer.resblocks[l].mlp.c_proj
+            c_proj.bias += c_proj.weight[:, mask[l]] @ constant[l][mask[l]]
+            c_proj.weight[:, mask[l]] = 0
+        found = finder.without(images, mask.expand(len(images), -1, -1))
+        assert_close(found, plain(images), rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_loses_its_own_neurons(vit, images):
+    means = {l: torch.zeros(vit.T, vit.N) for l in (1, 2)}
+    finder = Contributions(vit, means, torch.ones(vit.D))
+    taken = torch.zeros(len(images), 2, vit.N, dtype=torch.bool)
+    taken[1, 0, 4] = taken[2, 1, 7] = True
+    found = finder.without(images, taken)
+    assert_close(found[[0, 3]], vit(images)[[0, 3]], rtol=1e-5, atol=1e-5)
+    for b, layer, n in ((1, 1, 4), (2, 2, 7)):
+
+        def zero(p, n=n):
+            p = p.clone()
+            p[..., n] = 0
+            return p
+
+        with vit.edit({f"blocks.{layer}.mlp.post": zero}):
+            assert_close(found[b], vit(images)[b], rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_neurons_deletion_costs_its_contribution(images):
+    visual = random_tower()
+    for l in range(4):
+        visual.transformer.resblocks[l].mlp.c_proj.weight[:, ::10] *= 1e-2
+    vit = HookedViT(visual)
+    means = {l: torch.zeros(vit.T, vit.N) for l in range(4)}
+    v = torch.randn(vit.D, generator=torch.Generator().manual_seed(4))
+    finder = Contributions(vit, means, v)
+    pixels = images[:1]
+    said = finder.contributions(finder(pixels))[0, :, ::10]
+    taken = torch.zeros(said.numel(), 4, vit.N, dtype=torch.bool)
+    places, neurons = torch.meshgrid(torch.arange(4), torch.arange(0, vit.N, 10), indexing="ij")
+    taken[torch.arange(said.numel()), places.flatten(), neurons.flatten()] = True
+    without = finder.score(finder.without(pixels.expand(len(taken), -1, -1, -1), taken))
+    lost = (finder.score(vit(pixels)) - without).view_as(said)
+    assert_close(lost, said, rtol=0, atol=0.02 * float(said.abs().max()))
+    assert said.abs().max() > 1e-2
+
+
+def test_it_works_in_inference_mode_and_leaves_no_trace(vit, images):
+    means = {l: torch.zeros(vit.T, vit.N) for l in range(4)}
+    finder = Contributions(vit, means, torch.ones(vit.D))
+    expected = finder.contributions(finder(images))
+    with torch.inference_mode():
+        found = finder.contributions(finder(images.clone()))
+    assert_close(found, expected)
+    assert not any(parameter.requires_grad for parameter in vit.visual.parameters())
+    assert not any(module._forward_hooks for module in vit.visual.modules())
