@@ -366,9 +366,11 @@ def test_atomic_texts_name_the_neurons_of_the_worlds_clip(drawn):
     skill = {name: of["fires_on"]["pearson"]["skill"] for name, of in found.items()}
     assert_allclose(skill["atoms"], [0.17, 0.17, 0.17], atol=0.03)
     assert_allclose(skill["words"], [0.13, 0.11, 0.07], atol=0.03)
-    assert (
-        "layer 4, texts that they fire on, correlation" in printed.splitlines()[-9:][0] or "words" in printed
-    )
+    table = printed[printed.rindex("layer 4, texts that they fire on, correlation") :].splitlines()
+    for line, (name, of) in zip(table[2:4], found.items(), strict=True):  # the comparison of the text sets
+        columns = of["fires_on"]["pearson"]
+        first = [columns[key][0] for key in ("grade", "control", "skill", "better")]
+        assert line.split()[:5] == [name, *(f"{x:.2f}" for x in first)]
 
 
 def test_a_single_control_is_refused(world, tmp_path):
