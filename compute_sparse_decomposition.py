@@ -7,7 +7,8 @@ Writes  DATASET_mlps_MODEL_PRETRAINED_LAYER_NAME_decomposition_omp_ALPHA_COMPONE
     .json   {neuron: [[text index, coefficient, text], ...]}, by falling |coefficient|
     .npz    the same as a scipy csc matrix [N, texts]
 With --evaluate, the accuracy on held-out images when effects are rebuilt from the descriptions, in
-..._evaluation.json.
+..._evaluation.json. With --order total, what taking a neuron away in the running model costs, on the --delete
+training images on which it acts most, is described in place of its component; the names then end in _total.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ from utils.ablation import Rebuilt, Trial
 from utils.data.images import train_set_of
 from utils.data.splits import load_split
 from utils.data.text_sets import load_texts
+from utils.deletion import ORDERS, delete_on_training_images
 from utils.descriptions import describe
 from utils.model.clip import clip_of, load_clip
 from utils.omp import make_atoms
@@ -40,12 +42,15 @@ def main(args):
     components = {"dataset": names["dataset"], "k": args.top_k_pca}
     layers = stored_layers(inputs, ["pca"], args.mlp_layer, **components)
     of_weights = {"sizes": {"D": vectors.shape[1]}, "expected": {"fingerprint": fingerprint}}
-    pcas = {layer: inputs.load("pca", layer=layer, **components, **of_weights) for layer in layers}
+    described = {layer: inputs.load("pca", layer=layer, **components, **of_weights) for layer in layers}
     record = {"fingerprint": fingerprint, "dataset": names["dataset"], "top_k_pca": args.top_k_pca}
+    if args.order == "total":
+        described = total_order(args, inputs, results, layers, components)
+        record["order"] = args.order
     record |= {"normalise": args.normalise, "text_descriptions": args.text_descriptions}
     record |= {"components": args.components, "atoms": digest(atoms)}
     rebuilt = {}
-    for layer, targets in pcas.items():
+    for layer, targets in described.items():
         path = results.path("decomposition", layer=layer, **names)
         made_of = {**record, "layer": layer, "targets": digest(targets)}
         on_device = torch.from_numpy(targets).to(args.device)
@@ -53,13 +58,27 @@ def main(args):
         print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} neurons")
         rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
         loss = relative_error(rebuilt[layer], targets)
-        print(f"layer {layer}: |component - description| is {loss:.3f} of |component| on average")
+        what = ORDERS[args.order]
+        print(f"layer {layer}: |{what} - description| is {loss:.3f} of |{what}| on average")
     if args.evaluate:
         evaluate(args, inputs, results, rebuilt, names)
 
 
+def total_order(args, inputs, results, layers, components):
+    """Return what taking neurons away costs on training images, of unit norm, {layer: [N, D]}.
+
+    components: fields of the names of the components' files.
+    """
+    if not args.delete:
+        raise UserError("--delete 0 takes no neuron away; give a number of images for --order total")
+    clip = clip_of(args)
+    inputs, results = (of.of(clip, args.coefficient) for of in (inputs, results))
+    lost = delete_on_training_images(args, inputs, results, layers, components)
+    return {layer: of / np.maximum(np.linalg.norm(of, axis=1), 1e-30)[:, None] for layer, of in lost.items()}
+
+
 def relative_error(rebuilt, targets):
-    """Return the mean over neurons of |component - description| / |component|. rebuilt, targets: [N, D]."""
+    """Return the mean over neurons of |target - description| / |target|. rebuilt, targets: [N, D]."""
     lost = np.linalg.norm(rebuilt - targets, axis=1)
     return (lost / np.maximum(np.linalg.norm(targets, axis=1), 1e-30)).mean()
 
@@ -113,10 +132,14 @@ def held_out_path(args, inputs, layer, names):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_data(parser, required=False)
+    flags.add_training(parser)
     flags.add_layers(parser)
     flags.add_top_k(parser)
     flags.add_texts(parser)
     flags.add_normalise(parser)
+    help = "second: describe the components; total: what taking neurons away costs, beyond the paper"
+    parser.add_argument("--order", choices=tuple(ORDERS), default="second", help=help)
+    flags.add_deletion(parser)
     parser.add_argument(
         "--evaluate", action="store_true", help="measure the accuracy with effects rebuilt from the texts"
     )

@@ -142,9 +142,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--truth", nargs=2, metavar=("TRAIN", "HELD_OUT"), help="two .npy [images, texts] that judge texts"
     )
-    help = "held-out images on which each drawn neuron is taken away in the running model; 0: none"
-    parser.add_argument("--delete", type=flags.count, default=24, help=help)
-    help = "neurons of a layer that are taken away"
+    flags.add_deletion(parser)
+    help = "neurons of a layer that are taken away, on held-out images"
     parser.add_argument("--drawn_neurons", type=flags.positive_int, default=512, help=help)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)

@@ -44,6 +44,7 @@ IMPORTS = (  # of all stages, so that a process forks with them
     "applications.paper.items",
     "utils.ablation",
     "utils.concepts",
+    "utils.deletion",
     "utils.evaluation",
     "utils.neurons",
     "utils.pca",

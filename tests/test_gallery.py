@@ -1,6 +1,7 @@
 """The files of the gallery: what they say is what the arrays, the model and the float64 definition say."""
 
 import base64
+import csv
 import json
 import re
 import shlex
@@ -258,12 +259,23 @@ def test_sheets_hold_what_the_model_saw(world, folder, about):
         assert np.abs(tile - shown).mean() < 12, seen
 
 
-def test_parquet_says_the_same(folder, about, details):
+def test_parquet_says_the_same(world, folder, about, details):
     table = pyarrow.parquet.read_table(folder / "neurons.parquet").to_pylist()
     assert [(row["layer"], row["neuron"]) for row in table] == [
         (layer, n) for layer in about["layers"] for n in range(N)
     ]
-    for row, detail in zip(table[LAYER * N :], details, strict=True):
+    [graded] = world.base.glob(f"*val_grades_tiny_random_{LAYER}_words_8_deletion.npy")
+    by_deletion = np.load(graded)
+    with open(graded.with_name(graded.name.replace("_deletion.npy", ".csv")), newline="") as file:
+        of_stage = list(csv.DictReader(file))
+    for n, (row, detail) in enumerate(zip(table[LAYER * N :], details, strict=True)):
+        assert row["deletion writes 8 texts"] == pytest.approx(by_deletion[0, n, 3])
+        assert row["deletion writes 8 texts, control"] == pytest.approx(by_deletion[1:, n, 3].mean())
+        assert_allclose(
+            detail["without"]["texts"], [8, by_deletion[0, n, 3], by_deletion[1:, n, 3].mean()], rtol=6e-3
+        )
+        for name in ("component", "fires_on", "direct", "null"):
+            assert row[f"deletion {name}"] == pytest.approx(float(of_stage[n][f"deletion {name}"]), abs=6e-5)
         for side in ("writes", "fires_on"):
             assert [entry["text"] for entry in row[side]] == [about["texts"][i] for i, _ in detail[side]]
             assert_allclose(
@@ -350,6 +362,10 @@ def test_texts_over_noise_are_the_first_that_were_chosen_fitted_again(world, tmp
             sizes = np.abs(values[n])
             assert set(texts[n]) == set(expected) and (sizes == np.sort(sizes)[::-1]).all()
             assert_allclose(values[n], [expected[i] for i in texts[n]], rtol=1e-2)
+    by_deletion = np.load(base / f"folder_val_grades_tiny_random_{LAYER}_words_8_deletion.npy")
+    for n, detail in enumerate(details):
+        expected = [2, by_deletion[0, n, 1], by_deletion[1:, n, 1].mean()]
+        assert_allclose(detail["without"]["texts"], expected, rtol=6e-3, atol=1e-6)
 
 
 def test_an_order_of_choice_of_other_texts_is_refused(world, tmp_path):

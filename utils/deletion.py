@@ -12,20 +12,36 @@ import torch
 
 from utils import controls, grading, omp
 from utils.controls import Compared
+from utils.data.splits import Split
 from utils.first_order import fold_direct
 from utils.indirect import Acting, Deletions, agreement
 from utils.model.hooks import HookedViT
 from utils.runtime import distributed
+from utils.runtime.errors import UserError
 from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass, Totals, pieces_of
+from utils.runtime.records import load_record
+from utils.statistics import load_training_images
+
+ORDERS = {"second": "component", "total": "deletion"}  # what the texts describe, by --order
 
 
 class Deleted(NamedTuple):
     """Deleted are the grades of what a layer's drawn neurons write, by taking them away."""
 
     neurons: np.ndarray  # the drawn ones, [n]
-    compared: Compared | None  # of the texts that they write, by their number; None without controls
+    compared: dict  # {order: `Compared` of the texts that they write}; {} without controls
     rows: dict  # {row of grading.DELETED: grades [n]}
+
+
+class Plan(NamedTuple):
+    """A Plan says which neurons of a layer are taken away, and where."""
+
+    layer: int
+    neurons: np.ndarray  # [n]
+    norms: np.ndarray  # centred norms of their effects on all images, [images, n]
+    mean: torch.Tensor  # the layer's mean activations over the training images, [T, N]
+    images: int  # for each neuron, those on which it acts most
 
 
 def grade_by_deletion(stage, units, described):
@@ -37,44 +53,88 @@ def grade_by_deletion(stage, units, described):
         count, min(stage.args.drawn_neurons, count), replace=False
     )
     neurons = np.sort(drawn)
-    lost = torch.from_numpy(delete(stage, units, neurons))
-    compared = None
-    if stage.args.controls:
-        values = compare_deletions(stage, units, neurons, lost)
-        lengths = controls.lengths_of(stage.args.components)
-        compared = Compared("deletion", lengths, values[0], values[1:])
-    rows = {}
-    for row, vectors in directions_of_deletion(stage, units, described).items():
-        rows[row] = agreement(lost, vectors[neurons], stage.vectors).numpy()
-    return Deleted(neurons, compared, rows)
+    norms = read_array(stage.path("image_norms", stage.held_out, **units.names), mmap=True)[:, neurons]
+    plan = Plan(units.layer, neurons, norms, stage.activations[units.layer], stage.args.delete)
+    path = stage.path("deletions", stage.held_out, **units.names)
+    lost = torch.from_numpy(delete(path, stage.clip, stage.held_out, plan, stage.args))
+    targets = {"second": units.statistics.pcas.cpu()}
+    if (total := load_total_order(stage, units)) is not None:
+        targets["total"] = total
+    compared = {}
+    for order, of in targets.items() if stage.args.controls else ():
+        values = compare_deletions(stage, units, plan, lost, (order, of[neurons]))
+        compared[order] = Compared("deletion", controls.lengths_of(stage.args.components), *values)
+    directions = directions_of_deletion(stage, units, described, targets)
+    path = stage.path("deletion_rows", stage.held_out, **units.names)
+    record = record_of_grades(stage, units, plan, lost) | described.digests | {"rows": list(directions)}
+    arrays = {path: ((len(neurons), len(directions)), "float32")}
+    pieces = pieces_of(len(neurons), len(neurons), title=f"{units}, by deletion", unit="neuron")
+    with Pass(arrays, record, pieces, overwrite=stage.args.overwrite) as work:
+        for _ in work:
+            found = [agreement(lost, of[neurons], stage.vectors) for of in directions.values()]
+            work[path][:] = torch.stack(found, dim=1)
+    return Deleted(neurons, compared, dict(zip(directions, np.load(path).T, strict=True)))
 
 
-def delete(stage, units, neurons):
+def record_of_grades(stage, units, plan, lost):
+    """Return the record that all grades by deletion share. Parameters: as in `compare_deletions`."""
+    record = {**stage.clip.record, **stage.names, **stage.held_out.record, "layer": units.layer}
+    record |= {"statistics": units.statistics.digest(), "vectors": digest(stage.vectors)}
+    return record | {"neurons": plan.neurons.tolist(), "lost": digest(lost.numpy())}
+
+
+def load_deleted(results, expected=(), **names):
+    """Read the `Deleted` of a layer; None where no neuron was taken away.
+
+    Parameters and errors: as in `Results.load`.
+    """
+    path = results.find("deletion_rows", **names)
+    if not path.is_file():
+        return None
+    again = f"make it again with: {results.command('deletion_rows', **names)} --overwrite"
+    values = results.load("deletion_rows", expected=expected, **names)
+    record = load_record(path)
+    neurons, rows = (record.get(key, []) for key in ("neurons", "rows"))
+    if values.shape != (len(neurons), len(rows)) or set(rows) - set(grading.DELETED):
+        raise UserError(f"{path} does not have the neurons and rows that its record says; {again}")
+    compared = {}
+    for order in ORDERS:
+        named = {**names, "order": order}
+        if results.find("by_deletion", **named).is_file():
+            made_of = {**dict(expected), "neurons": neurons, "lost": record["lost"]}
+            graded = results.load("by_deletion", expected=made_of, **named)
+            lengths = load_record(results.find("by_deletion", **named)).get("lengths", [])
+            if graded.shape[1:] != (len(neurons), len(lengths)):
+                raise UserError(f"{path} and the grades by number of texts are of other neurons; {again}")
+            compared[order] = Compared("deletion", lengths, graded[0], graded[1:])
+    return Deleted(np.array(neurons), compared, dict(zip(rows, values.T, strict=True)))
+
+
+def delete(path, clip, split, plan, args):
     """Return what taking each of some neurons away costs the representation, float32 [n, D].
 
-    The mean is over the --delete held-out images on which the neuron acts most.
+    The mean is over the images of a split on which the neuron acts most. The array is kept at `path`.
+
+    clip: `Clip`.
+    split: `Split`.
+    plan: `Plan`.
+    args: the flags coefficient and overwrite.
     """
-    args = stage.args
-    norms = read_array(stage.path("image_norms", stage.held_out, **units.names), mmap=True)[:, neurons]
-    acting = Acting(norms, args.delete)
-    path = stage.path("deletions", stage.held_out, **units.names)
-    shape = (len(neurons), stage.clip.vit.D)
-    record = {**stage.clip.record, **stage.held_out.record, "coefficient": args.coefficient}
-    record |= {"layer": units.layer, "neurons": neurons.tolist(), "images": acting.count}
-    record |= {"norms": digest(norms), "activations": digest(stage.activations[units.layer])}
+    acting = Acting(plan.norms, plan.images)
+    neurons = torch.from_numpy(plan.neurons)
+    shape = (len(neurons), clip.vit.D)
+    record = {**clip.record, **split.record, "coefficient": args.coefficient}
+    record |= {"layer": plan.layer, "neurons": plan.neurons.tolist(), "images": acting.count}
+    record |= {"norms": digest(plan.norms), "activations": digest(plan.mean)}
     state = Totals(lost=(shape, "int64"))
-    with Pass(
-        {path: (shape, "float32")}, record, stage.held_out, state=state, overwrite=args.overwrite
-    ) as work:
-        vit = HookedViT(stage.clip.vit.visual)  # in float32: one neuron does less than half precision rounds
-        deletions = work.prepare(Deletions, vit, units.layer, stage.activations[units.layer])
-        for rows, pixels in work.round(0, f"deleting neurons of layer {units.layer}"):
+    with Pass({path: (shape, "float32")}, record, split, state=state, overwrite=args.overwrite) as work:
+        vit = HookedViT(clip.vit.visual)  # in float32: one neuron does less than half precision rounds
+        deletions = work.prepare(Deletions, vit, plan.layer, plan.mean)
+        for rows, pixels in work.round(0, f"deleting neurons of layer {plan.layer}"):
             images, places = acting.of(rows)
             if len(images):
-                chosen = torch.from_numpy(neurons)[places]
-                change = deletions(
-                    pixels, images.to(pixels.device), chosen.to(pixels.device), args.coefficient
-                )
+                pairs = (of.to(pixels.device) for of in (images, neurons[places]))
+                change = deletions(pixels, *pairs, args.coefficient)
                 fixed = (change.cpu().double() * 2.0**32).round().to(torch.int64).numpy()
                 np.add.at(work.state["lost"], places.numpy(), fixed)
         if not work.finished:
@@ -84,41 +144,85 @@ def delete(stage, units, neurons):
     return np.load(path)
 
 
-def compare_deletions(stage, units, neurons, lost):
-    """Return how well the texts that neurons write, and controls, say what deletions do, [1 + C, n, lengths].
+def delete_on_training_images(args, inputs, results, layers, names):
+    """Take all neurons of some layers away where they act most among the training images.
 
+    args: flags of compute_sparse_decomposition.py.
+    inputs, results: `Results` that are read and written, of a loaded model.
+    layers: MLP layers.
+    names: of the components' files.
+
+    Returns {layer: changes [N, D]}: the total order, in place of the components of second order.
+    """
+    clip = inputs.loaded
+    images = load_training_images(args, inputs, layers, names, clip.transform)
+    split = Split(images, args.device, args.num_workers, args.batch_size)
+    expected = {"data": images.record["data"]}
+    found = {}
+    for layer in layers:
+        named = {"dataset": names["dataset"], "layer": layer}
+        norms = inputs.load("image_norms", {"images": len(images)}, expected, mmap=True, **named)
+        mean = torch.from_numpy(inputs.load("activations", expected=expected, **named)).to(clip.device)
+        plan = Plan(layer, np.arange(clip.vit.N), np.asarray(norms), mean, args.delete)
+        path = results.path("total_order", **named)
+        found[layer] = delete(path, clip, split, plan, args)
+    return found
+
+
+def load_total_order(stage, units):
+    """Read what taking units away costs on the training images, of unit norm [N, D]; None without."""
+    names = {**stage.names, "layer": units.layer}
+    if not stage.inputs.find("total_order", **names).is_file():
+        return None
+    lost = stage.inputs.load("total_order", expected={"data": stage.train.record["data"]}, **names)
+    return torch.nn.functional.normalize(torch.from_numpy(lost), dim=1)
+
+
+def compare_deletions(stage, units, plan, lost, described):
+    """Say how well the texts that neurons write, and controls, tell what deletions do.
+
+    plan: `Plan`.
     lost: as `delete` returns it.
+    described: (order, what the texts describe [n, D]).
+
+    Returns [n, lengths] of the texts and [C, n, lengths] of the controls.
     """
     args = stage.args
+    order, targets = described
+    neurons = len(plan.neurons)
     lengths = controls.lengths_of(args.components)
     dictionaries = 1 + args.controls
-    path = stage.path("by_deletion", stage.held_out, **units.names)
-    record = {**stage.clip.record, **stage.names, **stage.held_out.record, "layer": units.layer}
-    record |= {"statistics": units.statistics.digest(), "vectors": digest(stage.vectors)}
-    record |= {"lengths": lengths, "seeds": list(range(args.controls)), "neurons": neurons.tolist()}
-    record |= {"lost": digest(lost.numpy())}
-    arrays = {path: ((dictionaries, len(neurons), len(lengths)), "float32")}
-    pieces = pieces_of(len(neurons), omp.PURSUED, title=str(units), unit="neuron", rounds=dictionaries)
-    targets = units.statistics.pcas[torch.from_numpy(neurons).to(units.statistics.pcas.device)]
+    path = stage.path("by_deletion", stage.held_out, order=order, **units.names)
+    record = record_of_grades(stage, units, plan, lost)
+    record |= {"lengths": lengths, "seeds": list(range(args.controls)), "targets": digest(targets)}
+    arrays = {path: ((dictionaries, neurons, len(lengths)), "float32")}
+    pieces = pieces_of(neurons, omp.PURSUED, title=str(units), unit="neuron", rounds=dictionaries)
+    targets = targets.to(args.device)
     with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
         for number in range(0 if work.finished else dictionaries):
             vectors = controls.control_dictionary(stage.vectors, number - 1) if number else stage.vectors
             atoms = omp.make_atoms(100 * vectors, args.normalise).to(targets)
-            for n in work.round(number, f"by deletion, {number} of {args.controls}"):
+            for n in work.round(number, f"by deletion, {order} order, {number} of {args.controls}"):
                 support, _ = omp.orthogonal_matching_pursuit(atoms, targets[n], args.components)
                 coefficients, _ = omp.nested_fits(support, atoms, targets[n], lengths)
                 said = torch.einsum("lns,nsd->lnd", coefficients, atoms[support.clamp_min(0)].double())
                 work[path][number, n] = agreement(lost[n], said.cpu(), stage.vectors).T
-    return np.load(path)
+    values = np.load(path)
+    return values[0], values[1:]
 
 
-def directions_of_deletion(stage, units, described):
-    """Return what else may say what a deletion does, {row of grading.DELETED: [N, D]}."""
+def directions_of_deletion(stage, units, described, targets):
+    """Return what else may say what a deletion does, {row of grading.DELETED: [N, D]}.
+
+    targets: {order: what its texts describe [N, D]}.
+    """
     found = {
-        "component": units.statistics.pcas.cpu(),
+        "component": targets["second"],
         "fires_on": described.directions["fires_on"],
-        "null": grading.of_another(units.statistics.pcas.cpu()),
+        "null": grading.of_another(targets["second"]),
     }
+    if "total" in targets:
+        found["total"] = targets["total"]
     if stage.clip.vit.pooling.has_first_order:
         direct = fold_direct(stage.clip.vit, units.layer)
         found["direct"] = (direct.values[0] @ direct.outputs[0]).cpu()

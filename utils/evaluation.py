@@ -9,7 +9,7 @@ import torch
 from utils import controls, grading, omp
 from utils.ablation import Rebuilt
 from utils.controls import Compared, Rotation
-from utils.data.images import load_images, train_set_of
+from utils.data.images import train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import load_texts
 from utils.descriptions import describe, load_descriptions, load_support
@@ -24,9 +24,9 @@ from utils.runtime.files import digest, one_line, read_array
 from utils.runtime.layers import parse_layers
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.records import Digest, agrees, complete, is_made, load_record, record_path
+from utils.runtime.records import Digest, complete, is_made, load_record, record_path
 from utils.runtime.results import Arrays
-from utils.statistics import Statistics, load_statistics
+from utils.statistics import Statistics, load_statistics, load_training_images
 
 TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
 
@@ -89,35 +89,10 @@ class Inputs:
         self.names = flags.names_of_descriptions(args, dataset)
         self.inputs.load("texts", mmap=True, texts=args.text_descriptions)  # or raises
         self.statistics = load_statistics(self.inputs, dataset, self.layers, args.top_k_pca)
-        images = self._training_images(dataset)
+        images = load_training_images(args, self.inputs, self.layers, self.names, self.clip.transform)
         self.train = Split(images, args.device, args.num_workers, args.batch_size)
         self.held_out = load_split(args, self.clip.transform)
         self.share = min(1, args.top_k_pca / len(images))
-
-    def _training_images(self, dataset):
-        """Load the images that the components are of.
-
-        They lie in --train_data_path, in --data_path, or, for ImageNet-R, where they lay for the components.
-        """
-        args = self.args
-        paths = [self.inputs.find("pca", layer=layer, **self.names) for layer in self.layers]
-        records = {path: load_record(path) for path in paths}
-        where = args.data_path
-        if dataset != args.dataset:
-            where = records[paths[0]].get("data_path", where)
-        where = args.train_data_path or where
-        images = load_images(dataset, where, "train", self.clip.transform, args.train_subsample)
-        data = images.record["data"]
-        for path, record in records.items():
-            if not agrees(record.get("data", data), data):
-                what = f"{path} is of other training images than the {len(images)} in {where}"
-                fix = "give --train_data_path and --train_subsample as for compute_second_order_neuron_prs.py"
-                raise UserError(f"{what}; {fix}")
-        if len(images) < 2:
-            fix = "give a smaller --train_subsample" if args.train_subsample else "add some"
-            what = f"there is {len(images)} training image in {where}"
-            raise UserError(f"{what}, and texts are fitted to several; {fix}")
-        return images
 
     @property
     def splits(self):

@@ -8,7 +8,8 @@ from utils.grading import COMPARED, JUDGED_BY, MEASURE_NAMES, ROWS
 from utils.runtime.files import save_atomic
 
 # grades by number of texts that are drawn, {(side, measure): in words}
-CURVES = {key: MEASURE_NAMES[key[1]] for key in (*JUDGED_BY.items(), ("writes", "deletion"))}
+DELETED = [(side, "deletion") for side in ("writes", "total")]
+CURVES = {key: MEASURE_NAMES[key[1]] for key in (*JUDGED_BY.items(), *DELETED)}
 
 
 def accuracy_table(table):
@@ -73,9 +74,10 @@ def plot_grades(found, path):
 
 def curve(found, key):
     """Return the `Compared` of a side and measure, None without controls. found: `LayerResults`."""
+    side, measure = key
     compared = found.compared.get(key)
-    if key[1] == "deletion" and found.deleted is not None:
-        compared = found.deleted.compared
+    if measure == "deletion" and found.deleted is not None:
+        compared = found.deleted.compared.get("total" if side == "total" else "second")
     return compared if compared is not None and len(compared.controls) > 1 else None
 
 

@@ -34,6 +34,7 @@ ROWS = {
 DELETED = {  # what may say what happens without a neuron, besides the texts that it writes
     "component": "its component",
     "fires_on": "texts that it fires on",
+    "total": "its deletion on training images (total order)",
     "direct": "its direct effect (the logit lens)",
     "null": "another neuron's component",
 }
@@ -48,6 +49,7 @@ JUDGED_BY = {"fires_on": "pearson", "writes": "share"}  # the measure that decid
 COMPARED = {
     "fires_on": "texts that they fire on",
     "writes": "texts that they write",
+    "total": "texts that they write, total order",
     "wpmi": "soft-WPMI labels",
 }
 MEASURE_NAMES = {

@@ -10,6 +10,8 @@ from utils import grading
 from utils.figures import plot_grades
 from utils.runtime.files import save_atomic, save_json
 
+WRITES = {"second": "writes", "total": "total"}  # names of the texts that neurons write, by their order
+
 
 def judged_by(side, compared):
     """Return the `Compared` by which a side's descriptions are judged; None where there are no controls.
@@ -70,11 +72,11 @@ def cell_of(value):
 def columns_of_deletion(deleted, neurons):
     """Return {name: [N]}: grades by deletion, NaN for neurons that were not drawn. deleted: `Deleted`."""
     found = {f"deletion {row}": values for row, values in deleted.rows.items()}
-    of = deleted.compared
-    for j, m in enumerate(of.lengths if of is not None else ()):
-        name = f"deletion writes {m} {'texts' if m > 1 else 'text'}"
-        found[name] = of.texts[:, j]
-        found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
+    for order, of in deleted.compared.items():
+        for j, m in enumerate(of.lengths):
+            name = f"deletion {WRITES[order]} {m} {'texts' if m > 1 else 'text'}"
+            found[name] = of.texts[:, j]
+            found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
     columns = {}
     for name, values in found.items():
         columns[name] = np.full(neurons, np.nan, np.float32)
@@ -180,10 +182,8 @@ def lines_of_noise(layer, found):
 def of_deletion(deleted):
     """Return the summary of a layer's `Deleted`: means and errors of its rows, and columns by texts."""
     rows = {row: {"mean": float(of.mean()), "error": error_of(of)} for row, of in deleted.rows.items()}
-    found = {"neurons": len(deleted.neurons), "rows": rows}
-    if deleted.compared is not None:
-        found["writes"] = columns_by_length(deleted.compared)
-    return found
+    compared = {WRITES[order]: columns_by_length(of) for order, of in deleted.compared.items()}
+    return {"neurons": len(deleted.neurons), "rows": rows, **compared}
 
 
 def lines_of_deletion(found):
@@ -193,8 +193,8 @@ def lines_of_deletion(found):
     rows = found.deleted.rows.items()
     said = ", ".join(f"{grading.DELETED[row]} {of.mean():.3f} ± {error_of(of):.3f}" for row, of in rows)
     lines = [f"{len(found.deleted.neurons)} neurons deleted; {grading.MEASURE_NAMES['deletion']}: {said}"]
-    if found.deleted.compared is not None:
-        lines += lines_of_lengths("writes", found.deleted.compared, None)
+    for order, of in found.deleted.compared.items():
+        lines += lines_of_lengths(WRITES[order], of, None)
     return lines
 
 

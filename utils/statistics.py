@@ -1,15 +1,15 @@
-"""Read the results that ablations and grades need: statistics of effects, and the zero-shot classifier."""
+"""Read what ablations and grades need: statistics of effects, their images, and the zero-shot classifier."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from utils.data.images import train_set_of
+from utils.data.images import load_images, train_set_of
 from utils.effects import mean_effects
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
-from utils.runtime.records import load_record
+from utils.runtime.records import agrees, load_record
 
 
 class Statistics(NamedTuple):
@@ -42,6 +42,41 @@ def load_statistics(results, dataset, layers, k):
         arrays = (torch.from_numpy(array).to(results.loaded.device) for array in (mean, pcas, thresholds))
         found[layer] = Statistics(*arrays)
     return found
+
+
+def load_training_images(args, results, layers, names, transform):
+    """Load the `Images` that the components of some layers are of.
+
+    They lie in --train_data_path, in --data_path, or, for ImageNet-R, where they lay for the components.
+
+    args: the flags dataset, data_path, train_data_path, train_subsample.
+    results: `Results` of the folder that has the components.
+    names: of the components' files.
+    transform: PIL image -> [3, side, side].
+
+    Raises UserError where the components are of other images, or of a single one.
+    """
+    paths = [results.find("pca", **{**names, "layer": layer}) for layer in layers]
+    records = {path: load_record(path) for path in paths}
+    dataset = names["dataset"]
+    where = args.data_path
+    if dataset != args.dataset or where is None:
+        where = records[paths[0]].get("data_path", where)
+    where = args.train_data_path or where
+    if not where:
+        raise UserError(f"{paths[0]} does not say where its images lie; add --train_data_path")
+    images = load_images(dataset, where, "train", transform, args.train_subsample)
+    data = images.record["data"]
+    for path, record in records.items():
+        if not agrees(record.get("data", data), data):
+            what = f"{path} is of other training images than the {len(images)} in {where}"
+            fix = "give --train_data_path and --train_subsample as for compute_second_order_neuron_prs.py"
+            raise UserError(f"{what}; {fix}")
+    if len(images) < 2:
+        fix = "give a smaller --train_subsample" if args.train_subsample else "add some"
+        what = f"there is {len(images)} training image in {where}"
+        raise UserError(f"{what}, and texts are fitted to several; {fix}")
+    return images
 
 
 def load_classifier(results, images):

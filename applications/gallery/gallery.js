@@ -217,7 +217,7 @@
     return largest > 0 ? Math.min(6, Math.max(2, 1 - Math.floor(Math.log10(largest)))) : 2;
   };
   const headLayer = (layer, head) => (layer < 0 ? `pooling attention, head ${head}` : `layer ${layer}, head ${head}`);
-  const className = (split, row) => about.class_names[about.splits[split].labels[row]] ?? "no class";
+  const className = (split, row) => about.class_names[about.splits[split].labels[row]] ?? about.splits[split].files?.[row] ?? "no class";
 
   function sheetPlace(split, row) {
     const { columns, rows, size } = about.sheet;
@@ -660,12 +660,13 @@
       + `Beyond the dashed lines are the ${grouped(about.k)} largest of the training images.`, plot, element("p", { class: "note" }, legend));
   }
 
-  function withoutSection(layer, { agreement, null: other, falls, rises }) {
+  function withoutSection(layer, { agreement, null: other, texts, falls, rises }) {
     const list = (title, entries) => element("div", {},
       element("h3", {}, title),
       barList(entries.map(([id, value]) => [link(gridAddress({ layer, q: about.texts[id] }), about.texts[id]), value]), title));
+    const written = texts ? ` Texts that it writes, ${texts[0]}: ${decimals(texts[1])}; as many random directions: ${decimals(texts[2])}.` : "";
     return section("Without it", "The model run with this neuron at its mean, on the images where it acts most: texts whose similarity to them (× 100) "
-      + `falls and rises most. Its direction says the same of all texts with a correlation of ${decimals(agreement)}; another neuron's with ${decimals(other)} on average.`,
+      + `falls and rises most. Its direction says the same of all texts with a correlation of ${decimals(agreement)}; another neuron's with ${decimals(other)} on average.${written}`,
       element("div", { class: "columns" }, list("Falls", falls), list("Rises", rises)));
   }
 

@@ -8,6 +8,7 @@ import torch
 from applications.gallery.collect import ACTIVE, CONCEPTS, IMAGE_WORDS, TOP_PICTURES, Pairs, top_rows
 from utils.concepts import FORMS
 from utils.data.images import train_set_of
+from utils.deletion import load_deleted
 from utils.descriptions import load_support
 from utils.evaluation import Inputs, LayerResults, digest_of_sides, load_compared, load_grades
 from utils.norms import groups_of_layers
@@ -20,7 +21,10 @@ from utils.statistics import load_classifier
 
 
 class Classes(NamedTuple):
-    """Classes are the classes of the images of both splits."""
+    """Classes are the classes that images can have.
+
+    Images without classes have the label -1.
+    """
 
     classifier: np.ndarray | None  # zero-shot, [D, classes]
     names: list
@@ -62,6 +66,13 @@ class Sources(Inputs):
         dataset = train_set_of(self.args.dataset)
         path = self.inputs.find("classifier", dataset=dataset)
         images = {split: of.images for split, of in self.splits.items()}
+        unsorted = not self.train.images.folders
+        if unsorted:
+            labels = {split: of.labels.tolist() for split, of in images.items()}
+            if not path.is_file():
+                return Classes(None, [], labels)
+            classifier = self.inputs.load("classifier", dataset=dataset)
+            return Classes(classifier, load_record(path)["class_names"], labels)
         if path.is_file():
             found = {split: load_classifier(self.inputs, of) for split, of in images.items()}
             labels = {split: of_images.tolist() for split, (_, of_images) in found.items()}
@@ -97,10 +108,13 @@ class Sources(Inputs):
         described = digest_of_sides(sides)
         found = self.found[layer] = self._load_results(layer, statistics, described)
         looked_at = [found.graded.values, self.explained(layer), self.norms(layer)]
-        looked_at += self.deletions(layer).values()
+        looked_at.append(self.deletions(layer))
+        if found.deleted:
+            looked_at += found.deleted.rows.values()
         if found.rotated:
             looked_at.append(found.rotated.values)
-        for of in (*found.compared.values(), *found.rotated_compared.values()):
+        of_deletion = found.deleted.compared if found.deleted else {}
+        for of in (*found.compared.values(), *found.rotated_compared.values(), *of_deletion.values()):
             looked_at += [of.texts, of.controls]
         for side, descriptions in sides.items():
             compared = judged_by(side, found.compared)
@@ -123,13 +137,15 @@ class Sources(Inputs):
         names = self.of(self.held_out, layer=layer)
         graded = load_grades(self.inputs, of_neurons, **names)
         compared = self._load_compared(self.inputs, of_neurons, names)
+        deleted = load_deleted(self.inputs, of_neurons, **names)
         # rotated units may be fewer than neurons, and what else they must be of is said here
         made_of |= self.inputs.expected("grades")
         names["units"] = "rotated"
         rotated = None
         if self.inputs.find("grades", **names).is_file():
             rotated = load_grades(self.any_units, made_of, **names)
-        return LayerResults(graded, compared, rotated, self._load_compared(self.any_units, made_of, names))
+        of_rotated = self._load_compared(self.any_units, made_of, names)
+        return LayerResults(graded, compared, rotated, of_rotated, deleted)
 
     def _load_compared(self, results, made_of, names):
         """Read grades by number of texts, {(side, measure): Compared}; {} where there are none."""
@@ -155,18 +171,13 @@ class Sources(Inputs):
         return support
 
     def deletions(self, layer):
-        """Read what taking drawn neurons of a layer away costs, {neuron: [D]}; {} where none was."""
+        """Read what taking drawn neurons of a layer away costs, [n, D]; empty where none was."""
+        if not self.found[layer].deleted:
+            return np.zeros((0, self.clip.vit.D), np.float32)
         names = self.of(self.held_out, layer=layer)
-        path = self.inputs.find("deletions", **names)
-        if not path.is_file():
-            return {}
-        made_of = {**self.inputs.expected("deletions"), "data": self.held_out.record["data"]}
-        lost = self.any_units.load("deletions", expected=made_of, **names)
-        neurons = load_record(path).get("neurons", [])
-        if len(neurons) != len(lost):
-            again = f"make it again with: {self.inputs.command('deletions', **names)} --overwrite"
-            raise UserError(f"{path} is of other neurons than its record says; {again}")
-        return dict(zip(neurons, lost, strict=True))
+        neurons = self.found[layer].deleted.neurons.tolist()
+        made_of = {"data": self.held_out.record["data"], "neurons": neurons}
+        return self.inputs.load("deletions", {"drawn": len(neurons)}, made_of, **names)
 
     def projections(self, layer, split):
         """Read every neuron's effects along its component, [images, N]."""

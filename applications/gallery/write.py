@@ -25,8 +25,7 @@ from applications.gallery.collect import Pairs
 from utils import grading, omp
 from utils.concepts import FORMS
 from utils.evaluation import LayerResults
-from utils.indirect import agreement
-from utils.reports import columns_of, judged_by, table_of
+from utils.reports import columns_of, columns_of_deletion, judged_by, table_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, whole_folder
 from utils.runtime.records import record_path, to_json
@@ -260,7 +259,7 @@ class LayerFiles:
     splits: dict  # {split: LayerSplit}
     k: int  # number of a neuron's largest effects
     chance: float  # AUPRC of a random order
-    deletions: dict  # {neuron: what taking it away costs the representation, [D]}
+    deletions: np.ndarray  # what taking the neurons of found.deleted away costs the representation, [n, D]
     vectors: torch.Tensor  # of the texts, [T, D]
 
     @property
@@ -345,26 +344,26 @@ class LayerFiles:
         """Return what the page says about the images without the neuron; None where it was not taken away.
 
         {"agreement", "null": correlation over texts with its component, and the mean of those with another
-        neuron's; "falls", "rises": [[text, how much], ...]}, the texts whose similarity with the images on
-        which the neuron acts most falls and rises most.
+        neuron's; "texts": [number, grade, control] of the texts that it writes; "falls", "rises":
+        [[text, how much], ...]}, the texts whose similarity with the images on which the neuron acts most
+        falls and rises most.
         """
-        if n not in self.deletions:
+        deleted = self.found.deleted
+        if deleted is None or n not in deleted.neurons:
             return None
-        lost = torch.from_numpy(self.deletions[n])
-        said = agreement(lost[None], torch.from_numpy(self.pcas[n])[None], self.vectors)
-        falls = ((self.vectors - self.vectors.mean(dim=0)) @ lost).numpy()
+        place = int(np.searchsorted(deleted.neurons, n))
+        falls = ((self.vectors - self.vectors.mean(dim=0)) @ torch.from_numpy(self.deletions[place])).numpy()
         order = np.argsort(-falls, kind="stable")
-        found = {"agreement": short(float(said)), "null": short(self.null_of_deletion)}
+        agreement = deleted.rows["component"][place]
+        found = {"agreement": short(float(agreement)), "null": short(float(deleted.rows["null"].mean()))}
+        if of := deleted.compared.get("second"):
+            justified = self.sides["writes"].compared and self.sides["writes"].compared.justified()
+            j = len(of.lengths) - 1 if justified is None else justified
+            grades = of.texts[place, j], of.controls[:, place, j].mean()
+            found["texts"] = [of.lengths[j], *short(np.array(grades))]
         found["falls"] = with_values(order[:WITHOUT], falls[order[:WITHOUT]])
         found["rises"] = with_values(order[::-1][:WITHOUT], -falls[order[::-1][:WITHOUT]])
         return found
-
-    @cached_property
-    def null_of_deletion(self):
-        """null_of_deletion is the mean agreement of deletions with another neuron's component."""
-        lost = torch.from_numpy(np.stack(list(self.deletions.values())))
-        others = grading.of_another(torch.from_numpy(self.pcas))[list(self.deletions)]
-        return float(agreement(lost, others, self.vectors).mean())
 
     @cached_property
     def by_length(self):
@@ -495,7 +494,10 @@ def parquet_columns(of):
     numbers |= {
         f"{row}_{measure}": graded.of(row, measure) for row in graded.rows for measure in graded.measures
     }
-    for name, values in (numbers | columns_of(of.found.compared)).items():
+    numbers |= columns_of(of.found.compared)
+    if of.found.deleted is not None:
+        numbers |= columns_of_deletion(of.found.deleted, of.N)
+    for name, values in numbers.items():
         kept = values.dtype if values.dtype == bool else np.float32
         columns[name] = pyarrow.array(values.astype(kept))
     pairs = pyarrow.list_(pyarrow.struct([("text", pyarrow.string()), ("coefficient", pyarrow.float32())]))

@@ -20,7 +20,8 @@ OF_FIRES_ON = "{dataset}_mlps_{clip}_{layer}_{texts}_fires_on_omp_{components}{j
 OF_GRADES = "{dataset}_{split}_grades_{clip}_{layer}_{texts}_{components}{variant}{judge}"
 OF_SEGMENTATION = "{file}_segmentation_{clip}_{row}"
 
-IMAGE_FLAGS = {"--dataset": "dataset", "--data_path": "data_path", "--split": "split"}
+CLASS_FLAGS = {"--dataset": "dataset", "--data_path": "data_path", "--split": "split"}
+IMAGE_FLAGS = CLASS_FLAGS | {"--held_out": "held_out"}
 TRAINING_FLAGS = {
     "--subsample": "subsample",
     "--train_data_path": "train_data_path",
@@ -36,7 +37,7 @@ OMP_FLAGS = TEXT_FLAGS | {
 }
 
 BY_REPRESENTATIONS = ("compute_representations.py", IMAGE_FLAGS)
-BY_CLASSIFIER = ("compute_classifier_projection.py", IMAGE_FLAGS)
+BY_CLASSIFIER = ("compute_classifier_projection.py", CLASS_FLAGS | {"--class_names": "class_names"})
 BY_SECOND_ORDER = ("compute_second_order_neuron_prs.py", IMAGE_FLAGS | LAYER_FLAGS)
 BY_MERGED = (BY_SECOND_ORDER[0], BY_SECOND_ORDER[1] | {"--merged": ()})
 BY_TOP = (BY_SECOND_ORDER[0], BY_SECOND_ORDER[1] | {"--keep": ("top",), "--top_k_pca": "k"})
@@ -45,8 +46,9 @@ BY_ABLATIONS = ("compute_ablations.py", IMAGE_FLAGS | {"--train_dataset": "train
 BY_TEXTS = ("compute_text_set_projection.py", TEXT_FLAGS)
 BY_DECOMPOSITION = (
     "compute_sparse_decomposition.py",
-    {"--dataset": "dataset", **COMPONENT_FLAGS, **OMP_FLAGS},
+    {"--dataset": "dataset", **COMPONENT_FLAGS, **OMP_FLAGS, "--order": "order"},
 )
+BY_TOTAL_ORDER = (BY_DECOMPOSITION[0], BY_DECOMPOSITION[1] | {"--order": ("total",)})
 HELD_OUT_FLAGS = {"--evaluate": (), "--data_path": "data_path", "--split": "split"}
 BY_EVALUATION = (BY_DECOMPOSITION[0], BY_DECOMPOSITION[1] | HELD_OUT_FLAGS)
 BY_GRADES = (
@@ -114,6 +116,12 @@ ARTIFACTS = {
         BY_DECOMPOSITION,
         "{neuron: [[text index, coefficient, text]]}; also `.npz`",
     ),
+    "total_order": Artifact(
+        OF_LAYER + "deletions.npy",
+        "N D",
+        BY_TOTAL_ORDER,
+        "`--order total`: what taking a neuron away costs the representation, on images where it acts",
+    ),
     "evaluation": Artifact(
         OF_DESCRIPTIONS + "_evaluation.json",
         "",
@@ -153,13 +161,19 @@ ARTIFACTS = {
         OF_LAYER + "{k}_deletions.npy",
         "drawn D",
         BY_GRADES,
-        "what taking drawn neurons away costs the representation, mean over the images where each acts most",
+        "what taking drawn neurons away costs the representation, on held-out images where they act",
     ),
     "by_deletion": Artifact(
         OF_GRADES + "_deletion.npy",
         "dictionaries drawn lengths",
         BY_GRADES,
         "how well texts that drawn neurons write say that, by number of texts; then control dictionaries",
+    ),
+    "deletion_rows": Artifact(
+        OF_GRADES + "_deletion_rows.npy",
+        "drawn rows",
+        BY_GRADES,
+        "how well the component, the direct effect, ... of drawn neurons say that",
     ),
     "graded": Artifact(OF_GRADES + "_summary.json", "", BY_GRADES, "their means over neurons; also `.png`"),
     "gallery": Artifact(

@@ -94,13 +94,18 @@ def add_described(parser, several=False):
     several: whether the stage takes several text sets.
     """
     add_data(parser)
-    help = "root folder of the training images; default: --data_path, or the folder they were first read from"
-    parser.add_argument("--train_data_path", help=help)
-    parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
+    add_training(parser)
     add_layers(parser)
     add_top_k(parser)
     add_texts(parser, components=128, several=several)
     add_normalise(parser)
+
+
+def add_training(parser):
+    """Add the flags of the training images, for stages that look at those of another split, too."""
+    help = "root folder of the training images; default: --data_path, or the folder they were first read from"
+    parser.add_argument("--train_data_path", help=help)
+    parser.add_argument("--train_subsample", type=positive_int, help="--subsample of the training images")
 
 
 def add_workers(parser):
@@ -137,6 +142,12 @@ def add_normalise(parser):
     help = "axis: every dimension of the text vectors has norm 100 over the text set, as published; "
     help += "text: every text vector has norm 100"
     parser.add_argument("--normalise", choices=("axis", "text"), default="axis", help=help)
+
+
+def add_deletion(parser):
+    """Add --delete."""
+    help = "images on which a neuron is taken away in the running model, those where it acts most; 0: none"
+    parser.add_argument("--delete", type=count, default=24, help=help)
 
 
 def add_texts(parser, components=32, also=(), several=False):
@@ -206,6 +217,7 @@ def names_of_descriptions(args, dataset):
         "components": args.components,
         "alpha": args.transform_alpha,
         "normalise": args.normalise,
+        "order": getattr(args, "order", "second"),
     }
 
 

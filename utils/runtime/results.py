@@ -20,7 +20,8 @@ from utils.runtime.records import ADDED, METHOD, agrees, load_record, tell_earli
 NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes; leaves room for names of temporary files
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt", ".index.json")
 OF_MODEL = ("hf-hub:", "hf:", "local-dir:")  # a --model that names its weights
-DEFAULTS = (("--transform_alpha", 1), ("--normalise", "axis"))  # commands do not repeat these
+# commands do not repeat these
+DEFAULTS = (("--transform_alpha", 1), ("--normalise", "axis"), ("--order", "second"))
 
 
 def text_set(given):
@@ -131,8 +132,9 @@ class Results:
             fields["texts"] = text_set(names["texts"])
         if "alpha" in names:
             fields["alpha"] = float(names["alpha"])  # 1.0, as in the published names
-        if names.get("normalise", "axis") != "axis":
-            fields["variant"] = f"_{names['normalise']}"
+        for field, usual in (("normalise", "axis"), ("order", "second")):
+            if names.get(field, usual) != usual:
+                fields["variant"] += f"_{names[field]}"
         name = ARTIFACTS[kind].file.format(**fields)
         if (length := len(os.fsencode(name))) > NAME_MAX:
             fix = ADVICE[errno.ENAMETOOLONG]
@@ -172,13 +174,16 @@ class Results:
     def command(self, kind, **names):
         """Return the command that makes a result in this folder, as one types it in a shell.
 
-        A flag without a known value is left out; an unknown --data_path stands as DATA_PATH, to be replaced.
+        A flag without a known value is left out; an unknown --data_path stands as DATA_PATH, to be replaced,
+        and so do the CLASS_NAMES of pictures without classes.
         """
         script, flags = ARTIFACTS[kind].maker
         given = {key: value for key, value in self.known.items() if value is not None}
         known = {"data_path": "DATA_PATH", **given, **names}
         if kind == "classifier" and known.get("dataset") in ("imagenet", "imagenet_r"):
             known["data_path"] = None  # its class names need no images
+        if kind == "classifier" and known.get("dataset") == "images":
+            known = {"class_names": "CLASS_NAMES", **known, "data_path": None, "split": None}
         if known.get("train_dataset") == known.get("dataset"):
             known["train_dataset"] = None
         words = []
