@@ -17,7 +17,7 @@ from utils.model.clip import clip_of
 from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import parse_layers
-from utils.statistics import load_classifier, load_statistics
+from utils.statistics import find_k, load_classifier, load_statistics
 
 
 def main(args):
@@ -27,6 +27,7 @@ def main(args):
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)
     classifier, labels = load_classifier(inputs, split.images)
+    args.top_k_pca = find_k(args.top_k_pca, inputs, train, layers)
     statistics = load_statistics(inputs, train, layers, args.top_k_pca)
 
     names = {**split.names, "train_dataset": train, "k": args.top_k_pca}

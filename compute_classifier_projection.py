@@ -28,8 +28,10 @@ def main(args):
         for columns in work:
             work[path][:, columns] = zero_shot_classifier(clip, names[columns], args.batch_size)
     print(f"wrote {path} {arrays[path][0]}")
-    layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    print(f"next: {results.command('coefficients', dataset=dataset, split='train', layer=layer)}")
+    known = {"dataset": dataset, "split": "train", "layer": "LAYER"}
+    if dataset != args.dataset:
+        known["data_path"] = "DATA_PATH"  # of ImageNet, and not of ImageNet-R
+    print(f"next: {results.command('coefficients', **known)}")
 
 
 if __name__ == "__main__":
@@ -41,6 +43,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--split", default="val", help="the folder in the root whose sub-folders are the classes"
     )
-    parser.add_argument("--class_names", help="a text file, a class a line: folders, or names in their order")
+    help = "a text file, a class a line: folders, or names in their order; for --dataset images any texts"
+    parser.add_argument("--class_names", help=help)
     flags.add_compute(parser, batch_size=800)
     flags.run(main, parser, parallel=True)

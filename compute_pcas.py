@@ -1,7 +1,7 @@
 """Find the component of every neuron's second-order effects, and the statistics that later stages need.
 
     python compute_pcas.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
-        --mlp_layer 9 --top_k_pca 100
+        --mlp_layer 9
 
 Reads the effects of the train split, factorised or merged. Writes
 DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...
@@ -14,20 +14,24 @@ After this stage the effects can be deleted.
 
 import numpy as np
 
-from utils.data.images import train_set_of
+from utils.data.images import UNSORTED, train_set_of
 from utils.effects import FORMS, copy_norms, open_effects, slices
 from utils.pca import statistics
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
+from utils.statistics import choose_k
 
 
 def main(args):
     inputs, results = flags.results_of(args)
-    names = {"dataset": train_set_of(args.dataset), "k": args.top_k_pca}
-    layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=names["dataset"], split="train")
-    stored = {layer: open_effects(inputs, names["dataset"], "train", layer, args.device) for layer in layers}
+    dataset = train_set_of(args.dataset)
+    layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
+    stored = {layer: open_effects(inputs, dataset, "train", layer, args.device) for layer in layers}
+    images = {layer: effects.images for layer, effects in stored.items()}
+    args.top_k_pca = choose_k(args.top_k_pca, dataset, images)
+    names = {"dataset": dataset, "k": args.top_k_pca}
     arrays = {layer: plan(args, results, effects, names) for layer, effects in stored.items()}
     if distributed.is_rank_zero():
         every = {path: spec for planned in arrays.values() for path, spec in planned.items()}
@@ -36,7 +40,8 @@ def main(args):
         if effects.has_norms:
             copy_norms(effects, results)
         summarise(args, results, effects, arrays[layer], names)
-    print(f"next: {results.command('ablations', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
+    follows = "texts" if dataset == UNSORTED else "ablations"  # which need classes
+    print(f"next: {results.command(follows, dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
 def plan(args, results, effects, names):

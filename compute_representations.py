@@ -3,7 +3,7 @@
     python compute_representations.py --model ViT-B-32 --pretrained openai --dataset imagenet --data_path PATH
 
 Writes  DATASET_SPLIT_representations_MODEL_PRETRAINED.npy  [images, D], 100 times the unit representation
-        DATASET_SPLIT_classes.npy                           [images], int64 labels
+        DATASET_SPLIT_classes.npy                           [images], int64 labels, where there are classes
 """
 
 import torch
@@ -23,7 +23,8 @@ def main(args):
     classes = results.path("classes", **split.names)
     of_classes = {**split.record, **split.images.classes}
     of_classes.pop("preprocessing")  # labels are equal for all models
-    classes_are_made = is_made(classes, complete(of_classes), args.overwrite)
+    has_classes = bool(split.images.folders)
+    classes_are_made = not has_classes or is_made(classes, complete(of_classes), args.overwrite)
 
     record = {**clip.record, **split.record, "coefficient": args.coefficient}
     arrays = results.arrays(["representations"], {"images": len(split)}, **split.names)
@@ -33,10 +34,14 @@ def main(args):
             work[path][rows] = args.coefficient * torch.nn.functional.normalize(clip.vit(pixels), dim=-1)
 
     if distributed.is_rank_zero():
-        if not classes_are_made or is_locked([classes]):
+        if not classes_are_made or (has_classes and is_locked([classes])):
             save_classes(classes, split.images.labels, of_classes, args.overwrite)
-        print(f"wrote {path} {arrays[path][0]} and {classes}")
-        print(f"next: {results.command('classifier', dataset=args.dataset)}")
+        print(f"wrote {path} {arrays[path][0]}{f' and {classes}' if has_classes else ''}")
+        if has_classes:
+            print(f"next: {results.command('classifier', dataset=args.dataset)}")
+        else:
+            known = {"dataset": args.dataset, "split": "train", "layer": "LAYER"}
+            print(f"next: {results.command('coefficients', **known)}")
 
 
 def save_classes(path, labels, record, overwrite):

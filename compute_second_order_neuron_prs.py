@@ -20,6 +20,7 @@ from utils.prs import fold_layers, second_order
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
+from utils.statistics import choose_k
 from utils.top_effects import FULL, TOP, Activations, Sums, TopK, start_of, write_top, write_weights
 
 
@@ -35,11 +36,13 @@ def main(args):
     if keep == "full":
         keep_all(args, clip.vit, layers, split, results, record)
     else:
+        args.top_k_pca = choose_k(args.top_k_pca, args.dataset, dict.fromkeys(layers, len(split)))
         for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
             keep_top(args, clip.vit, group, split, results, record)
     effects = f"the effects of MLP layer {', '.join(map(str, layers))}"
     print(f"wrote {effects}: {len(split)} images, {clip.vit.N} neurons")
-    print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
+    if args.split == "train":
+        print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
 def keep_all(args, vit, layers, split, results, record):

@@ -30,11 +30,11 @@ from utils.segmentation import METHODS, Scores, choose_method, row_of, save_scor
 def main(args):
     scores = Scores(args.mask_thr, args.thr)
     clip = clip_of(args)
-    row = row_of(args, clip.vit)
+    inputs, results = flags.results_of(args, clip, data_path=None)  # its own are not those of earlier stages
+    row = row_of(args, clip.vit, inputs)
     data = open_set(args, clip)
     print(f"images of {data.path.stem}: {len(data)}")
     print(describe(clip.transform))
-    inputs, results = flags.results_of(args, clip, data_path=None)  # its own are not those of earlier stages
     classifier_dir = args.classifier_dir or args.input_dir
     classifiers = Results(classifier_dir, args.model, args.pretrained, also=args.output_dir, clip=clip)
     method, made_of = choose_method(row, clip, inputs, classifiers, images=len(data))

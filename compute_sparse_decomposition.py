@@ -18,7 +18,7 @@ import scipy.sparse
 import torch
 
 from utils.ablation import Rebuilt, Trial
-from utils.data.images import train_set_of
+from utils.data.images import require_classes, train_set_of
 from utils.data.splits import load_split
 from utils.data.text_sets import load_texts
 from utils.deletion import ORDERS, delete_on_training_images
@@ -30,15 +30,19 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import stored_layers
 from utils.runtime.records import load_record
-from utils.statistics import load_classifier, load_statistics
+from utils.statistics import find_k, load_classifier, load_statistics
 
 
 def main(args):
+    if args.evaluate:
+        require_classes(args.dataset)
     inputs, results = flags.results_of(args)
     load = partial(load_clip, args.model, args.pretrained, args.device)
     texts, vectors, fingerprint = load_texts(inputs, args.text_descriptions, args.descriptions_dir, load)
     atoms = make_atoms(torch.from_numpy(vectors).to(args.device), args.normalise)
-    names = flags.names_of_descriptions(args, train_set_of(args.dataset))
+    train = train_set_of(args.dataset)
+    args.top_k_pca = find_k(args.top_k_pca, inputs, train, args.mlp_layer)
+    names = flags.names_of_descriptions(args, train)
     components = {"dataset": names["dataset"], "k": args.top_k_pca}
     layers = stored_layers(inputs, ["pca"], args.mlp_layer, **components)
     of_weights = {"sizes": {"D": vectors.shape[1]}, "expected": {"fingerprint": fingerprint}}

@@ -34,9 +34,8 @@ def main(args):
         if distributed.is_rank_zero():
             save_atomic(path.with_suffix(".txt"), lambda file: file.write(as_text(texts)))
     print(f"wrote {path} {arrays[path][0]}")
-    layer = max(0, clip.vit.L - 3)  # a late one, layer 9 of ViT-B-32
-    components = min(128, len(texts))
-    print(f"next: {results.command('decomposition', texts=given, layer=layer, components=components)}")
+    known = {"texts": given, "dataset": "DATASET", "layer": "LAYER", "components": min(128, len(texts))}
+    print(f"next: {results.command('decomposition', **known)}")
 
 
 if __name__ == "__main__":

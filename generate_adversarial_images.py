@@ -54,6 +54,7 @@ from utils.model.texts import text_vectors
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.results import Results
+from utils.statistics import find_k
 
 BY_NEURONS = {  # word sources, and how the texts of neurons are read
     "second_order": NeuronWords.load,
@@ -116,6 +117,7 @@ def open_source(args, clip, v):
         return {"inputs": pool.digest()}, make
     train = args.train_dataset or train_set_of(args.dataset)
     layers = parse_layers(args.mlp_layers, clip.vit)
+    args.top_k_pca = find_k(args.top_k_pca, results, train, layers)
     names = {"dataset": train, "texts": args.text_descriptions, "k": args.top_k_pca}
     names |= {"components": args.components, "alpha": args.transform_alpha}
     neurons = BY_NEURONS[args.word_source](results, layers, **names)

@@ -32,7 +32,8 @@ NAMES |= {
     "train_subsample": 2,
     "train_data_path": "my train",
 }
-NAMES |= {"truth": ["a train.npy", "a val.npy"]}
+NAMES |= {"truth": ["a train.npy", "a val.npy"], "held_out": 0.3, "class_names": "my names.txt"}
+NAMES |= {"order": "total"}
 FIELDS = {"layer": "mlp_layer", "k": "top_k_pca", "texts": "text_descriptions", "alpha": "transform_alpha"}
 
 
@@ -183,7 +184,7 @@ def test_following_the_advice_makes_the_missing_file_and_in_the_end_the_result(
             follow(advised)
             assert Path(path).is_file(), command
         for line in re.findall(r"next: .*?(python .*)", done.stdout):
-            parse(line)
+            parse(line.replace("--dataset DATASET", "--dataset folder"))
             assert "DATA_PATH" in line or "--data_path" not in line or str(world.photos) in shlex.split(line)
         return done
 

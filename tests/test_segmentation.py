@@ -550,7 +550,7 @@ def test_what_one_types_for_a_row_makes_this_row(monkeypatch, clip, name):
     found = []
     monkeypatch.setattr(shared_flags, "run", lambda main, parser, **_: found.append(parser))
     runpy.run_path(str(ROOT / "compute_segmentation.py"), run_name="__main__")
-    typed = row_of(found[0].parse_args(row.flags()), clip.vit)
+    typed = row_of(found[0].parse_args(row.flags()), clip.vit, results=None)
     assert row.name == typed.name == name and typed.record() == row.record()
 
 
@@ -581,7 +581,7 @@ BAD = {
     ),
     "components of another data set": (
         ["--dataset", "CIFAR10"],
-        "compute_classifier_projection.py --dataset CIFAR10",
+        "compute_pcas.py --dataset CIFAR10",
     ),
     "a layer without components": (
         ["--mlp_layers", "0", "1"],

@@ -96,21 +96,30 @@ def matrix_and_order(matrix, support):
     return content.getvalue()
 
 
-def load_support(path):
+def load_support(path, descriptions=None):
     """Read the texts of every neuron in the order of choice, int64 [N, S], -1 where fewer were taken.
 
     path: of the descriptions' .npz.
+    descriptions: of the .json beside it, as `load_descriptions` returns them, which must have the same texts.
 
-    Raises UserError for descriptions of the published code, or of an earlier version, which do not have it.
+    Raises UserError for descriptions of the published code, or of an earlier version, which do not have it,
+    and for a damaged file.
     """
     again = "make it again with --overwrite"
     try:
         with np.load(path, allow_pickle=False) as content:
-            return content["support"].astype(np.int64)
+            support = content["support"]
     except KeyError as error:
         raise UserError(f"{path} does not have the order in which texts were chosen; {again}") from error
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive has errors of zipfile, zlib and numpy
         raise UserError(f"{path} cannot be read ({one_line(error)[:100]}); {again}") from error
+    if support.ndim != 2 or support.dtype.kind != "i":
+        raise UserError(f"{path} does not have the order in which texts were chosen; {again}")
+    if descriptions is not None:
+        described = [sorted(i for i, _, _ in entries) for entries in descriptions]
+        if [sorted(i for i in of if i >= 0) for of in support.tolist()] != described:
+            raise UserError(f"{path} is of other texts than the .json beside it; make both again")
+    return support.astype(np.int64)
 
 
 def load_descriptions(results, sizes=(), expected=(), kind="decomposition", **names):
@@ -134,7 +143,7 @@ def load_descriptions(results, sizes=(), expected=(), kind="decomposition", **na
         ]
     except FileNotFoundError as error:
         raise UserError(results.missing(path, command)) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); {again}") from error
     if not np.isfinite([c for entries in found for _, c, _ in entries]).all():
         raise UserError(f"{path} holds NaN or infinity; {again}")

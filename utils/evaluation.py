@@ -26,7 +26,7 @@ from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.records import Digest, complete, is_made, load_record, record_path
 from utils.runtime.results import Arrays
-from utils.statistics import Statistics, load_statistics, load_training_images
+from utils.statistics import Statistics, find_k, load_statistics, load_training_images
 
 TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
 
@@ -86,6 +86,7 @@ class Inputs:
         self.inputs = results.of(self.clip, args.coefficient)
         self.layers = parse_layers(args.mlp_layer, self.clip.vit)
         dataset = train_set_of(args.dataset)
+        args.top_k_pca = find_k(args.top_k_pca, self.inputs, dataset, self.layers)
         self.names = flags.names_of_descriptions(args, dataset)
         self.inputs.load("texts", mmap=True, texts=args.text_descriptions)  # or raises
         self.statistics = load_statistics(self.inputs, dataset, self.layers, args.top_k_pca)
@@ -810,10 +811,18 @@ def load_compared(results, expected=(), **names):
     values = results.load("controls", expected=expected, **names)
     path = results.find("controls", **names)
     slots = load_record(path).get("slots", [])
-    if len(slots) != values.shape[2]:
+    if not are_slots(slots) or len(slots) != values.shape[2] or not len(values):
         again = f"make it again with: {results.command('controls', **names)} --overwrite"
         raise UserError(f"{path} does not have the columns that its record says; {again}")
     return compared_of(values, slots)
+
+
+def are_slots(slots):
+    """Return whether the value of a record is a list as `slots_of` makes it."""
+    return isinstance(slots, list) and all(
+        isinstance(slot, list) and [type(part) for part in slot] == [str, str, int] and slot[2] > 0
+        for slot in slots
+    )
 
 
 # results

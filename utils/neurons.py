@@ -15,7 +15,7 @@ from utils.prs import COEFFICIENT, fold, second_order
 from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
-from utils.statistics import load_statistics
+from utils.statistics import find_k, load_statistics
 
 
 class NeuronLayer:
@@ -28,7 +28,7 @@ class NeuronLayer:
         another one, the effects must be stored (`compute_second_order_neuron_prs.py --split val`).
     layer: the MLP layer.
     described: {"texts": name of the text set, "components": texts per neuron, "alpha": as in file names}.
-    k: images per neuron, as in compute_pcas.py.
+    k: images per neuron, as in compute_pcas.py; None for the number that it takes by itself.
     held_out: the split on which evaluate_descriptions.py has graded the descriptions.
 
     Attributes
@@ -44,13 +44,14 @@ class NeuronLayer:
     Raises UserError, with the command, when a file is missing or of other images or weights.
     """
 
-    def __init__(self, clip, results, images, layer, described, k=100, held_out="val"):
+    def __init__(self, clip, results, images, layer, described, k=None, held_out="val"):
         self.clip = clip
         self.results = results.of(clip, COEFFICIENT)
         self.images = images
         self.layer = layer
         self.directions = fold(clip.vit, layer)
         train = train_set_of(images.dataset)
+        k = find_k(k, self.results, train, [layer])
         names = {"dataset": train, "layer": layer, "k": k}
         self.statistics = load_statistics(self.results, train, [layer], k)[layer]
         self.norms = self.results.load("norm", **names)

@@ -27,6 +27,7 @@ from utils.runtime.files import digest, save_json
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import walk
 from utils.runtime.records import complete, save_array
+from utils.statistics import find_k
 
 SCORES = ("pixel_accuracy", "mIoU", "mAP", "IoU_background", "IoU_object")
 RANKED = 256  # classes whose neurons are ranked at a time
@@ -272,16 +273,21 @@ def methods_of(vit):
     return METHODS if vit.pooling.has_first_order else ("second_order", "random", "attention")
 
 
-def row_of(args, vit):
+def row_of(args, vit, results):
     """Return the `Row` that the flags of compute_segmentation.py ask for.
+
+    results: `Results` of the folder with the first components, which say how many images they are of.
 
     Raises UserError for a layer that does not exist or has no second-order effects.
     """
-    named = {field.name: getattr(args, field.name) for field in fields(Row) if hasattr(args, field.name)}
+    named = {field.name: getattr(args, field.name, None) for field in fields(Row)}
+    named = {name: value for name, value in named.items() if value is not None}
     named["train_dataset"] = train_set_of(args.dataset)
     named["ignore_index"] = tuple(args.ignore_index)
     if args.method in OF_NEURONS:
         named["layers"] = tuple(parse_layers(args.mlp_layers, vit))
+    if args.method == "second_order":
+        named["top_k_pca"] = find_k(args.top_k_pca, results, named["train_dataset"], named["layers"])
     return Row(**named)
 
 

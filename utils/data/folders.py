@@ -82,7 +82,7 @@ def find_pictures(root, folders, left_out):
 
     A folder counts once, where it lies: links to folders are followed last. One that leads up adds nothing.
 
-    root: the folder that holds the others.
+    root: the folder that holds the others, or is the only one.
     folders: paths of the folders.
     left_out: Counter of the files and links that are left out, by kind; it is added to.
 
@@ -145,7 +145,7 @@ def _places(root, folders):
     """Return {identity: folder}. Raises UserError where two folders are one, or one leads up."""
     places = {}
     for folder in folders:
-        if os.path.islink(folder) and _leads_up(folder, root):
+        if folder != root and os.path.islink(folder) and _leads_up(folder, root):
             raise UserError(f"the class folder {folder} is a link to a folder above it; remove the link")
         other = places.setdefault(_identity(folder), folder)
         if other != folder:

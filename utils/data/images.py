@@ -1,4 +1,7 @@
-"""Load images with labels: sub-sampled ImageNet, ImageNet-R, CIFAR, and any tree of class folders."""
+"""Load images: sub-sampled ImageNet, ImageNet-R, CIFAR, any tree of class folders, any folder of pictures.
+
+The last have no classes, and their bytes decide which of them are held out.
+"""
 
 import hashlib
 import os
@@ -6,7 +9,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +35,9 @@ WNIDS = ImageNetInfo("imagenet-1k").label_names()  # ImageNet's 1,000 folders, i
 STRIDES = {("imagenet", "train"): 250, ("imagenet", "val"): 10, ("imagenet_r", "val"): 10}
 IMAGENET = {"imagenet": ("train", "val"), "imagenet_r": ("val",)}  # splits of sets with ImageNet's classes
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+UNSORTED = "images"  # a folder of pictures without classes and splits
+HELD_OUT = 0.2  # the share of them that is held out
+FEWEST = 50  # different pictures that it needs
 
 
 @dataclass
@@ -40,10 +46,11 @@ class Images(Dataset):
 
     Item i is (transformed image [3, side, side], label), or the UserError that says what is wrong with it.
 
-    samples: list of (path or PIL image, label).
-    folders: the folder of every label.
+    samples: list of (path or PIL image, label); label -1 where there are no classes.
+    folders: the folder of every label; empty where there are no classes.
     class_names: the name of every label.
-    transform, dataset, split, data_path: as in `load_images`.
+    transform, dataset, split, data_path, held_out: as in `load_images`.
+    contents: {path: text that tells it from others}, where the bytes have been read already.
     """
 
     samples: list
@@ -53,6 +60,8 @@ class Images(Dataset):
     dataset: str = ""
     split: str = ""
     data_path: str = ""
+    held_out: float | None = None
+    contents: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.samples)
@@ -88,11 +97,11 @@ class Images(Dataset):
 
         Raises UserError for a file that cannot be read.
         """
-        files = digests_of_files([image for image, _ in self.samples if isinstance(image, str)])
-        bar = tqdm(self.samples, "bytes of images", unit="image", delay=5, disable=not is_rank_zero())
+        files = read_all([image for image, _ in self.samples if isinstance(image, str)])
         digests = []
-        for image, label in bar:
-            item = f"{_content(image, files)} {label}".encode("utf-8", "surrogateescape")
+        for image, label in self.samples:
+            content = self.contents[image] if self.contents else _content(image, files)
+            item = f"{content} {label}".encode("utf-8", "surrogateescape")
             digests.append(hashlib.sha256(item).hexdigest()[:16])
         return digests
 
@@ -103,17 +112,24 @@ class Images(Dataset):
         `data` changes when images come, go, or change name or bytes. It does not change with their root,
         which is noted as `data_path`.
         """
-        earlier = hashlib.sha256()  # earlier versions looked at sizes only
-        for image, label in self.samples:
-            earlier.update(f"{_size(image)} {label}\n".encode())
-        now = hashlib.sha256("".join(self.digests).encode())
-        data = Digest(now.hexdigest()[:16], earlier.hexdigest()[:12])
-        record = {"dataset": self.dataset, "split": self.split, "data": data}
+        data = hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
+        record = {"dataset": self.dataset, "split": self.split}
+        if self.dataset == UNSORTED:
+            record |= {"data": data, "held_out": self.held_out}
+        else:
+            record["data"] = Digest(data, self._earlier())
         if isinstance(self.transform, Preprocessing):
             record["preprocessing"] = self.transform.digest
         if self.data_path:
             record["data_path"] = os.path.abspath(self.data_path)
         return record
+
+    def _earlier(self):
+        """Return the digest of earlier versions, which looked at sizes only."""
+        earlier = hashlib.sha256()
+        for image, label in self.samples:
+            earlier.update(f"{_size(image)} {label}\n".encode())
+        return earlier.hexdigest()[:12]
 
     @property
     def classes(self):
@@ -125,7 +141,11 @@ class Images(Dataset):
         modes = Counter(mode_of(image) for image, _ in self.samples)
         modes.pop("RGB", None)
         other = ", ".join(f"{count} of mode {mode} are converted" for mode, count in sorted(modes.items()))
-        lines = f"images of {self.dataset} {self.split}: {len(self)} of {pairing(**self.classes)}"
+        lines = f"images of {self.dataset} {self.split}: {len(self)} "
+        if self.folders:
+            lines += f"of {pairing(**self.classes)}"
+        else:
+            lines += f"without classes; {100 * self.held_out:g} % of all are held out, by their bytes"
         if other:
             lines += f"; {other}"
         if isinstance(self.transform, Preprocessing):
@@ -137,8 +157,15 @@ def _content(image, digests):
     """Return the text that tells an image from others. digests: iterator over the digests of files."""
     if not isinstance(image, str):
         return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    return f"{Path(image).parts[-2:]} {next(digests)}"
+
+
+def read_all(paths):
+    """Yield `digest_of_file` of every picture, in order. Raises UserError for one that cannot be read."""
+    found = digests_of_files(paths)
+    bar = tqdm(found, "bytes of images", len(paths), unit="image", delay=5, disable=not is_rank_zero())
     try:
-        return f"{Path(image).parts[-2:]} {next(digests)}"
+        yield from bar
     except OSError as error:
         what = f"the image {error.filename} cannot be read ({error.strerror})"
         raise UserError(f"{what}; fix or remove it, and run the same command again") from error
@@ -209,54 +236,88 @@ def train_set_of(dataset):
     return "imagenet" if dataset == "imagenet_r" else dataset
 
 
-def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None):
+def require_classes(dataset):
+    """Raise UserError where the images of a data set have no classes."""
+    if dataset == UNSORTED:
+        what = f"the pictures of --dataset {dataset} have no classes, and this needs them"
+        raise UserError(f"{what}; sort the pictures into class folders, and give --dataset folder")
+
+
+def load_images(dataset, data_path, split, transform=None, subsample=None, class_names=None, held_out=None):
     """Return every `subsample`-th image of a data set, in the order of its sorted folders, as `Images`.
 
     With a transform, print also what was found and what was left out.
 
-    dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100, or
-        folder (ROOT/SPLIT/CLASS/image).
+    dataset: imagenet (ROOT/train/n01440764/*.JPEG), imagenet_r (ROOT/n01443537/*.jpg), CIFAR10, CIFAR100,
+        folder (ROOT/SPLIT/CLASS/image), or images (any pictures in and below ROOT).
     data_path: ROOT.
     split: train or val; for `folder`, the name of a folder.
     transform: PIL image -> [3, side, side].
     subsample: stride, None for the paper's. There are floor(images / subsample) images.
     class_names: for `folder`, a text file with a name a line, as in `names_for`.
+    held_out: for `images`, the share of the pictures that `val` has; None for a fifth.
 
     Labels count the sorted folders (for ImageNet and ImageNet-R all 1,000, whichever are there).
 
     Raises UserError for missing or empty folders, an unknown split, names that do not fit the folders, or
     fewer images than the stride.
     """
-    left_out = Counter()
-    if dataset in CIFAR:
-        samples, folders = _cifar(dataset, data_path, split)
-        names = folders
-    elif dataset in IMAGENET:
-        samples, left_out = _imagenet(dataset, data_path, split)
-        folders, names = WNIDS, list(IMAGENET_CLASSNAMES)
+    contents = {}
+    if dataset == UNSORTED:
+        held_out = HELD_OUT if held_out is None else held_out
+        contents, left_out = _side(data_path, split, held_out)
+        samples = [(path, -1) for path in contents]
+        folders = names = ()
+    elif held_out is not None:
+        raise UserError(f"--held_out goes with --dataset {UNSORTED}; {dataset} has splits of its own")
     else:
-        samples, folders, left_out = _class_folders(Path(data_path) / split, data_path, split)
-        names = names_for(folders, class_names)
-    stride = subsample or STRIDES.get((dataset, split), 1)
-    count = len(samples) // stride
-    if count == 0:
-        counts = f"{len(samples)} images of {split}, and every {stride}-th is taken"
-        raise UserError(f"{data_path} has {counts}; lower --subsample")
-    taken = samples[: count * stride : stride]
-    images = Images(taken, list(folders), names, transform, dataset, split, str(data_path))
+        samples, folders, names, left_out = _labelled(dataset, data_path, split, class_names)
+    taken = _every_nth(samples, subsample or STRIDES.get((dataset, split), 1), data_path, split)
+    where = (dataset, split, str(data_path), held_out, contents)
+    images = Images(taken, list(folders), list(names), transform, *where)
     if transform is not None:
         print(images.summary())
         tell(left_out)
     return images
 
 
+def _labelled(dataset, data_path, split, class_names):
+    """List the samples of a data set with classes, the classes' folders and names, and what is left out."""
+    if dataset in CIFAR:
+        samples, folders = _cifar(dataset, data_path, split)
+        return samples, folders, folders, Counter()
+    if dataset in IMAGENET:
+        samples, left_out = _imagenet(dataset, data_path, split)
+        return samples, WNIDS, IMAGENET_CLASSNAMES, left_out
+    samples, folders, left_out = _class_folders(Path(data_path) / split, data_path, split)
+    return samples, folders, names_for(folders, class_names), left_out
+
+
+def _every_nth(samples, stride, data_path, split):
+    """Return every n-th sample, as many as whole strides fit. Raises UserError where none does."""
+    count = len(samples) // stride
+    if count == 0:
+        counts = f"{len(samples)} images of {split}, and every {stride}-th is taken"
+        raise UserError(f"{data_path} has {counts}; lower --subsample")
+    return samples[: count * stride : stride]
+
+
 def classes_of(dataset, data_path=None, split="val", class_names=None):
     """Return the folders and the names of a data set's classes, in the order of its labels.
 
+    Pictures without classes can be classified all the same, by any names; these stand for the folders, too.
+
     Parameters are those of `load_images`. Raises UserError where the names cannot be known.
     """
+    if dataset == UNSORTED:
+        if class_names is None:
+            what = f"the pictures of --dataset {UNSORTED} have no classes"
+            raise UserError(f"{what}; name some with --class_names FILE, a text file with a class a line")
+        names = read_texts(class_names)
+        return {"folders": names, "class_names": names}
     if class_names and dataset != "folder":
-        raise UserError(f"--class_names goes with --dataset folder; {dataset} has class names of its own")
+        which = f"goes with --dataset folder and {UNSORTED}"
+        raise UserError(f"--class_names {which}; {dataset} has class names of its own")
     if dataset in IMAGENET:
         return {"folders": WNIDS, "class_names": list(IMAGENET_CLASSNAMES)}
     if data_path is None:
@@ -315,6 +376,49 @@ def _plain(name):
     """Return the letters and digits of a name, small, with composed accents, without a number before it."""
     letters = "".join(letter for letter in unicodedata.normalize("NFC", name.casefold()) if letter.isalnum())
     return re.sub(r"^\d+(?=\D)", "", letters) or letters or name
+
+
+def _side(data_path, split, share):
+    """Return {path: text that tells it from others} of the pictures of one side, and count what is left out.
+
+    A picture is held out by a hash of its bytes. So equal files are on one side, on every machine, and no
+    picture changes sides when others come or go. Its pixels would depend on the version of the decoder.
+
+    Raises UserError for a missing folder, and for too few pictures.
+    """
+    if split not in ("train", "val"):
+        raise UserError(f"--split {split}: {UNSORTED} has train, and val (the pictures that are held out)")
+    if not os.path.isdir(data_path):
+        what = "this is a file; give the folder that holds the pictures"
+        if not os.path.exists(data_path):
+            what = "there is no such folder"
+        raise UserError(f"--data_path {data_path}: {what}")
+    left_out = Counter()
+    [paths] = find_pictures(str(data_path), [str(data_path)], left_out)
+    digests = dict(zip(paths, read_all(paths), strict=True))
+    if len(set(digests.values())) < FEWEST:
+        tell(left_out)
+        raise UserError(_too_few(data_path, digests))
+    chosen = [path for path in paths if is_held_out(digests[path], share) == (split == "val")]
+    if not chosen:
+        what = f"--held_out {share:g} of the {len(paths)} pictures in {data_path}"
+        raise UserError(f"{what} leaves none to --split {split}; give another share")
+    names = {path: Path(path).relative_to(data_path).as_posix() for path in chosen}
+    return {path: f"{names[path]} {digests[path]}" for path in chosen}, left_out
+
+
+def is_held_out(digest, share):
+    """Tell whether a picture is held out. digest: hex digits of its bytes. share: of all pictures."""
+    return int(digest, 16) < share * 16 ** len(digest)
+
+
+def _too_few(data_path, digests):
+    """Return the message about a folder with too few pictures. digests: {path: of its bytes}."""
+    different = len(set(digests.values()))
+    copies = f" ({len(digests)} with copies)" if len(digests) > different else ""
+    has = f"{data_path} has {different} different pictures{copies}"
+    of_each = "10 are held out to grade texts, and components are those of 4, a tenth of the others"
+    return f"{has}, and --dataset {UNSORTED} needs {FEWEST}: of these, {of_each}; add some"
 
 
 def _class_folders(root, data_path, split):

@@ -149,13 +149,13 @@ class Split:
 def load_split(args, transform, **changes):
     """Load the `Split` that a stage's flags name.
 
-    args: dataset, data_path, split, subsample, device, num_workers, batch_size.
+    args: dataset, data_path, split, subsample, held_out, device, num_workers, batch_size.
     transform: PIL image -> [3, side, side].
-    changes: in place of the flags dataset, data_path, split, subsample.
+    changes: in place of the flags dataset, data_path, split, subsample, held_out.
 
     Raises UserError as `load_images` does.
     """
-    named = ("dataset", "data_path", "split", "subsample")
+    named = ("dataset", "data_path", "split", "subsample", "held_out")
     where = {name: getattr(args, name) for name in named} | changes
     images = load_images(**where, transform=transform)
     return Split(images, args.device, args.num_workers, args.batch_size)

@@ -65,7 +65,13 @@ ARTIFACTS = {
         BY_REPRESENTATIONS,
         "100 x unit representations",
     ),
-    "classes": Artifact("{dataset}_{split}_classes.npy", "images", BY_REPRESENTATIONS, "labels", "int64"),
+    "classes": Artifact(
+        "{dataset}_{split}_classes.npy",
+        "images",
+        BY_REPRESENTATIONS,
+        "labels, where there are classes",
+        "int64",
+    ),
     "classifier": Artifact(
         "{dataset}_classifier_{clip}.npy", "D classes", BY_CLASSIFIER, "unit columns, mean over 80 templates"
     ),

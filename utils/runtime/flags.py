@@ -16,7 +16,8 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import ADVICE
 from utils.runtime.results import Results
 
-DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder")
+DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder", "images")
+DELETE = 24  # images on which a neuron is taken away
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
@@ -85,6 +86,8 @@ def add_data(parser, split="val", required=True):
     group.add_argument("--split", default=split, help=help)
     help = "take every Nth image; default: imagenet train 250, val 10, -R 10"
     group.add_argument("--subsample", type=positive_int, help=help)
+    help = "share of the pictures that --dataset images holds out as --split val; default: 0.2"
+    group.add_argument("--held_out", type=share, help=help)
     add_workers(group)
 
 
@@ -128,7 +131,8 @@ def add_layers(parser):
 
 def add_top_k(parser, help="as in compute_pcas.py"):
     """Add --top_k_pca."""
-    parser.add_argument("--top_k_pca", type=positive_int, default=100, help=help)
+    usual = "the smaller of 100 and a tenth of the training images, 100 on ImageNet"
+    parser.add_argument("--top_k_pca", type=positive_int, help=f"{help}; default: {usual}")
 
 
 def add_coefficient(parser):
@@ -147,7 +151,7 @@ def add_normalise(parser):
 def add_deletion(parser):
     """Add --delete."""
     help = "images on which a neuron is taken away in the running model, those where it acts most; 0: none"
-    parser.add_argument("--delete", type=count, default=24, help=help)
+    parser.add_argument("--delete", type=count, default=DELETE, help=help)
 
 
 def add_texts(parser, components=32, also=(), several=False):
@@ -178,6 +182,13 @@ def count(text, least=0):
 
 positive_int = partial(count, least=1)
 positive_int.__name__ = "positive int"  # in argparse's messages
+
+
+def share(text):
+    """Return a float between 0 and 1, as the type of a flag."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 def choose_device(name):
