@@ -25,9 +25,10 @@ from applications.explain.question import (
     load_classes,
     load_means,
     read_question,
+    readable,
 )
 from applications.explain.table import lines_of
-from applications.explain.write import head_of, path_of, record_of, title_of, write
+from applications.explain.write import check_finite, head_of, path_of, record_of, title_of, write
 from utils.data.images import train_set_of
 from utils.data.splits import Split
 from utils.model.clip import load_clip
@@ -47,6 +48,7 @@ def main(args):
     known = Known(inputs, names, args.split)
     explainer = Explainer(clip, question, means, load_classes(args, clip, inputs), known, args)
     answers = explain(args, clip, asked, explainer)
+    check_finite([answer for _, answer, _ in answers])
     size = (asked.texts, explainer.total, clip.vit.L)
     for name, answer, _ in answers:
         print("\n".join(lines_of(name, answer, *size)))
@@ -62,14 +64,15 @@ def explain(args, clip, asked, explainer):
     images = images_of(asked, clip)
     if asked.folder:
         split = Split(images, args.device, args.num_workers, args.batch_size)
-        name = f"{Path(asked.folder).resolve().name}, {len(images):,} pictures"
+        name = f"{readable(Path(asked.folder).resolve().name)}, {len(images):,} pictures"
         return [(name, explainer.folder(split), None)]
     items = [images[i] for i in range(len(images))]
     for item in items:
         if isinstance(item, UserError):
             raise item
     pixels = [item[0][None].to(args.device) for item in items]
-    names = [Path(path).name for path in asked.paths]  # a page that is sent says nothing of this machine
+    # a page that is sent says nothing of this machine
+    names = [readable(Path(path).name) for path in asked.paths]
     return [(name, *explainer.picture(of)) for name, of in zip(names, pixels, strict=True)]
 
 

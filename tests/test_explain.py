@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from applications.explain.known import graded
+from applications.explain.known import graded, naming
 from applications.explain.words import of_deletion, turned
 from tests.conftest import TINY
 from tests.launcher import run_stage_of_user
+from tests.test_towers import siglip
 from utils.controls import Compared
 from utils.model.clip import load_clip
 from utils.runtime.results import Results
@@ -62,7 +64,7 @@ def first_drawn(draws, total):
 def test_the_numbers_are_those_of_the_model_with_the_neurons_taken_away(texts, world, tiny_model):
     flags = ["--text", texts[0], "--against", texts[1]]
     done, output = explain(world, tiny_model, world / "pictures/0.png", *flags)
-    content, _ = answers_of(output)
+    content, html = answers_of(output)
     [answer] = content["answers"]
     assert content["texts"] == texts and answer["name"] == "0.png"
     clip = load_clip(tiny_model, "random", "cpu")
@@ -120,6 +122,8 @@ def test_the_numbers_are_those_of_the_model_with_the_neurons_taken_away(texts, w
     assert [row["low"], row["high"]] == pytest.approx([min(random), max(random)], abs=1e-3)
     whole = score({l: list(range(96)) for l in range(4)})
     assert answer["proof"]["nothing"]["score"] == pytest.approx(whole, abs=1e-3)
+    assert answer["naming"]["verdict"] == "No text names these neurons: there are no descriptions of them."
+    assert answer["naming"]["verdict"] in html and answer["naming"]["verdict"] in done.stdout
     assert "wins over" in done.stdout and "random" in done.stdout
     assert f"{neurons[0]['layer']}/{neurons[0]['neuron']}" in done.stdout
 
@@ -181,22 +185,50 @@ POOLINGS = {
     "average": {"pool_type": "avg", "final_ln_after_pool": True},
     "average of norms": {"pool_type": "avg"},
     "attention": {"attentional_pool": True, "attn_pooler_queries": 1, "attn_pooler_heads": 4},
+    "attention and an MLP": {"timm_model_name": "siglip", "timm_pool": "map", "timm_proj": "none"},
 }
+
+
+def small(name, trunk, **options):
+    """A small trunk, in place of timm's of that name."""
+    return trunk
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_kind_of_pooling_is_explained(pooling, world, tmp_path):
     config = {**TINY, "vision_cfg": {**TINY["vision_cfg"], **POOLINGS[pooling]}}
+    if "timm_model_name" in POOLINGS[pooling]:
+        config |= {"embed_dim": 48, "vision_cfg": {"image_size": 32, **POOLINGS[pooling]}}
     (tmp_path / "model.json").write_text(json.dumps(config))
     flags = ["--text", "a dog", "--against", "a cat", "--baseline", "zero", "--output_dir", tmp_path / "out"]
     common = ["--model", tmp_path / "model.json", "--pretrained", "random"]
-    run_stage_of_user("explain_image.py", world / "pictures/0.png", *flags, *common, folder=tmp_path)
+    run_stage_of_user(
+        "explain_image.py",
+        world / "pictures/0.png",
+        *flags,
+        *common,
+        folder=tmp_path,
+        constants={"timm.create_model": partial(small, trunk=siglip().trunk)},
+    )
     content, html = answers_of(tmp_path / "out")
     [answer] = content["answers"]
-    assert len(content["layers"]) == (5 if pooling == "attention" else 4)
+    assert len(content["layers"]) == (5 if pooling == "attention" else 4)  # the SigLIP has 4 layers
     assert np.array(answer["map"]["patches"]).shape == (4, 4)
     assert all(item["heads"] for item in answer["neurons"])
-    assert ("pool." in html) == (pooling == "attention")
+    assert ("pool." in html) == pooling.startswith("attention")
+
+
+def test_a_tower_without_contributions_is_refused_by_name(world, tmp_path):
+    resnet = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32, "patch_size": None}
+    (tmp_path / "model.json").write_text(json.dumps({**TINY, "vision_cfg": resnet}))
+    flags = ["--text", "a dog", "--baseline", "zero", "--output_dir", tmp_path / "out"]
+    flags += ["--model", tmp_path / "model.json", "--pretrained", "random"]
+    picture = world / "pictures/0.png"
+    done = run_stage_of_user("explain_image.py", picture, *flags, folder=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: this model's image tower is a ModifiedResNet"
+    )
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("out/*"))
 
 
 FAULTS = {
@@ -274,3 +306,35 @@ def test_texts_are_shown_as_many_as_are_justified_where_they_are_better_than_noi
     }
     noise = graded("writes", 3, entries, tmp_path / "x.npz", compared)
     assert noise["texts"] == [] and noise["verdict"] == "no better than noise"
+
+
+NAMES = {"texts": [["dog", 0.9]], "grade": 0.5}
+NOISE = {"texts": [], "grade": 0.4}
+UNGRADED = {"texts": [["cat", 0.9]], "grade": None}
+NAMINGS = {
+    "no descriptions": ([{}, {}], (0, 0, 0), "No text names these neurons: there are no descriptions"),
+    "no grades": ([{"writes": UNGRADED}, {}], (1, 0, 0), "Whether texts name these neurons is not known"),
+    "noise": (
+        [{"writes": NOISE, "fires_on": NOISE}] * 2,
+        (2, 2, 0),
+        "No text names these 2 neurons: the descriptions of 2 are",
+    ),
+    "some noise": (
+        [{"writes": NOISE}, {"writes": UNGRADED}],
+        (2, 1, 0),
+        "No text names these 2 neurons: the descriptions of 1 are",
+    ),
+    "names": (
+        [{"writes": NOISE, "fires_on": NAMES}, {"writes": NOISE}],
+        (2, 2, 1),
+        "Texts name 1 of these 2 neurons; the descriptions of 2 are graded.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMINGS)
+def test_an_answer_says_whether_texts_name_its_neurons(case):
+    known, counts, said = NAMINGS[case]
+    found = naming([{"known": of} for of in known])
+    assert (found["described"], found["graded"], found["named"]) == counts and found["neurons"] == 2
+    assert said in found["verdict"]

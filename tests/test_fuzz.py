@@ -61,6 +61,11 @@ MODEL = [
 DATA = ["--dataset", "folder", "--data_path", "photos", "--num_workers", 0, "--batch_size", 4]
 OF_LAYER = ["--dataset", "folder", "--mlp_layer", LAYER, "--top_k_pca", K]
 BASE = f"folder_train_mlps_tiny_weights_{LAYER}_"
+PICTURES = ["photos/val/anchor/0000.JPEG", "photos/val/cup/0001.JPEG"]
+QUESTION = ["--text", "an anchor", *OF_LAYER, "--text_descriptions", "words", "--components", COMPONENTS]
+QUESTION += ["--neurons", 4, "--counts", 1, 3, "--num_workers", 0, "--batch_size", 4]
+KNOWN = ["activations", "activations", "weights.safetensors", "folder_classifier_tiny_weights", "controls"]
+KNOWN += [f"decomposition_omp_1.0_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}"]
 STAGES = {  # name: (script, flags, what it reads)
     "representations": (
         "compute_representations.py", [*DATA, "--split", "val"], ["photos/val", "weights.safetensors"],
@@ -125,13 +130,19 @@ STAGES = {  # name: (script, flags, what it reads)
         + ["--class_0", "anchor", "--class_1", "cup"],
         [f"{K}_pca", f"decomposition_omp_1.0_{COMPONENTS}", "folder_classifier_tiny_weights"],
     ),
+    "explanation": (
+        "explain_image.py", [*PICTURES, "--against", "a cup", *QUESTION], [*PICTURES, *KNOWN],
+    ),
+    "explanation_of_all": ("explain_image.py", ["photos/val", *QUESTION], ["photos/val", *KNOWN]),
 }  # fmt: skip
-FORMS = (
-    "out",
-    "full",
-    "top",
-    "merged",
-)  # folders of results: those of every stage, and the forms of the effects
+FORMS = {  # folders of results: those of every stage but the first, and the forms of the effects
+    "full": "full",
+    "top": "top",
+    "merged": "merged",
+    "explanation": "explained",
+    "explanation_of_all": "explained",
+}
+FOLDERS = ("out", *dict.fromkeys(FORMS.values()))
 
 
 class Refused(Exception):
@@ -185,7 +196,7 @@ class World:
         )
         self.make(self.clean)
         self.other = root / "other"  # the same of other weights and other photos
-        shutil.copytree(self.clean, self.other, ignore=shutil.ignore_patterns(*FORMS))
+        shutil.copytree(self.clean, self.other, ignore=shutil.ignore_patterns(*FOLDERS))
         shutil.rmtree(self.other / "photos")
         write_photos(self.other / "photos", classes=CLASSES, per_class=4, side=40, seed=1)
         torch.manual_seed(6)
@@ -218,6 +229,15 @@ class World:
         ]
         for command in commands:
             assert run(folder, *command) == (0, ""), command
+        shutil.copytree(folder / "out", folder / "explained", copy_function=os.link)
+        for path in (folder / "full").glob("*activations*"):
+            shutil.copy(path, folder / "explained")
+        [path] = (folder / "explained").glob(f"*_{LAYER}_words_{COMPONENTS}_controls.npy")
+        values = np.load(path)  # random weights have no text over noise: every second neuron gets one
+        values[0], values[0, ::2], values[1:] = 0.3, 0.9, 0.3 + 0.01 * values[1:]
+        slots = json.loads(path.with_suffix(".meta.json").read_text())["slots"]
+        values[0, ::2, [i for i, slot in enumerate(slots) if slot[2] == 2]] += 0.05
+        replace_array(path, values)
         for path in (folder / "merged").iterdir():  # as the published code leaves it
             if not path.name.endswith("merged.npy"):
                 path.unlink()
@@ -226,8 +246,8 @@ class World:
         """A fresh folder with the inputs of a stage: results of earlier stages in `in`, the others beside."""
         folder, origin = self.root / name, self.root / source
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(origin, folder, copy_function=os.link, ignore=shutil.ignore_patterns(*FORMS))
-        form = origin / (name if name in FORMS else "out")
+        shutil.copytree(origin, folder, copy_function=os.link, ignore=shutil.ignore_patterns(*FOLDERS))
+        form = origin / FORMS.get(name, "out")
         shutil.copytree(form, folder / "in", copy_function=os.link)
         (folder / "out").mkdir()
         return folder
@@ -669,12 +689,163 @@ def check_adversarial(world, folder):
         assert int(row["binary"]) == int(unit(rep) @ v > 0)
 
 
+class Taken:
+    """Scores of a picture in float64, as it is and without neurons.
+
+    mean: [T, N], their activations where they are taken away.
+    v: [D].
+    """
+
+    def __init__(self, world, folder, path, mean, v):
+        _, model = world.model(folder)
+        self.pixels, self.visual = world.transform(picture(path)).double()[None], model.visual
+        self.mean, self.v, held = torch.from_numpy(mean), torch.from_numpy(v), []
+
+        def keep(_, __, p):
+            held.append(p.detach().requires_grad_())
+            return held[0]
+
+        rep = self.run(self.pixels, keep)
+        [gradient] = torch.autograd.grad(self.score_of(rep)[0], held)
+        self.contributions = ((held[0].detach() - self.mean) * gradient)[0].sum(dim=0).numpy()
+        self.rep, self.score = rep.detach().numpy()[0], float(self.score_of(rep.detach()))
+
+    def run(self, pixels, hook):
+        """Return representations, with activations of the layer as a hook leaves them."""
+        handle = self.visual.transformer.resblocks[LAYER].mlp.gelu.register_forward_hook(hook)
+        try:
+            return self.visual(pixels)
+        finally:
+            handle.remove()
+
+    def score_of(self, rep):
+        return 100 * torch.nn.functional.normalize(rep, dim=-1) @ self.v
+
+    def without(self, sets):
+        """Return the score without each of some sets of neurons."""
+        taken = torch.zeros(len(sets), 1, len(self.contributions), dtype=torch.bool)
+        for i, neurons in enumerate(sets):
+            taken[i, 0, neurons] = True
+        rep = self.run(
+            self.pixels.expand(len(sets), -1, -1, -1), lambda _, __, p: torch.where(taken, self.mean, p)
+        )
+        return self.score_of(rep).numpy()
+
+
+def question_of(world, folder):
+    """Return the answers of the only page, the mean activations, the vectors of the texts, and v."""
+    [path] = (folder / "out").glob("explanation_*.json")
+    content = json.loads(path.read_text(), parse_constant=int)  # fails for NaN and infinity
+    assert path.with_suffix(".html").read_text().endswith("</html>")
+    mean = array(folder, "activations", 2)
+    vectors = embed(world.model(folder)[1], content["texts"])
+    return content["answers"], mean, vectors, vectors[0] - vectors[1] if len(vectors) == 2 else vectors[0]
+
+
+def check_explanation(world, folder):
+    answers, mean, vectors, v = question_of(world, folder)
+    assert [answer["name"] for answer in answers] == [Path(path).name for path in PICTURES]
+    for path, answer in zip(PICTURES, answers, strict=True):
+        taken = Taken(world, folder, folder / path, mean, v)
+        found = [answer["score"], *answer["scores"]]
+        close(np.array(found), np.array([taken.score, *100 * unit(taken.rep) @ vectors.T]))
+        sign, shown = (-1 if taken.score < 0 else 1), [*answer["neurons"], *answer["against"]]
+        neurons = [item["neuron"] for item in shown]
+        along, largest = sign * taken.contributions, np.abs(taken.contributions).max()
+        close(np.array([item["contribution"] for item in shown]), taken.contributions[neurons])
+        assert along[neurons[:4]].min() >= np.sort(along)[-4] - 1e-3 * largest
+        without = taken.without([[n] for n in neurons] + [neurons[:1], neurons[:3]])
+        alone = np.array([item["deleted"] for item in shown])
+        assert np.abs(alone - (taken.score - without[:-2])).max() <= 1e-3 * np.abs(found).max()
+        rows = [row["score"] for row in answer["proof"]["delete"]["contribution"]]
+        assert np.abs(rows - without[-2:]).max() <= 1e-3 * np.abs(found).max()
+        check_prediction(folder, answer, taken, ["an anchor", "a cup"])
+        check_known(folder, shown)
+
+
+def check_prediction(folder, answer, taken, texts):
+    """The class of a picture is that of the classifier where it is there, else one of the texts."""
+    if not (folder / "in" / "folder_classifier_tiny_weights.npy").is_file():
+        assert answer["prediction"] == texts[int(taken.score < 0)]
+        return
+    scores = taken.rep @ array(folder, "folder_classifier_tiny_weights", 2)
+    path = folder / "in" / "folder_classifier_tiny_weights.meta.json"
+    names = json.loads(path.read_text()).get("class_names") if path.is_file() else None
+    names = names or [f"class {i}" for i in range(len(scores))]
+    chosen = scores[names.index(answer["prediction"])]
+    assert len(names) == len(scores) and chosen >= scores.max() - 1e-3 * np.abs(scores).max()
+
+
+def check_explanation_of_all(world, folder):
+    [answer], mean, vectors, v = question_of(world, folder)
+    files = (path.relative_to(folder) for path in (folder / "photos/val").rglob("*.JPEG"))
+    shown = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    images = [Taken(world, folder, folder / path, mean, v) for path in shown]
+    assert answer["pictures"] == answer["proof"]["pictures"] == len(images)
+    score = np.mean([taken.score for taken in images])
+    close(np.array([answer["score"], *answer["scores"]]), np.array([score, score]))
+    along, shown = np.mean([taken.contributions for taken in images], axis=0), answer["neurons"]
+    neurons = [item["neuron"] for item in shown]
+    close(np.array([item["contribution"] for item in shown]), along[neurons])
+    assert along[neurons].min() >= np.sort(along)[-4] - 1e-3 * np.abs(along).max()
+    without = np.mean([taken.without([neurons[:1], neurons[:3]]) for taken in images], axis=0)
+    rows = [row["score"] for row in answer["proof"]["delete"]["contribution"]]
+    close(np.array(rows), without)
+    check_known(folder, [*shown, *answer["against"]])
+
+
+def check_known(folder, shown):
+    """Texts stand with their neuron in the descriptions, and grades in the arrays."""
+    sides = {"writes": f"decomposition_omp_1.0_{COMPONENTS}", "fires_on": f"fires_on_omp_{COMPONENTS}"}
+    paths = {
+        side: folder / "in" / f"folder_mlps_tiny_weights_{LAYER}_words_{name}.json"
+        for side, name in sides.items()
+    }
+    paths = {side: path for side, path in paths.items() if path.is_file()}
+    grades = folder / "in" / f"folder_val_grades_tiny_weights_{LAYER}_words_{COMPONENTS}_controls.npy"
+    assert all(item["known"].keys() == paths.keys() for item in shown)
+    for side, path in paths.items():
+        described = json.loads(path.read_text())
+        for item in shown:
+            of, n = item["known"][side], item["neuron"]
+            entries = {i: [text, round(c, 6)] for i, c, text in described[str(n)]}
+            if len(paths) == 2 and grades.is_file():
+                check_grade(of, n, side, entries, path, grades)
+            else:
+                assert of["verdict"] == "not graded" and of["grade"] is None
+                assert of["texts"] == list(entries.values())
+
+
+def check_grade(of, n, side, entries, path, grades):
+    """A grade is that of one number of texts; these are the first of the pursuit, if they are above noise."""
+    values, slots = np.load(grades), json.loads(grades.with_suffix(".meta.json").read_text())["slots"]
+    measure = {"writes": "share", "fires_on": "pearson"}[side]
+    columns = {m: values[..., i] for i, (*what, m) in enumerate(slots) if what == [side, measure]}
+    found = [of["grade"], of["control"]]
+    columns = {
+        m: column
+        for m, column in columns.items()
+        if np.allclose(found, [column[0, n], column[1:, n].mean()], atol=1e-4)
+    }
+    assert columns
+    if of["verdict"] == "no better than noise":
+        assert of["texts"] == []
+        return
+    order = np.load(path.with_suffix(".npz"))["support"][n]
+    first = [entries[i] for i in order if i >= 0]
+    assert of["verdict"] == "better than noise" and len(first) == len(entries)
+    [m] = [m for m in columns if of["texts"] == first[:m]]
+    texts, controls = columns[m][0], columns[m][1:]
+    assert texts[n] > controls[:, n].mean() + 2 * np.sqrt(controls.var(axis=0, ddof=1).mean())
+
+
 CHECKS = {
     "representations": check_representations, "classifier": check_classifier, "effects": check_effects,
     "full": check_statistics, "top": check_statistics, "merged": check_statistics,
     "ablations": check_ablations, "texts": check_texts, "decomposition": check_decomposition,
     "evaluation": check_evaluation, "gallery": check_gallery, "segmentation": check_segmentation,
-    "adversarial": check_adversarial,
+    "adversarial": check_adversarial, "explanation": check_explanation,
+    "explanation_of_all": check_explanation_of_all,
 }  # fmt: skip
 
 
@@ -733,19 +904,19 @@ def foreign_pair(rng, path, world):
 
 
 def twin_of(path, world):
-    places = [
-        folder / path.name
-        for folder in (world.other / name for name in ("out", "full", "top", "merged", "."))
-    ]
+    places = [folder / path.name for folder in (world.other / name for name in (*FOLDERS, "."))]
     return next((place for place in places if place.is_file()), None)
+
+
+def replace_array(path, values):
+    out = io.BytesIO()
+    np.save(out, values)
+    replace(path, out.getvalue())
 
 
 def change_array(change):
     def mutate(rng, path, _):
-        found = np.load(path)
-        out = io.BytesIO()
-        np.save(out, change(rng, found))
-        replace(path, out.getvalue())
+        replace_array(path, change(rng, np.load(path)))
 
     mutate.__name__ = change.__name__
     return mutate
@@ -964,17 +1135,11 @@ def mutate(rng, name, folder, world):
     chosen = rng.choice(STAGES[name][2])
     if (folder / chosen).is_dir():
         paths = sorted((folder / chosen).rglob("*.JPEG"))
+    elif (folder / chosen).is_file():
+        paths = [folder / chosen]
     else:
-        paths = (
-            [folder / chosen]
-            if (folder / chosen).is_file()
-            else sorted(path for path in (folder / "in").glob(f"*{chosen}.*") if "rotated" not in path.name)
-        )
-        paths = [
-            path
-            for path in paths
-            if f"_{chosen}." in path.name or path.name.startswith(chosen) or path.parent == folder
-        ]
+        paths = sorted(path for path in (folder / "in").glob(f"*{chosen}.*") if "rotated" not in path.name)
+        paths = [path for path in paths if f"_{chosen}." in path.name or path.name.startswith(chosen)]
     path = paths[int(rng.integers(len(paths)))]
     options = mutations_of(path)
     change = options[int(rng.integers(len(options)))]
@@ -1059,6 +1224,101 @@ def test_odd_names_links_rights_and_a_second_start_give_the_right_result_or_one_
             )
     assert not failures, "\n".join([f"{len(failures)} failures", *failures])
     assert right >= 4
+
+
+def with_key(ending, key, value):
+    """A change of a record's key, of the result whose name ends so."""
+
+    def change(folder, _):
+        [path] = (folder / "in").glob(f"*_{LAYER}_{ending}.meta.json")
+        replace(path, json.dumps({**json.loads(path.read_text()), key: value}).encode())
+
+    return change
+
+
+def with_twin(*names):
+    """A change that puts files of other weights in the place of these; their records stay."""
+
+    def change(folder, world):
+        for name in names:
+            [path] = (folder / "in").glob(f"*_{LAYER}_words_{name}")
+            replace(path, twin_of(path, world).read_bytes())
+
+    return change
+
+
+def with_array(ending, change):
+    def mutate(folder, _):
+        [path] = (folder / "in").glob(f"*_{LAYER}_{ending}.npy")
+        replace_array(path, change(np.load(path)))
+
+    return mutate
+
+
+def with_other_class_names(folder, _):
+    path = folder / "in" / "folder_classifier_tiny_weights.meta.json"
+    replace(path, json.dumps({**json.loads(path.read_text()), "class_names": 7}).encode())
+
+
+def with_another_layer(folder, _):
+    """Mean activations of one more layer, over other images."""
+    for path in (folder / "in").glob("*_activations.*"):
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = json.dumps({**json.loads(content), "data": "0" * 16}).encode()
+        path.with_name(path.name.replace(f"_{LAYER}_", "_1_")).write_bytes(content)
+
+
+def with_damaged_npz(folder, _):
+    [path] = (folder / "in").glob(f"*_{LAYER}_words_decomposition_omp_1.0_{COMPONENTS}.npz")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"support.npy")
+    content[at : at + 400] = bytes(byte ^ 255 for byte in content[at : at + 400])
+    replace(path, bytes(content))
+
+
+CONTROLS = f"words_{COMPONENTS}_controls"
+DECOMPOSITION = f"decomposition_omp_1.0_{COMPONENTS}"
+NOT_EXPLAINED = {  # what is changed, more flags, and what the line says
+    "class names": (with_other_class_names, [], "3 columns, and its record does not name as many"),
+    "columns": (with_key(CONTROLS, "slots", 7), [], "does not have the columns that its record says"),
+    "no dictionary": (with_array(CONTROLS, lambda x: x[:0]), [], "does not have the columns"),
+    "descriptions": (
+        with_twin(f"{DECOMPOSITION}.json", f"{DECOMPOSITION}.npz"),
+        [],
+        "was made with descriptions",
+    ),
+    "order of choice": (with_twin(f"{DECOMPOSITION}.npz"), [], "is of other texts than the .json beside it"),
+    "a damaged archive": (with_damaged_npz, [], "cannot be read"),
+    "damaged means": (with_array("activations", lambda x: x * np.nan), [], "--split train --mlp_layer 2 "),
+    "far too large means": (with_array("activations", lambda x: x * 1e20), [], "as no activation is"),
+    "means of other images": (with_another_layer, ["--mlp_layer", 1, 2], "of other images in some layers"),
+    "a text that is not UTF-8": (None, ["--text", "\udcff"], "--text is not UTF-8"),
+    "a text without letters": (None, ["--text", "\x01"], "reads nothing in the text"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_EXPLAINED)
+def test_an_explanation_of_what_does_not_belong_together_is_refused(world, what):
+    change, flags, expected = NOT_EXPLAINED[what]
+    folder = world.case("explanation")
+    if change:
+        change(folder, world)
+    code, said = run(folder, *world.command("explanation"), *flags)
+    assert code == 1 and said.startswith("error: ") and said.strip().count("\n") == 0 and expected in said
+    assert final_files(folder) == {}
+
+
+def test_an_explanation_takes_odd_names_and_more_neurons_than_there_are(world):
+    folder = world.case("explanation")
+    odd = os.fsdecode(b"caf\xe9.png")
+    Image.open(folder / PICTURES[0]).save(folder / odd, "png")
+    command = [odd if word == PICTURES[0] else word for word in world.command("explanation")]
+    assert run(folder, *command, "--counts", 1, 1000) == (0, "")
+    [path] = (folder / "out").glob("explanation_*.json")
+    answer = json.loads(path.read_text())["answers"][0]
+    assert answer["name"] == "caf\\udce9.png"
+    assert [row["count"] for row in answer["proof"]["delete"]["contribution"]] == [1, 96]
 
 
 def allowed(name, file):

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import re
+import shutil
 from html import unescape
 from types import SimpleNamespace
 
@@ -237,6 +238,104 @@ def test_drawn_effects_are_those_of_the_definition_and_of_deleted_neurons(world)
     centred = found[:, 2, 0] - found[:, 2, 0].mean(axis=0)
     squares = np.linalg.svd(centred.astype(float), compute_uv=False) ** 2
     assert_allclose(measures.explained(found[:, 2, 0].astype(float)), squares[0] / squares.sum(), rtol=1e-6)
+
+
+@torch.no_grad()
+def test_decisions_are_those_of_a_plain_model_by_its_gradient(world):
+    """Contributions are (p - mean) ds/dp, and neurons are taken away by hooks."""
+    visual = copy.deepcopy(world.clip.vit.visual).requires_grad_(False)
+    train, _ = world.pixels("train")
+    val, _ = world.pixels("val")
+    classifier = torch.from_numpy(np.load(world.root / "out" / "folder_classifier_tiny_random.npy"))
+    gelus = [block.mlp.gelu for block in visual.transformer.resblocks][:-1]
+    seen = {}
+
+    def run(images, taken=None):
+        """Logits, and activations in `seen`; taken: bool [layers, N], neurons at their means."""
+
+        def change(module, inputs, output):
+            l = gelus.index(module)
+            seen[l] = output.requires_grad_() if torch.is_grad_enabled() else output
+            return seen[l] if taken is None else torch.where(taken[l], means[l], output)
+
+        handles = [gelu.register_forward_hook(change) for gelu in gelus]
+        rep = visual(images)
+        for handle in handles:
+            handle.remove()
+        return 100 * rep @ classifier / rep.norm(dim=-1, keepdim=True)
+
+    run(train)
+    means = [seen[l].mean(dim=0) for l in range(4)]
+    norms = [block.mlp.c_proj.weight.detach().norm(dim=0) for block in visual.transformer.resblocks][:-1]
+    left, same, agreed = [], [], []
+    for i, image in enumerate(val.split(1)):
+        with torch.enable_grad():
+            [logits] = run(image)
+            c, r = logits.topk(2).indices
+            gradients = torch.autograd.grad(logits[c] - logits[r], [seen[l] for l in range(4)])
+        margin = (logits[c] - logits[r]).item()
+        p = [seen[l].detach() for l in range(4)]
+        said = torch.stack([((p[l] - means[l]) * gradients[l])[0].sum(dim=0) for l in range(4)])
+        size = torch.stack([p[l][0].abs().sum(dim=0) * norms[l] for l in range(4)])
+
+        def without(places, c=c, r=r, image=image):
+            taken = torch.zeros(4 * 96, dtype=torch.bool)
+            taken[places] = True
+            [logits] = run(image, taken.view(4, 96))
+            return float(logits[c] - logits[r]), int(logits.argmax()) == c
+
+        orders = [of.flatten().argsort(descending=True) for of in (said, size)]
+        left.append([[without(order[:m])[0] / margin for m in (1, 2, 5, 10, 20)] for order in orders])
+        same.append([[without(order[m:])[1] for m in (20, 100)] for order in orders])
+        for l in range(4):
+            drawn = measures.drawn(96, DRAWN, [l, i])
+            lost = [margin - without([96 * l + n])[0] for n in drawn]
+            agreed.append(np.corrcoef(said[l, drawn], lost)[0, 1])
+    rows = list(world.rows("decisions").values())
+    assert len(rows) == 5 + 2 + 4 and {row["n"] for row in rows} == {len(val)}
+    by_contribution, by_size = 100 * np.median(left, axis=0)
+    assert_allclose([row["ours"] for row in rows[:5]], by_contribution, rtol=1e-3, atol=1e-2)
+    assert_allclose(beside(rows[:5], 1), by_size, atol=0.06)
+    by_contribution, by_size = 100 * np.mean(same, axis=0)
+    assert_allclose([row["ours"] for row in rows[5:7]], by_contribution, rtol=1e-5)
+    assert_allclose(beside(rows[5:7], 1), by_size, atol=0.06)
+    expected = np.mean(np.reshape(agreed, (len(val), 4)), axis=0)
+    assert_allclose([row["ours"] for row in rows[7:]], expected, atol=1e-3)
+    assert by_contribution[0] != by_size[0] and expected.min() > 0.3
+
+
+def beside(rows, place):
+    """The numbers at a place of what stands beside rows: second order, activation times norm, random."""
+    return [float(re.findall(r"-?\d+\.\d+", row["beside"])[place]) for row in rows]
+
+
+def test_a_decision_needs_two_classes():
+    split = SimpleNamespace(images=SimpleNamespace(class_names=["dog"]))
+    args = SimpleNamespace(data_path="x", split="val")
+    paper = SimpleNamespace(args=args, images=lambda _: split)
+    assert ITEMS["decisions"].lacks(paper) == "it needs images of two classes"
+    split.images.class_names.append("cat")
+    assert ITEMS["decisions"].lacks(paper) == ""
+
+
+def test_where_descriptions_are_noise_no_text_names_the_neurons_of_a_decision(world):
+    shutil.copytree(world.root / "out", world.root / "noise")
+    for path in (world.root / "noise").glob("*_controls.npy"):
+        grades = np.load(path)
+        if len(grades) > 1:  # rotated units have no controls
+            grades[0] = grades[1:].mean(axis=0)  # of the texts
+            np.save(path, grades)
+    picture = next((world.root / "photos" / "val").rglob("*.JPEG"))
+    flags = ["--model", world.model, "--pretrained", "random", "--dataset", "folder", "--input_dir", "noise"]
+    flags += ["--text_descriptions", "pool.txt", "--components", 4, "--top_k_pca", K]
+    flags += ["--text", "a dog", "--against", "red", "--output_dir", "explained"]
+    constants = {"folder": str(world.root)}
+    done = run_stage_of_user("explain_image.py", picture, *flags, folder=world.root, constants=constants)
+    [path] = (world.root / "explained").glob("*.json")
+    found = json.loads(path.read_text())["answers"][0]["naming"]
+    assert found["described"] == found["graded"] == found["neurons"] > 5 and found["named"] == 0
+    assert found["verdict"].startswith("No text names these 15 neurons: ")
+    assert found["verdict"] in path.with_suffix(".html").read_text() and found["verdict"] in done.stdout
 
 
 def test_fig_4_equals_separate_runs_of_each_number_of_texts(world):
@@ -555,3 +654,13 @@ def test_every_number_about_descriptions_in_the_readme_is_one_that_a_command_pri
     table = readme[readme.index("## What a description means") : readme.index("## What it costs")]
     numbers = re.findall(r"\d+\.\d+", table)
     assert len(numbers) >= 15 and [number for number in numbers if number not in demo] == []
+
+
+def test_every_number_about_contributions_is_on_the_page_of_the_world():
+    explained, page_of_world = (
+        (ROOT / "docs" / "explain.md").read_text(),
+        (ROOT / "docs" / "paper" / "paper.md").read_text(),
+    )
+    section = page_of_world[page_of_world.index("## decisions") :].split("\n## ")[0]
+    numbers = re.findall(r"-?\d+\.\d+", explained[explained.index("## What contributions are worth") :])
+    assert len(numbers) > 20 and [number for number in numbers if number not in section] == []

@@ -47,7 +47,8 @@ class Contributions:
     def __init__(self, vit, means, v):
         self.vit = vit
         self.means = means
-        self.v = v
+        with torch.inference_mode(False):
+            self.v = v.clone()  # so that a gradient can go through it
         self.layers = list(means)
         self.w = {l: vit.mlp_weights(l)[0].to(mean) for l, mean in means.items()}  # [N, d]
         self.u = read_along(vit, v, vit.later(self.layers[0]))
@@ -74,6 +75,14 @@ class Contributions:
         for l, mean in self.means.items():
             p[l] = p[l] - mean
         return Decision(representation.detach(), p, size, g, cache)
+
+    def values(self, decision):
+        """Return {source: [B, layers, N]}, by which neurons can be chosen."""
+        return {
+            "contribution": self.contributions(decision),
+            "second_order": self.second_order(decision),
+            "activation_norm": self.activation_norm(decision),
+        }
 
     def contributions(self, decision):
         """Return the contributions of all neurons, [B, layers, N]."""

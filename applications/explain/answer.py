@@ -6,6 +6,7 @@ An answer is a dict, as it stands in the .json. Letters as in `utils.prs`; P pic
 import numpy as np
 import torch
 
+from applications.explain.known import naming
 from utils.contributions import Contributions
 from utils.data.images import to_pictures
 
@@ -39,7 +40,7 @@ class Explainer:
         self.layers = self.finder.layers
         self.N = clip.vit.N
         self.total = len(self.layers) * self.N
-        self.counts = sorted({count for count in args.counts if count <= self.total})
+        self.counts = sorted({min(count, self.total) for count in args.counts})
         self.kept = [count for count in (*self.counts[-1:], *KEPT_BESIDE) if count <= self.total]
 
     # one picture
@@ -50,13 +51,14 @@ class Explainer:
         pixels: [1, 3, side, side].
         """
         decision = self.finder(pixels)
-        values = {name: of[0] for name, of in self.values(decision).items()}
+        values = {name: of[0] for name, of in self.finder.values(decision).items()}
         answer = self.state(decision.representation)
         sign = self.sign(answer["score"])
         largest, opposed = self.largest(sign * values["contribution"])
         answer["neurons"] = [self.neuron(decision, values, place, n) for place, n in largest]
         answer["against"] = [self.neuron(decision, values, place, n) for place, n in opposed]
         shown = [*answer["neurons"], *answer["against"]]
+        answer["naming"] = naming(shown)
         self.add_deletions(pixels, shown)
         answer["layers"] = of_layers(self.layers, values["contribution"])
         answer["heads"] = sum_of_heads(shown)
@@ -66,14 +68,6 @@ class Explainer:
         for item in shown:
             item["heads"] = item["heads"][:HEADS]
         return answer, to_pictures(pixels, self.clip.transform, (SIDE, SIDE))[0]
-
-    def values(self, decision):
-        """Return {source: [B, layers, N]}, by which neurons are chosen."""
-        return {
-            "contribution": self.finder.contributions(decision),
-            "second_order": self.finder.second_order(decision),
-            "activation_norm": self.finder.activation_norm(decision),
-        }
 
     def state(self, representation):
         """Return score and prediction for representations [1, D]."""
@@ -224,7 +218,7 @@ class Explainer:
         taken = []
         for rows, pixels in split.walk():
             decision = self.finder(pixels)
-            for name, of in self.values(decision).items():
+            for name, of in self.finder.values(decision).items():
                 sums[name] = sums.get(name, 0) + of.cpu().double().sum(dim=0)
                 if name == "contribution":
                     positive = positive + (of > 0).sum(dim=0).cpu()
@@ -239,6 +233,7 @@ class Explainer:
             ("neurons", "against"), self.largest(sign * values["contribution"]), strict=True
         ):
             answer[name] = [self.mean_neuron(values, positive / len(split), *place) for place in places]
+        answer["naming"] = naming([*answer["neurons"], *answer["against"]])
         answer["layers"] = of_layers(self.layers, values["contribution"])
         shown = [states[i] for i in sorted(proved)]
         orders = self.orders(values, sign)

@@ -3,7 +3,7 @@
 import functools
 
 from utils.descriptions import load_descriptions, load_support
-from utils.evaluation import load_compared
+from utils.evaluation import digest_of_sides, load_compared
 from utils.reports import judged_by
 
 SHOWN = 4  # texts of a side at most
@@ -26,7 +26,10 @@ class Known:
         self._of_layer = functools.cache(self._read)
 
     def _read(self, layer):
-        """Return {side: (descriptions, path of their .npz)}, and {(side, measure): Compared}, of a layer."""
+        """Return {side: (descriptions, path of their .npz)}, and {(side, measure): Compared}, of a layer.
+
+        Grades are those of the very descriptions, or an error is raised.
+        """
         names = {**self.names, "layer": layer}
         found = {}
         for side, kind in KINDS.items():
@@ -35,8 +38,13 @@ class Known:
                 found[side] = load_descriptions(self.results, kind=kind, **names), path.with_suffix(".npz")
         compared = {}
         graded = {**names, "split": self.split}
-        if found and self.results.find("controls", **graded).is_file():
-            compared = load_compared(self.results, **graded)
+        if len(found) == len(KINDS) and self.results.find("controls", **graded).is_file():
+            made_of = {"descriptions": digest_of_sides({side: of for side, (of, _) in found.items()})}
+            compared = load_compared(self.results, made_of, **graded)
+        for side, (descriptions, path) in found.items():
+            of = judged_by(side, compared)
+            if of and of.justified() is not None:
+                load_support(path, descriptions)  # or raises
         return found, compared
 
     def of(self, layer, neuron):
@@ -73,3 +81,29 @@ def graded(side, neuron, entries, path, compared):
     chosen = load_support(path)[neuron, : min(compared.lengths[place], SHOWN)].tolist()
     texts = [by_index[i] for i in chosen if i in by_index]
     return {**found, "texts": texts, "verdict": "better than noise"}
+
+
+def naming(shown):
+    """Say whether texts name some neurons: {"neurons", "described", "graded", "named", "verdict"}.
+
+    A neuron is named by a text that is better than noise.
+
+    shown: neurons of an answer, each with what is "known" of it.
+    """
+    graded = [[of for of in item["known"].values() if of["grade"] is not None] for item in shown]
+    found = {"neurons": len(shown), "described": sum(bool(item["known"]) for item in shown)}
+    found["graded"] = sum(bool(of) for of in graded)
+    found["named"] = sum(any(side["texts"] for side in of) for of in graded)
+    return {**found, "verdict": verdict_of(**found)}
+
+
+def verdict_of(neurons, described, graded, named):
+    """Return what `naming` has counted as a sentence."""
+    if not described:
+        return "No text names these neurons: there are no descriptions of them."
+    if not graded:
+        return "Whether texts name these neurons is not known: their descriptions are not graded."
+    of = f"the descriptions of {graded} are graded"
+    if not named:
+        return f"No text names these {neurons} neurons: {of}, and none is better than noise."
+    return f"Texts name {named} of these {neurons} neurons; {of}."

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from utils.data.folders import find_pictures, tell
@@ -12,6 +13,7 @@ from utils.model.texts import text_vectors, too_long
 from utils.runtime.errors import UserError
 from utils.runtime.records import load_record
 
+LARGEST = 1e6  # mean activation; float32 does not hold the squares of far larger ones
 SAME = 1e-4  # length of the difference of two text vectors that are the same for the model
 
 
@@ -44,6 +46,8 @@ def read_question(args):
     for flag, text in zip(("--text", "--against"), texts, strict=False):
         if not text:
             raise UserError(f"{flag} is empty; give a text such as 'a photo of a dog'")
+        if readable(text) != text:
+            raise UserError(f"{flag} is not UTF-8; type it in a terminal that is set to UTF-8")
     if len(texts) == 2 and texts[0] == texts[1]:
         raise UserError(f"--text and --against are both {texts[0]!r}; give two different texts")
     folders = [path for path in args.pictures if os.path.isdir(path)]
@@ -55,6 +59,11 @@ def read_question(args):
     if len(args.pictures) > 1:
         raise UserError(f"{folders[0]} is a folder; give one folder alone, or single pictures")
     return Asked(texts, pictures_of(folders[0]), folders[0])
+
+
+def readable(name):
+    """Return a name with letters that are not UTF-8, as old disks have them, written as numbers."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def pictures_of(folder):
@@ -74,6 +83,10 @@ def ask(clip, texts):
         limit = clip.tokenizer.context_length
         what = f"the text {long[0][:40]!r}... is longer than the {limit} tokens that the model reads"
         raise UserError(f"{what}; give a shorter one")
+    tokens = clip.tokenizer([*texts, ""])
+    silent = [text for text, of in zip(texts, tokens, strict=False) if torch.equal(of, tokens[-1])]
+    if silent:
+        raise UserError(f"the model reads nothing in the text {silent[0]!r}; give another one")
     vectors = torch.from_numpy(text_vectors(clip, texts, len(texts))).to(clip.device)
     v = vectors[0] if len(texts) == 1 else vectors[0] - vectors[1]
     if v.norm() < SAME:
@@ -84,34 +97,51 @@ def ask(clip, texts):
 def load_means(args, clip, results, layers):
     """Return {layer: [T, N]}, the activations that neurons have where they are taken away.
 
-    Raises UserError, with the command, where the mean activations of some layers are missing.
+    Raises UserError, with the command, where the mean activations of some layers are missing, of other images
+    than those of other layers, or far too large.
     """
     vit = clip.vit
     if args.baseline == "zero":
         return {l: torch.zeros(vit.T, vit.N, device=clip.device) for l in layers}
     dataset = train_set_of(args.dataset)
-    missing = [l for l in layers if not results.find("activations", dataset=dataset, layer=l).is_file()]
+    names = {"dataset": dataset, "split": "train"}
+    paths = {l: results.find("activations", layer=l, **names) for l in layers}
+    missing = [l for l, path in paths.items() if not path.is_file()]
     if missing:
-        command = results.command("activations", dataset=dataset, layer=missing, split="train")
+        command = results.command("activations", layer=missing, **names)
         numbers = ", ".join(map(str, missing))
         what = f"mean activations of layer {numbers} are missing in {results.directory}"
         raise UserError(f"{what}; make them with: {command}   (or add --baseline zero, which needs none)")
-    means = {l: results.load("activations", dataset=dataset, layer=l) for l in layers}
+    means = {l: results.load("activations", layer=l, **names) for l in layers}
+    again = f"make them again with: {results.command('activations', layer=layers, **names)} --overwrite"
+    data = [load_record(path).get("data") for path in paths.values()]
+    if len(set(map(str, data)) - {"None"}) > 1:
+        what = f"mean activations in {results.directory} are of other images in some layers"
+        raise UserError(f"{what}; {again}")
+    for l, mean in means.items():
+        if np.abs(mean).max() > LARGEST:
+            raise UserError(f"{paths[l]} holds {np.abs(mean).max():.0e}, as no activation is; {again}")
     return {l: torch.from_numpy(mean).to(clip.device) for l, mean in means.items()}
 
 
 def load_classes(args, clip, results):
-    """Return the `Classes` of the data set's zero-shot classifier; None where there is no such file."""
+    """Return the `Classes` of the data set's zero-shot classifier; None where there is no such file.
+
+    Raises UserError where its record has other classes than columns.
+    """
     dataset = train_set_of(args.dataset)
     path = results.find("classifier", dataset=dataset)
     if not path.is_file():
         return None
     classifier = torch.from_numpy(results.load("classifier", dataset=dataset)).to(clip.device)
+    columns = classifier.shape[1]
     names = load_record(path).get("class_names")
-    if not names and dataset in IMAGENET:
-        names = classes_of(dataset)["class_names"]
-    if len(names or []) != classifier.shape[1]:
-        names = [f"class {i}" for i in range(classifier.shape[1])]
+    if names is None:  # made by the published code
+        unnamed = [f"class {i}" for i in range(columns)]
+        names = classes_of(dataset)["class_names"] if dataset in IMAGENET else unnamed
+    if not isinstance(names, list) or not len(names) == columns > 0:
+        again = f"make it again with: {results.command('classifier', dataset=dataset)} --overwrite"
+        raise UserError(f"{path} has {columns} columns, and its record does not name as many; {again}")
     return Classes(classifier, names)
 
 

@@ -58,6 +58,8 @@ def sentences(answer, texts, total):
         found += of_deletion(answer, rows, total)
     if "nothing" in proof:
         found.append(("keep", of_keeping(proof)))
+    if answer["neurons"]:
+        found.append(("naming", answer["naming"]["verdict"]))
     return found
 
 
@@ -128,7 +130,9 @@ def stands(row):
 
 def left_of(row):
     """Return the share of the margin that is left, in brackets."""
-    return "" if row.get("left") is None else f" ({100 * row['left']:.0f} % left)"
+    if row.get("left") is None:
+        return ""
+    return f" ({100 * row['left']:.0f} % left)" if row["left"] > 0 else " (nothing left)"
 
 
 def changed_of(row):

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_atomic, save_json
 from utils.runtime.records import complete, digests_of_files
 
@@ -45,6 +46,16 @@ def head_of(record, total):
     else:
         lines.append("A neuron that is taken away acts as on average over the training images.")
     return lines
+
+
+def check_finite(answers):
+    """Raise UserError where an answer holds NaN or infinity. answers: list of dicts."""
+    try:
+        json.dumps(answers, allow_nan=False)
+    except ValueError as error:
+        what = "a score is NaN or infinite without some neurons, and nothing is written"
+        fix = "make the mean activations again (compute_second_order_neuron_prs.py --overwrite)"
+        raise UserError(f"{what}; {fix}") from error
 
 
 def write(path, html, record, answers):

@@ -3,7 +3,7 @@
 Each is a function that runs the stages it needs and returns its rows and pictures.
 """
 
-from applications.paper import attacks, noise, section4, section5  # noqa: F401  they register their items
+from applications.paper import attacks, decisions, noise, section4, section5  # noqa: F401  they register their items
 from applications.paper.registry import REGISTERED
 
 ORDER = (
@@ -19,6 +19,7 @@ ORDER = (
     "noise",
     "deletion",
     "causal",
+    "decisions",
     "table4",
     "table3",
     "table7",
