@@ -28,7 +28,7 @@ import argparse
 import torch
 
 from utils.controls import CONTROLS, ROTATED
-from utils.deletion import grade_by_deletion
+from utils.deletion import DRAWN, grade_by_deletion
 from utils.evaluation import (
     Evaluation,
     LayerResults,
@@ -144,7 +144,7 @@ if __name__ == "__main__":
     )
     flags.add_deletion(parser)
     help = "neurons of a layer that are taken away, on held-out images"
-    parser.add_argument("--drawn_neurons", type=flags.positive_int, default=512, help=help)
+    parser.add_argument("--drawn_neurons", type=flags.positive_int, default=DRAWN, help=help)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
     flags.run(main, parser, parallel=True)

@@ -1,11 +1,14 @@
 """Make a page of all neurons of some layers: what each writes and fires on over noise, and its top pictures.
 
+    python make_gallery.py --model ViT-B-32 --pretrained WEIGHTS --dataset images --data_path PICTURES
     python make_gallery.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --mlp_layer 9 --text_descriptions 30k --components 128
 
-Reads the results of the stages up to evaluate_descriptions.py, and goes once over the images of both splits.
-Writes the folder --gallery (OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host,
-its data and pictures, neurons.parquet, and FORMAT.md, which describes the files. Every neuron has an address,
+Runs the stages whose results are not there yet, after it has said which and what they cost, and then goes
+once over the images of both splits. Interrupted, the same command resumes. Without --mlp_layer it takes the
+last layer but two, without --text_descriptions the pool of visual concepts. Writes the folder --gallery
+(OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host, its data and pictures,
+neurons.parquet, and FORMAT.md, which describes the files. Every neuron has an address,
 index.html#LAYER/NEURON.
 """
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 
 from applications.gallery.collect import Collector, collect, thumbnails
+from applications.gallery.plan import Plan
 from applications.gallery.sources import Sources
 from applications.gallery.write import check_folder, write_gallery
 from utils.prs import fold_layers
@@ -28,7 +32,9 @@ from utils.runtime.records import is_made
 def main(args):
     inputs, results = flags.results_of(args)
     gallery = Path(args.gallery or results.path("gallery").parent).resolve()
-    sources = Sources(args, inputs, parts=check_folder(gallery))
+    parts = check_folder(gallery)
+    Plan(args, inputs).run()
+    sources = Sources(args, inputs, parts)
     gallery.parent.mkdir(parents=True, exist_ok=True)
     with Lock(gallery):
         distributed.barrier()  # nobody looks before the lock is taken
@@ -73,6 +79,9 @@ def look(sources, split, layers):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_described(parser)
+    parser.set_defaults(mlp_layer=None, text_descriptions=None)
+    help = "a text file, a class a line, for a zero-shot classifier; for --dataset images any texts"
+    parser.add_argument("--class_names", help=help)
     parser.add_argument("--gallery", help="the folder to write; default: OUTPUT_DIR/gallery")
     help = "leave out pictures and the names of their files"
     parser.add_argument("--no_pictures", action="store_true", help=help)

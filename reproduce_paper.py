@@ -16,10 +16,11 @@ import time
 
 from applications.paper import page
 from applications.paper.items import ALIASES, ITEMS
-from applications.paper.study import Paper, add_flags, here
+from applications.paper.study import Paper, add_flags
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.locks import Lock
+from utils.runtime.stages import here
 
 PUBLISHED = {  # the paper's
     "model": "ViT-B-32",
@@ -100,7 +101,7 @@ def make(paper, name, earlier):
     began = time.monotonic()
     item = ITEMS[name]
     print(f"\n== {name}: {item.title}", flush=True)
-    paper.commands = []
+    paper.stages.commands = []
     rows = pictures = []
     left_out = item.lacks(paper)
     if left_out:
@@ -118,7 +119,7 @@ def make(paper, name, earlier):
         "left_out": left_out,
         "settings": f"{settings_of(args)}; seed: {item.seed}",
         "seconds": seconds,
-        "commands": paper.commands,
+        "commands": paper.stages.commands,
         "cost": f"{seconds:,.0f} s on this machine",
         "comparable": all(getattr(args, flag) == value for flag, value in PUBLISHED.items()),
         "rows": [row._asdict() for row in rows],

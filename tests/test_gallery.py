@@ -530,8 +530,8 @@ def test_training_images_are_those_of_the_components(world, tmp_path):
     )
 
 
-def test_projections_that_are_missing_are_made_by_the_command_that_is_printed(world, tmp_path):
-    """Although the grades that they were made for are there."""
+def test_what_is_missing_is_made_by_the_command_that_is_printed(world, tmp_path):
+    """Although the grades that the projections were made for are there."""
     output = tmp_path / "out"
     shutil.copytree(world.base, output)
     [lost] = output.glob(f"*val_mlps_tiny_random_{LAYER}_5_projections.npy")
@@ -541,12 +541,16 @@ def test_projections_that_are_missing_are_made_by_the_command_that_is_printed(wo
     flags = [str(word) for word in flags]
     at = flags.index("--input_dir")
     words = [script, *world.model, *flags[:at], *flags[at + 2 :], "--output_dir", output]
-    done = run_stage_of_user(*words, folder=tmp_path, check=False)
-    advised = shlex.split(re.search("make it with: (.*)", done.stderr).group(1))[1:]
-    where = ["--descriptions_dir", world.root, "--num_workers", 0, "--batch_size", 4]
-    run_stage_of_user(*advised, *where, folder=tmp_path)
+    done = run_stage_of_user(*words, folder=tmp_path)
     assert lost.read_bytes() == kept
-    run_stage_of_user(*words, folder=tmp_path)
+    [typed] = re.findall(r"^\$ (.*)$", done.stdout, re.MULTILINE)
+    script, *flags = shlex.split(typed)[1:]
+    assert script == "evaluate_descriptions.py"
+    lost.unlink()
+    run_stage_of_user(script, *flags, folder=tmp_path)
+    assert lost.read_bytes() == kept
+    done = run_stage_of_user(*words, folder=tmp_path)
+    assert "kept" in done.stdout and "\n$ " not in done.stdout
 
 
 def test_without_pictures_nothing_of_an_image_is_written(world, tmp_path):
@@ -557,14 +561,6 @@ def test_without_pictures_nothing_of_an_image_is_written(world, tmp_path):
         path for path in folder.rglob("*") if path.suffix in (".jpg", ".png") or path.name == "pictures"
     ]
     assert "0003.JPEG" not in (folder / "data/about.js").read_text()
-
-
-def test_a_grade_that_is_missing_is_asked_for_by_its_command(world, tmp_path):
-    base = shutil.copytree(world.base, tmp_path / "base")
-    for path in base.glob(f"*val_grades_tiny_random_{LAYER}_*"):
-        path.unlink()
-    done = make(world, tmp_path / "out", "--input_dir", base, check=False)
-    assert done.returncode == 1 and "make it with: python evaluate_descriptions.py" in the_line(done.stderr)
 
 
 def test_foreign_names_stay_text_from_the_class_names_to_the_page(world, browser, tmp_path):

@@ -23,6 +23,7 @@ from utils.runtime.passes import Pass, Totals, pieces_of
 from utils.runtime.records import load_record
 from utils.statistics import load_training_images
 
+DRAWN = 512  # neurons of a layer that are taken away on held-out images
 ORDERS = {"second": "component", "total": "deletion"}  # what the texts describe, by --order
 
 
@@ -65,8 +66,10 @@ def grade_by_deletion(stage, units, described):
         values = compare_deletions(stage, units, plan, lost, (order, of[neurons]))
         compared[order] = Compared("deletion", controls.lengths_of(stage.args.components), *values)
     directions = directions_of_deletion(stage, units, described, targets)
-    path = stage.path("deletion_rows", stage.held_out, **units.names)
+    order = list(targets)[-1]  # a run without the total order has left a file of its own
+    path = stage.path("deletion_rows", stage.held_out, order=order, **units.names)
     record = record_of_grades(stage, units, plan, lost) | described.digests | {"rows": list(directions)}
+    record["targets"] = digest(*targets.values())
     arrays = {path: ((len(neurons), len(directions)), "float32")}
     pieces = pieces_of(len(neurons), len(neurons), title=f"{units}, by deletion", unit="neuron")
     with Pass(arrays, record, pieces, overwrite=stage.args.overwrite) as work:
@@ -88,17 +91,19 @@ def load_deleted(results, expected=(), **names):
 
     Parameters and errors: as in `Results.load`.
     """
-    path = results.find("deletion_rows", **names)
-    if not path.is_file():
+    paths = {order: results.find("deletion_rows", **{**names, "order": order}) for order in ORDERS}
+    orders = [order for order, path in paths.items() if path.is_file()]
+    if not orders:
         return None
+    path = paths[orders[-1]]
     again = f"make it again with: {results.command('deletion_rows', **names)} --overwrite"
-    values = results.load("deletion_rows", expected=expected, **names)
+    values = results.load("deletion_rows", expected=expected, **{**names, "order": orders[-1]})
     record = load_record(path)
     neurons, rows = (record.get(key, []) for key in ("neurons", "rows"))
     if values.shape != (len(neurons), len(rows)) or set(rows) - set(grading.DELETED):
         raise UserError(f"{path} does not have the neurons and rows that its record says; {again}")
     compared = {}
-    for order in ORDERS:
+    for order in orders:
         named = {**names, "order": order}
         if results.find("by_deletion", **named).is_file():
             made_of = {**dict(expected), "neurons": neurons, "lost": record["lost"]}

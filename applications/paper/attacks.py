@@ -43,7 +43,7 @@ PICTURES = 5  # of each
 def table3(paper):
     """Make Table 3 and Figs. 6 and 15."""
     paper.descriptions(paper.attack_texts, paper.late, paper.args.attack_components)
-    paper.classifier()
+    paper.stages.classifier()
     measured = {}
     for source in sources_of(paper):
         measured[source] = [attacks(paper, classes, source) for classes in paper.tasks]
@@ -131,7 +131,7 @@ def attack(paper, classes, source, seed):
     words += ["--neurons_num", args.neurons_num, "--overall_words", args.overall_words]
     words += ["--text_descriptions", paper.given[paper.attack_texts]]
     words += ["--descriptions_dir", args.descriptions_dir]
-    words += ["--components", args.attack_components or args.components, "--top_k_pca", args.top_k_pca]
+    words += ["--components", args.attack_components or args.components, "--top_k_pca", paper.k]
     words += ["--results_per_generation", args.results_per_generation, "--batch_size", args.pictures]
     for name in MODELS:
         value = getattr(args, name)
@@ -140,7 +140,7 @@ def attack(paper, classes, source, seed):
     if source == "indirect":
         source = "file"
         words += ["--words", indirect_words(paper, classes)]
-    paper.stage("generate_adversarial_images.py", *words, "--word_source", source)
+    paper.stages.run("generate_adversarial_images.py", *words, "--word_source", source)
     return Run(place, (class_0, class_1, source), seed).folder
 
 
@@ -180,7 +180,7 @@ def components_of_indirect(paper, layer):
     indirect = np.array(effects[:, measures.KINDS.index("indirect")])
     centred = torch.from_numpy(indirect).transpose(0, 1)  # [n, images, D]
     centred = centred - centred.mean(dim=1, keepdim=True)
-    k = min(paper.args.top_k_pca, centred.shape[1])
+    k = min(paper.k, centred.shape[1])
     largest = centred.norm(dim=-1).topk(k, dim=1).indices
     r, _ = principal_directions(centred.gather(1, largest[..., None].expand(-1, -1, centred.shape[-1])))
     return r

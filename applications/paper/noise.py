@@ -1,6 +1,7 @@
 """Make the tables of what descriptions say over noise and by deletion, which the paper does not have."""
 
 import json
+from itertools import product
 
 from applications.paper.figures import plot_lines
 from applications.paper.registry import Row, item, train, val
@@ -8,6 +9,7 @@ from utils import grading
 
 TEXTS = 8  # of the descriptions that are graded by deletion, or as near to it as there is
 MEASURES = {"pearson": "correlation", "auprc": "average precision", "share": "share rebuilt"}
+ORDERS = {"writes": "writes", "total": "total order"}  # what is described
 SIDES = {"fires_on": "fires on", "writes": "writes"}
 
 
@@ -15,7 +17,7 @@ SIDES = {"fires_on": "fires on", "writes": "writes"}
     "noise",
     "What descriptions say over noise (not in the paper)",
     "all",
-    passes=lambda p: len(p.texts) * (train(p) + val(p)),
+    passes=lambda p: len(p.texts) * (2 * train(p) + 2 * val(p)),
     seed="0, 1, ... of the control dictionaries, the layer's number of the rotated units",
 )
 def noise(paper):
@@ -43,7 +45,7 @@ def noise(paper):
     "deletion",
     "What happens without a neuron: correlation over texts with its deletion (not in the paper)",
     "all",
-    passes=lambda p: len(p.texts) * (train(p) + 2 * val(p)),
+    passes=lambda p: len(p.texts) * (2 * train(p) + 2 * val(p)),
     seed="the layer's number, of the drawn neurons",
 )
 def deletion(paper):
@@ -58,16 +60,18 @@ def deletion(paper):
         beside = ", ".join(f"{grading.DELETED[row]} {said[row]:.2f}" for row in said if row != "component")
         of = {"unit": "", "n": first["neurons"]}
         rows.append(Row(f"layer {layer}: component", said["component"], beside=beside, **of))
-        for texts, of_texts in found.items():
-            columns = of_texts["writes"]
+        for (texts, of_texts), (side, order) in product(found.items(), ORDERS.items()):
+            columns = of_texts[side]
             place = min(range(len(columns["texts"])), key=lambda j: abs(columns["texts"][j] - TEXTS))
-            what = f"layer {layer}: writes, {columns['texts'][place]} of {texts}"
+            what = f"layer {layer}: {order}, {columns['texts'][place]} of {texts}"
             rows.append(row_of(paper, what, columns, place)._replace(n=first["neurons"]))
     return rows, []
 
 
 def summary(paper, texts):
     """Grade the descriptions of all layers by a text set; return the content of the summary."""
+    paper.descriptions(texts, paper.all_layers)
+    paper.stages.total_order(paper.given[texts], paper.all_layers)
     paper.grades(texts, paper.all_layers)
     names = paper.names(dataset=paper.dataset, split=paper.args.split, **paper.described(texts))
     path = paper.results.path("graded", layer=paper.all_layers, **names)

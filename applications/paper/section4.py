@@ -11,6 +11,7 @@ import torch
 
 from applications.paper import measures
 from applications.paper.figures import plot_lines
+from applications.paper.noise import summary
 from applications.paper.registry import Row, chance_of, item, train, val, without, write_csv
 from utils.ablation import accuracies
 from utils.controls import CONTROLS, control_dictionary
@@ -59,7 +60,7 @@ def rows_of_drawn(paper):
     """Return the rows about the variance that the first components of drawn neurons explain."""
     neurons, effects = paper.drawn(paper.layer)
     images = len(effects)
-    k = min(paper.args.top_k_pca, images)
+    k = min(paper.k, images)
     rows = []
     for kind in ("indirect", "second-order", "direct"):
         own = np.asarray(effects[:, measures.KINDS.index(kind)], np.float64)
@@ -80,7 +81,7 @@ def rows_of_drawn(paper):
 
 def row_of_all_neurons(paper):
     """Return the row about the variance that the first components of all neurons explain."""
-    k = paper.args.top_k_pca
+    k = paper.k
     shares = paper.results.load("explained", layer=paper.layer, **paper.names())
     what = f"second-order effects, the {k} largest of all train images"
     of = {"beside": least(paper, k), "n": len(shares), "note": "all neurons"}
@@ -314,9 +315,9 @@ def fig5(paper):
     split = paper.args.split
     paper.descriptions(paper.texts[0], [paper.layer])
     words = ["--mlp_layer", paper.layer, "--keep", "full"]
-    paper.stage("compute_second_order_neuron_prs.py", *paper.image_flags(split), *words)
+    paper.stages.run("compute_second_order_neuron_prs.py", *paper.stages.images(split), *words)
     images = paper.images(split).images
-    given = {"layer": paper.layer, "described": paper.described(paper.texts[0]), "k": paper.args.top_k_pca}
+    given = {"layer": paper.layer, "described": paper.described(paper.texts[0]), "k": paper.k}
     neurons = NeuronLayer(paper.clip, paper.results, images, **given)
     count = min(TOP_IMAGES, len(images))
     beside = f"any {count} images {share_by_chance(images.labels, count):.1f} %"
@@ -374,14 +375,18 @@ def fig11(paper):
 @item(
     "causal",
     "Do the effects say what happens when a neuron is deleted? (not in the paper)",
-    passes=lambda p: train(p) + p.args.drawn_neurons * p.args.drawn_images * len(p.all_layers),
+    "all",
+    passes=lambda p: (
+        2 * train(p) + 2 * val(p) + p.args.drawn_neurons * p.args.drawn_images * len(p.all_layers)
+    ),
     disk=lambda p: p.drawn_on_disk(p.all_layers),
     seed="the layer's number, of the drawn neurons",
 )
 def causal(paper):
-    """Make the figure of effects and deletion."""
+    """Make the figure of effects and deletion, and set the grades of components by deletion beside."""
     rows = []
     curves = {}
+    graded = summary(paper, paper.texts[0])["deletion"]
     for layer in paper.all_layers:
         _, effects = paper.drawn(layer)
         for kind, (own, other) in agreements(effects).items():
@@ -389,6 +394,9 @@ def causal(paper):
             curves.setdefault(kind, {})[layer] = mean
             what = f"layer {layer}: correlation of {kind} effects with what is lost"
             beside = f"another neuron's {np.mean(other):.3f}"
+            if kind == "second-order" and str(layer) in graded:
+                component = graded[str(layer)]["rows"]["component"]["mean"]
+                beside += f"; its component, by deletion {component:.3f}"
             rows.append(Row(what, mean, unit="", beside=beside, n=len(own)))
     plot_lines(curves, "MLP layer", "correlation with deletion", paper.picture("causal"))
     return rows, [paper.picture("causal")]

@@ -13,7 +13,6 @@ from applications.attack.drawings import parse_list
 from applications.attack.words import names_class
 from applications.paper.figures import plot_maps
 from applications.paper.registry import Row, item, train, val, without, write_csv
-from applications.paper.study import here
 from utils.ablation import Rebuilt
 from utils.concepts import FORMS, Concepts, LayerConcepts, load_fires_on, nearest_texts
 from utils.data.folders import find_pictures, tell
@@ -27,6 +26,7 @@ from utils.norms import CentredNorms
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, read_json, save_atomic, save_json
+from utils.runtime.stages import here
 from utils.segmentation import METHODS, enlarge, methods_of
 
 QUOTED_SCORES = ("pixel_accuracy", "mIoU", "mAP")
@@ -90,7 +90,7 @@ def row_of_concepts(paper, form, name, concepts):
     if form == "nearest":
         return Row(what, None, note=FORMS[form], n=1)
     active = 100 * len(concepts.neurons) / paper.clip.vit.N
-    beside = f"{100 * min(1, paper.args.top_k_pca / train(paper)):.2g} % of train images"
+    beside = f"{100 * min(1, paper.k / train(paper)):.2g} % of train images"
     return Row(f"{what}; active neurons", active, beside=beside, note=FORMS[form], n=1)
 
 
@@ -149,7 +149,7 @@ def own_images(paper):
 def table4(paper):
     """Make Table 4 and Fig. 7."""
     paper.components()
-    paper.classifier()
+    paper.stages.classifier()
     paths = {method: segmentation_by(paper, method) for method in methods_of(paper.clip.vit)}
     found = {method: json.loads(path.read_text()) for method, path in paths.items()}
     rows = []
@@ -175,11 +175,11 @@ def segmentation_by(paper, method):
         top_neurons=args.top_neurons,
         train_dataset=paper.train_set,
         class_source=args.class_source or SegmentationRow.class_source,
-        top_k_pca=args.top_k_pca,
+        top_k_pca=paper.k,
     )
     words = ["--data_path", args.segmentation, *row.flags(), "--precision", args.precision]
     words += ["--batch_size", args.batch_size, "--num_workers", args.num_workers]
-    paper.stage("compute_segmentation.py", *words)
+    paper.stages.run("compute_segmentation.py", *words)
     return paper.results.path("segmentation", file=file_of(args.segmentation).stem, row=row.name)
 
 

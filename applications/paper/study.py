@@ -1,11 +1,8 @@
 """A `Paper` is what the items of the page share: flags, model, images, and the stages that are run."""
 
+import argparse
 import functools
 import json
-import os
-import runpy
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -14,17 +11,18 @@ import torch
 
 from applications.paper import measures
 from utils.ablation import classify
-from utils.data.images import train_set_of
+from utils.data.images import IMAGENET, require_classes, train_set_of
 from utils.data.splits import load_split
 from utils.model.clip import load_clip
 from utils.prs import fold
 from utils.runtime import flags
 from utils.runtime.errors import UserError
-from utils.runtime.files import ROOT, digest
+from utils.runtime.files import digest
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
 from utils.runtime.results import Results, text_set
-from utils.statistics import load_classifier, load_statistics
+from utils.runtime.stages import Stages
+from utils.statistics import choose_k, load_classifier, load_statistics
 
 TASKS = ("horse:automobile", "dog:deer", "bird:frog", "ship:truck", "ship:automobile")  # of Table 3
 
@@ -127,36 +125,6 @@ def text_sets_of(args):
     return found
 
 
-# scripts
-
-
-def here(path):
-    """Return a path as one types it in the working directory."""
-    return str(path).removeprefix(f"{os.getcwd()}{os.sep}")
-
-
-def run_script(command, readable):
-    """Run a script of the project in this process: what is loaded already is not loaded again.
-
-    command: the script and its flags.
-    readable: the command as one types it.
-
-    Raises UserError when it fails.
-    """
-    before = sys.argv
-    sys.argv = command
-    try:
-        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-    except SystemExit as leaving:
-        said = str(leaving.code)
-        if said.startswith("interrupted"):
-            raise KeyboardInterrupt from leaving
-        if leaving.code:
-            raise UserError(f"{readable}\n    ended with {said.removeprefix('error: ')}") from leaving
-    finally:
-        sys.argv = before
-
-
 class Paper:
     """A Paper is one run of `reproduce_paper.py`.
 
@@ -169,13 +137,13 @@ class Paper:
     tasks: of Table 3, as `parse_tasks` returns them.
     given: {text set: how it was given}.
     texts, attack_texts: names of the text sets that describe neurons, and of the one for adversarial images.
-    commands: the stages that the current item has run.
     wanted: for which layers components are needed: "one" (--mlp_layer), "late" (--mlp_layers), "all".
 
     Raises UserError for flags that cannot be.
     """
 
     def __init__(self, args):
+        require_classes(args.dataset)
         self.args = args
         self.dataset = args.dataset
         self.train_set = train_set_of(args.dataset)
@@ -186,9 +154,7 @@ class Paper:
         self.name = Results(args.output_dir, args.model, args.pretrained).clip
         self.folder = Path(args.output_dir) / f"paper_{self.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.commands = []
         self.wanted = []
-        self._ran = set()
 
     @functools.cached_property
     def clip(self):
@@ -200,6 +166,13 @@ class Paper:
     def results(self):
         """results are those of the stages, of the loaded model."""
         return flags.outputs_of(self.args, self.clip, coefficient=measures.COEFFICIENT)
+
+    @functools.cached_property
+    def k(self):
+        """k is how many of a neuron's effects its component is of."""
+        known = self.args.top_k_pca or self.train_set in IMAGENET
+        images = {} if known else {"all": len(self.images("train"))}
+        return choose_k(self.args.top_k_pca, self.train_set, images)
 
     # layers and neurons
 
@@ -244,60 +217,22 @@ class Paper:
 
     # stages
 
-    def stage(self, script, *words):
-        """Run a stage with some flags and those of all stages, unless this run has done so before.
-
-        Raises UserError when it fails.
-        """
-        args = self.args
-        command = [script, *words, "--model", args.model, "--pretrained", args.pretrained]
-        command += ["--output_dir", args.output_dir, "--device", args.device]
-        command = list(map(str, command))
-        readable = shlex.join(["python", *map(here, command)])
-        if readable not in self.commands:
-            self.commands.append(readable)
-        if readable in self._ran:
-            return
-        print(f"\n$ {readable}", flush=True)
-        run_script([*command, *["--overwrite"] * args.overwrite], readable)
-        self._ran.add(readable)
-
-    def image_flags(self, split, dataset=None, data_path=None):
-        """Return the flags of a data set, as the stages take them. dataset, data_path: in place of ours."""
-        args = self.args
-        words = ["--dataset", dataset or self.dataset, "--data_path", data_path or args.data_path]
-        words += ["--batch_size", args.batch_size, "--num_workers", args.num_workers]
-        words += ["--precision", args.precision]
-        if args.subsample:
-            words += ["--subsample", args.subsample]
-        return [*words, "--split", split]
-
-    def classifier(self):
-        """Make the zero-shot classifier."""
-        words = ["--dataset", self.dataset]
-        if self.dataset not in ("imagenet", "imagenet_r"):
-            words += ["--data_path", self.args.data_path]
-        if self.args.class_names:
-            words += ["--class_names", self.args.class_names]
-        self.stage("compute_classifier_projection.py", *words)
+    @functools.cached_property
+    def stages(self):
+        """stages are the scripts that the items need, with the flags of this run."""
+        train = {"train_data_path": None, "train_subsample": self.args.subsample}
+        return Stages(argparse.Namespace(**vars(self.args), **train), self.train_set, self.k)
 
     def components(self):
         """Make the effects, components and statistics of the needed layers on the train split."""
-        layers = ["--mlp_layer", *self.needed]
-        k = ["--top_k_pca", self.args.top_k_pca]
-        words = [*self.image_flags("train"), *layers, "--memory", self.args.memory, "--keep", "top", *k]
-        self.stage("compute_second_order_neuron_prs.py", *words)
-        self.stage("compute_pcas.py", "--dataset", self.train_set, *layers, *k)
+        self.stages.effects(self.needed, keep="top")
+        self.stages.components(self.needed)
 
     def descriptions(self, texts, layers, components=None):
         """Make the text vectors of a text set, and the descriptions of some layers."""
         self.components()
-        words = ["--text_descriptions", self.given[texts], "--descriptions_dir", self.args.descriptions_dir]
-        self.stage("compute_text_set_projection.py", *words)
-        words = ["--dataset", self.dataset, "--mlp_layer", *layers, *words]
-        words += ["--top_k_pca", self.args.top_k_pca]
-        words += ["--components", components or self.args.components]
-        self.stage("compute_sparse_decomposition.py", *words)
+        self.stages.texts(self.given[texts])
+        self.stages.descriptions(self.given[texts], layers, components)
 
     def grades(self, texts, layers, components=None):
         """Make the texts that neurons of some layers fire on, and the grades of both their descriptions.
@@ -305,17 +240,11 @@ class Paper:
         Parameters: as in `descriptions`, which is run first.
         """
         self.descriptions(texts, layers, components)
-        args = self.args
-        words = [*self.image_flags(args.split), "--mlp_layer", *layers, "--memory", args.memory]
-        if args.subsample:
-            words += ["--train_subsample", args.subsample]
-        words += ["--text_descriptions", self.given[texts], "--descriptions_dir", args.descriptions_dir]
-        words += ["--components", components or args.components, "--top_k_pca", args.top_k_pca]
-        self.stage("evaluate_descriptions.py", *words)
+        self.stages.grades(self.given[texts], layers, components)
 
     def names(self, **more):
         """Return the fields of the names of results of the train split."""
-        return {"dataset": self.train_set, "k": self.args.top_k_pca, **more}
+        return {"dataset": self.train_set, "k": self.k, **more}
 
     def described(self, texts):
         """Return the fields of the names of descriptions by a text set."""
@@ -326,15 +255,15 @@ class Paper:
 
         Returns {layer: {ablation: per cent}}, the number of images, and the path of its picture.
         """
-        self.classifier()
+        self.stages.classifier()
         self.components()
         args = self.args
         dataset = dataset or self.dataset
         if "all" in self.wanted:
             layers = self.all_layers
-        words = [*self.image_flags(args.split, dataset, data_path), "--mlp_layer", *layers]
-        words += ["--memory", args.memory, "--top_k_pca", args.top_k_pca]
-        self.stage("compute_ablations.py", *words)
+        words = [*self.stages.images(args.split, dataset, data_path), "--mlp_layer", *layers]
+        words += ["--memory", args.memory, "--top_k_pca", self.k]
+        self.stages.run("compute_ablations.py", *words)
         names = self.names(dataset=dataset, split=args.split, train_dataset=self.train_set)
         path = self.results.path("ablations", layer=layers, **names)
         content = json.loads(path.read_text())
@@ -372,7 +301,7 @@ class Paper:
     @functools.cached_property
     def judged(self):
         """judged are the classifier, and the labels of the held-out images as its columns."""
-        self.classifier()
+        self.stages.classifier()
         return load_classifier(self.results, self.images(self.args.split).images)
 
     @functools.cached_property
@@ -397,7 +326,7 @@ class Paper:
 
     def statistics(self, layer):
         """Read the `Statistics` of a layer."""
-        return load_statistics(self.results, self.train_set, [layer], self.args.top_k_pca)[layer]
+        return load_statistics(self.results, self.train_set, [layer], self.k)[layer]
 
     @torch.inference_mode()
     def predictions(self, kind, layer, vectors):
@@ -427,7 +356,7 @@ class Paper:
     def disk(self):
         """Return about how many bytes the components take."""
         vit = self.clip.vit
-        k = self.args.top_k_pca
+        k = self.k
         images = len(self.images("train"))
         numbers = 0  # for each neuron
         for layer in self.needed:
