@@ -30,6 +30,7 @@ from utils.neurons import NeuronLayer
 from utils.runtime import flags
 from utils.runtime.errors import UserError
 from utils.runtime.results import Results
+from utils.statistics import choose_k
 
 HERE = Path(__file__).parent
 HUB_FOLDER = (
@@ -73,6 +74,8 @@ def test_every_published_flag_is_accepted_and_its_default_is_the_published_one(p
     assert required in ([], ["data_path"])
     for name, value in vars(given).items():
         default = parser.get_default(name)
+        if name == "top_k_pca" and value:
+            default = choose_k(default, given.dataset, {})  # on ImageNet, as published
         paths = value == "X" or name == "unused" or name in required
         batch = (
             name == "batch_size" and script == "generate_adversarial_images.py"
