@@ -22,7 +22,6 @@ from tests import definition
 from tests.conftest import ROOT
 from tests.photos import write_photos
 from tests.test_towers import run_siglip
-from utils.model import tokenizers
 from utils.model.clip import load_clip
 from utils.model.configs import REASONS, TYPES
 from utils.model.texts import text_vectors, too_long
@@ -311,7 +310,7 @@ def test_shards_and_bin_files_are_read_as_one_file_is(folders, tmp_path, form):
     assert clip.record["fingerprint"] == before
 
 
-def test_names_that_the_library_has_changed_are_known(folders, tmp_path):
+def test_names_that_the_library_has_changed_are_known(folders, tmp_path, capsys):
     """Published files of AltCLIP have the names of earlier versions, and buffers."""
     folder, _ = folders["altclip"]
     copy = copy_of(folder, tmp_path / "copy")
@@ -324,6 +323,7 @@ def test_names_that_the_library_has_changed_are_known(folders, tmp_path):
     found["text_model.roberta.pooler.dense.weight"] = torch.zeros(32, 32)  # which nobody reads
     save_file(found, copy / "model.safetensors")
     assert_allclose(text_vectors(load(copy), TEXTS, 3), text_vectors(load(folder), TEXTS, 3), atol=1e-6)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -453,11 +453,13 @@ def test_a_folder_that_needs_sentencepiece_says_so(folders, tmp_path, monkeypatc
     copy = copy_of(folders[name][0], tmp_path / "copy", "tokenizer.json")
     (copy / file).write_bytes(b"a sentencepiece model")
     change(copy / "tokenizer_config.json", tokenizer_class=kind)
-    monkeypatch.setattr(tokenizers, "find_spec", lambda name: None)
     clip = load(copy)  # images need none
-    with pytest.raises(UserError, match=f"its {file} needs sentencepiece: pip install sentencepiece"):
-        clip.tokenizer(TEXTS)
-    monkeypatch.setattr(tokenizers, "find_spec", lambda name: name)
+    for missing, there in (("sentencepiece", "google.protobuf"), ("google.protobuf", "sentencepiece")):
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.setitem(sys.modules, there, sys)
+        with pytest.raises(UserError, match=f"its {file} needs sentencepiece: pip install sentencepiece"):
+            clip.tokenizer(TEXTS)
+    monkeypatch.setitem(sys.modules, "google.protobuf", sys)
     change(copy / "tokenizer_config.json", tokenizer_class="T5Tokenizer")
     with pytest.raises(UserError, match=f"{file} is read by {kind}, not by its T5Tokenizer"):
         load(copy).tokenizer(TEXTS)
@@ -466,7 +468,9 @@ def test_a_folder_that_needs_sentencepiece_says_so(folders, tmp_path, monkeypatc
 def test_siglips_texts_lose_their_punctuation_and_capitals(folders, tmp_path):
     """As its class in the library does it, which needs sentencepiece."""
     folder, _ = folders["siglip"]
-    tokenizer = load(folder).tokenizer
+    clip = load(folder)
+    tokenizer = clip.tokenizer
+    assert too_long(clip, ["a, " * 8 + "!" * CONTEXT]) == []
     same = ("the dog on a mat", "The dog on a mat!", "  the   dog, on a mat\n", "the d-o-g o_n a 'mat'")
     rows = tokenizer(list(same)).tolist()
     assert rows[1:] == rows[:1] * 3
@@ -539,11 +543,13 @@ def test_marks_that_the_model_does_not_know_are_refused(folders, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not end a text with the model's end token 5"):
         load(other).tokenizer(TEXTS)
+    other = copy_of(folders["metaclip_2"][0], tmp_path / "two")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (other / file).write_bytes((folders["clip"][0] / file).read_bytes())
+    with pytest.raises(UserError, match="does not end a text with the model's end token 2"):
+        load(other).tokenizer(TEXTS)
     other = copy_of(folders["altclip"][0], tmp_path / "pad")
     change(other / "tokenizer_config.json", pad_token="<mask>")
-    change(other / "special_tokens_map.json", pad_token="<mask>") if (
-        other / "special_tokens_map.json"
-    ).exists() else None
     with pytest.raises(UserError, match="pads texts with token .*, and the model knows another one"):
         load(other).tokenizer(TEXTS)
 

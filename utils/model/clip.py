@@ -28,7 +28,7 @@ STRUCTURE = (  # attributes of modules that change what is computed
     "text_eos_id",
     "final_ln_after_pool",
     "attn_pool_type",
-    "text_config",
+    "text_pad",
 )
 
 

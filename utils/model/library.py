@@ -33,7 +33,7 @@ class TwoTowers(nn.Module):
 
     Attributes:
     vocab_size: number of tokens.
-    text_config: what the library's config says beside its defaults, as text.
+    num_heads, text_pad: of the text tower; the token is None where padding is read like other tokens.
     """
 
     def __init__(self, visual, text):
@@ -42,24 +42,24 @@ class TwoTowers(nn.Module):
         self.text = text
         words = text.config.text_config
         self.vocab_size = words.vocab_size
+        self.num_heads = words.num_attention_heads
         # SigLIP was trained without a mask: it reads the last token, mostly padding
-        self.pad = None if text.config.model_type == "siglip" else words.pad_token_id
-        self.text_config = words.to_json_string(use_diff=True)
+        self.text_pad = None if text.config.model_type == "siglip" else words.pad_token_id
 
     def ends(self, tokens):
         """Return the number of the last token of each text before its padding, int64 [texts].
 
         It is 0 for a tower that reads padding. tokens: [texts, context].
         """
-        if self.pad is None:
+        if self.text_pad is None:
             return torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        return ((tokens != self.pad) * places).amax(dim=1)
+        return ((tokens != self.text_pad) * places).amax(dim=1)
 
     def encode_text(self, tokens):
         """Return the library's text features [B, D] of tokens [B, context], as it masks their padding."""
         mask = None
-        if self.pad is not None:
+        if self.text_pad is not None:
             ends = self.ends(tokens)
             tokens = tokens[:, : int(ends.max()) + 1]
             mask = (torch.arange(tokens.shape[1], device=tokens.device) <= ends[:, None]).long()

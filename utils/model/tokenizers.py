@@ -4,7 +4,7 @@ import hashlib
 import json
 import string
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -78,9 +78,8 @@ def load_tokenizer(folder):
         if is_openais(config):
             return SimpleTokenizer(context_length=text.max_position_embeddings)
         raise UserError(f"{folder} {what_is_missing(config)}; put the model's tokenizer.json there")
-    if any(name.endswith(".model") for name in files) and find_spec("sentencepiece") is None:
-        what = f"{folder} has no tokenizer.json, and its {files[0]} needs sentencepiece"
-        raise UserError(f"{what}: pip install sentencepiece protobuf")
+    if files[0].endswith(".model"):
+        check_sentencepiece(folder, files[0])
     try:
         clean = str
         if files == WHOLE:
@@ -95,6 +94,16 @@ def load_tokenizer(folder):
     pad = check_marks(tokenizer, config, folder)
     context = min(context_of(config), tokenizer.model_max_length)
     return FolderTokenizer(tokenizer, context, pad, _digest(folder, files), clean)
+
+
+def check_sentencepiece(folder, file):
+    """Raise UserError unless the packages are there that read a sentencepiece model, a file of a folder."""
+    try:
+        for name in ("sentencepiece", "google.protobuf"):
+            import_module(name)
+    except ImportError as error:
+        what = f"{folder} has no tokenizer.json, and its {file} needs sentencepiece"
+        raise UserError(f"{what}: pip install sentencepiece protobuf") from error
 
 
 def is_openais(config):
