@@ -522,6 +522,19 @@ def test_a_tokenizer_that_pads_on_the_left_does_so_or_is_refused(folders, tmp_pa
             load(other).tokenizer(TEXTS)
 
 
+def test_an_end_token_that_the_config_does_not_name_stays(folders, tmp_path):
+    folder, _ = folders["siglip2"]
+    copy = copy_of(folder, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": False, "add_eos_token": True}
+    for without in ({}, {"eos_token"}):
+        kept = {key: config[key] for key in config if key not in without}
+        (copy / "tokenizer_config.json").write_text(json.dumps(kept))
+        tokens = load(copy).tokenizer(TEXTS)
+        assert tokens.tolist() == own_tokens(copy, TEXTS, padding="max_length")["input_ids"].tolist()
+        assert tokens[2, 0] == 1  # of an empty text, too
+
+
 def test_siglip_2s_own_class_writes_small_letters(folders, tmp_path):
     folder, _ = folders["siglip2"]
     copy = copy_of(folder, tmp_path / "copy")

@@ -117,7 +117,7 @@ def load_folder(folder, weights, image_only):
         source.vision_model = source.visual_projection = None
     if not has_text:
         remove_text(model, weights, image_only)
-    set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=config.vision_config.image_size)))
+    set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
     return model
 
 

@@ -176,6 +176,8 @@ def _whole(folder, kind):
     name = class_of(folder) or next(iter(PARTS[kind]))
     if name in PADS_LEFT:
         given.setdefault("padding_side", "left")
+    if any(given.get(f"add_{mark}") and mark not in given for mark in ("bos_token", "eos_token")):
+        given = {key: given[key] for key in given if not key.startswith("add_")}  # the file's own rule stays
     tokenizer = library().PreTrainedTokenizerFast(tokenizer_file=str(folder / WHOLE[0]), **given)
     if name == "Siglip2Tokenizer":
         from tokenizers import normalizers
