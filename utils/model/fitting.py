@@ -106,11 +106,14 @@ def check_beside(model, path):
         fix = f"use the --model {right} -quickgelu, or {of_config}"
         raise UserError(f"{path} was trained with {trained}, says the config beside it; {fix}")
     folder = path.parent
-    if path.name.startswith("open_clip") or not clip_config(folder):
-        return
-    said = parsed_config(folder)
-    says = f"{path}: the config beside it says"
     fix = f"use --model local-dir:{folder}"
+    beside = clip_config(folder, configs.TYPES)
+    if path.name.startswith("open_clip") or not beside:
+        return
+    says = f"{path}: the config beside it says"
+    if beside["model_type"] != "clip":
+        raise UserError(f"{says} model_type {beside['model_type']!r}; {fix}")
+    said = parsed_config(folder)
     towers = {"image": (model.visual, said.vision_config), "text": (model, said.text_config)}
     for name, (tower, config) in towers.items():
         if difference := tower_difference(tower, config, folder):
