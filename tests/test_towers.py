@@ -263,11 +263,11 @@ def test_layers_go_to_the_last_one(tower):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"qk_norm": True}, "blocks that are not plain pre-norm"),
+        ({"qk_norm": True}, "normalised queries and keys"),
         ({"global_pool": "avg"}, "more layers around its blocks"),
-        ({"class_token": True}, "a class token besides its pooling"),
+        ({"class_token": True}, "whose pooling leaves the class token out"),
         ({"reg_tokens": 2}, "register tokens"),
-        ({"pre_norm": True}, "more layers around its blocks"),
+        ({"final_norm": False}, "without a last LayerNorm"),
     ],
 )
 def test_other_timm_towers_are_refused_with_the_reason(options, reason):

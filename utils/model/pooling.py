@@ -12,6 +12,8 @@ from torch import einsum
 from torch.nn.functional import pad
 
 from utils.model.attention import (
+    Attention,
+    bias_of,
     class_attention,
     input_mean,
     input_std,
@@ -19,6 +21,7 @@ from utils.model.attention import (
     norm_std,
     probabilities,
     query_attention,
+    wide,
 )
 
 
@@ -62,8 +65,8 @@ class Pooling:
     def activations(self):
         """Return the activations that can be recorded besides `hooks.RECORDED`: {name: (module, function)}.
 
-        The function gets the module, its input and its output. Of an nn.MultiheadAttention, it gets queries
-        and keys [B, H, T, e] instead.
+        The function gets the module, its input and its output. Of an attention, it gets queries and keys
+        [B, H, T, e] instead.
         """
         norm = self.visual.ln_post
         rows = {f"blocks.{l}.{self.row}": self.row_of(block) for l, block in enumerate(self.blocks)}
@@ -114,6 +117,8 @@ class ClassToken(Pooling):
     name = "class token"
 
     def row_of(self, block):
+        if isinstance(block.attn, Attention):  # its keys may be turned, so they are needed
+            return block.attn, _first_row
         return block.ln_1, partial(_class_row, block.attn)
 
     def read(self, x, cache=None):
@@ -133,7 +138,13 @@ class ClassToken(Pooling):
 
 
 def _class_row(attn, norm, z, x):
-    return class_attention(attn, x.float())
+    return class_attention(attn, wide(x))
+
+
+def _first_row(attn, q, k):
+    bias = bias_of(attn)
+    bias = None if bias is None else bias[:, :, :1]
+    return probabilities(wide(q[:, :, :1]), wide(k), bias)[:, :, 0]
 
 
 def _one_at(tokens, x):
@@ -152,7 +163,7 @@ class MeanOfPatches(Pooling):
         return block.attn, self._mean_row
 
     def _mean_row(self, attn, q, k):
-        return probabilities(q.float(), k.float())[:, :, self.prefix :].mean(dim=2)
+        return probabilities(wide(q), wide(k), bias_of(attn))[:, :, self.prefix :].mean(dim=2)
 
     def read(self, x, cache=None):
         return x[:, self.prefix :].mean(dim=1)
@@ -194,10 +205,10 @@ class MeanOfNormedPatches(MeanOfPatches):
         return 1 / self._rstd(norm, z).mean(dim=1)
 
     def _rstd(self, norm, z):
-        return 1 / norm_std(z[:, self.prefix :].float(), norm.eps)  # [B, patches]
+        return 1 / norm_std(wide(z[:, self.prefix :]), norm.eps)  # [B, patches]
 
     def read_rows(self, cache):
-        """Replace queries and keys by the weighted mean of their attention rows, [B, H, T]."""
+        """Replace queries, keys and bias by the weighted mean of their attention rows, [B, H, T]."""
         for name in [name for name in cache if name.endswith(".attn.queries")]:
             pattern = probabilities(*cache.pop(name))
             row = einsum("bq,bhqt->bht", cache["pool.weights"], pattern)
@@ -208,7 +219,7 @@ class MeanOfNormedPatches(MeanOfPatches):
 
 
 def _queries(attn, q, k):
-    return q.float(), k.float()
+    return wide(q), wide(k), bias_of(attn)
 
 
 class AttentionPool(Pooling):
@@ -246,11 +257,11 @@ class AttentionPool(Pooling):
 
 
 def _query_row(pool, norm, z, x):
-    return query_attention(pool, x.float())
+    return query_attention(pool, wide(x))
 
 
 def _first_output(pool, z, x):
-    return x[:, 0].float()
+    return wide(x[:, 0])
 
 
 def _zeros(pool, z, x):
