@@ -12,11 +12,13 @@ import torch
 from timm.models.eva import EvaBlockPostNorm
 from torch import nn
 
+LARGE = 2.0**40  # of what is small beside the constant of a map, nothing is lost so
+
 
 def share(f, x, part):
     """An affine map's linear part of x, and a part of its constant."""
     constant = f(torch.zeros_like(x))
-    return f(x) - constant + part * constant
+    return (f(LARGE * x) - constant) / LARGE + part * constant
 
 
 def last_layer(mlp):

@@ -20,6 +20,7 @@ from utils.model.attention import attention_pattern
 from utils.model.hooks import HookedViT
 from utils.prs import fold, second_order
 from utils.runtime.errors import UserError
+from utils.segmentation import NeuronMaps
 
 NEURONS = [0, 7, 41, 95]
 
@@ -42,6 +43,7 @@ def images_of(model, count=2):
 def family(request):
     """A tower and images; both in float64, and each image's run."""
     model = tower_of(trunk_of(request.param))
+    model.name = request.param
     images = images_of(model)
     exact = copy.deepcopy(model).double()
     return model, images, exact, [Frozen(exact, image) for image in images.double()]
@@ -55,9 +57,10 @@ def difference(found, truth):
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_effects_equal_those_of_the_modules_themselves(family, precision):
     model, images, exact, runs = family
+    # no configuration has all norms; attention rows of this tower are 2e-5 off in float32
+    tolerance = 1e-4 if model.name == "all norms" else 1e-5
     if precision == "float64":
-        model, images = exact, images.double()
-    tolerance = {"float32": 1e-5, "float64": 1e-11}[precision]
+        model, images, tolerance = exact, images.double(), 1e-11
     vit = HookedViT(model)
     assert difference(vit(images), model(images).double()) < tolerance
     for layer in (0, vit.last):
@@ -373,6 +376,9 @@ def test_a_gated_neuron_has_no_sign_of_its_own(name):
     with towers[0].record("blocks.1.mlp.post") as cache_0:
         towers[0](images)
     assert_close(cache["blocks.1.mlp.post"][..., ::3], -cache_0["blocks.1.mlp.post"][..., ::3])
+    chosen = torch.arange(0, 20)[None], torch.full((1, 20), 1 / 20).double()
+    maps = [NeuronMaps(vit, [1], *chosen, lambda rep, image: [0] * len(rep))(images, 0) for vit in towers]
+    assert difference(maps[1], maps[0]) < 1e-11 and float(maps[0].min()) > 0
 
 
 REFUSED = [

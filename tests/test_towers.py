@@ -279,7 +279,7 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
     model = TimmModel.__new__(TimmModel)
     nn.Module.__init__(model)
     model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
-    with pytest.raises(UserError, match="ConvNeXt, not a ViT"):
+    with pytest.raises(UserError, match="ConvNeXt, which has no attention; choose"):
         HookedViT(model)
 
 

@@ -22,14 +22,15 @@ def is_norm(module):
 
 def inside(block):
     """Return the LayerNorms of a block's attention that the class token passes, {name: module}."""
-    found = {"inner": getattr(block.attn, "inner", None), "post1": block.ls_1}
+    attn = getattr(block, "attn", None)
+    found = {"inner": getattr(attn, "inner", None), "post1": getattr(block, "ls_1", None)}
     return {name: module for name, module in found.items() if is_norm(module)}
 
 
 def statistics(block):
     """Return the statistics of a block that can be recorded, {name: (module, function)}."""
     found = {}
-    of_tokens = {"ln1": block.ln_1, "post2": block.ls_2}
+    of_tokens = {"ln1": getattr(block, "ln_1", None), "post2": block.ls_2}
     for name, norm in of_tokens.items():
         if is_norm(norm):
             found |= {f"{name}.mean": (norm, input_mean), f"{name}.std": (norm, input_std)}  # [B, T]

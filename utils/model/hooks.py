@@ -60,7 +60,7 @@ class HookedViT:
         float32.
 
     Attributes:
-    L, H, N, d, D: sizes, in the letters of the paper.
+    L, H, N, d, D: sizes, in the letters of the paper. H heads are in a block, 0 in that of a ResNet.
     sizes: {letter: size} of N, D, T and e, the width of the heads through which neurons act.
     grid: rows and columns of patches.
     prefix: tokens before the patches.
@@ -96,7 +96,6 @@ class HookedViT:
         self.pooling = pooling_of(visual)
         first = self.blocks[0]
         self.L = len(self.blocks)
-        self.H = first.attn.num_heads
         self.N = first.mlp.c_proj.in_features
         self.d = first.mlp.c_proj.out_features
         self.post_norm = branches.is_norm(first.ls_2)
@@ -108,23 +107,24 @@ class HookedViT:
         self.sizes = {"N": self.N, "D": self.D, "e": self.pooling.head_width, "T": self.T}
         self.last_attention = self.pooling.last_attention
         self.last = self.last_attention - 1
+        self.H = first.attn.num_heads if hasattr(first, "attn") else 0
         self.summands = self.pooling.summands
         self._activations = self.pooling.activations()
         for l, block in enumerate(self.blocks):
-            for name, (module, compute) in RECORDED.items():
-                self._activations[f"blocks.{l}.{name}"] = (_part(block, module), compute)
+            for name, module, compute in _parts(block, RECORDED):
+                self._activations[f"blocks.{l}.{name}"] = (module, compute)
             for name, found in branches.statistics(block).items():
                 self._activations[f"blocks.{l}.{name}"] = found
 
     @property
     def device(self):
         """The device is where the weights are."""
-        return self.blocks[0].mlp.c_proj.weight.device
+        return next(self.visual.parameters()).device
 
     @property
     def dtype(self):
         """The dtype is that of the weights."""
-        return self.blocks[0].mlp.c_proj.weight.dtype
+        return next(self.visual.parameters()).dtype
 
     @property
     def names(self):
@@ -141,7 +141,7 @@ class HookedViT:
 
     def contributors(self, l):
         """Return the number of contributors, each neuron being one, of the sum that attention l reads."""
-        return (1 + 2 * l) * self.N
+        return self.pooling.groups(l) * self.N
 
     def names_from(self, layer):
         """Return the names of the activations between layer `layer` and the output.
@@ -164,6 +164,10 @@ class HookedViT:
     def token_weights(self, x):
         """Return uniform weights [T] of the tokens that the output reads: x [B, T, ...]."""
         return self.pooling.token_weights(x)
+
+    def firing(self, p):
+        """Return how much neurons fire, from activations p of any shape: of `gated` ones the size."""
+        return p.abs() if self.gated else p
 
     def class_token_last(self):
         """Return a context in which the last MLP computes the class token alone, if nothing else is read.
@@ -218,8 +222,8 @@ class HookedViT:
         """
         hooks = {}
         for l, block in enumerate(self.blocks):
-            for name, (module, hook) in CHANGED.items():
-                hooks[f"blocks.{l}.{name}"] = (_part(block, module), hook)
+            for name, module, hook in _parts(block, CHANGED):
+                hooks[f"blocks.{l}.{name}"] = (module, hook)
         handles = []
         try:
             for pattern, change in changes.items():
@@ -291,11 +295,13 @@ def left_out_note(vit, images):
     return f"note: {what} {percent} of the representation (first {len(images)} images)"
 
 
-def _part(block, name):
-    """Return a module of a block by its name, or SUM."""
-    if name == SUM:
-        name = "mlp" if branches.is_norm(block.ls_2) else "ls_2"
-    return block.get_submodule(name)
+def _parts(block, table):
+    """Yield (name, module, function) for what a block has of RECORDED or CHANGED."""
+    last = "mlp" if branches.is_norm(block.ls_2) else "ls_2"
+    for name, (part, function) in table.items():
+        path = last if part == SUM else part
+        if hasattr(block, path.split(".")[0]):
+            yield name, block.get_submodule(path), function
 
 
 def _fitting(patterns, names):

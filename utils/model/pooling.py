@@ -23,6 +23,7 @@ from utils.model.attention import (
     query_attention,
     wide,
 )
+from utils.model.resnets import ResNetTower
 
 
 class Pooling:
@@ -40,6 +41,7 @@ class Pooling:
     summands: contributors of the sum that the last LayerNorm normalises, for each of the sum before it.
     row: name of the activation from which blocks.{l}.attn.row comes.
     extra: names of the other activations that `read` and `read_rows` need.
+    one_layer: why there is a single layer of neurons; "" where there are more.
     """
 
     name = ""
@@ -47,16 +49,29 @@ class Pooling:
     leaves_out_mlp = False
     row = "attn.row"
     extra = ()
+    one_layer = ""
 
     def __init__(self, visual):
         self.visual = visual
         self.blocks = visual.transformer.resblocks
         self.prefix = int(hasattr(visual, "class_embedding"))
         self.last_attention = len(self.blocks) - 1
-        attn = self.blocks[0].attn
+        attn = self.attention
         self.heads = attn.num_heads
         self.head_width = attn.embed_dim // attn.num_heads
-        self.summands = (1 + 2 * len(self.blocks)) * self.heads
+        self.summands = self.groups(len(self.blocks)) * self.heads
+
+    @property
+    def attention(self):
+        """The attention is the first of those through which neurons act."""
+        return self.blocks[0].attn
+
+    def groups(self, l):
+        """Return how many groups of N contributors make the sum that attention l reads.
+
+        They are the embedding, and each attention and each MLP before.
+        """
+        return 1 + 2 * l
 
     def later(self, layer):
         """Return the numbers of the attentions through which the neurons of MLP `layer` act on the output."""
@@ -230,12 +245,13 @@ class AttentionPool(Pooling):
 
     def __init__(self, visual):
         super().__init__(visual)
-        attn = visual.attn_pool.attn
         self.leaves_out_mlp = visual.ln_post is None
         self.last_attention = len(self.blocks)
-        self.heads = attn.num_heads
-        self.head_width = attn.embed_dim // attn.num_heads
         self.summands = self.heads
+
+    @property
+    def attention(self):
+        return self.visual.attn_pool.attn
 
     def later(self, layer):
         return [self.last_attention]
@@ -256,6 +272,44 @@ class AttentionPool(Pooling):
         return found | {"ln_post.mean": (norm, self.mean), "ln_post.std": (norm, self.std)}
 
 
+class AttentionOfMap(AttentionPool):
+    """An AttentionOfMap is the pooling of a ResNet (`utils.model.resnets`)."""
+
+    name = "attention of the last map"
+    one_layer = "a ResNet counts as one layer"
+
+    def __init__(self, visual):
+        super().__init__(visual)
+        self.leaves_out_mlp = False
+
+    def groups(self, l):
+        """Return 2: the channels, and as many of the positions."""
+        return 2
+
+    def activations(self):
+        pool = self.visual.attn_pool
+        found = super().activations()
+        attention = f"blocks.{self.last_attention}"
+        found[f"{attention}.attn.row"] = (pool.ln_k, partial(_map_row, pool))  # [B, H, T]
+        found[f"{attention}.ln1.mean"] = (pool.ln_k, _zeros_of_tokens)  # there is no LayerNorm
+        found[f"{attention}.ln1.std"] = (pool.ln_k, _ones_of_tokens)
+        return found
+
+
+def _map_row(pool, norm, z, x):
+    """Return the row of the places, which holds what they add to the mean token, [B, H, T]."""
+    row = class_attention(pool.attn, pool.tokens(wide(x)))
+    return row[:, :, 1:] + row[:, :, :1] / x.shape[1]
+
+
+def _zeros_of_tokens(norm, z, x):
+    return torch.zeros_like(wide(x[:, :, 0]))
+
+
+def _ones_of_tokens(norm, z, x):
+    return torch.ones_like(wide(x[:, :, 0]))
+
+
 def _query_row(pool, norm, z, x):
     return query_attention(pool, wide(x))
 
@@ -274,6 +328,8 @@ def _ones(pool, z, x):
 
 def pooling_of(visual):
     """Return the `Pooling` of a supported image tower."""
+    if isinstance(visual, ResNetTower):
+        return AttentionOfMap(visual)
     if visual.attn_pool is not None:
         return AttentionPool(visual)
     if visual.pool_type == "tok":

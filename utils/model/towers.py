@@ -1,6 +1,7 @@
 """Bring image towers into one form: open_clip's ViT, and timm's own parameters under open_clip's names."""
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import LayerScale, ResidualAttentionBlock, VisionTransformer
 from timm.layers import Attention as TimmAttention
@@ -9,12 +10,18 @@ from timm.models import eva, vision_transformer, vision_transformer_relpos, vita
 from torch import nn
 
 from utils.model.attention import Attention
+from utils.model.resnets import ResNetTower
 from utils.runtime.errors import UserError
 
 PLAIN = "choose a plain ViT such as --model ViT-B-32"
 # what of timm's is known. Each kind is taken as it is: a class that is derived from it may do something else
 TRUNKS = (vision_transformer.VisionTransformer, eva.Eva, vision_transformer_relpos.VisionTransformerRelPos)
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, eva.EvaBlockPostNorm, vision_transformer_relpos.RelPosBlock)
+WHY_NOT = {  # of others, by the name of the class
+    "ConvNeXt": ", which has no attention",
+    "FastVit": ", whose attention is followed by convolutions and a GELU, so that no path is linear",
+    "SwinTransformer": ", whose attention stays inside windows",
+}
 ATTENTIONS = (TimmAttention, AttentionRope, eva.EvaAttention, vision_transformer_relpos.RelPosAttention)
 
 
@@ -23,8 +30,10 @@ def in_open_clips_form(visual):
 
     Raises UserError, with the reason, unless the second-order effects of the tower are defined exactly.
     """
-    if isinstance(visual, Tower):
+    if isinstance(visual, Tower | ResNetTower):
         return visual
+    if type(visual) is ModifiedResNet:
+        return ResNetTower(visual)
     if not isinstance(visual, TimmModel):
         check_supported(visual)
         return visual
@@ -60,7 +69,7 @@ def reasons(visual, trunk):
 
     A reason may be looked at only if no earlier one holds.
     """
-    yield ", not a ViT", type(trunk) not in TRUNKS
+    yield WHY_NOT.get(type(trunk).__name__, ", not a known ViT"), type(trunk) not in TRUNKS
     for block in trunk.blocks:
         yield from reasons_of_block(block)
     yield " with register tokens", getattr(trunk, "reg_token", None) is not None

@@ -6,7 +6,8 @@ Each function takes a `HookedViT` and is also a method of it.
 import torch
 
 from utils.model.attention import double, projections
-from utils.model.branches import inside
+from utils.model.branches import inside, is_norm
+from utils.model.resnets import Channels
 
 
 def mlp_weights(vit, layer):
@@ -14,19 +15,27 @@ def mlp_weights(vit, layer):
     block = vit.blocks[layer]
     scale = layer_scale(block.ls_2)
     c_proj = block.mlp.c_proj
+    if isinstance(c_proj, Channels):
+        w = double(torch.eye(vit.N, device=vit.device))
+        return w, torch.zeros_like(w[0])
     return double(c_proj.weight).T * scale, double(c_proj.bias) * scale
 
 
 def norm_weights(vit, layer, l):
     """Return gamma, beta [d] of the LayerNorm that tokens pass between MLP `layer` and attention l.
 
-    Returns also the number of contributors of the sum that it normalises.
+    They are 1 and 0 where there is none. Returns also the number of contributors of the sum that it
+    normalises.
     """
     if vit.post_norm:
         norm = vit.blocks[layer].ls_2
         return double(norm.weight), double(norm.bias), vit.N
     norm = vit.visual.attn_pool.ln_k if l == vit.L else vit.blocks[l].ln_1
-    return double(norm.weight), double(norm.bias), vit.contributors(l)
+    contributors = vit.contributors(l)
+    if not is_norm(norm):
+        one = double(torch.ones(vit.d, device=vit.device))
+        return one, torch.zeros_like(one), contributors
+    return double(norm.weight), double(norm.bias), contributors
 
 
 def head_weights(vit, l):
