@@ -24,6 +24,7 @@ COVERED = {
     "average": "exact (average of the patches)",
     "average of norms": "exact (average of normalised patches)",
     "attention": "exact, through the pooling attention",
+    "attention of the last map": "exact, of the last map's channels, through the pooling attention",
 }
 
 

@@ -92,8 +92,11 @@ def set_logits(state, own):
 
 
 def has_quick_gelu(model):
-    """Return whether the image tower's activation is QuickGELU."""
-    return any(isinstance(module, QuickGELU) for module in model.visual.modules())
+    """Return whether the activation of a model's transformers is QuickGELU.
+
+    Both towers have the same one, but the image tower may have none (a ResNet).
+    """
+    return any(isinstance(module, QuickGELU) for module in model.modules())
 
 
 def check_beside(model, path):
