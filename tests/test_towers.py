@@ -405,5 +405,6 @@ def test_the_table_of_configurations_is_that_of_the_installed_open_clip():
     stored = (ROOT / "docs" / "models.md").read_text().splitlines()
     if f"open_clip {open_clip.__version__}:" not in stored[2]:
         pytest.skip(f"docs/models.md is of another version than open_clip {open_clip.__version__}")
-    assert table() == stored[: stored.index("# Hugging Face's types of model") - 1]
-    assert sum("| exact" in line for line in stored) == 126
+    of_open_clip = stored[: stored.index("# Hugging Face's types of model") - 1]
+    assert table() == of_open_clip
+    assert sum("| exact" in line for line in of_open_clip) == 126
