@@ -25,6 +25,8 @@ TINY = {  # a CLIP that runs in a moment
     },
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+RESNET = {"layers": [1, 1, 1, 1], "width": 4, "head_width": 32, "image_size": 64, "patch_size": None}
+TINY_RESNET = TINY | {"vision_cfg": RESNET}
 
 
 def random_tower(seed=0, **options):

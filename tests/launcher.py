@@ -29,6 +29,7 @@ import open_clip
 import torch
 from tqdm import tqdm
 
+from tests import tiny_timm  # noqa: F401 (its models are known to every stage)
 from tests.conftest import ROOT
 from tests.photos import discs, write_mat, write_photos
 from tests.system import refuse

@@ -373,8 +373,9 @@ def test_weights_by_path_whose_config_beside_says_otherwise_are_refused(tmp_path
 
 
 def test_other_models_of_the_library_are_called_by_their_type(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {}}))
-    assert "says model_type 'siglip', and clip is covered" in refused(f"local-dir:{tmp_path}", "ignored")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "align", "vision_config": {}}))
+    line = refused(f"local-dir:{tmp_path}", "ignored")
+    assert "says model_type 'align'" in line and "clip, siglip, metaclip_2, altclip, chinese_clip" in line
 
 
 def write_open_clips_folder(folder, content):
@@ -524,13 +525,13 @@ def test_the_hub_is_asked_for_bin_files_only_where_it_has_no_safetensors(plain, 
     for other in ("pytorch_model.bin", "model.fp16.safetensors"):
         (tmp_path / "hub" / "some" / "clip" / other).write_bytes(b"not needed")
     load_clip("hf:some/clip", "ignored", "cpu")
-    assert len(asked) == 1
+    assert len(asked) == 2 and asked[0] == {"config.json"}  # first whether the type is covered
     assert sorted(os.listdir(tmp_path / "some" / "clip")) == ["config.json", "model.safetensors"]
-    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < asked[0]
-    assert {"vocab.json", "merges.txt"} < asked[0]
+    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} < asked[1]
+    assert {"vocab.json", "merges.txt"} < asked[1]
     write_weights(tmp_path / "hub" / "some" / "old", source, state, "bin")
     load_clip("hf:some/old", "ignored", "cpu")
-    assert len(asked) == 3
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

@@ -1,8 +1,8 @@
 """Recorded activations are those of the running model, and no hook stays behind."""
 
-import open_clip
 import pytest
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from torch.testing import assert_close
 
 from tests.conftest import random_tower
@@ -129,7 +129,9 @@ def test_towers_that_the_method_does_not_cover_are_refused(options, reason):
         HookedViT(random_tower(**options))
 
 
-def test_a_resnet_is_refused():
-    model = open_clip.create_model("RN50")
-    with pytest.raises(UserError, match="ModifiedResNet"):
-        HookedViT(model.visual)
+def test_a_tower_of_an_unknown_class_is_refused():
+    class Other(ModifiedResNet):
+        pass
+
+    with pytest.raises(UserError, match="is a Other and not open_clip's own VisionTransformer"):
+        HookedViT(Other([1, 1, 1, 1], output_dim=24, heads=4, image_size=64, width=4))

@@ -12,7 +12,7 @@ import scipy.sparse
 from numpy.testing import assert_allclose
 from safetensors.torch import save_file
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_RESNET
 from tests.launcher import run_stage_of_user
 from tests.photos import SYNSETS, write_photos
 from utils.model.clip import load_clip
@@ -347,10 +347,16 @@ FAULTS = [
         ["--pretrained none.pt", "no such file"],
     ),
     (
-        "a ResNet",
+        "a ConvNeXt",
         EFFECTS,
-        [*DATA, "--model", "RN50", "--pretrained", "random"],
-        ["ModifiedResNet", "ViT-B-32"],
+        [*DATA, "--model", "convnext_base", "--pretrained", "random"],
+        ["ConvNeXt, which has no attention", "choose a plain ViT"],
+    ),
+    (
+        "a ResNet's layer",
+        EFFECTS,
+        [*DATA, "--model", "{resnet}", "--pretrained", "random"],
+        ["--mlp_layer 9", "a ResNet counts as one layer: --mlp_layer 0"],
     ),
     ("missing data", REPRESENTATIONS, ["--data_path", "{root}/none"], ["--data_path", "no such folder"]),
     (
@@ -483,6 +489,8 @@ def faults(world):
     record = root / "other_weights" / f"{base}3_mean.meta.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fingerprint": "0123456789ab"}))
     places = {"photos": world.photos, "root": root, "checkpoint": root / "narrow.safetensors"}
+    places["resnet"] = root / "resnet.json"
+    places["resnet"].write_text(json.dumps(TINY_RESNET))
     places |= {name: root / name for name in ("empty", "broken", "wrong_bias", "truncated", "other_weights")}
 
     def run(fault):

@@ -263,11 +263,11 @@ def test_layers_go_to_the_last_one(tower):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"qk_norm": True}, "blocks that are not plain pre-norm"),
+        ({"qk_norm": True}, "normalised queries and keys"),
         ({"global_pool": "avg"}, "more layers around its blocks"),
-        ({"class_token": True}, "a class token besides its pooling"),
+        ({"class_token": True}, "whose pooling leaves the class token out"),
         ({"reg_tokens": 2}, "register tokens"),
-        ({"pre_norm": True}, "more layers around its blocks"),
+        ({"final_norm": False}, "without a last LayerNorm"),
     ],
 )
 def test_other_timm_towers_are_refused_with_the_reason(options, reason):
@@ -279,7 +279,7 @@ def test_a_timm_tower_that_is_no_vit_is_refused():
     model = TimmModel.__new__(TimmModel)
     nn.Module.__init__(model)
     model.trunk, model.head = timm.create_model("convnext_atto", num_classes=0), nn.Sequential()
-    with pytest.raises(UserError, match="ConvNeXt, not a ViT"):
+    with pytest.raises(UserError, match="ConvNeXt, which has no attention; choose"):
         HookedViT(model)
 
 
@@ -405,5 +405,6 @@ def test_the_table_of_configurations_is_that_of_the_installed_open_clip():
     stored = (ROOT / "docs" / "models.md").read_text().splitlines()
     if f"open_clip {open_clip.__version__}:" not in stored[2]:
         pytest.skip(f"docs/models.md is of another version than open_clip {open_clip.__version__}")
-    assert table() == stored
-    assert sum("| exact" in line for line in stored) > 80
+    of_open_clip = stored[: stored.index("# Hugging Face's types of model") - 1]
+    assert table() == of_open_clip
+    assert sum("| exact" in line for line in of_open_clip) == 126

@@ -6,8 +6,9 @@ The contribution of neuron n of MLP m is what s loses, to first order, when the 
 
     contribution[m, n] = sum_i (p_m[i, n] - mean_m[i, n]) <g_m[i], w_n>          g_m[i] = ds/dz_m[i]
 
-z_m is the residual stream after block m, so that one backward pass gives g of all layers. Second-order
-effects along v have the same form, with attention and LayerNorms held fixed: g then is what later heads read,
+z_m is the residual stream after block m, so that one backward pass gives g of all layers; where a LayerNorm
+stands between the neurons and the stream, z_m is what it is given. Second-order effects along v have the same
+form, with attention and LayerNorms held fixed: g then is what later heads read,
 
     g_m[i] = coefficient / (|rep| sigma_post) sum_k a_k[i] / sigma_l[i] u_k       <B[k, n], v> = <w_n, u_k>
 
@@ -52,6 +53,8 @@ class Contributions:
         self.layers = list(means)
         self.w = {l: vit.mlp_weights(l)[0].to(mean) for l, mean in means.items()}  # [N, d]
         self.u = read_along(vit, v, vit.later(self.layers[0]))
+        if vit.post_norm:
+            self.gamma = {l: vit.norm_weights(l, l + 1)[0].to(mean) for l, mean in means.items()}
         self.names = {l: f"blocks.{l}.mlp.post" for l in self.layers}
 
     def score(self, representation):
@@ -61,13 +64,13 @@ class Contributions:
     def __call__(self, pixels):
         """Return the `Decision` about images [B, 3, side, side]: one forward and one backward pass."""
         z = {}
-        changes = {f"blocks.{l}.mlp.out": partial(_keep, z, l) for l in self.layers}
+        changes = {f"blocks.{l}.mlp.sum": partial(_keep, z, l) for l in self.layers}
         wanted = (*self.names.values(), *self.vit.names_from(self.layers[0] + 1))
         with torch.inference_mode(False), torch.enable_grad(), self.vit.class_token_last():
             with self.vit.record(*wanted) as cache, self.vit.edit(changes):
                 representation = self.vit(pixels.clone())
             s = self.score(representation).sum()
-            # what an MLP adds to the stream has the gradient of the stream after it
+            # what neurons add to the stream has the gradient of the stream after it
             g = dict(zip(z, torch.autograd.grad(s, list(z.values())), strict=True))
         self.vit.read_rows(cache)
         p = {l: cache.pop(name) for l, name in self.names.items()}
@@ -109,14 +112,24 @@ class Contributions:
             total = total + einsum("bht,hd->btd", self._rows(decision, l), self.u[l])
             found[l - 1] = total
         last = max(found)  # behind a pooling attention every layer is read by it alone
-        return {l: found[l] if l in found else found[last] for l in self.layers}
+        found = {l: found[l] if l in found else found[last] for l in self.layers}
+        return {l: self._through_post(decision, l, g) for l, g in found.items()}
 
     def _rows(self, decision, l):
         """Return coefficient / (|rep| sigma_post) a / sigma of attention l, [B, H, T]."""
         rows = decision.rows
         scale = COEFFICIENT / (decision.representation.norm(dim=-1) * rows["ln_post.std"])
-        a = rows[f"blocks.{l}.attn.row"] / rows[f"blocks.{l}.ln1.std"][:, None]
+        a = self.vit.row(rows, l)
+        if not self.vit.post_norm:
+            a = a / self.vit.token_statistics(rows, l - 1, l)[1][:, None]
         return scale[:, None, None] * a
+
+    def _through_post(self, decision, l, g):
+        """Return g of what the neurons of MLP l add to, from that of the residual stream, [B, T, d]."""
+        if not self.vit.post_norm:
+            return g
+        _, std = self.vit.token_statistics(decision.rows, l, l + 1)
+        return g * self.gamma[l] / std[..., None]
 
     def of_heads(self, decision, layer, neuron):
         """Return the second-order effect of a neuron through every head, {l: [B, H]}: C[k, n] <B[k, n], v>.
@@ -125,6 +138,9 @@ class Contributions:
         """
         p = decision.p[layer][..., neuron]
         w = self.w[layer][neuron]
+        if self.vit.post_norm:
+            w = w * self.gamma[layer]
+            p = p / self.vit.token_statistics(decision.rows, layer, layer + 1)[1]
         found = {}
         for l in self.vit.later(layer):
             found[l] = einsum("bht,bt->bh", self._rows(decision, l), p) * (self.u[l] @ w)
@@ -171,6 +187,8 @@ def read_along(vit, v, attentions):
     read = gamma_post * (P @ v.to(P))
     found = {}
     for l in attentions:
-        gamma, _, W_V, _, W_O, _ = vit.head_weights(l)
+        W_V, _, W_O, _ = vit.head_weights(l)
+        # a Post2 is another one for each layer of neurons, and passed later
+        gamma = 1.0 if vit.post_norm else vit.norm_weights(l - 1, l)[0]
         found[l] = (gamma * einsum("hed,heo,o->hd", W_V, W_O, read)).to(v)
     return found

@@ -74,7 +74,9 @@ class FirstOrder:
         self.weights = centred_output(vit)
         self.constant = vit.output_weights()[2].to(self.weights)
         # W_V, b_V, W_O, b_O of every layer
-        self.heads = [[part.to(self.weights) for part in vit.head_weights(l)[2:]] for l in range(vit.L)]
+        self.heads = [[part.to(self.weights) for part in vit.head_weights(l)] for l in range(vit.L)]
+        layers = [l for l in range(vit.L) if vit.has_inside(l)]
+        self.inside = {l: vit.inside_weights(l).to(self.weights) for l in layers}  # [3, H, d]
         self.of_heads = [*vit.names_from(0), *(f"blocks.{l}.ln1.out" for l in range(vit.L))]
         of_mlps = [f"blocks.{l}.mlp.out" for l in range(vit.L)]
         self.activations = [*self.of_heads, *of_mlps, "blocks.0.resid.pre"]
@@ -99,10 +101,23 @@ class FirstOrder:
             row = cache[f"blocks.{l}.attn.row"]  # sums to 1
             x = einsum("bht,btd->bhd", row, cache[f"blocks.{l}.ln1.out"])
             values = einsum("bhd,hed->bhe", x, W_V) + b_V
-            heads.append(einsum("bhe,heo->bho", values, W_O) + b_O / len(W_O))
+            numbers = self.vit.inside_numbers(cache, l)
+            if numbers is not None:
+                values = values * numbers[:, :1, None]
+            heads.append(einsum("bhe,heo->bho", values, W_O) + self.own(l, b_O, numbers))
             mlps.append(self.vit.pool(cache[f"blocks.{l}.mlp.out"], cache))
         constant = coefficient / representation.norm(dim=-1, keepdim=True) * self.constant
         return Parts(J(embedding), J(torch.stack(heads, dim=1)), J(torch.stack(mlps, dim=1)), constant)
+
+    def own(self, l, b_O, numbers):
+        """Return what the heads of attention l write whatever they read, [B, H, d] or [d] for each of them.
+
+        b_O: [d]. numbers: `HookedViT.inside_numbers`.
+        """
+        own = b_O / self.vit.H
+        if numbers is None:
+            return own
+        return own + einsum("br,rho->bho", numbers[:, 1:], self.inside[l])
 
     def tokens(self, cache, representation, direction, coefficient=COEFFICIENT):
         """Return <J(head_lh(i)), direction>, what every head takes from every token along it, [B, L, H, T].
@@ -113,7 +128,13 @@ class FirstOrder:
         shares = []
         for l, (W_V, b_V, W_O, b_O) in enumerate(self.heads):
             read = einsum("heo,bo->bhe", W_O, g)  # the direction of a head's values that the output reads
-            fixed = einsum("he,bhe->bh", b_V, read) + (g @ b_O)[:, None] / len(W_O)
+            numbers = self.vit.inside_numbers(cache, l)
+            if numbers is None:
+                own = (g @ b_O)[:, None] / len(W_O)
+            else:
+                read = read * numbers[:, :1, None]
+                own = einsum("bo,bho->bh", g, self.own(l, b_O, numbers))
+            fixed = einsum("he,bhe->bh", b_V, read) + own
             read = einsum("bhe,hed->bhd", read, W_V)  # and that of its input
             along = einsum("btd,bhd->bht", cache[f"blocks.{l}.ln1.out"], read)
             shares.append(cache[f"blocks.{l}.attn.row"] * (along + fixed[..., None]))
@@ -127,19 +148,24 @@ def centred_output(vit):
     """
     P, gamma, _ = vit.output_weights()
     weights = gamma[:, None] * P
-    return (weights - weights.mean(dim=0)).to(vit.device, torch.float32)
+    return (weights - weights.mean(dim=0)).to(vit.device, vit.dtype)
 
 
 @torch.no_grad()
 def fold_direct(vit, layer):
     """Return the weights' part of one layer's direct effects, as `Directions` with K = 1.
 
-    B[n] is J(w_n) with sigma_post left out; `constants` [1, D] is each neuron's share of J(b_out).
+    B[n] is J(w_n) with sigma_post left out; `constants` [1, D] is each neuron's share of J(b_out). Behind a
+    Post2 they are [3, D]: what 1 / sigma_2, mu_2 / sigma_2 and 1 weigh.
     """
     w, b_out = vit.mlp_weights(layer)
     outputs = centred_output(vit)
-    share = (b_out.to(outputs) @ outputs) / vit.N
-    return Directions(layer, w.to(outputs)[None], outputs[None], share[None])
+    if not vit.post_norm:
+        share = (b_out.to(outputs) @ outputs) / vit.N
+        return Directions(layer, w.to(outputs)[None], outputs[None], share[None])
+    gamma, beta, N = vit.norm_weights(layer, layer + 1)
+    own = torch.stack([b_out * gamma, -gamma, beta]) / N
+    return Directions(layer, (w * gamma).to(outputs)[None], outputs[None], own.to(outputs) @ outputs)
 
 
 def direct_effects(vit, cache, directions, scale):
@@ -152,5 +178,10 @@ def direct_effects(vit, cache, directions, scale):
     scale: [B], coefficient / |rep|.
     """
     scale = (scale / cache["ln_post.std"])[:, None]  # [B, 1]
-    C = scale * vit.pool(cache[f"blocks.{directions.layer}.mlp.post"], cache)  # [B, N]
-    return SecondOrder(C[:, None], scale * directions.constants, directions)
+    p = vit.pool(cache[f"blocks.{directions.layer}.mlp.post"], cache)  # [B, N]
+    if not vit.post_norm:
+        return SecondOrder((scale * p)[:, None], scale * directions.constants, directions)
+    mean, std = vit.token_statistics(cache, directions.layer, directions.layer + 1)
+    rstd = 1 / std[:, :1]
+    numbers = torch.cat([rstd, mean[:, :1] * rstd, torch.ones_like(rstd)], dim=1)
+    return SecondOrder((scale * rstd * p)[:, None], scale * (numbers @ directions.constants), directions)

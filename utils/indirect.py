@@ -32,7 +32,7 @@ class IndirectEffects:
         self.vit, self.layer, self.neurons = vit, layer, list(neurons)
         self.mean = mean[:, self.neurons]  # [T, n]
         self.w = vit.mlp_weights(layer)[0][self.neurons].to(mean)  # [n, d]
-        self.activations = [f"blocks.{layer}.mlp.post", f"blocks.{layer + 1}.resid.pre"]
+        self.activations = vit.names_of_sum(layer)
 
     @torch.inference_mode()
     def __call__(self, cache, representation, coefficient=COEFFICIENT):
@@ -42,15 +42,16 @@ class IndirectEffects:
         representation: [B, D], the model's own, not scaled.
         coefficient: the norm that a representation is scaled to.
         """
-        p, z = (cache[name] for name in self.activations)  # [B, T, N], [B, T, d]
+        p = cache[self.activations[0]]  # [B, T, N]
         scale = coefficient / representation.norm(dim=-1)
         effects = []
-        for b in range(len(z)):
+        for b in range(len(p)):
             change = self.mean - p[b][:, self.neurons]  # [T, n]
             lost = []
             for part in torch.arange(len(self.neurons)).split(TOGETHER):
                 written = change.T[part, :, None] * self.w[part, None]  # [n, T, d]
-                lost.append(representation[b] - self.vit.after(self.layer, z[b] + written))
+                z = self.vit.moved(cache, self.layer, b, written)
+                lost.append(representation[b] - self.vit.after(self.layer, z))
             effects.append(scale[b] * torch.cat(lost))
         return torch.stack(effects)
 
@@ -71,7 +72,7 @@ class Deletions:
         self.layer = layer
         self.mean = mean
         self.w = vit.mlp_weights(layer)[0].to(mean)  # [N, d]
-        self.activations = [f"blocks.{layer}.mlp.post", f"blocks.{layer + 1}.resid.pre"]
+        self.activations = vit.names_of_sum(layer)
 
     @torch.inference_mode()
     def __call__(self, pixels, images, neurons, coefficient=COEFFICIENT):
@@ -82,13 +83,13 @@ class Deletions:
         """
         with self.vit.record(*self.activations) as cache:
             unit = torch.nn.functional.normalize(self.vit(pixels), dim=-1)
-        p, z = (cache[name] for name in self.activations)  # [B, T, N], [B, T, d]
+        p = cache[self.activations[0]]  # [B, T, N]
         lost = []
         for b, n in zip(images.split(TOGETHER), neurons.split(TOGETHER), strict=True):
             change = self.mean.T[n] - p[b, :, n]  # [pairs, T]
             written = change[..., None] * self.w[n, None]  # [pairs, T, d]
             with self.vit.class_token_last():
-                without = self.vit.after(self.layer, z[b] + written)
+                without = self.vit.after(self.layer, self.vit.moved(cache, self.layer, b, written))
             lost.append(unit[b] - torch.nn.functional.normalize(without, dim=-1))
         return coefficient * torch.cat(lost)
 

@@ -165,7 +165,7 @@ class NeuronLayer:
         name = f"blocks.{self.layer}.mlp.post"
         with vit.record(name) as cache:
             phi = self.effects(pixels)
-            maps = cache[name][:, vit.prefix :, neuron].unflatten(1, vit.grid)
+            maps = vit.firing(cache[name][:, vit.prefix :, neuron]).unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
     def card(self, neuron, pictures=8, words=8, by="projection"):

@@ -12,6 +12,7 @@ the weights (eq. 11):
     kappa   = the neurons' equal shares of all LayerNorm means and biases
 
 `effect` computes C, numbers of the image; `fold` B, directions of the weights; `constant` kappa, of both.
+LayerNorms inside branches are further factors of a and of w and W_O (`utils.model.branches`).
 
 Letters: B images, T tokens (0 is the class token), L layers, H heads, N neurons, d width, e = d/H head width,
     D output width.
@@ -31,7 +32,7 @@ class Directions(NamedTuple):
     layer: int
     values: Tensor  # [K, N, e]      (w_n * gamma_l) W_V: neuron n written into head k
     outputs: Tensor  # [K, e, D]     (W_O * gamma_post) P: head k written into the representation
-    constants: Tensor | None  # [2K+3, D]   weighed by `constant`
+    constants: Tensor | None  # [2K+3, D] (and 4 for each attention with norms inside), weighed by `constant`
 
     def B(self, neurons=slice(None)):
         """Return the directions of some neurons, [n, K, D]."""
@@ -86,25 +87,29 @@ def effect(vit, cache, directions, scale):
     p = cache.pop(f"blocks.{directions.layer}.mlp.post")  # [B, T, N]
     rows = []  # a / sigma of each later layer, [B, H, T]
     means = []  # of its LayerNorm, [B, T]
+    inside = []  # numbers of the LayerNorms in it, [B, 4]
     for l in vit.later(directions.layer):
-        rows.append(cache[f"blocks.{l}.attn.row"] / cache[f"blocks.{l}.ln1.std"][:, None])
-        means.append(cache[f"blocks.{l}.ln1.mean"])
-    rstd_post = 1 / cache["ln_post.std"]  # [B]
-    kappa = scale[:, None] * constant(rows, means, rstd_post, cache["ln_post.mean"], directions.constants)
-    a = cat(rows, dim=1) * (scale * rstd_post)[:, None, None]  # [B, K, T]
+        mean, std = vit.token_statistics(cache, directions.layer, l)
+        rows.append(vit.row(cache, l) / std[:, None])
+        means.append(mean)
+        if vit.has_inside(l):
+            inside.append(vit.inside_numbers(cache, l))
+    post = (1 / cache["ln_post.std"], cache["ln_post.mean"])  # [B]
+    kappa = scale[:, None] * constant(rows, means, inside, *post, directions.constants)
+    a = cat(rows, dim=1) * (scale * post[0])[:, None, None]  # [B, K, T]
     return SecondOrder(torch.bmm(a, p), kappa, directions)
 
 
-def constant(rows, means, rstd_post, mu_post, constants):
+def constant(rows, means, inside, rstd_post, mu_post, constants):
     """Return kappa / scale [B, D], which no neuron owns alone: all means and biases of eq. 11.
 
-    [sum_i a/sigma, sum_i a mu/sigma, 1, mu_post] / sigma_post, and 1, weigh the rows of `constants`.
+    [sum_i a/sigma, sum_i a mu/sigma, inside, 1, mu_post] / sigma_post, and 1, weigh the rows of `constants`.
     """
     s = cat(rows, dim=1).sum(dim=-1)  # [B, K]
     with_means = [einsum("bht,bt->bh", row, mean) for row, mean in zip(rows, means, strict=True)]
     t = cat(with_means, dim=1)  # [B, K]
     one = torch.ones_like(mu_post)[:, None]
-    weights = cat([s, t, one, mu_post[:, None]], dim=1) * rstd_post[:, None]
+    weights = cat([s, t, *inside, one, mu_post[:, None]], dim=1) * rstd_post[:, None]
     return cat([weights, one], dim=1) @ constants
 
 
@@ -112,30 +117,36 @@ def constant(rows, means, rstd_post, mu_post, constants):
 def fold(vit, layer):
     """Fold every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).
 
-    A LayerNorm's constants and the biases are divided equally among the contributors of the sum that it
-    normalises (eq. 11): c = (1 + 2 l) N before attention l, and c (1 + 2 L) H at the output. A pooling
-    attention counts as l = L; at the output the sum is over its own H heads alone, so c H contribute.
+    Constants of LayerNorms and biases are divided equally among the contributors of the sum that they are
+    applied to (eq. 11): c = (1 + 2 l) N before attention l, N behind an MLP, c H behind attention l, and
+    c (1 + 2 L) H at the output. A pooling attention counts as l = L, and c H contribute to the output.
     """
     w, b_out = vit.mlp_weights(layer)
     P, gamma_post, constant_post = vit.output_weights()
-    values, outputs, with_s, with_t = [], [], [], []
+    values, outputs, with_s, with_t, with_inside = [], [], [], [], []
     rest = torch.zeros(3, vit.D).to(P)
     for l in vit.later(layer):
-        gamma, beta, W_V, b_V, W_O, b_O = vit.head_weights(l)
+        gamma, beta, c_norm = vit.norm_weights(layer, l)
+        W_V, b_V, W_O, b_O = vit.head_weights(l)
         out = (W_O * gamma_post) @ P  # [H, e, D]
         outputs.append(out)
-        values.append(einsum("nd,hed->hne", w * gamma, W_V).float())
+        values.append(einsum("nd,hed->hne", w * gamma, W_V).to(vit.dtype))
 
-        c = (1 + 2 * l) * vit.N  # contributors of the sum that LN1 of layer l normalises
-        c_post = c * vit.summands  # and of the sum that the last LayerNorm normalises
+        c = vit.contributors(l)  # to the sum that attention l reads
+        c_post = c * vit.summands  # and to the sum that the last LayerNorm normalises
         with_s.append(einsum("d,hed,heo->ho", gamma * b_out / vit.N, W_V, out))
-        with_t.append(einsum("d,hed,heo->ho", -gamma / c, W_V, out))
-        rest[0] += einsum("he,heo->o", einsum("d,hed->he", beta / c, W_V) + b_V / c, out)
+        with_t.append(einsum("d,hed,heo->ho", -gamma / c_norm, W_V, out))
+        fixed = einsum("he,heo->o", einsum("d,hed->he", beta / c_norm, W_V) + b_V / c, out)
+        if vit.has_inside(l):
+            own = vit.inside_weights(l).sum(dim=1) / c  # [3, d']
+            with_inside.append(cat([fixed[None], (own * gamma_post) @ P]))
+        else:
+            rest[0] += fixed
         rest[0] += (b_O * gamma_post) @ P / c  # b_O / (c H) for each of the H heads
         rest[1] -= gamma_post @ P * len(W_V) / c_post
         rest[2] += constant_post * len(W_V) / c_post
-    folded = (cat(values), cat(outputs), cat([*with_s, *with_t, rest]))
-    return Directions(layer, *(x.to(vit.device, torch.float32) for x in folded))
+    folded = (cat(values), cat(outputs), cat([*with_s, *with_t, *with_inside, rest]))
+    return Directions(layer, *(x.to(vit.device, vit.dtype) for x in folded))
 
 
 def fold_layers(vit, layers):

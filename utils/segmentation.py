@@ -116,7 +116,7 @@ class _RecordedMaps(_Method):
 
 
 class NeuronMaps(_RecordedMaps):
-    """NeuronMaps is the mean post-GELU activation of some neurons at every patch.
+    """NeuronMaps is the mean post-GELU activation of some neurons at every patch; of gated ones, its size.
 
     vit: HookedViT.
     layers: M MLP layers.
@@ -138,7 +138,8 @@ class NeuronMaps(_RecordedMaps):
         mean = mean.scatter_(1, self.neurons[rows], self.weights[rows])
         of_layers = mean.split(self.vit.N, dim=1)  # weights [B, N] of each layer
         layers = zip(self.activations, of_layers, strict=True)
-        return sum(torch.einsum("btn,bn->bt", cache[name], weights) for name, weights in layers)
+        fire = self.vit.firing
+        return sum(torch.einsum("btn,bn->bt", fire(cache[name]), weights) for name, weights in layers)
 
 
 class AttentionMaps(_RecordedMaps):

@@ -72,7 +72,7 @@ class Collector:
 
     def __init__(self, sources, split, directions):
         self.directions = directions
-        self.prefix = sources.clip.vit.prefix
+        self.vit = sources.clip.vit
         layer = directions.layer
         statistics = sources.statistics[layer]
         self.text_ids = sources.text_ids
@@ -100,8 +100,8 @@ class Collector:
         representation: [B, D].
         """
         pairs, images, neurons = self.pairs.of(rows)
-        maps = p[torch.from_numpy(images), self.prefix :, torch.from_numpy(neurons)]  # [pairs, patches]
-        yield self.paths["maps"], pairs, maps
+        maps = p[torch.from_numpy(images), self.vit.prefix :, torch.from_numpy(neurons)]  # [pairs, patches]
+        yield self.paths["maps"], pairs, self.vit.firing(maps)
         for name, block in self.concepts(phi, representation).items():
             yield self.paths[name], rows, block
 

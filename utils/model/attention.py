@@ -1,30 +1,37 @@
 """Compute attention and LayerNorms from their weights and inputs. Letters as in `utils.prs`."""
 
 import torch
-from torch import einsum
+from timm.layers import apply_rot_embed_cat
+from torch import einsum, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+
+
+def wide(x):
+    """Return a tensor in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
 
 # What hooks record: functions of a module, its input z and its output x
 
 
 def module_input(module, z, x):
     """Return the input, in float32."""
-    return z.float()
+    return wide(z)
 
 
 def module_output(module, z, x):
     """Return the output, in float32."""
-    return x.float()
+    return wide(x)
 
 
 def input_mean(norm, z, x):
     """Return the mean that a LayerNorm subtracts: z [..., d] -> [...]."""
-    return z.float().mean(dim=-1)
+    return wide(z).mean(dim=-1)
 
 
 def input_std(norm, z, x):
     """Return the standard deviation that a LayerNorm divides by: z [..., d] -> [...]."""
-    return norm_std(z.float(), norm.eps)
+    return norm_std(wide(z), norm.eps)
 
 
 def norm_std(z, eps):
@@ -37,8 +44,80 @@ def norm_std(z, eps):
 # Attention
 
 
+class Attention(nn.Module):
+    """An Attention is one that nn.MultiheadAttention cannot be, under the names of that.
+
+    rope: module of timm whose get_embed() turns the queries and keys of patches; None.
+    prefix: number of tokens before the patches, which are not turned.
+    half: whether the two halves of a head are turned, and not its pairs of neighbours.
+    bias: module of timm whose get_bias() [1, H, T, T] is added to the scores; None.
+    inner: LayerNorm of all heads together, before the output projection; None.
+    """
+
+    def __init__(self, width, heads, rope=None, prefix=0, half=False, bias=None, inner=None):
+        super().__init__()
+        self.embed_dim = width
+        self.num_heads = heads
+        self.rope = rope
+        self.prefix = prefix
+        self.half = half
+        self.bias = bias
+        self.inner = inner
+        self.register_parameter("in_proj_weight", None)  # there are q_proj_weight and so on, or this
+
+    def forward(self, x, *_, **__):
+        return attend(self, x)
+
+    def turned(self, x):
+        """Return queries or keys [B, H, T, e], turned."""
+        if self.rope is None:
+            return x
+        patches = apply_rot_embed_cat(x[:, :, self.prefix :], self.rope.get_embed(), half=self.half)
+        return torch.cat([x[:, :, : self.prefix], patches], dim=2).type_as(x)
+
+
+def bias_of(attn):
+    """Return what an attention adds to its scores, [1, H, T, T]; None for nothing."""
+    bias = getattr(attn, "bias", None)
+    return None if bias is None else bias.get_bias()
+
+
+def attend(attn, x, keep=None):
+    """Return what the forward of a block's attention returns: its output [B, T, d], and None.
+
+    x: its input, [B, T, d].
+    keep: called with the attention, (queries,) and keys, each [B, H, T, e], as a forward hook is.
+    """
+    q, k, v = in_heads(attn, x)
+    if keep is not None:
+        keep(attn, (q,), k)
+    return joined(attn, scaled_dot_product_attention(q, k, v, attn_mask=bias_of(attn))), None
+
+
+def in_heads(attn, x, first=0, last=2):
+    """Return some of queries, keys and values (0, 1 and 2) of x [B, T, d], each [B, H, T, e]."""
+    if attn.in_proj_weight is not None:
+        rows = slice(first * attn.embed_dim, (last + 1) * attn.embed_dim)
+        joint = linear(x, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+        found = joint.unflatten(-1, (last + 1 - first, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    else:
+        parts = list(zip(*projections(attn), strict=True))[first : last + 1]
+        heads = (attn.num_heads, -1)
+        found = [linear(x, W, b).unflatten(-1, heads).transpose(1, 2) for W, b in parts]
+    if not isinstance(attn, Attention):
+        return found
+    return [part if place == 2 else attn.turned(part) for place, part in enumerate(found, first)]
+
+
+def joined(attn, mixed):
+    """Return the output of an attention [B, T, d] from what its heads make, [B, H, T, e]."""
+    mixed = mixed.transpose(1, 2).flatten(2)
+    inner = getattr(attn, "inner", None)
+    return attn.out_proj(mixed if inner is None else inner(mixed))
+
+
 def projections(attn):
-    """Return the weights W_Q, W_K, W_V [width, d] and biases [width] of an nn.MultiheadAttention."""
+    """Return the weights W_Q, W_K, W_V [width, d] and biases [width] of an attention."""
     biases = attn.in_proj_bias.chunk(3)
     if attn.in_proj_weight is not None:
         return attn.in_proj_weight.chunk(3), biases
@@ -48,7 +127,7 @@ def projections(attn):
 def class_attention(attn, x):
     """Return the class token's attention probabilities in every head, [B, H, T].
 
-    attn: the block's nn.MultiheadAttention.
+    attn: the block's nn.MultiheadAttention. No key is made.
     x: its input, the output of LN1 [B, T, d].
     """
     return _of_query(attn, x[:, 0], x, "bhd,btd->bht")
@@ -72,29 +151,26 @@ def _of_query(attn, source, x, products):
     q = linear(source, W_Q, b_Q).unflatten(-1, (attn.num_heads, -1))  # [..., H, e]
     W_K = W_K.unflatten(0, (attn.num_heads, -1))
     q = einsum("...he,hed->...hd", q, W_K) * q.shape[-1] ** -0.5  # as seen from the residual stream
-    return torch.softmax(einsum(products, q, x).float(), dim=-1)
+    return torch.softmax(wide(einsum(products, q, x)), dim=-1)
 
 
 def attention_pattern(attn, x):
     """Return the attention probabilities in every head, from all tokens to all, [B, H, T, T].
 
-    attn: the block's nn.MultiheadAttention.
+    attn: the block's attention.
     x: its input, [B, T, d].
     """
-    W = attn.in_proj_weight[: -attn.embed_dim]
-    b = attn.in_proj_bias[: -attn.embed_dim]
-    q, k = _by_head(attn, linear(x, W, b), parts=2)
-    return probabilities(q, k)
+    q, k = in_heads(attn, x, last=1)
+    return probabilities(q, k, bias_of(attn))
 
 
-def probabilities(q, k):
-    """Return the attention probabilities [B, H, T, T] of queries and keys [B, H, T, e]."""
-    return torch.softmax((q * q.shape[-1] ** -0.5 @ k.mT).float(), dim=-1)
+def probabilities(q, k, bias=None):
+    """Return the attention probabilities [B, H, T, T] of queries and keys [B, H, T, e].
 
-
-def _by_head(attn, joint, parts):
-    """Split a joint projection [B, T, parts * d] into its parts, each [B, H, T, e]."""
-    return joint.unflatten(-1, (parts, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    bias: added to the scores, [1, H, T, T].
+    """
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    return torch.softmax(wide(scores if bias is None else scores + bias), dim=-1)
 
 
 class KeptQueries:
@@ -102,8 +178,8 @@ class KeptQueries:
 
     To compute them a second time would cost a sixth of the block.
 
-    attn: the block's nn.MultiheadAttention.
-    keep: called in each forward pass, as a forward hook is: keep(attn, (queries,), keys), each [B, H, T, e].
+    attn: the block's attention.
+    keep: called in each forward pass, as `attend` says.
     """
 
     def __init__(self, attn, keep):
@@ -113,11 +189,7 @@ class KeptQueries:
         attn.forward = self._forward
 
     def _forward(self, x, *_, **__):
-        joint = linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
-        q, k, v = _by_head(self.attn, joint, parts=3)
-        self.keep(self.attn, (q,), k)
-        out = scaled_dot_product_attention(q, k, v)
-        return self.attn.out_proj(out.transpose(1, 2).flatten(2)), None
+        return attend(self.attn, x, self.keep)
 
     def remove(self):
         """Give the attention its forward back. Of several on one attention, remove the latest first."""
@@ -129,15 +201,13 @@ class KeptQueries:
 def attention_output(attn, change, x):
     """Return the output of a block's attention [B, T, d] with changed probabilities.
 
-    attn: the block's nn.MultiheadAttention.
+    attn: the block's attention.
     change: function of the probabilities [B, H, T, T] that returns those to use.
     x: the input of the attention, [B, T, d].
     """
-    W_V = attn.in_proj_weight[2 * attn.embed_dim :]
-    b_V = attn.in_proj_bias[2 * attn.embed_dim :]
-    values = linear(x, W_V, b_V).unflatten(-1, (attn.num_heads, -1))  # [B, T, H, e]
+    [values] = in_heads(attn, x, first=2)
     A = change(attention_pattern(attn, x))
-    return attn.out_proj(einsum("bhij,bjhe->bihe", A.to(values.dtype), values).flatten(2))
+    return joined(attn, A.to(values.dtype) @ values)
 
 
 def double(x):

@@ -28,6 +28,7 @@ STRUCTURE = (  # attributes of modules that change what is computed
     "text_eos_id",
     "final_ln_after_pool",
     "attn_pool_type",
+    "text_pad",
 )
 
 
@@ -36,7 +37,7 @@ class Clip:
     """A Clip is a loaded CLIP.
 
     vit: the image tower, a `HookedViT`.
-    text: the open_clip model, which embeds texts; None where only the image tower was asked for.
+    text: the open_clip model or `TwoTowers`, which embeds texts; None where only images were asked for.
     transform: PIL image -> [3, height, width], a `Preprocessing`.
     load_tokenizer: () -> `tokenizer`. Some come from the hub, so it is called only where texts are embedded.
     record: {key: value} about the model in the records of results: names, fingerprint of the weights, and
@@ -143,8 +144,8 @@ def record_of(model, pretrained, precision, clip, folder):
     """Return what results say about a model: {key: value}.
 
     model, pretrained, precision: as in `load_clip`.
-    clip: the open_clip model.
-    folder: of a `CLIPModel` of the transformers library; else None.
+    clip: the open_clip model or `TwoTowers`.
+    folder: of a model of the transformers library; else None.
     """
     record = {"model": model_name(model), "pretrained": pretrained_name(model, pretrained)}
     if precision != "float32":

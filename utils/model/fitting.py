@@ -92,8 +92,11 @@ def set_logits(state, own):
 
 
 def has_quick_gelu(model):
-    """Return whether the image tower's activation is QuickGELU."""
-    return any(isinstance(module, QuickGELU) for module in model.visual.modules())
+    """Return whether the activation of a model's transformers is QuickGELU.
+
+    Both towers have the same one, but the image tower may have none (a ResNet).
+    """
+    return any(isinstance(module, QuickGELU) for module in model.modules())
 
 
 def check_beside(model, path):
@@ -106,11 +109,14 @@ def check_beside(model, path):
         fix = f"use the --model {right} -quickgelu, or {of_config}"
         raise UserError(f"{path} was trained with {trained}, says the config beside it; {fix}")
     folder = path.parent
-    if path.name.startswith("open_clip") or not clip_config(folder):
-        return
-    said = parsed_config(folder)
-    says = f"{path}: the config beside it says"
     fix = f"use --model local-dir:{folder}"
+    beside = clip_config(folder, configs.TYPES)
+    if path.name.startswith("open_clip") or not beside:
+        return
+    says = f"{path}: the config beside it says"
+    if beside["model_type"] != "clip":
+        raise UserError(f"{says} model_type {beside['model_type']!r}; {fix}")
+    said = parsed_config(folder)
     towers = {"image": (model.visual, said.vision_config), "text": (model, said.text_config)}
     for name, (tower, config) in towers.items():
         if difference := tower_difference(tower, config, folder):

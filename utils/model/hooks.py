@@ -6,28 +6,30 @@ from functools import partial
 
 import torch
 
-from utils.model import weights
+from utils.model import branches, weights
 from utils.model.attention import (
+    Attention,
     KeptQueries,
     attention_output,
-    input_mean,
-    input_std,
     module_input,
     module_output,
+    wide,
 )
 from utils.model.pooling import pooling_of
-from utils.model.towers import in_open_clips_form, output_of
+from utils.model.towers import Gated, in_open_clips_form, output_of, projected
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# What can be recorded of every block, as blocks.{l}.NAME: (module, function of it, its input and its output)
+SUM = "the last module before a Post2"
+
+# What can be recorded of every block, as blocks.{l}.NAME: (module, function of it, its input and its output).
+# Statistics of LayerNorms, such as ln1.mean, are those of `branches.statistics`
 RECORDED = {
     "resid.pre": ("ln_1", module_input),  # [B, T, d], the residual stream before the block
-    "ln1.mean": ("ln_1", input_mean),  # [B, T], of the LayerNorm before the attention
-    "ln1.std": ("ln_1", input_std),  # [B, T]
     "ln1.out": ("ln_1", module_output),  # [B, T, d], the input of `attention_pattern`
     "attn.out": ("ls_1", module_output),  # [B, T, d], what the attention adds to the residual stream
-    "mlp.post": ("mlp.gelu", module_output),  # [B, T, N], post-GELU activations of the neurons
+    "mlp.post": ("mlp.gelu", module_output),  # [B, T, N], post-GELU activations: what c_proj is given
+    "mlp.sum": (SUM, module_output),  # [B, T, d], what neurons write together: mlp.out, before a Post2
     "mlp.out": ("ls_2", module_output),  # [B, T, d], what the MLP adds to the residual stream
 }
 
@@ -45,6 +47,7 @@ CHANGED = {
     "attn.pattern": ("attn", _change_pattern),  # [B, H, T, T]
     "attn.out": ("ls_1", _change_output),
     "mlp.post": ("mlp.gelu", _change_output),
+    "mlp.sum": (SUM, _change_output),
     "mlp.out": ("ls_2", _change_output),
 }
 
@@ -57,7 +60,7 @@ class HookedViT:
         float32.
 
     Attributes:
-    L, H, N, d, D: sizes, in the letters of the paper.
+    L, H, N, d, D: sizes, in the letters of the paper. H heads are in a block, 0 in that of a ResNet.
     sizes: {letter: size} of N, D, T and e, the width of the heads through which neurons act.
     grid: rows and columns of patches.
     prefix: tokens before the patches.
@@ -67,6 +70,9 @@ class HookedViT:
     last: number of the last MLP with effects.
     last_attention: number of the last attention that the output reads.
     summands: contributors of the sum that the last LayerNorm normalises, for each of the sum before it.
+    post_norm: whether every branch ends with a LayerNorm, and none begins with one.
+    gated: whether activations are products of two numbers. A neuron and its weights may then change sign
+        together, and the model is the same: an activation has no sign of its own.
 
     Raises UserError for a tower that the method does not cover.
     """
@@ -74,6 +80,13 @@ class HookedViT:
     mlp_weights = weights.mlp_weights
     head_weights = weights.head_weights
     output_weights = weights.output_weights
+    norm_weights = weights.norm_weights
+    inside_weights = weights.inside_weights
+    passed = branches.passed
+    token_statistics = branches.token_statistics
+    row = branches.row
+    has_inside = branches.has_inside
+    inside_numbers = branches.inside_numbers
 
     def __init__(self, visual, precision="float32"):
         visual = in_open_clips_form(visual)
@@ -83,9 +96,10 @@ class HookedViT:
         self.pooling = pooling_of(visual)
         first = self.blocks[0]
         self.L = len(self.blocks)
-        self.H = first.attn.num_heads
-        self.N = first.mlp.c_fc.out_features
-        self.d = first.mlp.c_fc.in_features
+        self.N = first.mlp.c_proj.in_features
+        self.d = first.mlp.c_proj.out_features
+        self.post_norm = branches.is_norm(first.ls_2)
+        self.gated = isinstance(first.mlp, Gated)
         self.D = visual.output_dim if visual.proj is None else visual.proj.shape[1]
         self.grid = visual.grid_size
         self.prefix = self.pooling.prefix
@@ -93,16 +107,24 @@ class HookedViT:
         self.sizes = {"N": self.N, "D": self.D, "e": self.pooling.head_width, "T": self.T}
         self.last_attention = self.pooling.last_attention
         self.last = self.last_attention - 1
+        self.H = first.attn.num_heads if hasattr(first, "attn") else 0
         self.summands = self.pooling.summands
         self._activations = self.pooling.activations()
         for l, block in enumerate(self.blocks):
-            for name, (module, compute) in RECORDED.items():
-                self._activations[f"blocks.{l}.{name}"] = (block.get_submodule(module), compute)
+            for name, module, compute in _parts(block, RECORDED):
+                self._activations[f"blocks.{l}.{name}"] = (module, compute)
+            for name, found in branches.statistics(block).items():
+                self._activations[f"blocks.{l}.{name}"] = found
 
     @property
     def device(self):
         """The device is where the weights are."""
-        return self.blocks[0].mlp.c_fc.weight.device
+        return next(self.visual.parameters()).device
+
+    @property
+    def dtype(self):
+        """The dtype is that of the weights."""
+        return next(self.visual.parameters()).dtype
 
     @property
     def names(self):
@@ -117,14 +139,19 @@ class HookedViT:
         """Return the number of heads through which the neurons of MLP `layer` act on the output."""
         return len(self.later(layer)) * self.pooling.heads
 
+    def contributors(self, l):
+        """Return the number of contributors, each neuron being one, of the sum that attention l reads."""
+        return self.pooling.groups(l) * self.N
+
     def names_from(self, layer):
         """Return the names of the activations between layer `layer` and the output.
 
         They are attention rows and LayerNorm statistics. Call `read_rows` on what was recorded.
         """
-        recorded = (self.pooling.row, "ln1.mean", "ln1.std")
-        names = [f"blocks.{l}.{name}" for l in self.later(layer - 1) for name in recorded]
-        return [*names, "ln_post.mean", "ln_post.std", *self.pooling.extra]
+        later = self.later(layer - 1)
+        rows = [f"blocks.{l}.{self.pooling.row}" for l in later]
+        statistics = branches.names_before(self, later)
+        return [*rows, *statistics, "ln_post.mean", "ln_post.std", *self.pooling.extra]
 
     def read_rows(self, cache):
         """Add blocks.{l}.attn.row to a cache of `names_from`, where it could not be recorded."""
@@ -137,6 +164,10 @@ class HookedViT:
     def token_weights(self, x):
         """Return uniform weights [T] of the tokens that the output reads: x [B, T, ...]."""
         return self.pooling.token_weights(x)
+
+    def firing(self, p):
+        """Return how much neurons fire, from activations p of any shape: of `gated` ones the size."""
+        return p.abs() if self.gated else p
 
     def class_token_last(self):
         """Return a context in which the last MLP computes the class token alone, if nothing else is read.
@@ -151,7 +182,7 @@ class HookedViT:
             output = self.visual(images)
         if isinstance(output, tuple):  # towers with output_tokens return the tokens, too
             output = output[0]
-        return output.float()
+        return wide(output)
 
     @contextmanager
     def record(self, *patterns):
@@ -169,7 +200,7 @@ class HookedViT:
             for name in wanted:
                 module, compute = self._activations[name]
                 keep = partial(_keep, cache, name, compute)
-                if isinstance(module, torch.nn.MultiheadAttention):
+                if isinstance(module, torch.nn.MultiheadAttention | Attention):
                     handles.append(KeptQueries(module, keep))
                 else:
                     handles.append(module.register_forward_hook(keep))
@@ -191,8 +222,8 @@ class HookedViT:
         """
         hooks = {}
         for l, block in enumerate(self.blocks):
-            for name, (module, hook) in CHANGED.items():
-                hooks[f"blocks.{l}.{name}"] = (block.get_submodule(module), hook)
+            for name, module, hook in _parts(block, CHANGED):
+                hooks[f"blocks.{l}.{name}"] = (module, hook)
         handles = []
         try:
             for pattern, change in changes.items():
@@ -204,12 +235,31 @@ class HookedViT:
             for handle in handles:
                 handle.remove()
 
+    def names_of_sum(self, layer):
+        """Return the names of an MLP's activations and of what `moved` needs, the activations first."""
+        names = [f"blocks.{layer}.mlp.post", f"blocks.{layer + 1}.resid.pre"]
+        return [*names, f"blocks.{layer}.mlp.sum"] if self.post_norm else names
+
+    def moved(self, cache, layer, b, written):
+        """Return the residual streams after block `layer` if its neurons write more, [n, T, d].
+
+        cache: of `names_of_sum`.
+        b: of which images of it, an index or [n].
+        written: [n, T, d], what neurons write more, by their weights of `mlp_weights`.
+        """
+        z = cache[f"blocks.{layer + 1}.resid.pre"][b]
+        if not self.post_norm:
+            return z + written
+        norm = self.blocks[layer].ls_2
+        before = cache[f"blocks.{layer}.mlp.sum"][b]
+        return z + norm(before + written) - norm(before)
+
     def after(self, layer, z):
         """Run only the blocks after `layer`: representations [B, D] from its residual stream z [B, T, d]."""
         with self._precision(z.device.type):
             for block in self.blocks[layer + 1 :]:
                 z = block(z)
-            return output_of(self.visual, z).float()
+            return wide(output_of(self.visual, z))
 
     @torch.inference_mode()
     def left_out(self, images):
@@ -222,7 +272,8 @@ class HookedViT:
             return None
         with self.record("pool.out") as cache:
             representation = self(images)
-        return (representation - cache["pool.out"]).norm(dim=-1) / representation.norm(dim=-1)
+        through_attention = projected(self.visual, cache["pool.out"])
+        return (representation - through_attention).norm(dim=-1) / representation.norm(dim=-1)
 
     @contextmanager
     def _precision(self, device):
@@ -242,6 +293,15 @@ def left_out_note(vit, images):
     what = "the MLP after the pooling attention, which effects leave out, makes"
     percent = f"{100 * float(share.mean()):.0f} %"
     return f"note: {what} {percent} of the representation (first {len(images)} images)"
+
+
+def _parts(block, table):
+    """Yield (name, module, function) for what a block has of RECORDED or CHANGED."""
+    last = "mlp" if branches.is_norm(block.ls_2) else "ls_2"
+    for name, (part, function) in table.items():
+        path = last if part == SUM else part
+        if hasattr(block, path.split(".")[0]):
+            yield name, block.get_submodule(path), function
 
 
 def _fitting(patterns, names):

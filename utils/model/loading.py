@@ -13,8 +13,10 @@ from open_clip.model import set_model_preprocess_cfg
 from open_clip.transform import merge_preprocess_dict
 
 from utils.model import configs, hugging_face
-from utils.model.configs import clip_config, read_config
+from utils.model.configs import clip_config, read_config, uncovered
 from utils.model.fitting import load_weights
+from utils.model.library import load_folder
+from utils.model.tokenizers import load_tokenizer
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.results import file_and_key, is_checkpoint_path, model_name
@@ -30,12 +32,12 @@ OPEN_CLIPS_WEIGHTS = (
 def create(model, pretrained, image_only):
     """Make the model of the flags --model and --pretrained, on the CPU.
 
-    Returns the open_clip model, a function that loads its tokenizer, and the folder of a `CLIPModel` of the
-    transformers library, None for other models.
+    Returns the open_clip model or a `TwoTowers`, a function that loads its tokenizer, and the folder of a
+    model of the transformers library, None for other models.
     """
     folder = hugging_face.folder_of(model)
     if folder is not None:
-        return *_of_clip_model(model, folder, image_only), folder
+        return *_of_library(model, folder, image_only), folder
     name = _register_config(model) if model.endswith(".json") else model
     tokenizer = partial(open_clip.get_tokenizer, name)
     if name.startswith("local-dir:"):
@@ -50,23 +52,20 @@ def create(model, pretrained, image_only):
         load_weights(clip, pretrained, image_only)
         beside = Path(file_and_key(pretrained)[0]).parent
         if clip_config(beside):
-            tokenizer = hugging_face.load_tokenizer_of(beside)
+            tokenizer = partial(load_tokenizer, beside)
         return clip, tokenizer, None
     check_tag(name, pretrained)
     quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
     return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick), tokenizer, None
 
 
-def _of_clip_model(name, folder, image_only):
-    """Return the model of a `CLIPModel`'s folder, and a function that loads its tokenizer."""
+def _of_library(name, folder, image_only):
+    """Return the model of a folder of the transformers library, and a function that loads its tokenizer."""
     weights = hugging_face.weights_file(folder)
     if weights is None:
         files = ", ".join(hugging_face.WEIGHT_FILES)
         raise UserError(f"--model {name}: {folder} has no weights; put one of {files} there")
-    clip = hugging_face.model_of(folder)
-    tokenizer = hugging_face.load_tokenizer_of(folder)
-    load_weights(clip, weights, image_only)
-    return clip, tokenizer
+    return load_folder(folder, weights, image_only), partial(load_tokenizer, folder)
 
 
 def _of_open_clips_folder(name, image_only):
@@ -76,10 +75,7 @@ def _of_open_clips_folder(name, image_only):
     path = folder / configs.OPEN_CLIP
     config = read_config(path)
     if config is None:
-        what = f"it has no {configs.OPEN_CLIP}"
-        kind = (read_config(folder / "config.json") or {}).get("model_type")
-        if kind:
-            what = f"its config.json says model_type {kind!r}, and clip is covered"
+        what = uncovered(folder) or f"it has no {configs.OPEN_CLIP}"
         raise UserError(f"{failed}: {what}; give the folder of a CLIP")
     weights = next((folder / file for file in OPEN_CLIPS_WEIGHTS if (folder / file).is_file()), None)
     if weights is None:

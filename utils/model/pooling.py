@@ -12,6 +12,8 @@ from torch import einsum
 from torch.nn.functional import pad
 
 from utils.model.attention import (
+    Attention,
+    bias_of,
     class_attention,
     input_mean,
     input_std,
@@ -19,7 +21,9 @@ from utils.model.attention import (
     norm_std,
     probabilities,
     query_attention,
+    wide,
 )
+from utils.model.resnets import ResNetTower
 
 
 class Pooling:
@@ -37,6 +41,7 @@ class Pooling:
     summands: contributors of the sum that the last LayerNorm normalises, for each of the sum before it.
     row: name of the activation from which blocks.{l}.attn.row comes.
     extra: names of the other activations that `read` and `read_rows` need.
+    one_layer: why there is a single layer of neurons; "" where there are more.
     """
 
     name = ""
@@ -44,16 +49,29 @@ class Pooling:
     leaves_out_mlp = False
     row = "attn.row"
     extra = ()
+    one_layer = ""
 
     def __init__(self, visual):
         self.visual = visual
         self.blocks = visual.transformer.resblocks
         self.prefix = int(hasattr(visual, "class_embedding"))
         self.last_attention = len(self.blocks) - 1
-        attn = self.blocks[0].attn
+        attn = self.attention
         self.heads = attn.num_heads
         self.head_width = attn.embed_dim // attn.num_heads
-        self.summands = (1 + 2 * len(self.blocks)) * self.heads
+        self.summands = self.groups(len(self.blocks)) * self.heads
+
+    @property
+    def attention(self):
+        """The attention is the first of those through which neurons act."""
+        return self.blocks[0].attn
+
+    def groups(self, l):
+        """Return how many groups of N contributors make the sum that attention l reads.
+
+        They are the embedding, and each attention and each MLP before.
+        """
+        return 1 + 2 * l
 
     def later(self, layer):
         """Return the numbers of the attentions through which the neurons of MLP `layer` act on the output."""
@@ -62,8 +80,8 @@ class Pooling:
     def activations(self):
         """Return the activations that can be recorded besides `hooks.RECORDED`: {name: (module, function)}.
 
-        The function gets the module, its input and its output. Of an nn.MultiheadAttention, it gets queries
-        and keys [B, H, T, e] instead.
+        The function gets the module, its input and its output. Of an attention, it gets queries and keys
+        [B, H, T, e] instead.
         """
         norm = self.visual.ln_post
         rows = {f"blocks.{l}.{self.row}": self.row_of(block) for l, block in enumerate(self.blocks)}
@@ -114,6 +132,8 @@ class ClassToken(Pooling):
     name = "class token"
 
     def row_of(self, block):
+        if isinstance(block.attn, Attention):  # its keys may be turned, so they are needed
+            return block.attn, _first_row
         return block.ln_1, partial(_class_row, block.attn)
 
     def read(self, x, cache=None):
@@ -133,7 +153,13 @@ class ClassToken(Pooling):
 
 
 def _class_row(attn, norm, z, x):
-    return class_attention(attn, x.float())
+    return class_attention(attn, wide(x))
+
+
+def _first_row(attn, q, k):
+    bias = bias_of(attn)
+    bias = None if bias is None else bias[:, :, :1]
+    return probabilities(wide(q[:, :, :1]), wide(k), bias)[:, :, 0]
 
 
 def _one_at(tokens, x):
@@ -152,7 +178,7 @@ class MeanOfPatches(Pooling):
         return block.attn, self._mean_row
 
     def _mean_row(self, attn, q, k):
-        return probabilities(q.float(), k.float())[:, :, self.prefix :].mean(dim=2)
+        return probabilities(wide(q), wide(k), bias_of(attn))[:, :, self.prefix :].mean(dim=2)
 
     def read(self, x, cache=None):
         return x[:, self.prefix :].mean(dim=1)
@@ -194,10 +220,10 @@ class MeanOfNormedPatches(MeanOfPatches):
         return 1 / self._rstd(norm, z).mean(dim=1)
 
     def _rstd(self, norm, z):
-        return 1 / norm_std(z[:, self.prefix :].float(), norm.eps)  # [B, patches]
+        return 1 / norm_std(wide(z[:, self.prefix :]), norm.eps)  # [B, patches]
 
     def read_rows(self, cache):
-        """Replace queries and keys by the weighted mean of their attention rows, [B, H, T]."""
+        """Replace queries, keys and bias by the weighted mean of their attention rows, [B, H, T]."""
         for name in [name for name in cache if name.endswith(".attn.queries")]:
             pattern = probabilities(*cache.pop(name))
             row = einsum("bq,bhqt->bht", cache["pool.weights"], pattern)
@@ -208,7 +234,7 @@ class MeanOfNormedPatches(MeanOfPatches):
 
 
 def _queries(attn, q, k):
-    return q.float(), k.float()
+    return wide(q), wide(k), bias_of(attn)
 
 
 class AttentionPool(Pooling):
@@ -219,12 +245,13 @@ class AttentionPool(Pooling):
 
     def __init__(self, visual):
         super().__init__(visual)
-        attn = visual.attn_pool.attn
         self.leaves_out_mlp = visual.ln_post is None
         self.last_attention = len(self.blocks)
-        self.heads = attn.num_heads
-        self.head_width = attn.embed_dim // attn.num_heads
         self.summands = self.heads
+
+    @property
+    def attention(self):
+        return self.visual.attn_pool.attn
 
     def later(self, layer):
         return [self.last_attention]
@@ -245,12 +272,50 @@ class AttentionPool(Pooling):
         return found | {"ln_post.mean": (norm, self.mean), "ln_post.std": (norm, self.std)}
 
 
+class AttentionOfMap(AttentionPool):
+    """An AttentionOfMap is the pooling of a ResNet (`utils.model.resnets`)."""
+
+    name = "attention of the last map"
+    one_layer = "a ResNet counts as one layer"
+
+    def __init__(self, visual):
+        super().__init__(visual)
+        self.leaves_out_mlp = False
+
+    def groups(self, l):
+        """Return 2: the channels, and as many of the positions."""
+        return 2
+
+    def activations(self):
+        pool = self.visual.attn_pool
+        found = super().activations()
+        attention = f"blocks.{self.last_attention}"
+        found[f"{attention}.attn.row"] = (pool.ln_k, partial(_map_row, pool))  # [B, H, T]
+        found[f"{attention}.ln1.mean"] = (pool.ln_k, _zeros_of_tokens)  # there is no LayerNorm
+        found[f"{attention}.ln1.std"] = (pool.ln_k, _ones_of_tokens)
+        return found
+
+
+def _map_row(pool, norm, z, x):
+    """Return the row of the places, which holds what they add to the mean token, [B, H, T]."""
+    row = class_attention(pool.attn, pool.tokens(wide(x)))
+    return row[:, :, 1:] + row[:, :, :1] / x.shape[1]
+
+
+def _zeros_of_tokens(norm, z, x):
+    return torch.zeros_like(wide(x[:, :, 0]))
+
+
+def _ones_of_tokens(norm, z, x):
+    return torch.ones_like(wide(x[:, :, 0]))
+
+
 def _query_row(pool, norm, z, x):
-    return query_attention(pool, x.float())
+    return query_attention(pool, wide(x))
 
 
 def _first_output(pool, z, x):
-    return x[:, 0].float()
+    return wide(x[:, 0])
 
 
 def _zeros(pool, z, x):
@@ -263,6 +328,8 @@ def _ones(pool, z, x):
 
 def pooling_of(visual):
     """Return the `Pooling` of a supported image tower."""
+    if isinstance(visual, ResNetTower):
+        return AttentionOfMap(visual)
     if visual.attn_pool is not None:
         return AttentionPool(visual)
     if visual.pool_type == "tok":

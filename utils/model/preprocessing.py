@@ -17,7 +17,7 @@ from open_clip.transform import CenterCropOrPad, PreprocessCfg, ResizeKeepRatio
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from utils.model.configs import OPEN_CLIP, clip_config, read_config
+from utils.model.configs import OPEN_CLIP, TYPES, clip_config, library, read_config
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line
 from utils.runtime.records import Digest
@@ -29,7 +29,8 @@ CHOICES = {
     "interpolation": ("bicubic", "bilinear", "random"),  # random: bicubic, outside of training
     "resize_mode": ("shortest", "longest", "squash"),
 }
-PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
+PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "ChineseCLIPImageProcessor")
+OF_TYPES = {"siglip": "SiglipImageProcessor", "chinese_clip": "ChineseCLIPImageProcessor"}  # others: CLIP's
 DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 NOT_DONE = ("crop_pct", "rescale_offset")  # and every other field do_...
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
@@ -177,7 +178,7 @@ def choose(model, pretrained, visual, folder=None):
 
     model, pretrained: the values of the flags.
     visual: the image tower, as open_clip made it.
-    folder: of a `CLIPModel` of the transformers library; else None.
+    folder: of a model of the transformers library; else None.
 
     Raises UserError, with the field, for a config that is damaged, that asks for something that cannot be
     done, or that does not bring every picture to the tower's size.
@@ -186,7 +187,7 @@ def choose(model, pretrained, visual, folder=None):
     shown = model.removeprefix("local-dir:").rstrip("/")
     beside = folder
     if folder is not None:
-        chosen = _of_folder(folder, shown, size) or _without_config(model, size)
+        chosen = _of_folder(folder, shown, size) or _without_config(folder, model, size)
     elif model.startswith(("hf-hub:", "local-dir:")):
         source = f"{shown}/{OPEN_CLIP}"
         chosen = _of_config(source, size) or _of_fields(visual.preprocess_cfg, size, source)
@@ -307,21 +308,33 @@ def _of_folder(folder, shown, size):
     where = f"{shown}/{file}"
     if not isinstance(fields, dict):
         raise UserError(f"the config {where} is damaged (it holds no fields); correct or remove it")
-    return Preprocessing(_processor_steps(fields, size, where), where)
+    return Preprocessing(_processor_steps(fields, size, where, _default_of(folder)), where)
 
 
-def _without_config(model, size):
-    """Return CLIP's default preprocessing, at the model's size."""
-    fields = {"size": {"shortest_edge": min(size)}, "crop_size": {"height": size[0], "width": size[1]}}
-    note = f"note: {model} has no preprocessor_config.json; CLIP's default is taken, at the model's size"
-    return Preprocessing(_processor_steps(fields, size, model), f"{PROCESSORS[0]}'s default", note)
+def _without_config(folder, model, size):
+    """Return the default preprocessing of a folder's type of model, at the model's size."""
+    default = _default_of(folder)
+    square = {"height": size[0], "width": size[1]}
+    fields = {"size": {"shortest_edge": min(size)}, "crop_size": square}
+    if default == OF_TYPES["siglip"]:
+        fields = {"size": square}
+    what = f"{default.removesuffix('ImageProcessor')}'s default is taken, at the model's size"
+    note = f"note: {model} has no preprocessor_config.json; {what}"
+    return Preprocessing(_processor_steps(fields, size, model, default), f"{default}'s default", note)
 
 
-def _processor(fields, where):
-    """Return the image processor of a config, which knows what the config leaves out."""
-    import transformers  # takes a second
+def _default_of(folder):
+    """Return the image processor of a config that names none: that of the folder's type of model."""
+    kind = clip_config(folder, TYPES).get("model_type")
+    return OF_TYPES.get(kind, PROCESSORS[0])
 
-    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or PROCESSORS[0]
+
+def _processor(fields, where, default):
+    """Return the image processor of a config, which knows what the config leaves out.
+
+    default: its class where the config names none.
+    """
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or default
     name = str(kind).removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if name not in PROCESSORS:
         raise UserError(f"{where}: image_processor_type is {kind}; it has to be {' or '.join(PROCESSORS)}")
@@ -329,16 +342,21 @@ def _processor(fields, where):
         if value and (field in NOT_DONE or (field.startswith("do_") and field not in DONE)):
             raise UserError(f"{where}: {field} is {value!r}, which cannot be done; correct it there")
     try:
-        with_pillow = getattr(transformers, f"{name}Pil", None)  # since transformers 5
-        return (with_pillow or getattr(transformers, name))(**fields)
+        with_pillow = getattr(library(), f"{name}Pil", None)  # since transformers 5
+        return (with_pillow or getattr(library(), name))(**fields)
+    except UserError:
+        raise
     except Exception as error:  # it has many
         why = f"no {name} can be made of it ({one_line(error)[:160]})"
         raise UserError(f"{where}: {why}; correct it there") from error
 
 
-def _processor_steps(fields, size, where):
-    """Return steps to the pixels of an image processor, of its variant for Pillow. fields: its config."""
-    processor = _processor(fields, where)
+def _processor_steps(fields, size, where, default):
+    """Return steps to the pixels of an image processor, of its variant for Pillow.
+
+    fields: its config. default: its class where they name none.
+    """
+    processor = _processor(fields, where, default)
     factor = processor.rescale_factor if processor.do_rescale else 1
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise UserError(f"{where}: rescale_factor is {factor!r}; it has to be a positive number")

@@ -9,6 +9,7 @@ import open_clip
 import torch
 from open_clip.transformer import TextTransformer
 
+from utils.model.library import TwoTowers
 from utils.runtime.errors import UserError
 
 TEXTS = 4096  # that are embedded, and so saved, at a time
@@ -20,7 +21,8 @@ def too_long(clip, texts):
     limit = clip.tokenizer.context_length
     of_library = getattr(clip.tokenizer, "tokenizer", None)
     if of_library:  # it counts the tokens at both ends itself
-        return [text for text in texts if len(of_library(text)["input_ids"]) > limit]
+        clean = getattr(clip.tokenizer, "clean", str)
+        return [text for text in texts if len(of_library(clean(text))["input_ids"]) > limit]
     return [text for text in texts if len(clip.tokenizer.encode(text)) + 2 > limit]
 
 
@@ -36,7 +38,7 @@ def text_vectors(clip, texts, batch_size):
     tokens = clip.tokenizer(list(texts))
     refuse_unknown(clip.text, tokens)
     tower = causal_tower(clip.text)
-    ends = end_tokens(tower, tokens)
+    ends = clip.text.ends(tokens) if isinstance(clip.text, TwoTowers) else end_tokens(tower, tokens)
     order = ends.argsort(stable=True)
     batches = []
     for rows in order.split(batch_size):
@@ -65,13 +67,17 @@ def zero_shot_classifier(clip, class_names, batch_size):
 
 
 def refuse_unknown(model, tokens):
-    """Raise UserError when an open_clip model's vocabulary does not have all of some tokens."""
-    tower = getattr(model, "text", model)
-    known = getattr(tower, "token_embedding", None) or tower.transformer.get_input_embeddings()
+    """Raise UserError when a model's vocabulary does not have all of some tokens."""
+    if isinstance(model, TwoTowers):
+        known = model.vocab_size
+    else:
+        tower = getattr(model, "text", model)
+        embeddings = getattr(tower, "token_embedding", None) or tower.transformer.get_input_embeddings()
+        known = embeddings.num_embeddings
     largest = int(tokens.max())
-    if largest < known.num_embeddings:
+    if largest < known:
         return
-    what = f"the tokenizer gives token {largest}, and the model has {known.num_embeddings} tokens"
+    what = f"the tokenizer gives token {largest}, and the model has {known} tokens"
     fix = "put the model's own tokenizer into its folder and use --model local-dir:FOLDER"
     other = "or name it as hf_tokenizer_name in the config's text_cfg"
     raise UserError(f"{what}: they do not belong together; {fix}, {other}")

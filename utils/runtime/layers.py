@@ -20,6 +20,8 @@ def parse_layers(layers, vit):
         if not str(l).isdecimal() or int(l) > last:
             reason = " has no attention after it, so it" if str(l) == str(last + 1) == str(vit.L - 1) else ""
             there_are = f"this model's layers with effects are 0 to {last} (or 'all')"
+            if vit.pooling.one_layer:
+                there_are = f"{vit.pooling.one_layer}: --mlp_layer 0"
             raise UserError(f"--mlp_layer {l}:{reason} has no second-order effects; {there_are}")
     return sorted({int(l) for l in layers})
 
