@@ -91,6 +91,8 @@ class Folder:
         torch.save(open_clip.CLIP(**MODEL).state_dict(), root / "path" / "to" / "weights.pt")
         words = (ROOT / "text_descriptions" / "30k.txt").read_text().split()[:30_000:150]
         (root / "text_descriptions").mkdir()
+        pool = (ROOT / "text_descriptions" / "concepts.txt").read_text().splitlines()[::12]
+        (root / "text_descriptions" / "concepts.txt").write_text("\n".join(pool))
         (root / "text_descriptions" / "30k.txt").write_text("\n".join(words))
         write_mat(root / "gtsegs_ijcv.mat", *discs(3))
 
@@ -115,25 +117,13 @@ def test_the_readme_is_short_and_begins_with_the_readers_own_clip():
 
 
 def test_the_block_for_ones_own_clip_runs_as_it_stands(folder):
-    ran = commands(OWN)
-    assert len(ran) == 6
-    for script, *words in ran:
-        folder.run(script, *words)
-    [named] = re.findall(r"# output_dir/(\S+\.json):", OWN)
-    described = json.loads((folder.out / named).read_text())
-    assert len(described) == N and {len(texts) for texts in described.values()} == {128}
-    words = (folder.root / "text_descriptions" / "30k.txt").read_text().split()
-    assert all(text in words for texts in described.values() for _, _, text in texts)
-    [page] = re.findall(r"# output_dir/(\S+\.html)", OWN)
-    assert (folder.out / page).is_file()
-
-
-def test_fewer_pictures_need_a_flag_that_every_command_with_a_layer_has(monkeypatch):
-    with_layer = [words for words in commands(OWN) if "--mlp_layer" in words]
-    assert len(with_layer) == 5
-    for script, *words in with_layer:
-        args = parser_of(script, monkeypatch).parse_args([*words, "--top_k_pca", "7"])
-        assert args.top_k_pca == 7
+    [[script, *words]] = commands(OWN)
+    done = folder.run(script, *words)
+    [named, layer] = re.findall(r"# output_dir/(\S+\.html): the page above, of layer (\d+)", OWN)[0]
+    assert (folder.out / named).is_file()
+    assert f"layer {layer} of 12, {N} neurons each; text set concepts" in done.stdout
+    [described] = folder.out.glob(f"images_mlps_*_{layer}_concepts_decomposition_omp_1.0_128.json")
+    assert len(json.loads(described.read_text())) == N
 
 
 def test_the_block_of_python_runs_as_it_stands(folder, monkeypatch):

@@ -15,7 +15,7 @@ from utils.data.splits import Split, load_split
 from utils.data.text_sets import find_texts, load_texts, read_texts
 from utils.deletion import DRAWN
 from utils.effects import FORMS
-from utils.model.clip import load_clip
+from utils.model.clip import clip_of
 from utils.model.texts import text_vectors
 from utils.pca import principal_directions
 from utils.runtime import distributed, flags
@@ -65,7 +65,8 @@ class Timings:
     def text(self):
         """text is the time of one text in the text tower."""
         some = self.texts[:TIMED]
-        return seconds(lambda: text_vectors(self.clip, some, TIMED)) / len(some)
+        clip = clip_of(self.args, texts=True)
+        return seconds(lambda: text_vectors(clip, some, TIMED)) / len(some)
 
     @cached_property
     def pursuit(self):
@@ -104,7 +105,7 @@ class Plan:
 
     def __init__(self, args, inputs):
         self.args = args
-        self.clip = load_clip(args.model, args.pretrained, args.device, precision=args.precision)
+        self.clip = clip_of(args)
         vit = self.clip.vit
         if args.mlp_layer is None:
             args.mlp_layer = [str(max(0, min(vit.last, vit.L - 3)))]  # as layer 9 of 12
@@ -126,12 +127,11 @@ class Plan:
     @cached_property
     def texts(self):
         """texts are the text set."""
-        args = self.args
-        if self.inputs.find("texts", **self.names).is_file():
-            return load_texts(self.inputs, args.text_descriptions, args.descriptions_dir, lambda: self.clip)[
-                0
-            ]
-        return read_texts(find_texts(args.text_descriptions, args.descriptions_dir))
+        given = (self.args.text_descriptions, self.args.descriptions_dir)
+        if not self.inputs.find("texts", **self.names).is_file():
+            return read_texts(find_texts(*given))
+        texts, _, _ = load_texts(self.inputs, *given, partial(clip_of, self.args, texts=True))
+        return texts
 
     @cached_property
     def costs(self):
