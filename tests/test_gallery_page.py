@@ -633,6 +633,13 @@ def test_typing_on_a_neuron_page_searches_its_layer_and_back_leads_to_the_neuron
     page.settle("#9/5")
 
 
+def test_few_images_are_told(page):
+    page.open("#9")
+    said = page.find(".claim .few").text
+    error = "the correlation of a single neuron has a standard error of up to 0.13"
+    assert said == f"Few images. Graded on 60 held-out images only: {error}."
+
+
 def test_without_controls_nothing_is_claimed(plain_page):
     page = plain_page
     assert page.find(".claim").text.startswith("Not graded:")

@@ -416,6 +416,16 @@
 
   const textsAre = (count) => (count === 1 ? "1 text is" : `${count} texts are`);
 
+  // What so few images cannot say; null where there are enough.
+  function fewImages() {
+    const said = [];
+    if (about.graded_images && about.graded_images < 200) {
+      said.push(`Graded on ${grouped(about.graded_images)} held-out images only: the correlation of a single neuron has a standard error of up to ${decimals(1 / Math.sqrt(about.graded_images))}.`);
+    }
+    if (about.k < 20) said.push(`A direction is that of the ${grouped(about.k)} largest effects only.`);
+    return said.length ? element("p", { class: "note few" }, element("strong", {}, "Few images. "), said.join(" ")) : null;
+  }
+
   // What the layer's descriptions have over noise: a line for each side.
   function claim(layer) {
     const sides = layer.sides.filter(({ judged }) => judged);
@@ -437,7 +447,7 @@
     const legend = none ? null : element("p", { class: "note" }, meter(0.7, 0.45, true),
       " Bars: the grade, blue where it is better than noise; the mark, and the number in brackets, is the control: random directions in place of the texts. "
       + "Fires on: correlation with the effects on held-out images. Writes: share of the direction that the texts rebuild.");
-    return element("div", { class: none ? "claim empty" : "claim" }, heading, element("ul", {}, lines), legend);
+    return element("div", { class: none ? "claim empty" : "claim" }, heading, element("ul", {}, lines), fewImages(), legend);
   }
 
   async function showControls(place) {
