@@ -313,7 +313,7 @@ def left_by_texts(paper, texts):
 def fig5(paper):
     """Make Figs. 5, 13 and 14."""
     split = paper.args.split
-    paper.descriptions(paper.texts[0], [paper.layer])
+    paper.grades(paper.texts[0], [paper.layer])
     words = ["--mlp_layer", paper.layer, "--keep", "full"]
     paper.stages.run("compute_second_order_neuron_prs.py", *paper.stages.images(split), *words)
     images = paper.images(split).images
