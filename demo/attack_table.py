@@ -79,7 +79,7 @@ def fit_fires_on(out):
         return
     flags = ["--dataset", "folder", "--data_path", out / "world/symbols", "--output_dir", out / "symbols"]
     flags += ["--batch_size", 64, "--num_workers", 0, "--mlp_layer", *ATTACK_LAYERS]
-    flags += ["--text_descriptions", ATTACK_TEXTS, "--components", COMPONENTS]
+    flags += ["--text_descriptions", ATTACK_TEXTS, "--components", COMPONENTS, "--top_k_pca", NAMES["k"]]
     words = [str(word) for word in stage("evaluate_descriptions.py", *flags)]
     print(f"$ {readable('python', *words)}", flush=True)
     if code := run(words):

@@ -578,7 +578,10 @@ def load_layers(symbols):
     clip = load_clip(MODEL, WEIGHTS, "cpu")
     images = load_images("folder", symbols.world / symbols.name, "train", clip.transform)
     options = {"described": {"texts": "words", "components": COMPONENTS}}
-    return {layer: NeuronLayer(clip, symbols.results, images, layer=layer, **options) for layer in LAYERS}
+    return {
+        layer: NeuronLayer(clip, symbols.results, images, layer=layer, k=NAMES["k"], **options)
+        for layer in LAYERS
+    }
 
 
 def draw_neurons(neurons, folder, count=8):

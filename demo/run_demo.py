@@ -77,7 +77,7 @@ def stages(out, tree):
     world = out / "world" / tree
     last = LAYERS[-1]
     where = ["--output_dir", out / tree]
-    layers = ["--mlp_layer", *LAYERS]
+    layers = ["--mlp_layer", *LAYERS, "--top_k_pca", NAMES["k"]]
     folder = ["--dataset", "folder", "--data_path", world]
     images = [*folder, "--batch_size", 64]
     for split in SPLITS[tree]:
@@ -127,6 +127,7 @@ def looks(out):
     world = out / "world/symbols"
     flags = ["--dataset", "folder", "--data_path", world, "--batch_size", 64, "--num_workers", 0]
     flags += ["--mlp_layer", layout.GRADED, "--components", COMPONENTS, "--output_dir", out / "symbols"]
+    flags += ["--top_k_pca", NAMES["k"]]
     truth = [world / f"words_{split}.npy" for split in ("train", "val")]
     yield truth[-1], ["-m", "demo.truth", "--world", out / "world"]
     graded = partial(path, "graded", split="val", layer=[layout.GRADED])
@@ -143,7 +144,7 @@ def attacks(out, pairs):
 
     The words are of class_0's neurons, and random ones.
     """
-    flags = ["--dataset", "folder", "--mlp_layers", *ATTACK_LAYERS]
+    flags = ["--dataset", "folder", "--mlp_layers", *ATTACK_LAYERS, "--top_k_pca", NAMES["k"]]
     flags += ["--text_descriptions", layout.ATTACK_TEXTS]
     for name, value in layout.ATTACK.items():
         flags += [f"--{name}", value]

@@ -14,7 +14,8 @@ from tests.launcher import run_stage_of_user
 from utils.ablation import ABLATIONS
 
 MODEL = ["--model", "demo/symbols-pool.json", "--pretrained", "demo/symbols-pool.safetensors"]
-LAYERS = ["--mlp_layer", 4, 5]  # the last one, too: the pooling attention comes after it
+K = ["--top_k_pca", 100]  # as in the notebooks, of fewer images than this is a tenth of
+LAYERS = [*K, "--mlp_layer", 4, 5]  # the last one, too: the pooling attention comes after it
 OPACITY = json.dumps({"opacity": 0.25})
 
 
@@ -52,7 +53,7 @@ def out(tmp_path_factory):
         "--num_workers",
         0,
     ]
-    masks += ["--dataset", "folder", "--batch_size", 40]
+    masks += ["--dataset", "folder", "--batch_size", 40, *K]
     attack = [
         "--dataset",
         "folder",
@@ -73,7 +74,17 @@ def out(tmp_path_factory):
         "--cosim_similarity",
         2,
     ]
-    attack += ["--overall_words", 3, "--results_per_generation", 6, "--batch_size", 17, "--neurons_num", 100]
+    attack += [
+        *K,
+        "--overall_words",
+        3,
+        "--results_per_generation",
+        6,
+        "--batch_size",
+        17,
+        "--neurons_num",
+        100,
+    ]
     attack += ["--class_0", "cat", "--class_1", "anchor", "--dataset_path", out / "adversarial"]
     for script, *flags in (
         ["compute_representations.py", *data, "--split", "val"],
@@ -89,8 +100,9 @@ def out(tmp_path_factory):
             5,
             "--keep",
             "top",
+            *K,
         ],
-        ["compute_pcas.py", "--dataset", "folder", "--mlp_layer", 3, 4, 5],
+        ["compute_pcas.py", "--dataset", "folder", "--mlp_layer", 3, 4, 5, *K],
         ["compute_ablations.py", *data, *LAYERS],
         ["compute_text_set_projection.py", "--text_descriptions", world / "words.txt"],
         ["compute_text_set_projection.py", "--text_descriptions", world / "grounds.txt"],

@@ -219,15 +219,13 @@ def test_every_kind_of_pooling_is_explained(pooling, world, tmp_path):
 
 
 def test_a_tower_without_contributions_is_refused_by_name(world, tmp_path):
-    resnet = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32, "patch_size": None}
-    (tmp_path / "model.json").write_text(json.dumps({**TINY, "vision_cfg": resnet}))
+    vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    (tmp_path / "model.json").write_text(json.dumps({**TINY, "vision_cfg": vision}))
     flags = ["--text", "a dog", "--baseline", "zero", "--output_dir", tmp_path / "out"]
     flags += ["--model", tmp_path / "model.json", "--pretrained", "random"]
     picture = world / "pictures/0.png"
     done = run_stage_of_user("explain_image.py", picture, *flags, folder=tmp_path, check=False)
-    assert done.returncode == 1 and done.stderr.startswith(
-        "error: this model's image tower is a ModifiedResNet"
-    )
+    assert done.returncode == 1 and "ConvNeXt, which has no attention" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("out/*"))
 
 
