@@ -58,6 +58,7 @@ COMMITS = {
     "utils.runtime.passes.COMMIT_SHARE": 1e9,
 }  # every piece is saved at once
 WORDS = 60
+GRADED = (1, 3)  # layers that are evaluated and in the gallery: the evaluation costs most of all stages
 _RUNS = itertools.count()
 STARTING = threading.Lock()  # tests start stages in several threads, and the environment is one for all
 HANGS = 900  # seconds after which a process counts as hanging, however busy the machine is
@@ -93,17 +94,22 @@ def _start_forkserver():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def fork(function, *arguments):
+    """A process that will call a function, to be started; it has imported everything."""
+    with STARTING:
+        _start_forkserver()
+    return CONTEXT.Process(target=function, args=arguments)
+
+
 def start(script, *flags, log, errors=None, environment=(), constants=()):
     """A stage as a process of its own, whose output goes to the file `log`; its stderr to `errors`, where
     that is given.
 
     constants: {module.NAME: value}, set beforehand.
     """
-    with STARTING:
-        _start_forkserver()
     command = [str(script), *map(str, flags)]
     logs = (str(log), str(errors or log))
-    process = CONTEXT.Process(target=_run_forked, args=(command, logs, dict(environment), dict(constants)))
+    process = fork(_run_forked, command, logs, dict(environment), dict(constants))
     process.daemon = (
         "--num_workers" in command and command[command.index("--num_workers") + 1] == "0"
     )  # ends with the tests
@@ -285,6 +291,7 @@ class World:
         """{name: (script, flags, constants)} in the README's order; inputs are in `base`."""
         k, layers, reads = ["--top_k_pca", 5], ["--mlp_layer", "all"], ["--input_dir", self.base]
         effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.PURSUED": 16}
+        graded = ["--mlp_layer", *GRADED]
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
         masks = [
@@ -322,10 +329,10 @@ class World:
                 [*self.val, *layers, *k, *texts, *reads],
                 small,
             ),
-            "evaluation": ("evaluate_descriptions.py", [*self.val, *layers, *k, *texts[:-1], *reads], small),
+            "evaluation": ("evaluate_descriptions.py", [*self.val, *graded, *k, *texts[:-1], *reads], small),
             "gallery": (
                 "make_gallery.py",
-                [*self.val, *layers, *k, *texts[:-1], *reads, "--picture_size", 24],
+                [*self.val, *graded, *k, *texts[:-1], *reads, "--picture_size", 24],
                 {},
             ),
             "segmentation": ("compute_segmentation.py", [*masks, *reads], {}),
@@ -389,6 +396,7 @@ def _run_forked(command, logs, environment, constants):
         with open(log, "ab") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as those of a plain process
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that kill -9 would leave behind
     run_stage(command, constants)

@@ -332,7 +332,7 @@ def evaluated(drawn, weights, texts):
         run_stage_of_user("compute_text_set_projection.py", *model, *own, folder=drawn)
         own = [*layer, "--dataset", "folder", *own, "--components", 4]
         run_stage_of_user("compute_sparse_decomposition.py", *model, *own, folder=drawn)
-    flags = [*model, *data, *layer, "--text_descriptions", *texts, "--components", 4]
+    flags = [*model, *data, *layer, "--text_descriptions", *texts, "--components", 4, "--delete", 0]
     printed = run_stage_of_user("evaluate_descriptions.py", *flags, folder=drawn).stdout
     found = {}
     for name in texts:

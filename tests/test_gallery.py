@@ -17,7 +17,7 @@ from scipy.stats import pearsonr
 
 from tests import definition
 from tests.browser import received
-from tests.launcher import assert_same_files, run_stage_of_user, shared_world, the_line
+from tests.launcher import GRADED, assert_same_files, run_stage_of_user, shared_world, the_line
 from utils.data.images import load_images
 from utils.model.clip import load_clip
 
@@ -101,7 +101,7 @@ def test_top_pictures_histograms_and_numbers_are_the_arrays(world, folder, about
             round(5 / 63 * 63) / 63
         )  # the 5 images of largest effect, of as many held-out as training images
         assert detail["auprc_chance"] == pytest.approx(share, abs=1e-4)
-    assert about["splits"]["train"]["count"] == len(y["train"]) and about["layers"] == [0, 1, 2, 3]
+    assert about["splits"]["train"]["count"] == len(y["train"]) and about["layers"] == list(GRADED)
 
 
 def test_maps_show_where_neurons_fire(details, runs):
@@ -268,7 +268,8 @@ def test_parquet_says_the_same(world, folder, about, details):
     by_deletion = np.load(graded)
     with open(graded.with_name(graded.name.replace("_deletion.npy", ".csv")), newline="") as file:
         of_stage = list(csv.DictReader(file))
-    for n, (row, detail) in enumerate(zip(table[LAYER * N :], details, strict=True)):
+    of_layer = table[GRADED.index(LAYER) * N :]
+    for n, (row, detail) in enumerate(zip(of_layer, details, strict=True)):
         assert row["deletion writes 8 texts"] == pytest.approx(by_deletion[0, n, 3])
         assert row["deletion writes 8 texts, control"] == pytest.approx(by_deletion[1:, n, 3].mean())
         assert_allclose(
@@ -395,7 +396,7 @@ def test_results_without_controls_are_not_graded(world, tmp_path):
         path.unlink()
     make(world, tmp_path / "out", "--input_dir", base)
     folder = tmp_path / "out/gallery"
-    grid, other = (received(folder, f"{layer}/layer") for layer in (LAYER, LAYER - 1))
+    grid, other = (received(folder, f"{layer}/layer") for layer in (LAYER, GRADED[0]))
     details = received(folder, f"{LAYER}/neurons_0")["neurons"]
     for side in ("fires_on", "writes"):
         assert set(grid[side]) == {"shown", "texts", "coefficients"} and grid[side]["shown"] == 8
@@ -404,7 +405,7 @@ def test_results_without_controls_are_not_graded(world, tmp_path):
     assert all(detail["shown"] == detail["by_length"] == {} for detail in details)
     assert grid["rotated"] == grid["rotated_by_length"] == grid["blind"] == {}
     column = pyarrow.parquet.read_table(folder / "neurons.parquet")["writes share 2 texts, better than noise"]
-    assert [value is None for value in column.to_pylist()] == [False] * 3 * N + [True] * N
+    assert [value is None for value in column.to_pylist()] == [False] * N + [True] * N
 
 
 def test_a_single_control_dictionary_shows_no_spread_and_is_not_graded(world, tmp_path):

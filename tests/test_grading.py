@@ -15,7 +15,7 @@ from sklearn.decomposition import SparseCoder
 from sklearn.metrics import average_precision_score
 
 from tests import definition
-from tests.launcher import run_stage_of_user, shared_world, the_line
+from tests.launcher import GRADED, run_stage_of_user, shared_world, the_line
 from utils import grading
 from utils.data.images import load_images
 from utils.evaluation import directions_of
@@ -357,7 +357,8 @@ def test_the_table_of_neurons_says_what_the_arrays_say(world):
     for n, line in enumerate(table):
         assert float(line["fires_on auprc"]) == pytest.approx(grades[n, rows.index("fires_on"), 1], abs=1e-4)
         assert [text for text, _ in json.loads(line["fires_on"])] == [text for _, _, text in fires_on[str(n)]]
-    summary = json.loads(result(world, "0-1-2-3_words_8_summary.json").read_text())
+    layers = "-".join(map(str, GRADED))
+    summary = json.loads(result(world, f"{layers}_words_8_summary.json").read_text())
     found = summary["neurons"][str(LAYER)]["fires_on"]["pearson_without"]["mean"]
     assert found == pytest.approx(grades[:, rows.index("fires_on"), 2].mean(), abs=1e-6)
 

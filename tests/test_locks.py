@@ -1,7 +1,6 @@
 """Two runs for the same files: one makes them, the other refuses in a line; a lock dies with its process."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from tests.launcher import (
     assert_same_files,
     contents,
     finish,
+    fork,
     kill,
     release,
     run,
@@ -161,7 +161,7 @@ def test_a_lock_on_a_disk_without_room_leaves_nothing(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _take_turns(path, number, counts):
+def _take_turns(path, number):
     """Add 1 to a number in a file, many times, each time under the lock."""
     for _ in range(20):
         while True:
@@ -173,15 +173,11 @@ def _take_turns(path, number, counts):
                 break
             except UserError:
                 pass
-    counts.put(True)
 
 
 def test_one_at_a_time_has_the_lock(tmp_path):
-    context = multiprocessing.get_context("spawn")
     (tmp_path / "number").write_text("0")
-    counts = context.Queue()
-    arguments = (tmp_path / "a.npy", tmp_path / "number", counts)
-    processes = [context.Process(target=_take_turns, args=arguments) for _ in range(4)]
+    processes = [fork(_take_turns, tmp_path / "a.npy", tmp_path / "number") for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -196,8 +192,8 @@ def _save(path, letter):
 
 
 def test_a_file_that_two_processes_save_at_once_is_whole_at_every_moment(tmp_path):
-    context, path = multiprocessing.get_context("spawn"), tmp_path / "table.json"
-    processes = [context.Process(target=_save, args=(path, letter)) for letter in (b"a", b"b")]
+    path = tmp_path / "table.json"
+    processes = [fork(_save, path, letter) for letter in (b"a", b"b")]
     for process in processes:
         process.start()
     seen = set()
