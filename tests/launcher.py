@@ -275,7 +275,8 @@ def the_line(printed):
 class World:
     """Photos whose number no batch size divides, a tiny model, texts, and the flags that name them."""
 
-    def __init__(self, root, model, per_class=16, **photos):
+    def __init__(self, root, model, per_class=16, graded=GRADED, **photos):
+        self.graded = graded
         self.root, self.base, self.whole = Path(root), Path(root) / "base", Path(root) / "whole"
         self.photos = write_photos(self.root / "photos", per_class=per_class, side=40, **photos)
         for split in ("train", "val"):
@@ -291,7 +292,7 @@ class World:
         """{name: (script, flags, constants)} in the README's order; inputs are in `base`."""
         k, layers, reads = ["--top_k_pca", 5], ["--mlp_layer", "all"], ["--input_dir", self.base]
         effects, small = "compute_second_order_neuron_prs.py", {"utils.omp.PURSUED": 16}
-        graded = ["--mlp_layer", *GRADED]
+        graded = ["--mlp_layer", *self.graded]
         pcas = ["--dataset", "folder", *layers, *k, "--memory", 2e-5, *reads]
         texts = ["--text_descriptions", "words", "--components", 8, "--evaluate"]
         masks = [

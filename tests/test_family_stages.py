@@ -27,7 +27,7 @@ def test_every_stage_runs_on_every_family(tmp_path, family):
     config = TINY_RESNET if family == "ResNet" else TINY | {"vision_cfg": vision_config(family)}
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     model = str(tmp_path / "tiny.json")
-    world = World(tmp_path, model, per_class=4)
+    world = World(tmp_path, model, per_class=4, graded=["all"])
     write_mat(tmp_path / "discs.mat", *discs(4))
     for name in STAGES:
         world.run(name, world.base)
