@@ -21,7 +21,19 @@ from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
 from utils.statistics import choose_k
-from utils.top_effects import FULL, TOP, Activations, Sums, TopK, start_of, write_top, write_weights
+from utils.top_effects import (
+    AGAIN,
+    FULL,
+    TOP,
+    Activations,
+    Sums,
+    TopK,
+    settle,
+    settle_again,
+    start_of,
+    stride_of,
+    write_weights,
+)
 
 
 def main(args):
@@ -68,31 +80,38 @@ def keep_all(args, vit, layers, split, results, record):
 
 
 def keep_top(args, vit, layers, split, results, record):
-    """Store the largest effects of every neuron, in two passes: means, then what is largest about them."""
-    k = args.top_k_pca
-    arrays = results.arrays(TOP, {"images": len(split), "k": k}, layers=layers, **split.names)
+    """Store the largest effects of every neuron, after a look at a few images; `utils.top_effects` says how."""
+    arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)
-    state, scratch = start_of(vit, layers, k, len(split))
-    state |= activations.sums
-    twice = split.rounds(2)
-    with Pass(arrays, record, twice, state=state, scratch=scratch, overwrite=args.overwrite) as work:
+    state, scratch = start_of(vit, layers, args.top_k_pca, len(split))
+    options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
+    stride = 1 if args.passes == 2 else stride_of(len(split))
+    if stride == 1:
+        exact = [results.path("image_norms", layer=layer, **split.names) for layer in layers]
+        options["alone"] = dict.fromkeys(exact, {"norms_about": None})  # those of one pass will not do
+    with Pass(arrays, record, split.rounds(stride, 1, 1), **options) as work:
         directions = work.prepare(fold_layers, vit, layers)
-        sums = Sums(work, args.coefficient)
+        few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for _, pixels in work.round(0, "means"):
-            effects = activations.second_order(work, pixels, directions, args.coefficient)
-            for _ in layers:
-                sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
-        tops = work.prepare(TopK.of_layers, work, directions, sums, len(split))
-        for rows, pixels in work.round(1, "effects"):
             _, effects = second_order(vit, pixels, directions, args.coefficient)
+            for _ in layers:
+                few.add(next(effects))  # unnamed: one layer's effects are in memory at a time
+        tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
+        sums = Sums(work, args.coefficient, len(split))
+        for rows, pixels in work.round(1, "effects"):
+            effects = activations.second_order(work, pixels, directions, args.coefficient)
             for top in tops:
-                names = {**split.names, "layer": top.directions.layer}
-                kappa, norms = top.add(next(effects), rows.start)
-                work[results.path("bias", **names)][rows] = kappa
-                work[results.path("image_norms", **names)][rows] = norms
+                top.add(next(effects), rows.start, sums)
+        doubted = settle(work, tops, sums)
+        for rows, pixels in work.round(AGAIN, "effects"):
+            again = [top.directions for top in doubted]
+            _, effects = second_order(vit, pixels, again, args.coefficient)
+            for top in doubted:
+                top.add(next(effects), rows.start)
+        settle_again(work, doubted)
         activations.write(work, len(split))
-        write_top(work, tops, results, split.names)
+        write_weights(work, directions, results, split.names)
 
 
 if __name__ == "__main__":
@@ -101,9 +120,9 @@ if __name__ == "__main__":
     flags.add_layers(parser)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
-    parser.add_argument(
-        "--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones in two passes"
-    )
+    parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones")
+    help = "over the images with --keep top: 1 and a look at a few, or 2, which leave exact image_norms, too"
+    parser.add_argument("--passes", type=int, choices=(1, 2), default=1, help=help)
     flags.add_top_k(parser, "effects of a neuron with --keep top")
     parser.add_argument(
         "--merged", action="store_true", help="also write the effects themselves, images x N x D"

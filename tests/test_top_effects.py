@@ -211,7 +211,7 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
         work = SimpleNamespace(
             state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
         )
-        total = Sums(work, 100.0)
+        total = Sums(work, 100.0, 12)
         for rows in split:
             total.add(SecondOrder(whole.C[rows], whole.kappa[rows], directions))
         sums.append(work.state)
@@ -219,6 +219,6 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
     for state in sums:
         assert np.abs(state["C2"] * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
     work = SimpleNamespace(gather=lambda names: {name: [state[name] for state in sums[:2]] for name in names})
-    mean_C, mean_kappa = Sums(work, 100.0).means([2], 12)[2]
+    mean_C, mean_kappa = Sums(work, 100.0, 12).means([2])[2]
     assert_allclose(mean_C, whole.C.double().mean(dim=0), atol=1e-6 * np.abs(exact).max())
     assert_allclose(mean_kappa, whole.kappa.double().mean(dim=0), atol=1e-6 * float(whole.kappa.abs().max()))
