@@ -89,7 +89,7 @@ class Ablations:
 
     def small_effects(self, phi):
         """Return the sum of the insignificant centred effects, [B, D]."""
-        small = (self.norms(phi) <= self.thresholds).to(phi.C.dtype)  # [B, N]
+        small = self.norms.at_most(phi, self.thresholds).to(phi.C.dtype)  # [B, N]
         heads = 0
         for n in blocks_of(phi.C.shape[2]):
             x = (phi.C[:, :, n] - self.norms.origin[:, n]) * small[:, None, n]

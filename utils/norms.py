@@ -61,21 +61,44 @@ class CentredNorms:
 
     def __call__(self, phi):
         """Return the norms [B, N] of a `SecondOrder`."""
-        C = phi.C
+        squares = self.squares(phi)
         kappa = phi.kappa - self.shift
         heads = einsum("bo,keo->kbe", kappa, self.directions.outputs)
-        size = kappa.square().sum(dim=-1, keepdim=True)
-        norms = torch.empty_like(C[:, 0])
-        for n in blocks_of(norms.shape[1]):
-            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
+        for n in blocks_of(squares.shape[1]):
+            x = phi.C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
-            squares = quadratic(x, [strip[n] for strip in self.strips])
-            squares = squares + 2 * B_kappa.mul_(x).sum(dim=1) + size
-            if self.rest is not None:
-                rest = self.rest[n]
-                squares += rest.square().sum(dim=-1) - 2 * kappa @ rest.T
-            norms[:, n] = squares.clamp_min(0).sqrt()
-        return norms
+            squares[:, n] += 2 * B_kappa.mul_(x).sum(dim=1)
+        return (squares + self._beside(kappa)).clamp_(0).sqrt_()
+
+    def _beside(self, kappa):
+        """Return |kappa - rest|^2, [B, N]; [B, 1] where there is no rest."""
+        size = kappa.square().sum(dim=-1, keepdim=True)
+        return size if self.rest is None else size + (self.rest.square().sum(dim=-1) - 2 * kappa @ self.rest.T)
+
+    def squares(self, phi):
+        """Return |x B_n|^2, [B, N]: squared norms without kappa, which is small, and half of the work."""
+        squares = torch.empty_like(phi.C[:, 0])
+        for n in blocks_of(squares.shape[1]):
+            squares[:, n] = quadratic(phi.C[:, :, n] - self.origin[:, n], [strip[n] for strip in self.strips])
+        return squares
+
+    def at_most(self, phi, thresholds):
+        """Return whether norms are at most some thresholds [N], bool [B, N].
+
+        They differ from those of x B_n by |kappa - rest| at most. Only where this can decide are they computed.
+        """
+        kappa = phi.kappa - self.shift
+        squares = self.squares(phi)
+        beside = self._beside(kappa).clamp_min(0)
+        norms = squares.clamp_min(0).sqrt()
+        image, neuron = ((norms - thresholds).abs() <= beside.sqrt()).nonzero(as_tuple=True)
+        heads = einsum("bo,keo->bke", kappa, self.directions.outputs)
+        squares += beside
+        for b, n in zip(image.split(NEURONS), neuron.split(NEURONS), strict=True):
+            x = phi.C[b, :, n] - self.origin[:, n].T  # [pairs, K]
+            B_kappa = einsum("pke,kpe->pk", heads[b], self.directions.values[:, n])
+            norms[b, n] = (squares[b, n] + 2 * (B_kappa * x).sum(dim=-1)).clamp_min(0).sqrt()
+        return norms <= thresholds
 
 
 def quadratic(x, strips):

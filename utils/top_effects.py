@@ -164,6 +164,7 @@ class TopK:
         self.layer = directions.layer
         self.few = few
         self.paths = paths
+        self.exact = few == work[paths["bias"]].shape[0]  # another pass could tell no more
         self.keys, self.known, self.apart = (work.state[f"{name}{self.layer}"] for name in STATE)
         self.scratch = work.scratch[f"top{self.layer}"]
         self.norms = CentredNorms(directions, tuple(part.to(directions.values.device) for part in origin))
@@ -185,7 +186,8 @@ class TopK:
         first: index of the batch's first image.
         sums: `Sums` to add them to. Without, doubted neurons are gone over again.
         """
-        norms = self.norms(phi).cpu().numpy()
+        exact = sums is None or self.exact
+        norms = (self.norms(phi) if exact else self.norms.squares(phi).clamp_(0).sqrt_()).cpu().numpy()
         rows = slice(first, first + len(norms))
         new = key_of(norms.T, np.arange(rows.start, rows.stop))
         if sums is None:
@@ -216,12 +218,11 @@ class TopK:
         images, norms, apart, certain = (np.concatenate(part) for part in zip(*merged.write(), strict=True))
         self.work[self.paths["top_images"]][:] = images
         self.work[self.paths["top_mean"]][:] = merged.means()
-        exact = self.few == len(merged.bias)  # another pass could tell no more
         first = not self.known.any()
         if first:
             self.apart[:] = apart.max()
-        known = np.where(certain | exact, CERTAIN, DOUBTED) if first else self.known
-        if not exact and (not first or CERTAIN in known and DOUBTED not in known):
+        known = np.where(certain | self.exact, CERTAIN, DOUBTED) if first else self.known
+        if not self.exact and (DOUBTED not in known or not first):
             self._correct_norms(images, norms)
         self.known[:] = known
 
@@ -240,7 +241,7 @@ class TopK:
         """Say in the record of the stored norms what they are, unless they are about the mean itself."""
         file = self.work[self.paths["image_norms"]]
         k = self.work[self.paths["top_images"]].shape[1]
-        if self.few < file.shape[0]:
+        if not self.exact:
             about = f"the mean of {self.few} images, and exact for the {k} largest of a neuron"
             file.record |= {"norms_about": about, "norms_off_by": float(self.apart[0])}
 
@@ -298,6 +299,9 @@ class Merged:
         self.order = keys.argsort(axis=1)[:, ::-1][:, : top.keys.shape[1]]
         self.keys = np.take_along_axis(keys, self.order, axis=1)
         self.outputs = double(top.directions.outputs)
+        rows = [slice(start, start + ROWS) for start in range(0, len(self.bias), ROWS)]
+        mean = self.mean_kappa.cpu().numpy()
+        self.reach = max(np.linalg.norm(self.bias[n] - mean, axis=1).max() for n in rows)  # of kappa
 
     def means(self):
         """Return the mean effects [N, D]."""
@@ -325,21 +329,24 @@ class Merged:
             file[n] = np.take_along_axis(centred, best[..., None], axis=1)
             largest = np.take_along_axis(norms, best, axis=1)
             rounding = ROUNDING * np.abs(about - norm_of(self.keys[n])).max(axis=1)
+            apart = apart + self.reach
             others = about[:, -1] + apart + 4 * rounding  # at most; four: both forms round twice
             certain = (others < largest[:, -1]) | (images.shape[1] == len(self.bias))
             yield np.take_along_axis(images, best, axis=1), largest, apart + rounding, certain
 
     def _norms(self, n, centred, images):
-        """Return norms about the mean, in float32, and about the origin [n, c], and |mean - origin| [n].
+        """Return norms about the mean, float32 [n, c], and of what directions express, in float64: norms about
+        the origin [n, c], and |mean - origin| [n].
 
-        All is computed in float64. centred: coefficients [n, c, K].
+        centred: coefficients [n, c, K].
         """
         B = torch.einsum("kne,keo->nko", double(self.directions.values[:, n]), self.outputs)
         kappa = torch.from_numpy(self.bias[images]).to(self.mean_kappa) - self.mean_kappa
-        effects = torch.bmm(torch.from_numpy(centred).to(B), B) + kappa.to(B)  # [n, c, D]
-        C = (self.mean_C[:, n] - self.top.norms.origin[:, n]).to(B)
-        moved = torch.einsum("kn,nko->no", C, B) + (self.mean_kappa - self.top.norms.shift).to(B)
-        found = (effects.norm(dim=-1).float(), (effects + moved[:, None]).norm(dim=-1), moved.norm(dim=-1))
+        effects = torch.bmm(torch.from_numpy(centred).to(B), B)  # [n, c, D], without kappa
+        moved = torch.einsum("kn,nko->no", (self.mean_C - self.top.norms.origin)[:, n].to(B), B)
+        about = (effects + moved[:, None]).norm(dim=-1)
+        effects += kappa.to(B)
+        found = (effects.norm(dim=-1).float(), about, moved.norm(dim=-1))
         return [norms.cpu().numpy() for norms in found]
 
 
