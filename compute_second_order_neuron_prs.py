@@ -13,6 +13,8 @@ effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[
 """
 
 from utils.data.splits import load_split
+from utils.effects import FULL, TOP, write_weights
+from utils.indirect import Activations
 from utils.model.clip import clip_of
 from utils.model.hooks import left_out_note
 from utils.norms import groups_of_layers
@@ -20,20 +22,9 @@ from utils.prs import fold_layers, second_order
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
+from utils.runtime.sums import Sums
 from utils.statistics import choose_k
-from utils.top_effects import (
-    AGAIN,
-    FULL,
-    TOP,
-    Activations,
-    Sums,
-    TopK,
-    settle,
-    settle_again,
-    start_of,
-    stride_of,
-    write_weights,
-)
+from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
 
 
 def main(args):
@@ -80,7 +71,7 @@ def keep_all(args, vit, layers, split, results, record):
 
 
 def keep_top(args, vit, layers, split, results, record):
-    """Store the largest effects of every neuron, after a look at a few images; `utils.top_effects` says how."""
+    """Store the largest effects of every neuron. `utils.top_effects` says what the rounds are for."""
     arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)

@@ -25,7 +25,8 @@ from tests.launcher import (
 from tests.test_top_effects import LAYERS, K, dense, largest, read
 from utils.prs import Directions, SecondOrder
 from utils.runtime.records import load_record
-from utils.top_effects import AGAIN, CERTAIN, Sums, TopK, settle, settle_again, start_of, stride_of
+from utils.runtime.sums import Sums
+from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
 
 FEW = {"utils.top_effects.FEW": 8}  # every 7th of the 63 photos
 
@@ -70,7 +71,7 @@ def test_the_preliminary_mean_is_of_256_images_or_a_twentieth():
 def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, once, twice):
     output, printed = once
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
-    assert "neurons" in printed and "effects:" in printed
+    assert "one pass has found the largest effects of" in printed
 
 
 def test_two_passes_leave_the_bytes_of_few_images(world, twice):
@@ -87,7 +88,7 @@ def test_norms_are_off_by_what_their_record_says(world, once, twice, layer):
     record = load_record(output / f"folder_train_mlps_tiny_random_{layer}_image_norms.npy")
     off = np.abs(found - exact)
     assert 1e-3 * exact.max() < off.max() <= record["norms_off_by"] * (1 + 1e-6) + 1e-6 * exact.max()
-    assert record["norms_about"] == "the mean of 9 images, and exact for the 5 largest of a neuron"
+    assert record["norms_about"] == "the mean of 9 images" and record["norms_exact"] == K
     images = read(output, layer, "top_images")
     assert_allclose(
         np.take_along_axis(found, images.T, axis=0), np.take_along_axis(exact, images.T, axis=0), rtol=2e-5
@@ -129,9 +130,10 @@ def far(world):
 
 def test_doubted_neurons_are_counted_and_made_right(far, twice):
     output, printed = far
-    [line] = [line for line in printed.splitlines() if "are not certain" in line]
-    doubted, every = (int(word) for word in line.split() if word.isdecimal())
-    assert every == len(LAYERS) * read(output, 0, "top_images").shape[0] and every / 2 < doubted <= every
+    [line] = [line for line in printed.splitlines() if "gone over again" in line]
+    certain, every, doubted = (int(word) for word in line.split() if word.isdecimal())
+    assert certain + doubted == every == len(LAYERS) * len(read(output, 0, "top_images"))
+    assert doubted > every / 2
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
     for layer in LAYERS:
         assert np.array_equal(
@@ -239,6 +241,7 @@ def kept_by(directions, C, kappa, k, few):
     D = kappa.shape[1]
     vit = SimpleNamespace(K=lambda layer: heads, N=N, D=D)
     shapes = {"bias": ((images, D), "f4"), "image_norms": ((images, N), "f4"), "top_images": ((N, k), "i4")}
+    shapes |= dict.fromkeys(["values", "outputs"], ((), "f4"))
     shapes |= {"top_coefficients": ((N, k, heads), "f4"), "top_mean": ((N, D), "f4")}
     work = Work(shapes, *start_of(vit, [0], k, images))
     paths = SimpleNamespace(path=lambda kind, layer: kind)

@@ -13,7 +13,8 @@ from tests.launcher import assert_same_files, contents, shared_world, the_line
 from utils.data.images import load_images
 from utils.model.clip import load_clip
 from utils.prs import SecondOrder, fold, second_order
-from utils.top_effects import FIXED, Sums, enter, image_of, key_of
+from utils.runtime.largest import enter, image_of, key_of
+from utils.runtime.sums import FIXED, Sums
 
 K, LAYERS = 5, (0, 1, 2, 3)
 PCAS = ["--dataset", "folder", "--mlp_layer", "all"]

@@ -21,6 +21,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass, Totals, pieces_of
 from utils.runtime.records import load_record
+from utils.runtime.sums import fixed, mean_of
 from utils.statistics import load_training_images
 
 DRAWN = 512  # neurons of a layer that are taken away on held-out images
@@ -140,12 +141,11 @@ def delete(path, clip, split, plan, args):
             if len(images):
                 pairs = (of.to(pixels.device) for of in (images, neurons[places]))
                 change = deletions(pixels, *pairs, args.coefficient)
-                fixed = (change.cpu().double() * 2.0**32).round().to(torch.int64).numpy()
-                np.add.at(work.state["lost"], places.numpy(), fixed)
+                np.add.at(work.state["lost"], places.numpy(), fixed(change[None]))
         if not work.finished:
-            total = sum(work.gather(["lost"])["lost"])
+            gathered = work.gather(["lost"])
             if distributed.is_rank_zero():
-                work[path][:] = (total / (2.0**32 * acting.count)).astype(np.float32)
+                work[path][:] = mean_of(gathered["lost"], acting.count)
     return np.load(path)
 
 

@@ -7,9 +7,53 @@ attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
 import numpy as np
 import torch
 
-from utils.prs import COEFFICIENT
+from utils.prs import COEFFICIENT, second_order
+from utils.runtime.distributed import is_rank_zero
+from utils.runtime.passes import Totals
+from utils.runtime.sums import fixed, mean_of
 
 TOGETHER = 64  # changed images in one forward pass of the later blocks
+
+
+class Activations:
+    """Activations are the mean post-GELU activations of some layers at every token, [T, N] each.
+
+    They are summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
+
+    vit: HookedViT.
+    layers: MLP layers.
+    results, names: `Results`, and the fields of file names besides the layer.
+    """
+
+    def __init__(self, vit, layers, results, names):
+        self.vit = vit
+        self.names = {layer: f"p{layer}" for layer in layers}
+        self.recorded = {layer: f"blocks.{layer}.mlp.post" for layer in layers}
+        self.sums = Totals({name: ((vit.T, vit.N), "int64") for name in self.names.values()})
+        self.arrays = results.arrays(["activations"], layers=layers, **names)
+        self.paths = {layer: results.path("activations", layer=layer, **names) for layer in layers}
+
+    def second_order(self, work, pixels, directions, coefficient):
+        """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
+
+        Yields the `SecondOrder` of each layer, as they are asked for.
+        """
+        with self.vit.record(*self.recorded.values()) as cache:
+            _, effects = second_order(self.vit, pixels, directions, coefficient)
+        for item in directions:
+            p = cache.pop(self.recorded[item.layer])
+            work.state[self.names[item.layer]] += fixed(p)
+            del p
+            yield next(effects)
+
+    def write(self, work, images):
+        """Write the means over all `images`, once all processes are here."""
+        if work.finished:
+            return
+        gathered = work.gather(list(self.names.values()))
+        if is_rank_zero():
+            for layer, name in self.names.items():
+                work[self.paths[layer]][:] = mean_of(gathered[name], images)
 
 
 def replaced(mean):

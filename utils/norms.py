@@ -55,9 +55,8 @@ class CentredNorms:
                 self.rest[n] = mean[n] - einsum("nk,nko->no", x, B_n)
             G = B_n @ B_n.mT
             for first, strip in zip(range(0, K, STRIP), self.strips, strict=True):
-                width = strip.shape[2]
-                strip[n] = G[:, first:, first : first + width]
-                strip[n, width:] *= 2
+                strip[n] = G[:, first:, first : first + STRIP]
+                strip[n, STRIP:] *= 2
 
     def __call__(self, phi):
         """Return the norms [B, N] of a `SecondOrder`."""
@@ -68,12 +67,12 @@ class CentredNorms:
             x = phi.C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
             squares[:, n] += 2 * B_kappa.mul_(x).sum(dim=1)
-        return (squares + self._beside(kappa)).clamp_(0).sqrt_()
+        return (squares + self.beside(kappa)).clamp_(0).sqrt_()
 
-    def _beside(self, kappa):
+    def beside(self, kappa):
         """Return |kappa - rest|^2, [B, N]; [B, 1] where there is no rest."""
-        size = kappa.square().sum(dim=-1, keepdim=True)
-        return size if self.rest is None else size + (self.rest.square().sum(dim=-1) - 2 * kappa @ self.rest.T)
+        rest = 0 if self.rest is None else self.rest.square().sum(dim=-1) - 2 * kappa @ self.rest.T
+        return kappa.square().sum(dim=-1, keepdim=True) + rest
 
     def squares(self, phi):
         """Return |x B_n|^2, [B, N]: squared norms without kappa, which is small, and half of the work."""
@@ -81,24 +80,6 @@ class CentredNorms:
         for n in blocks_of(squares.shape[1]):
             squares[:, n] = quadratic(phi.C[:, :, n] - self.origin[:, n], [strip[n] for strip in self.strips])
         return squares
-
-    def at_most(self, phi, thresholds):
-        """Return whether norms are at most some thresholds [N], bool [B, N].
-
-        They differ from those of x B_n by |kappa - rest| at most. Only where this can decide are they computed.
-        """
-        kappa = phi.kappa - self.shift
-        squares = self.squares(phi)
-        beside = self._beside(kappa).clamp_min(0)
-        norms = squares.clamp_min(0).sqrt()
-        image, neuron = ((norms - thresholds).abs() <= beside.sqrt()).nonzero(as_tuple=True)
-        heads = einsum("bo,keo->bke", kappa, self.directions.outputs)
-        squares += beside
-        for b, n in zip(image.split(NEURONS), neuron.split(NEURONS), strict=True):
-            x = phi.C[b, :, n] - self.origin[:, n].T  # [pairs, K]
-            B_kappa = einsum("pke,kpe->pk", heads[b], self.directions.values[:, n])
-            norms[b, n] = (squares[b, n] + 2 * (B_kappa * x).sum(dim=-1)).clamp_min(0).sqrt()
-        return norms <= thresholds
 
 
 def quadratic(x, strips):

@@ -14,7 +14,7 @@ from utils.data.images import classes_of, load_images, train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import find_texts, load_texts, read_texts
 from utils.deletion import DRAWN
-from utils.effects import FORMS
+from utils.effects import FORMS, FULL, TOP
 from utils.model.clip import clip_of
 from utils.model.texts import text_vectors
 from utils.pca import principal_directions
@@ -25,7 +25,6 @@ from utils.runtime.layers import parse_layers
 from utils.runtime.results import text_set
 from utils.runtime.stages import Stages
 from utils.statistics import choose_k
-from utils.top_effects import FULL, TOP
 
 POOL = "concepts"  # the text set, where none is given
 TIMED = 16  # texts or neurons that are timed
