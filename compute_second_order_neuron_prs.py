@@ -1,4 +1,4 @@
-"""Compute the second-order effects of all neurons of some MLP layers, in one pass over the images, or two.
+"""Compute the second-order effects of all neurons of some MLP layers, in one pass over the images.
 
     python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --split train --mlp_layer 9
@@ -6,8 +6,12 @@
 Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_...
     coefficients.npy [images, K, N]   bias.npy [images, D]   values.npy [K, N, e]   outputs.npy [K, e, D]
     merged.npy [images, N, D], the effects themselves, with --merged
-With --keep top (the default for several layers) two passes, and instead of all coefficients
+With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
+This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
+that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
+The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
+fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own, and norms are about it.
 and in any case the mean activations of the neurons at every token, activations.npy [T, N]
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
@@ -112,7 +116,9 @@ if __name__ == "__main__":
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
     parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones")
-    help = "over the images with --keep top: 1 and a look at a few, or 2, which leave exact image_norms, too"
+    help = (
+        "over the images with --keep top: 1, and a look at a few, or 2, for norms that are all about the mean"
+    )
     parser.add_argument("--passes", type=int, choices=(1, 2), default=1, help=help)
     flags.add_top_k(parser, "effects of a neuron with --keep top")
     parser.add_argument(

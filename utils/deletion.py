@@ -13,6 +13,7 @@ import torch
 from utils import controls, grading, omp
 from utils.controls import Compared
 from utils.data.splits import Split
+from utils.effects import about_norms
 from utils.first_order import fold_direct
 from utils.indirect import Acting, Deletions, agreement
 from utils.model.hooks import HookedViT
@@ -167,6 +168,11 @@ def delete_on_training_images(args, inputs, results, layers, names):
     for layer in layers:
         named = {"dataset": names["dataset"], "layer": layer}
         norms = inputs.load("image_norms", {"images": len(images)}, expected, mmap=True, **named)
+        path = inputs.find("image_norms", **named)
+        if args.delete > (load_record(path).get("norms_exact") or len(images)):
+            print(
+                f"note: the images on which neurons of layer {layer} act most go by norms {about_norms(path)}"
+            )
         mean = torch.from_numpy(inputs.load("activations", expected=expected, **named)).to(clip.device)
         plan = Plan(layer, np.arange(clip.vit.N), np.asarray(norms), mean, args.delete)
         path = results.path("total_order", **named)

@@ -71,6 +71,15 @@ def copy_norms(effects, results):
             save_atomic(target, lambda out: shutil.copyfileobj(file, out), with_record)
 
 
+def about_norms(path):
+    """Return in words what a record says of norms about a preliminary mean; "" for those about the mean."""
+    record = load_record(path)
+    if not record.get("norms_about"):
+        return ""
+    exact = f"but for the {record['norms_exact']} largest of a neuron"
+    return f"about {record['norms_about']}, off by {record['norms_off_by']:.2g} at most, {exact}"
+
+
 def write_weights(work, directions, results, names):
     """Write the weights' part of the effects of some layers.
 
