@@ -11,7 +11,7 @@ With --keep top (the default for several layers), instead of all coefficients
 This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
 that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
 The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
-fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own, and norms are about it.
+fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 and in any case the mean activations of the neurons at every token, activations.npy [T, N]
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
