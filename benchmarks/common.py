@@ -201,7 +201,8 @@ def alone(function, **arguments):
 def bars(errors, title=""):
     """List the seconds that each progress bar of images has taken. errors: stderr. title: of some bars."""
     found = []
-    pattern = rf"{title and f'{title}: [^]]*'} (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image"
+    before = f"{title}: [^]]*" if title else ""
+    pattern = before + r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image"
     for done, hours, minutes, seconds in re.findall(pattern, errors):
         if done == "0":
             found.append(0)

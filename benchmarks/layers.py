@@ -2,8 +2,8 @@
 
     python -m benchmarks.layers [--images 5124] [--rounds 1] [--only top ablations full] [--quick]
 
-A round is plain, --keep top, plain, ablations, plain, --keep full, plain: each stage is divided by the mean of
-the plain passes (compute_representations.py) before and after it. Seconds are those of whole processes.
+A round is plain, --keep top, plain, ablations, plain, --keep full, plain: each stage is divided by the mean
+of the plain passes (compute_representations.py) before and after it. Seconds are those of whole processes.
 """
 
 from typing import NamedTuple
