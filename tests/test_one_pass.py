@@ -23,6 +23,8 @@ from tests.launcher import (
     wait_until_held,
 )
 from tests.test_top_effects import LAYERS, K, dense, largest, read
+from utils.effects import about_norms
+from utils.figures import plot_neuron
 from utils.prs import Directions, SecondOrder
 from utils.runtime.records import load_record
 from utils.runtime.sums import Sums
@@ -107,6 +109,27 @@ def test_exact_norms_do_for_one_pass_and_not_the_other_way_round(world, once, tw
     assert "kept" in world.run("top", twice, constants=FEW)
     printed = world.run("top", output, "--passes", 2, constants=FEW, code=1)
     assert "image_norms.npy is there, made with other norms_about" in printed and "--overwrite" in printed
+
+
+def test_components_are_those_of_two_passes_and_the_norms_are_told(world, once, twice):
+    folders = {}
+    for name, effects in (("once", once[0]), ("twice", twice)):
+        folders[name] = world.root / f"pcas_of_{name}"
+        printed = world.run("pcas", folders[name], "--input_dir", effects)
+        notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+        assert len(notes) == (len(LAYERS) if name == "once" else 0)
+        assert all("holds norms about the mean of 9 images, off by " in note for note in notes)
+    names = differing(folders["once"], folders["twice"])
+    assert [name for name in names if name.endswith(".npy")] == of_norms(["npy"])
+    path = folders["once"] / of_norms(["npy"])[0]
+    assert about_norms(path).endswith(" at most, but for the 5 largest of a neuron")
+    assert about_norms(folders["twice"] / path.name) == ""
+
+
+def test_the_card_of_a_neuron_says_what_its_norms_are_about():
+    pictures, maps = np.zeros((1, 4, 4, 3)), np.zeros((1, 2, 2))
+    figure = plot_neuron("x", pictures, maps, {}, np.arange(9.0), 5, norms_are="about something")
+    assert [axes.get_xlabel() for axes in figure.axes if "norm" in axes.get_title()] == ["about something"]
 
 
 @pytest.mark.parametrize("size", [2, 3])
