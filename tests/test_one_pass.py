@@ -23,9 +23,11 @@ from tests.launcher import (
     wait_until_held,
 )
 from tests.test_top_effects import LAYERS, K, dense, largest, read
+from utils.data.splits import Split
 from utils.effects import about_norms
 from utils.figures import plot_neuron
 from utils.prs import Directions, SecondOrder
+from utils.runtime.passes import walk
 from utils.runtime.records import load_record
 from utils.runtime.sums import Sums
 from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
@@ -68,6 +70,15 @@ def test_the_preliminary_mean_is_of_256_images_or_a_twentieth():
     for images in (512, 600, 1000, 5124, 100_000, 1_281_167):
         count = len(range(0, images, stride_of(images)))
         assert max(256, images // 20) <= count <= images // 2
+
+
+def test_a_round_goes_over_every_nth_image():
+    split = Split([(torch.tensor(i), 0) for i in range(10)], batch_size=2)
+    pieces = split.rounds(3, 1)
+    every_third, all_of_them = pieces.rounds
+    assert every_third == [slice(0, 6, 3), slice(6, 10, 3)] and all_of_them == list(split.pieces)
+    read = [(rows, images.tolist()) for rows, images in walk(every_third, pieces.load)]
+    assert read == [(slice(0, 6, 3), [0, 3]), (slice(6, 10, 3), [6, 9])]
 
 
 def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, once, twice):
