@@ -59,7 +59,9 @@ def measure(args, case):
     again = stage("make_gallery", *flags)
     first_picture, strokes = None, []
     if shutil.which("chromium") and shutil.which("chromedriver"):
-        first_picture, strokes = browse(out / "gallery", "0" if "all" in args.mlp_layer else args.mlp_layer[-1])
+        first_picture, strokes = browse(
+            out / "gallery", "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
+        )
     return Found(plain, whole, controls, size, again, first_picture, strokes)
 
 
