@@ -12,9 +12,12 @@ This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, w
 that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
 The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
 fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
-and in any case the mean activations of the neurons at every token, activations.npy [T, N]
+And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
+--representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
+
+from torch.nn.functional import normalize
 
 from utils.data.splits import load_split
 from utils.effects import FULL, TOP, write_weights
@@ -61,10 +64,15 @@ def keep_all(args, vit, layers, split, results, record):
     arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)
+    representations = arrays_of_representations(args, results, split)
+    arrays.update(representations)
     with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
         directions = work.prepare(fold_layers, vit, layers)
         for rows, pixels in work:
-            for phi in activations.second_order(work, pixels, directions, args.coefficient):
+            representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
+            for path in representations:
+                work[path][rows] = args.coefficient * normalize(representation, dim=-1)
+            for phi in effects:
                 names = {**split.names, "layer": phi.directions.layer}
                 work[results.path("coefficients", **names)][rows] = phi.C
                 work[results.path("bias", **names)][rows] = phi.kappa
@@ -79,6 +87,8 @@ def keep_top(args, vit, layers, split, results, record):
     arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)
+    representations = arrays_of_representations(args, results, split)
+    arrays.update(representations)
     state, scratch = start_of(vit, layers, args.top_k_pca, len(split))
     options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
     stride = 1 if args.passes == 2 else stride_of(len(split))
@@ -95,7 +105,9 @@ def keep_top(args, vit, layers, split, results, record):
         tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
         sums = Sums(work, args.coefficient, len(split))
         for rows, pixels in work.round(1, "effects"):
-            effects = activations.second_order(work, pixels, directions, args.coefficient)
+            representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
+            for path in representations:
+                work[path][rows] = args.coefficient * normalize(representation, dim=-1)
             for top in tops:
                 top.add(next(effects), rows.start, sums)
         doubted = settle(work, tops, sums)
@@ -107,6 +119,12 @@ def keep_top(args, vit, layers, split, results, record):
         settle_again(work, doubted)
         activations.write(work, len(split))
         write_weights(work, directions, results, split.names)
+
+
+def arrays_of_representations(args, results, split):
+    """Return the `Arrays` of the representations, where they are to be written."""
+    kinds = ["representations"] if args.representations else []
+    return results.arrays(kinds, {"images": len(split)}, **split.names)
 
 
 if __name__ == "__main__":
@@ -124,6 +142,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--merged", action="store_true", help="also write the effects themselves, images x N x D"
     )
+    help = "also write the representations, which a pass has at hand"
+    parser.add_argument("--representations", action="store_true", help=help)
     parser.add_argument(
         "--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk"
     )

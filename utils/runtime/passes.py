@@ -19,6 +19,7 @@ import json
 import re
 import shutil
 import time
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,13 @@ def pieces_of(rows, size, **options):
 def size_of(piece):
     """Return the number of rows of a slice."""
     return len(range(piece.start, piece.stop, piece.step or 1))
+
+
+def without_images(pieces):
+    """Return the `Pieces` of images for a `Pass` that goes over what is stored of them."""
+    found = copy(pieces)
+    found.load, found.title = iter, "stored images"
+    return found
 
 
 def walk(pieces, load=None, title="images", unit="image"):
