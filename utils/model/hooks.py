@@ -28,6 +28,7 @@ RECORDED = {
     "resid.pre": ("ln_1", module_input),  # [B, T, d], the residual stream before the block
     "ln1.out": ("ln_1", module_output),  # [B, T, d], the input of `attention_pattern`
     "attn.out": ("ls_1", module_output),  # [B, T, d], what the attention adds to the residual stream
+    "mlp.in": ("ln_2", module_output),  # [B, T, d], the input of the MLP
     "mlp.post": ("mlp.gelu", module_output),  # [B, T, N], post-GELU activations: what c_proj is given
     "mlp.sum": (SUM, module_output),  # [B, T, d], what neurons write together: mlp.out, before a Post2
     "mlp.out": ("ls_2", module_output),  # [B, T, d], what the MLP adds to the residual stream

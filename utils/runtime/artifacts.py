@@ -27,7 +27,7 @@ TRAINING_FLAGS = {
     "--train_data_path": "train_data_path",
     "--train_subsample": "train_subsample",
 }
-LAYER_FLAGS = {"--mlp_layer": "layer"}
+LAYER_FLAGS = {"--mlp_layer": "layer", "--units": "unit_set", "--site": "site"}
 COMPONENT_FLAGS = LAYER_FLAGS | {"--top_k_pca": "k"}
 TEXT_FLAGS = {"--text_descriptions": "texts", "--descriptions_dir": "descriptions_dir"}
 OMP_FLAGS = TEXT_FLAGS | {
