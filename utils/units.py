@@ -155,7 +155,7 @@ class Features(Writers):
         return self.acting(f if factor is None else f.mul_(factor))
 
     def rest(self):
-        """Return {"bias", "error", "site"}: `Writers` of the decoder's bias, the error, and the whole site."""
+        """Return {"bias", "error", "site"}: `Writers` of the decoder's bias, the error, and the site."""
         both = (self.site.read, self.site.name)
         d = self.dictionary.decoder_bias
         basis = torch.eye(len(d), dtype=d.dtype, device=d.device)

@@ -249,7 +249,8 @@ def of_capitals(state, config):
         lengths = W_dec.norm(dim=1)
         W_enc, bias, W_dec = W_enc * lengths, bias * lengths, W_dec / lengths[:, None]
     fields = activation_in(state, config, architecture)
-    subtracts = config.get("apply_b_dec_to_input", True) and not transcoder
+    usual = not transcoder and config.get("dict_class") != "JumpReluAutoEncoder"
+    subtracts = config.get("apply_b_dec_to_input", usual)
     if config.get("cls_token_only"):
         fields["tokens"] = "class"
     elif config.get("use_patches_only"):
