@@ -8,9 +8,12 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
     merged.npy [images, N, D], the effects themselves, with --merged
 With --keep top (the default for several layers) two passes, and instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
-and in any case the mean activations of the neurons at every token, activations.npy [T, N]
+and in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
+--representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 """
+
+from torch.nn.functional import normalize
 
 from utils.data.splits import load_split
 from utils.model.clip import clip_of
@@ -54,10 +57,15 @@ def keep_all(args, vit, layers, split, results, record):
     arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)
+    representations = arrays_of_representations(args, results, split)
+    arrays.update(representations)
     with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
         directions = work.prepare(fold_layers, vit, layers)
         for rows, pixels in work:
-            for phi in activations.second_order(work, pixels, directions, args.coefficient):
+            representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
+            for path in representations:
+                work[path][rows] = args.coefficient * normalize(representation, dim=-1)
+            for phi in effects:
                 names = {**split.names, "layer": phi.directions.layer}
                 work[results.path("coefficients", **names)][rows] = phi.C
                 work[results.path("bias", **names)][rows] = phi.kappa
@@ -73,6 +81,8 @@ def keep_top(args, vit, layers, split, results, record):
     arrays = results.arrays(TOP, {"images": len(split), "k": k}, layers=layers, **split.names)
     activations = Activations(vit, layers, results, split.names)
     arrays.update(activations.arrays)
+    representations = arrays_of_representations(args, results, split)
+    arrays.update(representations)
     state, scratch = start_of(vit, layers, k, len(split))
     state |= activations.sums
     twice = split.rounds(2)
@@ -80,12 +90,14 @@ def keep_top(args, vit, layers, split, results, record):
         directions = work.prepare(fold_layers, vit, layers)
         sums = Sums(work, args.coefficient)
         for _, pixels in work.round(0, "means"):
-            effects = activations.second_order(work, pixels, directions, args.coefficient)
+            _, effects = activations.second_order(work, pixels, directions, args.coefficient)
             for _ in layers:
                 sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
         tops = work.prepare(TopK.of_layers, work, directions, sums, len(split))
         for rows, pixels in work.round(1, "effects"):
-            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            representation, effects = second_order(vit, pixels, directions, args.coefficient)
+            for path in representations:
+                work[path][rows] = args.coefficient * normalize(representation, dim=-1)
             for top in tops:
                 names = {**split.names, "layer": top.directions.layer}
                 kappa, norms = top.add(next(effects), rows.start)
@@ -93,6 +105,12 @@ def keep_top(args, vit, layers, split, results, record):
                 work[results.path("image_norms", **names)][rows] = norms
         activations.write(work, len(split))
         write_top(work, tops, results, split.names)
+
+
+def arrays_of_representations(args, results, split):
+    """Return the `Arrays` of the representations, where they are to be written."""
+    kinds = ["representations"] if args.representations else []
+    return results.arrays(kinds, {"images": len(split)}, **split.names)
 
 
 if __name__ == "__main__":
@@ -108,6 +126,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--merged", action="store_true", help="also write the effects themselves, images x N x D"
     )
+    help = "also write the representations, which a pass has at hand"
+    parser.add_argument("--representations", action="store_true", help=help)
     parser.add_argument(
         "--store_dtype", default="float32", choices=("float32", "float16"), help="precision on disk"
     )

@@ -33,6 +33,7 @@ from utils.evaluation import (
     Evaluation,
     LayerResults,
     Observer,
+    Stored,
     compare,
     decompose,
     fit,
@@ -40,6 +41,7 @@ from utils.evaluation import (
     judge_of,
     plan_effects,
     recall,
+    stored_effects,
     summarise,
     to_grade,
 )
@@ -48,7 +50,7 @@ from utils.prs import fold, fold_layers, second_order
 from utils.reports import finish, lines_of_pools, report
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
-from utils.runtime.passes import Pass
+from utils.runtime.passes import Pass, without_images
 
 
 def main(args):
@@ -101,19 +103,28 @@ def study(stage, group):
 
 
 def look(stage, split, layers, described=()):
-    """Go over a split: representations, and effects along components and descriptions."""
+    """Go over a split: representations, and effects along components and descriptions.
+
+    Where the representations are there, and the effects in full, they are read, and no image is.
+    """
     arrays, record, alone = plan_effects(stage, split, layers, described)
-    work = Pass(arrays, record, split, alone=alone, overwrite=stage.args.overwrite)
+    stored = stored_effects(stage, split, layers, record)
+    over = without_images(split.pieces) if stored else split
+    work = Pass(arrays, record, over, alone=alone, overwrite=stage.args.overwrite)
     with torch.inference_mode(), work:
         folded = work.prepare(fold_layers, stage.clip.vit, layers)
         observers = []
         for item in folded:
             each = stage.units[item.layer]
             observers.append([Observer(stage, split, units, item, described) for units in each])
+        stores = [Stored(*paths, item) for paths, item in zip(stored, folded, strict=False)]
         for rows, pixels in work:
-            representation, effects = second_order(stage.clip.vit, pixels, folded, stage.args.coefficient)
-            unit = torch.nn.functional.normalize(representation, dim=-1)
-            work[stage.path("representations", split)][rows] = stage.args.coefficient * unit
+            if stores:
+                effects = (store.on(rows) for store in stores)
+            else:
+                representation, effects = second_order(stage.clip.vit, pixels, folded, stage.args.coefficient)
+                unit = torch.nn.functional.normalize(representation, dim=-1)
+                work[stage.path("representations", split)][rows] = stage.args.coefficient * unit
             for of_layer, phi in zip(observers, effects, strict=True):
                 for observer in of_layer:
                     for path, block in observer.blocks(phi):

@@ -9,7 +9,7 @@ once over the images of both splits. Interrupted, the same command resumes. With
 last layer but two, without --text_descriptions the pool of visual concepts. Writes the folder --gallery
 (OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host, its data and pictures,
 neurons.parquet, and FORMAT.md, which describes the files. Every neuron has an address,
-index.html#LAYER/NEURON.
+index.html#LAYER/NEURON. The notebooks know from OUTPUT_DIR/make_gallery.json what the page was made of.
 """
 
 import shutil
@@ -27,6 +27,7 @@ from utils.runtime import distributed, flags
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass
 from utils.runtime.records import is_made
+from utils.runtime.settings import save_settings
 
 
 def main(args):
@@ -48,6 +49,9 @@ def main(args):
             if not made:
                 write_gallery(gallery, sources)
             shutil.rmtree(sources.parts, ignore_errors=True)
+            train = {"data_path": args.data_path, "subsample": args.train_subsample, **sources.train.record}
+            known = {name: train[name] for name in ("dataset", "data_path", "subsample")}
+            save_settings(args.output_dir, args, known, sources.layers)
             neurons = len(sources.layers) * sources.clip.vit.N
             done = "kept" if made else "wrote"
             print(f"{done} {gallery}: {neurons} neurons; open {gallery / 'index.html'}")

@@ -341,12 +341,11 @@ def test_the_search_finds_the_neurons_of_planted_habits(demo, gallery):
     assert len(found) == 16 and sum(found.values()) >= 12, found
 
 
-def run_notebook(name, out, results):
-    """Run a notebook on a world and a folder of results; return it, with its outputs."""
+def run_notebook(name, results):
+    """Run a notebook on a folder of results; return it, with its outputs."""
     notebook = nbformat.read(ROOT / name, as_version=4)
     parameters = notebook.cells[1]
-    parameters.source = parameters.source.replace("demo/output/symbols", str(results))
-    parameters.source = parameters.source.replace("demo/output", str(out))
+    parameters.source = parameters.source.replace("demo/output/symbols", str(results))  # one line
     where = {"metadata": {"path": str(ROOT)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     return notebook
@@ -357,7 +356,7 @@ def test_the_concepts_of_a_notebook_do_without_what_neurons_fire_on(demo, tmp_pa
     for path in (demo[0] / "symbols").iterdir():
         if not re.search("fires_on|projections|grades", path.name):
             (tmp_path / path.name).symlink_to(path)
-    notebook = run_notebook("concept_discovery.ipynb", demo[0], tmp_path)
+    notebook = run_notebook("concept_discovery.ipynb", tmp_path)
     outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
     said = "".join(part["text"] for part in outputs if part.get("name") == "stdout")
     assert "make it with: python evaluate_descriptions.py --dataset folder --data_path" in said
@@ -370,7 +369,7 @@ def test_a_notebook_runs_on_the_worlds_output_and_every_plotting_cell_shows_a_pi
     demo, name, monkeypatch
 ):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = run_notebook(name, demo[0], demo[0] / "symbols")
+    notebook = run_notebook(name, demo[0] / "symbols")
     plotting = [
         cell
         for cell in notebook.cells

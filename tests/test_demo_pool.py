@@ -174,15 +174,8 @@ def test_the_gallery_has_the_heads_of_the_pooling_attention(out):
 def test_a_notebook_runs(out, name, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / name, as_version=4)
-    source = (
-        notebook.cells[1]
-        .source.replace("symbols-vit", "symbols-pool")
-        .replace("LAYER, TOP_K_PCA = 4", "LAYER, TOP_K_PCA = 5")
-    )
-    source = source.replace("demo/output/world", str(out / "world")).replace(
-        "demo/output/symbols", str(out / "results")
-    )
-    notebook.cells[1].source = source
+    source = notebook.cells[1].source
+    notebook.cells[1].source = source.replace("demo/output/symbols", str(out / "results"))
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     ).execute()

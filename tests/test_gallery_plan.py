@@ -4,12 +4,17 @@ import json
 import re
 import shlex
 
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 
 from tests.browser import received
+from tests.conftest import ROOT
 from tests.launcher import COMMITS, contents, kill, run_stage_of_user, start, the_line, wait_for
+from utils.runtime.errors import UserError
+from utils.runtime.settings import load_settings
 
 STAGES = [
     "compute_second_order_neuron_prs.py",
@@ -147,3 +152,29 @@ def test_names_of_classes_give_a_classifier(flags, tmp_path):
     assert commands(done.stdout)[0][0] == "compute_classifier_projection.py"
     about = received(tmp_path / "out/gallery", "about")
     assert about["classifier"] and about["class_names"] == ["a dog", "a cat"]
+
+
+def test_the_notebooks_know_what_the_page_was_made_of(first, flags, pictures, texts, monkeypatch):
+    """A folder of pictures, its layer and its k: only the folder of results is to be told."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    _, output = first
+    found = load_settings(output)
+    about = received(output / "gallery", "about")
+    assert (found.dataset, found.data_path, found.text_descriptions) == ("images", str(pictures), str(texts))
+    assert (found.layer, found.top_k_pca, found.components) == (about["layers"][-1], about["k"], 4)
+    for name in ("visualize_neurons.ipynb", "concept_discovery.ipynb"):
+        notebook = nbformat.read(ROOT / name, as_version=4)
+        notebook.cells[1].source = notebook.cells[1].source.replace("demo/output/symbols", str(output))
+        where = {"metadata": {"path": str(ROOT)}}
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+        shown = [part for cell in notebook.cells for part in cell.get("outputs", ())]
+        assert sum("image/png" in part.get("data", {}) for part in shown) >= 3
+
+
+def test_settings_that_are_missing_or_damaged_are_told(tmp_path):
+    with pytest.raises(UserError, match="has no make_gallery.json; run make_gallery.py"):
+        load_settings(tmp_path)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "make_gallery.json").write_text(content)
+        with pytest.raises(UserError, match="damaged|does not say"):
+            load_settings(tmp_path)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import warnings
 
 import numpy as np
@@ -15,7 +17,7 @@ from sklearn.decomposition import SparseCoder
 from sklearn.metrics import average_precision_score
 
 from tests import definition
-from tests.launcher import GRADED, run_stage_of_user, shared_world, the_line
+from tests.launcher import GRADED, contents, run_stage_of_user, shared_world, the_line
 from utils import grading
 from utils.data.images import load_images
 from utils.evaluation import directions_of
@@ -361,6 +363,33 @@ def test_the_table_of_neurons_says_what_the_arrays_say(world):
     summary = json.loads(result(world, f"{layers}_words_8_summary.json").read_text())
     found = summary["neurons"][str(LAYER)]["fires_on"]["pearson_without"]["mean"]
     assert found == pytest.approx(grades[:, rows.index("fires_on"), 2].mean(), abs=1e-6)
+
+
+def test_no_image_is_looked_at_where_effects_and_representations_are_stored(world, tmp_path):
+    passed = contents(world.whole / "evaluation")  # made without stored representations
+    world.run("representations", tmp_path)
+    said = world.run("evaluation", tmp_path)
+    assert len(re.findall("stored images: 100%", said)) == 1  # only of the training images
+    assert len(re.findall("(?<!stored )images: 100%", said)) == 1
+    found = contents(tmp_path)
+    effects = [name for name in passed if "projections.npy" in name and "_train_" in name]
+    assert len(effects) == 2 * len(GRADED)  # neurons and rotated units
+    assert [name for name in effects if found[name] != passed[name]] == []
+    # effects that another coefficient made are left alone
+    other = tmp_path / "other"
+    shutil.copytree(world.base, other)
+    record = other / "folder_train_mlps_tiny_random_3_coefficients.meta.json"
+    record.write_text(record.read_text().replace('"coefficient": 100.0', '"coefficient": 50.0'))
+    world.run("representations", other)
+    assert "stored images" not in world.run("evaluation", other, "--input_dir", other)
+
+
+def test_the_effects_stage_writes_the_representations_too(world, tmp_path):
+    for keep in ("full", "top"):
+        world.run(keep, tmp_path / keep, "--representations")
+        name = "folder_train_representations_tiny_random.npy"
+        found, expected = (np.load(of / name) for of in (tmp_path / keep, world.whole / "representations"))
+        assert_allclose(found, expected, atol=1e-4)  # of norm 100
 
 
 def test_known_truth_judges_in_place_of_similarities(world, tmp_path, rng):

@@ -24,7 +24,7 @@ from utils.runtime.files import digest, one_line, read_array
 from utils.runtime.layers import parse_layers
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass, pieces_of
-from utils.runtime.records import Digest, complete, is_made, load_record, record_path
+from utils.runtime.records import Digest, complete, has_record, is_made, load_record, record_path
 from utils.runtime.results import Arrays
 from utils.statistics import Statistics, find_k, load_statistics, load_training_images
 
@@ -298,6 +298,25 @@ class Observer:
             yield self.paths["image_norms"], self.norms(phi)
 
 
+def stored_effects(stage, split, layers, record):
+    """Return the paths of the coefficients and the bias of layers whose effects on a split are stored.
+
+    Returns [] unless these of all layers, and the representations, are there with the `record` of the pass.
+    """
+    vit = stage.clip.vit
+    count = len(split)
+    representations = stage.path("representations", split)
+    planned = {representations: (count, vit.D)}
+    found = []
+    for layer in layers:
+        names = {**split.names, "layer": layer}
+        paths = [stage.inputs.find(kind, **names) for kind in ("coefficients", "bias")]
+        planned |= zip(paths, ((count, vit.K(layer), vit.N), (count, vit.D)), strict=True)
+        found.append(paths)
+    made = (has_record(path, complete(record, shape, "float32")) for path, shape in planned.items())
+    return [] if stage.args.overwrite or not all(made) else found
+
+
 # rotated units
 
 
@@ -331,21 +350,20 @@ def recall(stage, units):
 
 
 class Stored:
-    """Stored are the effects of rotated units on the training images, as a pass has stored them.
+    """Stored are the effects of a layer's units on all images of a split, as a pass has stored them.
 
     It is read as `utils.effects.open_effects` is.
 
-    stage: `Evaluation`.
-    units: `Units`.
-    neurons: `Directions` of the layer's neurons.
+    path: of the coefficients.
+    bias: path of the bias.
+    directions: `Directions` of the units.
     """
 
-    def __init__(self, stage, units, neurons):
-        self.device = stage.clip.device
-        self.path = stage.path("coefficients", stage.train, **units.names)
-        self.bias = torch.from_numpy(np.load(stage.path("bias", stage.train, **units.names)))
-        self.bias = self.bias.to(self.device)
-        self.directions = Rotation(neurons, units.count).directions
+    def __init__(self, path, bias, directions):
+        self.path = path
+        self.directions = directions
+        self.device = directions.values.device
+        self.bias = torch.from_numpy(np.load(bias)).to(self.device)
 
     def top(self, units, k):
         """Return the statistics of a slice of units that `FactorisedEffects.top` returns."""
@@ -368,7 +386,8 @@ def summarise(stage, units, neurons):
         distributed.barrier()  # nobody looks before the lock is taken
         recall(stage, units)  # another run may have made them meanwhile, and removed the store
         if units.statistics is None:
-            make_statistics(stage, units, Stored(stage, units, neurons))
+            paths = (stage.path(kind, stage.train, **units.names) for kind in ("coefficients", "bias"))
+            make_statistics(stage, units, Stored(*paths, Rotation(neurons, units.count).directions))
         distributed.barrier()
 
 

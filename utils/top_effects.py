@@ -48,15 +48,19 @@ class Activations:
     def second_order(self, work, pixels, directions, coefficient):
         """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
 
-        Yields the `SecondOrder` of each layer, as they are asked for.
+        Returns what `utils.prs.second_order` returns.
         """
         with self.vit.record(*self.recorded.values()) as cache:
-            _, effects = second_order(self.vit, pixels, directions, coefficient)
-        for item in directions:
-            p = cache.pop(self.recorded[item.layer])
-            work.state[self.names[item.layer]] += fixed(p, FIXED)
-            del p
-            yield next(effects)
+            representation, effects = second_order(self.vit, pixels, directions, coefficient)
+
+        def added():
+            for item in directions:
+                p = cache.pop(self.recorded[item.layer])
+                work.state[self.names[item.layer]] += fixed(p, FIXED)
+                del p
+                yield next(effects)
+
+        return representation, added()
 
     def write(self, work, images):
         """Write the means over all `images`, once all processes are here."""

@@ -152,11 +152,12 @@ class Plan:
         yield self._classifier()
         described = self.lacking("pca", "norm")
         stored = set.intersection(*(set(self.lacking(form)) for form in FORMS))
-        yield self._effects([layer for layer in described if layer in stored])
+        to_make = [layer for layer in described if layer in stored]
+        yield self._effects(to_make)
         yield self._components(described)
         yield self._texts()
         yield self._descriptions(self.lacking("decomposition"))
-        yield self._grades(self.ungraded())
+        yield self._grades(self.ungraded(), to_make)
 
     def _classifier(self):
         """Plan the zero-shot classifier, where there are classes or names for them."""
@@ -216,18 +217,27 @@ class Plan:
         of_held_out = self.lacking("projections", "grades", **self.held_out.names)
         return sorted({*of_train, *of_held_out})
 
-    def _grades(self, layers):
-        """Plan the grades: passes over both splits, controls, and neurons that are deleted."""
+    def _grades(self, layers, to_make):
+        """Plan the grades: a pass over held-out images, controls, and neurons that are deleted.
+
+        And a pass over training images, where not all effects are stored.
+
+        to_make: layers whose effects are to be made; those of one layer are stored in full.
+        """
         if not layers:
             return None
         vit = self.clip.vit
-        images = len(self.train) + len(self.held_out)
+        partly = len(to_make) > 1 or set(self.lacking("coefficients")) & set(layers) - set(to_make)
+        images = len(self.held_out) + (len(self.train) if partly else 0)
         neurons = len(layers) * vit.N
         pursuits = 2 * neurons * (1 + controls.CONTROLS) + 2 * len(layers) * controls.ROTATED
         deleted = min(DRAWN, vit.N) * min(flags.DELETE, len(self.held_out))
         again = sum(deleted * (vit.L - 1 - layer) / vit.L for layer in layers)
         total = (images + again) * self.costs.image + pursuits * self.costs.pursuit
-        size = 4 * neurons * (2 * images + 200) + 60 * self.args.components * neurons
+        size = (
+            4 * neurons * (2 * (len(self.train) + len(self.held_out)) + 200)
+            + 60 * self.args.components * neurons
+        )
         run = partial(self.stages.grades, self.args.text_descriptions, layers)
         return Step("texts that each fires on, grades over noise", total, size, run)
 

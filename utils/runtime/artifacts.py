@@ -185,6 +185,9 @@ ARTIFACTS = {
     "gallery": Artifact(
         "gallery/index.html", "", BY_GALLERY, "a page of all neurons; format in `gallery/FORMAT.md`"
     ),
+    "settings": Artifact(
+        "make_gallery.json", "", BY_GALLERY, "what the page was made of; the notebooks read it"
+    ),
     "segmentation": Artifact(
         OF_SEGMENTATION + ".json", "", BY_SEGMENTATION, "scores; also `.png`, `_precision.npy`, `_recall.npy`"
     ),

@@ -18,6 +18,7 @@ import json
 import re
 import shutil
 import time
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,13 @@ def pieces_of(rows, size, **options):
     count = rows if isinstance(rows, int) else len(rows)
     slices = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     return Pieces(slices, getattr(rows, "digests", None), **options)
+
+
+def without_images(pieces):
+    """Return the `Pieces` of images for a `Pass` that goes over what is stored of them."""
+    found = copy(pieces)
+    found.load, found.title = iter, "stored images"
+    return found
 
 
 def walk(pieces, load=None, title="images", unit="image"):

@@ -168,6 +168,12 @@ def is_made(path, record, overwrite=False):
     return True
 
 
+def has_record(path, record):
+    """Return whether a result is there with this very record. record: as `complete` returns it."""
+    found = load_record(path) if Path(path).is_file() else {}
+    return bool(found) and all(agrees(found.get(key), record[key]) for key in record if key not in NOTES)
+
+
 def publish(partial, path, record):
     """Give a finished file its name, and write its record: at no time beside the record of another one."""
     Path(path).unlink(missing_ok=True)

@@ -70,7 +70,8 @@ class Stages:
     def effects(self, layers, keep=None):
         """Make the effects of some layers on the training images. keep: 'full' or 'top'."""
         words = [*self.images("train"), "--mlp_layer", *layers, "--memory", self.args.memory]
-        self.run("compute_second_order_neuron_prs.py", *words, *given("--keep", keep), *self.k)
+        words += given("--keep", keep)
+        self.run("compute_second_order_neuron_prs.py", *words, "--representations", *self.k)
 
     def components(self, layers):
         """Make the components and the other statistics of some layers' effects."""
