@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from tests import definition
 from tests.conftest import random_tower
 from tests.test_towers import coca, run_coca, run_siglip, siglip
+from utils.indirect import Deletions
 from utils.model.dictionaries import Dictionary
 from utils.model.hooks import HookedViT
 from utils.prs import fold, second_order
@@ -198,3 +199,30 @@ def test_a_norm_of_the_dictionary_is_undone_in_its_activations(vit, images, norm
         rebuilt = rebuilt + x.mean(dim=-1, keepdim=True)
     near(units.dictionary.rebuild(x), rebuilt.double())
     near(x - rebuilt, units.error(cache).double())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_unit_is_deleted_where_it_writes_and_all_later_blocks_see_it(vit, images, site):
+    """Against the running model, whose branch is changed by a hook of its own."""
+    units = Features(vit, dictionary(site, 1))
+    mean = torch.rand(17, UNITS, generator=torch.Generator().manual_seed(4))
+    b, n = torch.tensor([0, 0, 2]), torch.tensor([3, 7, 7])
+    lost = Deletions(vit, 1, mean, units)(images[:3], b, n)
+    with vit.record(units.site.name) as cache:
+        plain = torch.nn.functional.normalize(vit(images[:3]), dim=-1)
+    f = torch.relu(cache[units.site.name] @ units.dictionary.encoder.T + units.dictionary.encoder_bias)
+    branch = "attn.out" if site == "attn.out" else "mlp.out"  # what is added last before the stream is read
+    for pair, (image, unit) in enumerate(zip(b.tolist(), n.tolist(), strict=True)):
+        less = (mean[:, unit] - f[image, :, unit])[:, None] * units.vectors[unit]
+        with vit.edit({f"blocks.1.{branch}": partial(torch.add, other=less)}):
+            without = torch.nn.functional.normalize(vit(images[image : image + 1]), dim=-1)[0]
+        near(lost[pair], (100 * (plain[image] - without)).double(), 1e-3)
+    assert float(lost.abs().max()) > 1e-3
+
+
+def test_the_logit_lens_of_units_is_their_vectors_through_the_last_norm(vit, visual):
+    units = Features(vit, dictionary("mlp.out", 1))
+    w = units.vectors.double()
+    exact = copy.deepcopy(visual).double()
+    truth = ((w - w.mean(dim=1, keepdim=True)) * exact.ln_post.weight) @ exact.proj
+    near(units.direct(vit), truth)

@@ -4,6 +4,8 @@ A neuron's activations are replaced by their mean for each token, over a data se
 attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -65,14 +67,16 @@ class Deletions:
     vit: HookedViT.
     layer: MLP layer.
     mean: [T, N], mean activations over the training images.
+    units: of `utils.units`, which are taken away in place of neurons.
     """
 
-    def __init__(self, vit, layer, mean):
+    def __init__(self, vit, layer, mean, units=None):
         self.vit = vit
         self.layer = layer
         self.mean = mean
-        self.w = vit.mlp_weights(layer)[0].to(mean)  # [N, d]
-        self.activations = vit.names_of_sum(layer)
+        self.units = units
+        self.w = (vit.mlp_weights(layer)[0] if units is None else units.vectors).to(mean)  # [N, d]
+        self.activations = vit.names_of_sum(layer) if units is None else units.names_of_sum()
 
     @torch.inference_mode()
     def __call__(self, pixels, images, neurons, coefficient=COEFFICIENT):
@@ -83,13 +87,14 @@ class Deletions:
         """
         with self.vit.record(*self.activations) as cache:
             unit = torch.nn.functional.normalize(self.vit(pixels), dim=-1)
-        p = cache[self.activations[0]]  # [B, T, N]
+        p = cache[self.activations[0]] if self.units is None else self.units.activations(cache)  # [B, T, N]
+        moved = self.vit.moved if self.units is None else partial(self.units.moved, self.vit)
         lost = []
         for b, n in zip(images.split(TOGETHER), neurons.split(TOGETHER), strict=True):
             change = self.mean.T[n] - p[b, :, n]  # [pairs, T]
             written = change[..., None] * self.w[n, None]  # [pairs, T, d]
             with self.vit.class_token_last():
-                without = self.vit.after(self.layer, self.vit.moved(cache, self.layer, b, written))
+                without = self.vit.after(self.layer, moved(cache, self.layer, b, written))
             lost.append(unit[b] - torch.nn.functional.normalize(without, dim=-1))
         return coefficient * torch.cat(lost)
 

@@ -30,46 +30,59 @@ LAST_IMAGE = 2**32 - 1
 class Activations:
     """Activations are the mean post-GELU activations of some layers at every token, [T, N] each.
 
-    They are summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
+    Of a dictionary's units they are the mean activations of these, and on how many images each acts. They are
+    summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
 
-    vit: HookedViT.
+    clip: `Clip`. Pairs have no activations of their own.
     layers: MLP layers.
     results, names: `Results`, and the fields of file names besides the layer.
     """
 
-    def __init__(self, vit, layers, results, names):
-        self.vit = vit
-        self.names = {layer: f"p{layer}" for layer in layers}
-        self.recorded = {layer: f"blocks.{layer}.mlp.post" for layer in layers}
-        self.sums = Totals({name: ((vit.T, vit.N), "int64") for name in self.names.values()})
-        self.arrays = results.arrays(["activations"], layers=layers, **names)
-        self.paths = {layer: results.path("activations", layer=layer, **names) for layer in layers}
+    def __init__(self, clip, layers, results, names):
+        self.vit = clip.vit
+        layers = layers if clip.units is None or clip.units.act else []
+        kinds = ["activations"] if clip.units is None else ["activations", "acts"]
+        self.arrays = results.arrays(kinds, layers=layers, **names)
+        self.paths = {layer: [results.path(kind, layer=layer, **names) for kind in kinds] for layer in layers}
+        self.names = {layer: [f"{kind}{layer}" for kind in kinds] for layer in layers}
+        self.sums = Totals()
+        for layer in layers:
+            for name, path in zip(self.names[layer], self.paths[layer], strict=True):
+                self.sums[name] = (self.arrays[path][0], "int64")
 
     def second_order(self, work, pixels, directions, coefficient):
         """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
 
         Returns what `utils.prs.second_order` returns.
         """
-        with self.vit.record(*self.recorded.values()) as cache:
-            representation, effects = second_order(self.vit, pixels, directions, coefficient)
+        representation, effects = second_order(self.vit, pixels, directions, coefficient)
 
         def added():
-            for item in directions:
-                p = cache.pop(self.recorded[item.layer])
-                work.state[self.names[item.layer]] += fixed(p, FIXED)
-                del p
-                yield next(effects)
+            for _ in directions:
+                yield self._add(work, next(effects))
 
         return representation, added()
+
+    def _add(self, work, phi):
+        """Add the activations of a layer to the sums; return its effects without them."""
+        mean, *acts = self.names.get(phi.directions.layer, [None])
+        if mean:
+            work.state[mean] += fixed(phi.p, FIXED)
+        for name in acts:
+            work.state[name] += (phi.p != 0).any(dim=1).sum(dim=0).cpu().numpy()
+        return phi._replace(p=None)
 
     def write(self, work, images):
         """Write the means over all `images`, once all processes are here."""
         if work.finished:
             return
-        gathered = work.gather(list(self.names.values()))
-        if is_rank_zero():
-            for layer, name in self.names.items():
-                work[self.paths[layer]][:] = (sum(gathered[name]) / (images * FIXED)).astype(np.float32)
+        gathered = work.gather(list(self.sums))
+        for layer, names in self.names.items() if is_rank_zero() else ():
+            mean, *acts = (sum(gathered[name]) for name in names)
+            path, *others = self.paths[layer]
+            work[path][:] = (mean / (images * FIXED)).astype(np.float32)
+            for path, count in zip(others, acts, strict=True):
+                work[path][:] = count.astype(np.int32)
 
 
 def fixed(values, scale):
@@ -77,8 +90,10 @@ def fixed(values, scale):
     return values.sum(dim=0).cpu().double().mul_(scale).round_().to(torch.int64).numpy()
 
 
-def start_of(vit, layers, k, images):
+def start_of(results, layers, k, images):
     """Return the state (sums and keys) and scratch (kept coefficients) of the pass, as `Pass` takes them.
+
+    results: `Results` of a loaded model.
 
     Raises UserError when there are fewer images than k.
     """
@@ -87,10 +102,11 @@ def start_of(vit, layers, k, images):
     state = {}
     scratch = {}
     for layer in layers:
-        state[f"C{layer}"] = ((vit.K(layer), vit.N), "int64")
-        state[f"kappa{layer}"] = ((vit.D,), "int64")
-        state[f"keys{layer}"] = ((vit.N, k), "uint64")
-        scratch[f"top{layer}"] = ((vit.N, k, vit.K(layer)), "float32")
+        N, K, D = (results.sizes(layer)[letter] for letter in "NKD")
+        state[f"C{layer}"] = ((K, N), "int64")
+        state[f"kappa{layer}"] = ((D,), "int64")
+        state[f"keys{layer}"] = ((N, k), "uint64")
+        scratch[f"top{layer}"] = ((N, k, K), "float32")
     return state, scratch
 
 

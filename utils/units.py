@@ -20,6 +20,7 @@ from utils.first_order import centred_output
 from utils.model.attention import double
 from utils.model.dictionaries import SITES, random_dictionary
 from utils.model.dictionary_files import read_dictionary
+from utils.norms import groups_of_layers
 from utils.prs import COEFFICIENT, effect, fold, fold_layers
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
@@ -38,7 +39,11 @@ class Writers:
     vectors: w, [U, d]; they are centred as they are folded.
     recorded: names of the activations that `activations` is given.
     compute: a function from {name: tensor} of these to f [B, T, U].
+
+    Attribute: acts, whether units have activations of their own.
     """
+
+    acts = True
 
     def __init__(self, layer, vectors, recorded, compute):
         self.layer = layer
@@ -68,9 +73,24 @@ class Writers:
         """Return the units' `Directions`."""
         return fold(vit, self.layer, self)
 
+    def direct(self, vit):
+        """Return w_u through the last norm and P, the direct effect (the logit lens), [U, D]."""
+        return self.vectors.to(vit.device, vit.dtype) @ centred_output(vit)
+
     def sizes(self, vit):
         """Return {letter: size} of what differs from neurons."""
         return {"N": self.count}
+
+    def names_of_sum(self):
+        """Return the names of the activations that `activations` and `moved` need."""
+        return [*self.recorded, f"blocks.{self.layer + 1}.resid.pre"]
+
+    def moved(self, vit, cache, layer, b, written):
+        """Return the residual streams after block `layer` if units write more, [n, T, d].
+
+        Parameters as in `HookedViT.moved`. cache: of `names_of_sum`.
+        """
+        return cache[f"blocks.{layer + 1}.resid.pre"][b] + written
 
 
 class HeadPairs(Writers):
@@ -78,6 +98,8 @@ class HeadPairs(Writers):
 
     They share no constants either. With K = 1 and e = D their `Directions` have B itself as values.
     """
+
+    acts = False
 
     def __init__(self, vit, layer):
         name = f"blocks.{layer}.mlp.post"
@@ -154,6 +176,19 @@ class Features(Writers):
         factor = self.dictionary.factor(x)
         return self.acting(f if factor is None else f.mul_(factor))
 
+    def names_of_sum(self):
+        names = super().names_of_sum()
+        if self.dictionary.site == "attn.out":
+            names += [f"blocks.{self.layer}.resid.pre", f"blocks.{self.layer}.attn.out"]
+        return names
+
+    def moved(self, vit, cache, layer, b, written):
+        z = super().moved(vit, cache, layer, b, written)
+        if self.dictionary.site != "attn.out":
+            return z
+        middle = (cache[f"blocks.{layer}.resid.pre"] + cache[f"blocks.{layer}.attn.out"])[b]
+        return z + vit.mlp(layer, middle + written) - vit.mlp(layer, middle)  # which reads the attention
+
     def rest(self):
         """Return {"bias", "error", "site"}: `Writers` of the decoder's bias, the error, and the site."""
         both = (self.site.read, self.site.name)
@@ -192,6 +227,11 @@ class UnitSet:
         self.digest = digest
         self.units = units
 
+    @property
+    def act(self):
+        """act is whether the units have activations of their own."""
+        return all(units.acts for units in self.units.values())
+
     def fold(self, vit, layers):
         """Return the `Directions` of some layers."""
         return [self.units[layer].fold(vit) for layer in layers]
@@ -205,6 +245,18 @@ class UnitSet:
 def fold_units(clip, layers):
     """Return the `Directions` of some layers of what a `Clip` looks at: neurons, or other units."""
     return fold_layers(clip.vit, layers) if clip.units is None else clip.units.fold(clip.vit, layers)
+
+
+def groups_of(clip, layers, memory):
+    """Divide layers into lists that share one pass over the images; other units than neurons do not."""
+    return groups_of_layers(clip.vit, layers, memory) if clip.units is None else [[of] for of in layers]
+
+
+def count_units(clip, layer):
+    """Return how many units of a layer are looked at, in words."""
+    if clip.units is None:
+        return f"{clip.vit.N} neurons"
+    return f"{clip.units.units[layer].count} units of {clip.units.name}"
 
 
 class Rest:
@@ -314,7 +366,7 @@ def open_units(args, clip):
 
     Raises UserError for a file that does not fit the tower, or does not say where it belongs.
     """
-    given = args.unit_set
+    given = getattr(args, "unit_set", None)
     if given is None:
         return
     vit = clip.vit

@@ -186,7 +186,7 @@ def save_dictionary(path, dictionary):
         metadata["k"] = str(dictionary.k)
     if dictionary.fingerprint:
         metadata["fingerprint"] = str(dictionary.fingerprint)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_atomic(path, lambda file: file.write(save(tensors, metadata)))
 
 

@@ -255,6 +255,12 @@ class HookedViT:
         before = cache[f"blocks.{layer}.mlp.sum"][b]
         return z + norm(before + written) - norm(before)
 
+    def mlp(self, layer, z):
+        """Return what the MLP of a pre-norm block adds to z [B, T, d], the stream after its attention."""
+        block = self.blocks[layer]
+        with self._precision(z.device.type):
+            return wide(block.ls_2(block.mlp(block.ln_2(z))))
+
     def after(self, layer, z):
         """Run only the blocks after `layer`: representations [B, D] from its residual stream z [B, T, d]."""
         with self._precision(z.device.type):

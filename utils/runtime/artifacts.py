@@ -96,6 +96,9 @@ ARTIFACTS = {
     "activations": Artifact(
         OF_LAYER + "activations.npy", "T N", BY_SECOND_ORDER, "mean post-GELU activation at every token"
     ),
+    "acts": Artifact(
+        OF_LAYER + "acts.npy", "N", BY_SECOND_ORDER, "`--units`: on how many images each unit acts", "int32"
+    ),
     "pca": Artifact(OF_LAYER + "{k}_pca.npy", "N D", BY_PCAS, "first components"),
     "norm": Artifact(
         OF_LAYER + "{k}_norm.npy", "N k", BY_PCAS, "norms of the k largest centred effects, ascending"

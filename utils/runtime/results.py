@@ -138,6 +138,11 @@ class Results:
             **self.known,
         )
 
+    def looking_at(self, units):
+        """Return these results about other units, as --units names them; None for neurons."""
+        known = {**self.known, "unit_set": units}
+        return Results(self.directory, self.model, self.pretrained, also=self.folders[-1], **known)
+
     # names and commands
 
     def path(self, kind, **names):
