@@ -9,9 +9,11 @@ compute_representations.py.
 
 import os
 import re
+import shutil
 from typing import NamedTuple
 
 from benchmarks.common import Table, bench_parser, of_model, row, run, stage, write_photos
+from benchmarks.descriptions import browse, browser_rows
 
 
 class Found(NamedTuple):
@@ -22,6 +24,8 @@ class Found(NamedTuple):
     controls: dict  # {text set: seconds of the controls}
     bytes: dict  # {text set: bytes of the page}
     again: object  # `Process` of a second run
+    first_picture: float  # milliseconds in the browser
+    strokes: list
 
 
 def set_up(args, folder):
@@ -52,7 +56,13 @@ def measure(args, case):
         size[texts] = sum(path.stat().st_size for path in (out / "gallery").rglob("*") if path.is_file())
         controls[texts] = seconds_of_controls(whole[texts].errors)
         print(f"{texts}: {whole[texts].seconds:.0f} s, controls {controls[texts]:.0f} s", flush=True)
-    return Found(plain, whole, controls, size, stage("make_gallery", *flags))
+    again = stage("make_gallery", *flags)
+    first_picture, strokes = None, []
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        first_picture, strokes = browse(
+            out / "gallery", "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
+        )
+    return Found(plain, whole, controls, size, again, first_picture, strokes)
 
 
 def seconds_of_controls(errors):
@@ -83,6 +93,8 @@ def table(args, found):
         rows.append(row(f"{texts}: peak memory", process.peak / 1e9, "GB", at_most=3 if full else None))
         rows.append(row(f"{texts}: the page", found.bytes[texts] / 1e6, "MB"))
     rows.append(row("a second run", found.again.seconds, "s"))
+    if found.strokes:
+        rows += browser_rows(found, lambda value: value if full else None)
     layers = ", ".join(args.mlp_layer)
     title = (
         f"From a folder to the page, {args.model}, random weights, layer {layers}, {args.components} texts"
