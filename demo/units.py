@@ -42,6 +42,7 @@ SETS = {  # what is looked at, and its --units
     "neurons": None,
     "pairs": "pairs",
 }
+CONTROLS = 2  # control dictionaries
 KEPT = 4  # units whose effects a picture keeps
 TEXTS = "words"
 
@@ -61,7 +62,8 @@ def commands(out, units):
     described = [*images, *which, *k, *texts, *where]
     yield path("decomposition", texts=TEXTS), stage("compute_sparse_decomposition.py", *described)
     graded = path("graded", texts=TEXTS, split="val")
-    yield graded, stage("evaluate_descriptions.py", *described, "--num_workers", 0)
+    few = ["--controls", CONTROLS, "--num_workers", 0]
+    yield graded, stage("evaluate_descriptions.py", *described, *few)
 
 
 def prepare(out):

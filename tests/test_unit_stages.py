@@ -143,6 +143,18 @@ def test_units_that_act_on_few_images_are_counted_and_not_graded(world):
     [summary] = (world.root / "out").glob("*_1_mine_*_summary.json")
     content = json.loads(summary.read_text())
     assert content["graded"] == {"1": [102 - RARE, 102]} and content["unit_set"] == "mine"
+    lines = [json.loads(line) for line in table.with_suffix(".jsonl").read_text().splitlines()]
+    assert [line["unit"] for line in lines] == list(range(102))
+    for n, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        assert (line["units"], line["site"], line["layer"]) == ("mine", "resid.post", 1)
+        assert line["images"] == int(row["images on which it acts"])
+        assert line["fires_on"] == json.loads(row["fires_on"]) and line["writes"] == json.loads(row["writes"])
+        few = n >= 102 - RARE
+        assert (line["grades"] is None) == few and (line["fires_on_over_noise"] is None) == few
+        if not few:
+            better = [row[f"fires_on pearson {m}, better than noise"] == "1" for m in ("1 text", "2 texts")]
+            assert line["fires_on_over_noise"] == any(better)
+            assert line["grades"]["fires_on pearson"] == float(row["fires_on pearson"])
     grades = np.array([float(row["fires_on pearson"]) for row in rows[:-RARE]])
     assert abs(content["neurons"]["1"]["fires_on"]["pearson"]["mean"] - grades.mean()) < 1e-3
     energy = np.square(array(world, "image_norms").astype(np.float64)).sum(axis=0)[:-RARE]

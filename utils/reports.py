@@ -54,6 +54,35 @@ def save_neurons(path, found, explained, described, acts=None):
     save_atomic(path, lambda out: out.write(file.getvalue().encode()))
 
 
+def save_lines(path, found, about, described, acts=None):
+    """Write what is known of every unit of a layer as a line of JSON, for notebooks of other projects.
+
+    A line has what is in `about`, the number of the unit, on how many images it acts, its texts and
+    coefficients, its grades, and whether the texts of a side say more than random directions (null where it
+    is not graded, or there were no controls).
+
+    found: `LayerResults`.
+    about: {key: value} that all lines have.
+    described, acts: as in `save_neurons`.
+    """
+    graded = found.graded
+    columns = {f"{row} {m}": graded.of(row, m) for row in graded.rows for m in graded.measures}
+    columns |= columns_of(found.compared)
+    better = {side: judged_by(side, found.compared) for side in grading.JUDGED_BY}
+    better = {side: of.better().any(axis=1) for side, of in better.items() if of is not None}
+    lines = []
+    for n in range(len(graded.values)):
+        few = acts is not None and acts[n] < ACTS
+        line = {**about, "unit": n, "images": None if acts is None else int(acts[n])}
+        for side, texts in described.items():
+            line[side] = [[text, round(c, 6)] for _, c, text in texts[n]]
+            known = side in better and not few
+            line[f"{side}_over_noise"] = bool(better[side][n]) if known else None
+        line["grades"] = None if few else {name: round(float(of[n]), 4) for name, of in columns.items()}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    save_atomic(path, lambda out: out.write(("\n".join(lines) + "\n").encode()))
+
+
 def columns_of(compared):
     """Return {name: [N]}: grades by number of texts, means of their controls, whether they are better."""
     found = {}
@@ -99,7 +128,11 @@ def finish(stage, found):
         units = stage.units[layer][0]
         path = stage.path("grades", stage.held_out, layer=layer)
         sides = stage.sides(units, stage.results)
-        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides, stage.acts(units))
+        acts = stage.acts(units)
+        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides, acts)
+        if stage.clip.units is not None:
+            about = {"units": stage.results.units, "site": stage.clip.units.site(layer), "layer": layer}
+            save_lines(path.with_suffix(".jsonl"), of, about, sides, acts)
 
 
 def report(path, stage, found):

@@ -232,6 +232,11 @@ class UnitSet:
         """act is whether the units have activations of their own."""
         return all(units.acts for units in self.units.values())
 
+    def site(self, layer):
+        """Return what the units of a layer write, in words."""
+        dictionary = getattr(self.units[layer], "dictionary", None)
+        return "mlp.out, through one head" if dictionary is None else dictionary.site
+
     def fold(self, vit, layers):
         """Return the `Directions` of some layers."""
         return [self.units[layer].fold(vit) for layer in layers]

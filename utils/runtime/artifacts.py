@@ -151,7 +151,10 @@ ARTIFACTS = {
         OF_GRADES + "_along.npy", "images rows N", BY_GRADES, "effects along texts; removed once graded"
     ),
     "grades": Artifact(
-        OF_GRADES + ".npy", "N rows measures", BY_GRADES, "grades of descriptions; also `.csv`"
+        OF_GRADES + ".npy",
+        "N rows measures",
+        BY_GRADES,
+        "grades of descriptions; also `.csv`, `.jsonl` of `--units`",
     ),
     "controls": Artifact(
         OF_GRADES + "_controls.npy",
