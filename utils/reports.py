@@ -41,13 +41,13 @@ def save_neurons(path, found, explained, described, acts=None):
     columns |= columns_of(found.compared)
     if found.deleted is not None:
         columns |= columns_of_deletion(found.deleted, len(explained))
-    if acts is not None:
-        few = acts < ACTS
-        columns = {name: np.where(few, np.nan, values) for name, values in columns.items()}
-        columns = {"images on which it acts": acts, **columns}
-    table.writerow(["neuron" if acts is None else "unit", "explained", *columns, *described])
+    first = ["neuron", "explained"] if acts is None else ["unit", "explained", "images on which it acts"]
+    table.writerow([*first, *columns, *described])
     for n, values in enumerate(zip(*columns.values(), strict=True)):
-        cells = [cell_of(x) for x in values]
+        few = acts is not None and acts[n] < ACTS
+        cells = ["" if few else cell_of(x) for x in values]
+        if acts is not None:
+            cells.insert(0, str(acts[n]))
         sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
         texts = [json.dumps(side, ensure_ascii=False) for side in sides]
         table.writerow([n, f"{explained[n]:.4f}", *cells, *texts])
@@ -102,8 +102,6 @@ def cell_of(value):
     """Return a number of the .csv in words: 1 or 0 for a truth, nothing for NaN."""
     if isinstance(value, np.bool_):
         return str(int(value))
-    if isinstance(value, np.integer):
-        return str(value)
     return "" if np.isnan(value) else f"{value:.4f}"
 
 
