@@ -124,7 +124,7 @@ def train(args):
     with tqdm(range(steps), desc="dictionaries", unit="step") as bar:
         for step in bar:
             x = tokens(clip, world, rng, PICTURES)
-            patience = 60 if step < 0.8 * steps else None
+            patience = args.patience if step < 0.5 * steps else None
             for name, of in found.items():
                 for group in of.adam.param_groups:
                     group["lr"] = args.lr * min(1, 3 * (1 - step / steps))
@@ -140,6 +140,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=38_400)
     parser.add_argument("--units", type=int, default=2048)
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--patience", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

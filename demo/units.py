@@ -32,7 +32,7 @@ from utils.model.clip import load_clip
 from utils.norms import CentredNorms
 from utils.prs import second_order
 from utils.runtime.files import save_json
-from utils.units import ACTS, fold_units, open_units
+from utils.units import ACTS, fold_units, look_at
 
 RESID, MLP = (str(layout.HERE / f"symbols-sae-{name}.safetensors") for name in ("resid", "mlp"))
 SETS = {  # what is looked at, and its --units
@@ -164,10 +164,8 @@ class Measured:
     def accuracies(self):
         """Return accuracies in per cent: with all effects, none, and the KEPT largest of every picture."""
         world = self.world
-        args = argparse.Namespace(unit_set=self.given, site=None, mlp_layer=[str(LAYER)])
         clip = world.clip
-        clip.units = None
-        open_units(args, clip)
+        look_at(clip, self.given, LAYER)
         [directions] = fold_units(clip, [LAYER])
         mean = torch.from_numpy(self.load("mean"))
         rotation = Rotation(directions, len(mean)) if self.rotated else None
@@ -235,7 +233,7 @@ def report(table, world):
     first = next(iter(table.values()))
     neurons = table["neurons"]
     chance = 100 * float(world.true.mean())
-    lines = [markdown_table(["layer 4", *COLUMNS.values()], rows), ""]
+    lines = [*markdown_table(["layer 4", *COLUMNS.values()], rows), ""]
     lines.append(
         f"Nearest text of a picture: true of {100 * world.nearest():.0f} %; a random text: {chance:.1f} %. "
         f"Accuracy with all effects {first['all']:.1f} %, without those of the residual units "

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from numpy.testing import assert_allclose
 
 from tests.launcher import World, run_stage_of_user
@@ -15,8 +16,10 @@ from utils.data.images import load_images
 from utils.model.clip import load_clip
 from utils.model.dictionaries import Dictionary
 from utils.model.dictionary_files import read_dictionary, save_dictionary
+from utils.neurons import NeuronLayer
 from utils.prs import second_order
-from utils.units import Features
+from utils.runtime.results import Results
+from utils.units import Features, look_at
 
 RARE = 6  # units that act on few images or none
 TOP = 5
@@ -297,3 +300,21 @@ def test_a_file_that_says_no_site_asks_for_it(world, tmp_path):
     done = run_stage_of_user(effects, *flags, "--site", "resid.post", folder=tmp_path, check=False)
     assert "does not say of which layer its units are; add --mlp_layer" in done.stderr
     run_stage_of_user(effects, *flags, "--site", "resid.post", "--mlp_layer", 1, folder=tmp_path)
+
+
+def test_a_notebook_shows_a_unit_as_it_shows_a_neuron(world, tiny_model, phi):
+    clip = load_clip(tiny_model, "random", "cpu", image_only=True)
+    units = str(world.root / "mine.safetensors")
+    look_at(clip, units, 1)
+    images = load_images("folder", world.photos, "train", clip.transform)
+    results = Results(world.root / "out", tiny_model, "random", unit_set=units)
+    described = {"texts": "words", "components": 2}
+    found = NeuronLayer(clip, results, images, 1, described, k=TOP)
+    rows = found.top_images(17, 3)
+    norms = np.linalg.norm(phi[0][:, 17] - phi[0][:, 17].mean(axis=0), axis=1)
+    assert rows.tolist() == np.argsort(-norms, kind="stable")[:3].tolist()
+    _, maps, projections = found.look(rows, 17)
+    assert_allclose(maps.reshape(3, -1), phi[1][rows][:, 1:, 17], atol=1e-4 * np.abs(phi[1]).max())
+    assert_allclose(np.abs(projections), norms[rows], rtol=0.2)
+    figure = found.card(17, pictures=3)
+    assert "unit 17 of mine" in " ".join(text.get_text() for text in figure.findobj(match=Text))

@@ -12,6 +12,7 @@ The decoder's bias and the error are two more units, so that the sum is complete
 a unit, too: C[k, n] B[k, n], exactly of rank one. Letters as in `utils.prs`; U units.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -361,6 +362,17 @@ def check_rebuilding(clip, split, path):
     if dictionary.rebuilds and not rest.rebuilt() >= LEAST:
         likely = "another model, another --site or layer, inputs that were scaled, or transposed weights"
         raise UserError(f"{path} rebuilds only {percent} of the variance of {site} {of}; likely: {likely}")
+
+
+def look_at(clip, units, layer, site=None):
+    """Let a `Clip` look at units of a layer in place of its neurons, as the stages with --units do.
+
+    units: as --units has it; None for neurons. site: as --site.
+
+    Raises UserError as `open_units` does.
+    """
+    clip.units = None
+    open_units(SimpleNamespace(unit_set=units, site=site, mlp_layer=[str(layer)]), clip)
 
 
 def open_units(args, clip):
