@@ -29,7 +29,8 @@ from utils.model.dictionary_files import save_dictionary
 
 LAYER = 4
 SITES = {"resid": "resid.post", "mlp": "mlp.out"}
-PICTURES = 64  # of a step
+PICTURES = 32  # of a step
+TOKENS = 32  # of each of them
 START = 0.2  # norm of an encoder row: many units that are alike act at first
 FIRST = 1024  # pictures that means and first decoders are taken from
 
@@ -108,7 +109,9 @@ def tokens(clip, world, rng, pictures):
     names = {"resid": f"blocks.{LAYER + 1}.resid.pre", "mlp": f"blocks.{LAYER}.mlp.out"}
     with torch.inference_mode(), clip.vit.record(*names.values()) as cache:
         clip.vit(pixels)
-    return {short: cache[name].flatten(0, 1).clone() for short, name in names.items()}
+    chosen = torch.rand(pictures, clip.vit.T).argsort(dim=1)[:, :TOKENS]
+    each = torch.arange(pictures)[:, None]
+    return {short: cache[name][each, chosen].flatten(0, 1).clone() for short, name in names.items()}
 
 
 def train(args):

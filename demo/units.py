@@ -9,7 +9,6 @@ random rotation of the neurons. What is true of a picture is read from the world
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from utils.model.clip import load_clip
 from utils.norms import CentredNorms
 from utils.prs import second_order
 from utils.runtime.files import save_json
+from utils.runtime.records import load_record
 from utils.units import ACTS, fold_units, look_at
 
 RESID, MLP = (str(layout.HERE / f"symbols-sae-{name}.safetensors") for name in ("resid", "mlp"))
@@ -133,15 +133,27 @@ class Measured:
         acts = self.results.path("acts", **self.names)
         if acts.is_file() and not rotated:
             self.kept = np.load(acts) >= ACTS
+        along = np.square(self.load("projections").astype(np.float64)).sum(axis=0)
+        self.energy = along * self.kept  # of the units' effects along their components
 
     def load(self, kind, split="train"):
         """Return an array of the units."""
         return np.load(self.results.path(kind, split=split, **self.names))
 
     def true_share(self, texts):
-        """Return the share of units whose text [N] is true of the held-out picture on which they act most."""
+        """Return of how many units the text [N] is true of the held-out picture on which they act most.
+
+        Returns the share of the units that are graded, and their share of the energy.
+        """
         picture = self.load("projections", "val").argmax(axis=0)
-        return float(self.world.true[texts, picture][self.kept].mean())
+        return self.means(self.world.true[texts, picture])
+
+    def means(self, values, units=None):
+        """Return the mean of values over graded units, and that weighted by energy. units: which, for all."""
+        units = np.arange(len(self.kept)) if units is None else units
+        kept = units[self.kept[units]]
+        values = np.asarray(values, np.float64)[self.kept[units]]
+        return [float(values.mean()), float(np.average(values, weights=self.energy[kept]))]
 
     def fired_on(self):
         """Return the text whose presence goes up most with each unit's effect, [N]."""
@@ -155,10 +167,18 @@ class Measured:
         atoms = normalize(atoms - atoms.mean(dim=0), dim=1)
         return (torch.from_numpy(self.load("pca")) @ atoms.T).argmax(dim=1).numpy()
 
-    def summary(self):
-        """Return the summary of grades of evaluate_descriptions.py."""
-        names = {**self.names, "layer": [LAYER], "units": ""}
-        return json.loads(self.results.path("graded", split="val", **names).read_text())
+    def deleted(self):
+        """Return {what: means} of how well it says what deleting a unit does; {} where none was deleted."""
+        path = self.results.path("deletion_rows", split="val", **self.names)
+        if self.rotated or not path.is_file():
+            return {}
+        record = load_record(path)
+        units = np.array(record["neurons"])
+        rows = dict(zip(record["rows"], np.load(path).T, strict=True))
+        texts = np.load(self.results.path("by_deletion", split="val", **self.names))[..., -1]
+        found = {"by deletion": texts[0], "control": texts[1:].mean(axis=0)}
+        found |= {"logit lens": rows["direct"], "null": rows["null"]}
+        return {what: self.means(values, units) for what, values in found.items()}
 
     @torch.inference_mode()
     def accuracies(self):
@@ -192,14 +212,7 @@ class Measured:
         full, none, kept = self.accuracies()
         found = {"units": int(self.kept.sum()), "fires on": self.true_share(self.fired_on())}
         found |= {"writes": self.true_share(self.written()), "4 kept": kept, "all": full, "none": none}
-        if not self.rotated:
-            deleted = self.summary()["deletion"].get(str(LAYER))
-            if deleted:
-                rows = deleted["rows"]
-                found["by deletion"] = deleted["writes"]["grade"][-1]
-                found["control"] = deleted["writes"]["control"][-1]
-                found |= {"logit lens": rows["direct"]["mean"], "null": rows["null"]["mean"]}
-        return found
+        return found | self.deleted()
 
 
 COLUMNS = {
@@ -225,16 +238,19 @@ def report(table, world):
                 cells.append("")
             elif column == "units":
                 cells.append(f"{value}")
+            elif column == "4 kept":
+                cells.append(f"{value:.1f}")
             elif column in ("fires on", "writes"):
-                cells.append(f"{100 * value:.0f}")
+                cells.append("; ".join(f"{100 * mean:.0f}" for mean in value))
             else:
-                cells.append(f"{value:.1f}" if column == "4 kept" else f"{value:.2f}")
+                cells.append("; ".join(f"{mean:.2f}" for mean in value))
         rows.append(cells)
     first = next(iter(table.values()))
     neurons = table["neurons"]
     chance = 100 * float(world.true.mean())
     lines = [*markdown_table(["layer 4", *COLUMNS.values()], rows), ""]
     lines.append(
+        "Two numbers: plain means over units, and means weighted by the energy of their effects. "
         f"Nearest text of a picture: true of {100 * world.nearest():.0f} %; a random text: {chance:.1f} %. "
         f"Accuracy with all effects {first['all']:.1f} %, without those of the residual units "
         f"{first['none']:.1f} %, of the neurons {neurons['none']:.1f} %."
