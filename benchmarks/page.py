@@ -1,14 +1,13 @@
-"""Measure the way from a CLIP and a folder of pictures to the page of all neurons, in one command.
+"""Measure the way from a CLIP and a folder of pictures to the page of all neurons.
 
     python -m benchmarks.page        # ViT-B-32, 1,000 photos, the visual concepts and 30,000 words
 
-make_gallery.py runs everything from the effects to the page. The seconds of the control dictionaries, by its
-progress bars, are shown, and left out of the ratio. Beside it a plain pass over the same photos by
+The stages that make_gallery.py runs, one after the other, and the page. Control dictionaries are left out
+(--controls 0); `noise.py` measures them. Beside it a plain pass over the same photos by
 compute_representations.py.
 """
 
 import os
-import re
 import shutil
 from typing import NamedTuple
 
@@ -20,8 +19,7 @@ class Found(NamedTuple):
     """`Found` is all that was measured."""
 
     plain: float  # seconds of a pass over all photos
-    whole: dict  # {text set: `Process`}
-    controls: dict  # {text set: seconds of the controls}
+    stages: dict  # {text set: {stage: `Process`}}
     bytes: dict  # {text set: bytes of the page}
     again: object  # `Process` of a second run
     first_picture: float  # milliseconds in the browser
@@ -41,64 +39,63 @@ def set_up(args, folder):
 
 
 def measure(args, case):
-    """Time the plain pass, then the whole command for every text set, then a second run."""
+    """Time the plain pass, then the stages for every text set, then make_gallery.py for a second time."""
     folder, model, data = case
     plain = 0
     for split in ("train", "val"):
         flags = [*model, *data, "--split", split, "--output_dir", folder / "plain"]
         plain += stage("compute_representations", *flags).seconds
-    whole, controls, size = {}, {}, {}
+    stages, size = {}, {}
     for texts in args.texts:
         out = folder / texts
-        flags = [*model, *data, "--mlp_layer", *args.mlp_layer, "--output_dir", out]
-        flags += ["--text_descriptions", texts, "--components", args.components]
-        whole[texts] = stage("make_gallery", *flags)
+        stages[texts] = {}
+        for name, flags in commands(args, model, data, texts, out):
+            process = stages[texts][name] = stage(name, *flags)
+            print(f"{texts}: {name} {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
         size[texts] = sum(path.stat().st_size for path in (out / "gallery").rglob("*") if path.is_file())
-        controls[texts] = seconds_of_controls(whole[texts].errors)
-        print(f"{texts}: {whole[texts].seconds:.0f} s, controls {controls[texts]:.0f} s", flush=True)
     again = stage("make_gallery", *flags)
     first_picture, strokes = None, []
     if shutil.which("chromium") and shutil.which("chromedriver"):
-        first_picture, strokes = browse(
-            out / "gallery", "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
-        )
-    return Found(plain, whole, controls, size, again, first_picture, strokes)
+        layer = "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
+        first_picture, strokes = browse(out / "gallery", layer)
+    return Found(plain, stages, size, again, first_picture, strokes)
 
 
-def seconds_of_controls(errors):
-    """Return the seconds of the progress bars of control dictionaries. errors: stderr of the command."""
-    bars = re.findall(r"([^\r\n:]+): 100%[^\r\n]*\[(?:(\d+):)?(\d+):(\d+)<", errors)
-    found = {}
-    for number, (title, hours, minutes, seconds) in enumerate(bars):
-        dictionary = re.search(r"(?:controls of|by deletion).*, (\d+) of \d+$", title)
-        again = title == "soft-WPMI" and any(other == "soft-WPMI" for _, other in found)
-        if (dictionary and dictionary[1] != "0") or again:
-            found[number, title] = 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds)
-        elif title == "soft-WPMI":
-            found[number, title] = 0  # the first is of the text set
-    return sum(found.values())
+def commands(args, model, data, texts, out):
+    """Yield (script, flags) of the stages that make_gallery.py runs, and of itself."""
+    model = [*model, "--output_dir", out]
+    layer = ["--mlp_layer", *args.mlp_layer]
+    described = [*layer, "--text_descriptions", texts, "--components", args.components]
+    yield "compute_second_order_neuron_prs", [*model, *data, *layer, "--split", "train", "--representations"]
+    yield "compute_pcas", [*model, "--dataset", "images", *layer]
+    yield "compute_text_set_projection", [*model, "--text_descriptions", texts]
+    yield "compute_sparse_decomposition", [*model, "--dataset", "images", *described]
+    yield "evaluate_descriptions", [*model, *data, *described, "--controls", 0]
+    yield "make_gallery", [*model, *data, *described]
 
 
 def table(args, found):
     """Return the table, with bars where the full sizes were measured."""
-    full = args.model == "ViT-B-32" and args.images >= 1000 and args.mlp_layer == ["9"]
+    sizes = (args.model, args.mlp_layer, args.components)
+    full = args.images >= 1000 and sizes == ("ViT-B-32", ["9"], 128)
     most = {"concepts": 6, "30k": 9}
     rows = [row(f"a plain pass over {args.images} photos", found.plain, "s", note="both splits, two starts")]
-    for texts, process in found.whole.items():
-        left = process.seconds - found.controls[texts]
+    for texts, stages in found.stages.items():
+        total = sum(process.seconds for process in stages.values())
+        peak = max(process.peak for process in stages.values()) / 1e9
+        longest = max(stages, key=lambda name: stages[name].seconds)
+        note = f"six starts; {longest} {stages[longest].seconds:.0f} s"
         bar = most.get(texts) if full else None
-        rows.append(row(f"{texts}: the whole command", process.seconds, "s"))
-        rows.append(row(f"{texts}: of this the controls", found.controls[texts], "s"))
-        rows.append(row(f"{texts}: without the controls", left / found.plain, "x plain", at_most=bar))
-        rows.append(row(f"{texts}: peak memory", process.peak / 1e9, "GB", at_most=3 if full else None))
+        rows.append(row(f"{texts}: all stages and the page", total, "s", note=note))
+        rows.append(row(f"{texts}: the same", total / found.plain, "x plain", at_most=bar))
+        rows.append(row(f"{texts}: peak memory", peak, "GB", at_most=3 if full else None))
         rows.append(row(f"{texts}: the page", found.bytes[texts] / 1e6, "MB"))
-    rows.append(row("a second run", found.again.seconds, "s"))
+    rows.append(row("make_gallery.py again", found.again.seconds, "s"))
     if found.strokes:
         rows += browser_rows(found, lambda value: value if full else None)
     layers = ", ".join(args.mlp_layer)
-    title = (
-        f"From a folder to the page, {args.model}, random weights, layer {layers}, {args.components} texts"
-    )
+    title = f"From a folder to the page, {args.model}, random weights, layer {layers}"
+    title += f", {args.components} texts for a neuron, without controls"
     name = of_model("page", args.model)
     return Table(name if args.mlp_layer == ["9"] else f"{name}_{'-'.join(args.mlp_layer)}", title, rows)
 
