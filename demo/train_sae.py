@@ -46,7 +46,7 @@ class Autoencoder:
     def __init__(self, x, units, k, lr):
         self.k = k
         self.bias = x.mean(dim=0).requires_grad_()
-        self.variance = float((x - self.bias).square().sum(dim=1).mean())
+        self.variance = float((x - x.mean(dim=0)).square().sum(dim=1).mean())
         chosen = torch.randperm(len(x))[:units]
         rows = normalize((x[chosen] - self.bias).detach(), dim=1)
         self.decoder = rows.clone().requires_grad_()

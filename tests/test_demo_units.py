@@ -12,6 +12,7 @@ from demo.units import SETS, report
 from demo.world import World, draw, to_pil
 from utils.model.clip import load_clip
 from utils.model.dictionary_files import read_dictionary
+from utils.prs import second_order
 from utils.units import Features, Rest
 
 NAMES = ("resid", "mlp")
@@ -40,7 +41,8 @@ def test_they_rebuild_new_pictures(clip, name):
     rest = Rest(clip.vit, Features(clip.vit, read_dictionary(HERE / f"symbols-sae-{name}.safetensors")))
     found = rest.effects(pixels)
     assert rest.rebuilt() > 0.75
-    whole = found["units"] + found["bias"] + found["error"]
+    _, [phi] = second_order(clip.vit, pixels, [rest.units.fold(clip.vit)])
+    whole = phi.sum() + found["bias"] + found["error"]
     assert float((whole - found["site"]).norm(dim=1).max()) < 1e-4 * float(found["site"].norm(dim=1).max())
 
 

@@ -191,14 +191,16 @@ class Features(Writers):
         return z + vit.mlp(layer, middle + written) - vit.mlp(layer, middle)  # which reads the attention
 
     def rest(self):
-        """Return {"bias", "error", "site"}: `Writers` of the decoder's bias, the error, and the site."""
-        both = (self.site.read, self.site.name)
+        """Return {"bias", "error", "site"}: `Writers` of the decoder's bias, the error, and the site.
+
+        The cache must have `error` under that name.
+        """
         d = self.dictionary.decoder_bias
         basis = torch.eye(len(d), dtype=d.dtype, device=d.device)
         return {
             "bias": Writers(self.layer, d[None], [self.site.read], self._bias),
-            "error": Writers(self.layer, basis, both, self.error),
-            "site": Writers(self.layer, basis, both[1:], lambda cache: cache[self.site.name]),
+            "error": Writers(self.layer, basis, ["error"], lambda cache: cache["error"]),
+            "site": Writers(self.layer, basis, [self.site.name], lambda cache: cache[self.site.name]),
         }
 
     def _bias(self, cache):
@@ -206,9 +208,9 @@ class Features(Writers):
         factor = self.dictionary.factor(x)
         return self.acting(torch.ones_like(x[..., :1]) if factor is None else factor)
 
-    def error(self, cache):
-        """Return what the units and the bias do not rebuild of the site, [B, T, d]."""
-        error = cache[self.site.name] - self.of_cache(cache) @ self.dictionary.decoder
+    def error(self, cache, f):
+        """Return what the units and the bias do not rebuild of the site, [B, T, d]. f: of `of_cache`."""
+        error = cache[self.site.name] - f @ self.dictionary.decoder
         error -= self._bias(cache) * self.dictionary.decoder_bias
         if self.dictionary.norm == "layer_norm":
             error -= cache[self.site.read].mean(dim=-1, keepdim=True)
@@ -270,16 +272,15 @@ class Rest:
 
     vit: HookedViT. units: `Features`.
 
-    Attributes, after some `add`: images; variance and lost, [T, d] sums of squares of x and of the error;
-    parts, {"units", "bias", "error", "direct"}: sums over images of the norms of effects, over the norm of
-    the site's effect (of "direct", the part that needs no attention, over the representation's norm).
+    Attributes, after some `effects`: images, how many; acting, units that act, over all tokens; and parts,
+    {"units", "bias", "error", "direct"}: sums over images of the norms of effects, over the norm of the
+    site's effect (of "direct", the part that needs no attention, over the representation's norm).
     """
 
     def __init__(self, vit, units):
         self.vit = vit
         self.units = units
-        self.folded = {"units": units.fold(vit)}
-        self.folded |= {name: part.fold(vit) for name, part in units.rest().items()}
+        self.folded = {name: part.fold(vit) for name, part in units.rest().items()}
         self.images = 0
         self.sums = self.squares = self.lost = 0
         self.acting = 0
@@ -288,9 +289,9 @@ class Rest:
 
     @torch.inference_mode()
     def effects(self, pixels, coefficient=COEFFICIENT):
-        """Return {"units", "bias", "error", "site"}: effects summed over units [B, D], of one batch.
+        """Return {"bias", "error", "site"}: effects [B, D] of one batch, and add to the sums.
 
-        Adds to the sums, too.
+        What the site's effect has besides bias and error is the units' sum.
         """
         site = self.units.site
         first = self.units.layer + 1
@@ -298,22 +299,26 @@ class Rest:
             representation = self.vit(pixels)
         self.vit.read_rows(cache)
         scale = coefficient / representation.norm(dim=-1)
-        phi = {name: effect(self.vit, dict(cache), item, scale) for name, item in self.folded.items()}
-        found = {name: of.sum() for name, of in phi.items()}
-        self._add(cache, phi, found, scale)
+        f = self.units.of_cache(cache)
+        self.acting += int((f != 0).sum())
+        cache["error"] = self.units.error(cache, f)
+        found = {}
+        for name, item in self.folded.items():
+            found[name] = effect(self.vit, dict(cache), item, scale).sum()
+        self._add(cache, found, scale)
         return found
 
-    def _add(self, cache, phi, found, scale):
-        """Add a batch to the sums. phi: {name: SecondOrder}. found: their sums. scale: [B]."""
+    def _add(self, cache, found, scale):
+        """Add a batch to the sums. found: {name: effects [B, D]}. scale: [B]."""
         x = self.units.acting(cache[self.units.site.name].clone()).double()
-        lost = self.units.acting(phi["error"].p.clone()).double()
+        lost = self.units.acting(cache["error"].clone()).double()
         self.images += len(x)
         self.sums = self.sums + x.sum(dim=(0, 1))
         self.squares += float(x.square().sum())
         self.lost += float(lost.square().sum())
-        self.acting += int((phi["units"].p != 0).sum())
         size = found["site"].norm(dim=-1).clamp_min(1e-30)
-        shares = {name: found[name].norm(dim=-1) / size for name in ("units", "bias", "error")}
+        effects = {"units": found["site"] - found["bias"] - found["error"], **found}
+        shares = {name: effects[name].norm(dim=-1) / size for name in ("units", "bias", "error")}
         if self.output is not None:
             direct = self.vit.pool(cache[self.units.site.name], cache) @ self.output
             shares["direct"] = (direct / cache["ln_post.std"][:, None]).norm(dim=-1) * scale / COEFFICIENT
