@@ -8,8 +8,8 @@ pass over drawn pictures, each of which is seen once; about four minutes on one 
 
     f = topk(relu((x - b_dec) W_enc + b_enc))     x^ = f W_dec + b_dec     loss = |x - x^|^2 / |x - mean x|^2
 
-Decoder rows start as differences of tokens from the mean, and keep norm 1. A unit that has not acted for a
-while starts again as what is not rebuilt of a token.
+Decoder rows start as differences of tokens from the mean, and keep norm 1. Units that do not act any more are
+left alone: started again they act rarely and mean little.
 """
 
 import argparse
@@ -54,13 +54,9 @@ class Autoencoder:
         self.encoder_bias = torch.zeros(units, requires_grad=True)
         self.weights = [self.encoder, self.encoder_bias, self.decoder, self.bias]
         self.adam = torch.optim.Adam(self.weights, lr=lr, betas=(0.9, 0.99))
-        self.idle = torch.zeros(units, dtype=torch.long)  # steps since a unit acted
 
-    def step(self, x, patience):
-        """Learn from tokens x [n, d]; return the share of the variance that is lost.
-
-        patience: steps after which a unit that does not act starts again; None for never.
-        """
+    def step(self, x):
+        """Learn from tokens x [n, d]; return the share of the variance that is lost."""
         before = (x - self.bias) @ self.encoder.T + self.encoder_bias
         values, places = before.topk(self.k, dim=1)
         values = values.relu()
@@ -72,24 +68,7 @@ class Autoencoder:
         self.adam.step()
         with torch.no_grad():
             self.decoder.copy_(normalize(self.decoder, dim=1))
-            self.idle += 1
-            self.idle[places[values > 0]] = 0
-            if patience:
-                self.revive((self.idle > patience).nonzero().flatten(), error)
-        return float(loss)
-
-    def revive(self, dead, error):
-        """Let units start again from the tokens that are rebuilt worst. error: of a batch, [n, d]."""
-        worst = error.square().sum(dim=1).topk(min(len(dead), len(error))).indices
-        dead = dead[: len(worst)]
-        rows = normalize(error[worst[: len(dead)]], dim=1)
-        self.decoder[dead] = rows
-        self.encoder[dead] = START * rows
-        self.encoder_bias[dead] = 0
-        for weights in self.weights[:3]:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.adam.state[weights][moment][dead] = 0
-        self.idle[dead] = 0
+        return float(loss.detach())
 
     def dictionary(self, site, fingerprint):
         """Return the `Dictionary` in 16 bits."""
@@ -127,11 +106,10 @@ def train(args):
     with tqdm(range(steps), desc="dictionaries", unit="step") as bar:
         for step in bar:
             x = tokens(clip, world, rng, PICTURES)
-            patience = args.patience if step < 0.5 * steps else None
             for name, of in found.items():
                 for group in of.adam.param_groups:
                     group["lr"] = args.lr * min(1, 3 * (1 - step / steps))
-                lost[name] += 0.05 * (of.step(x[name].clone(), patience) - lost[name])
+                lost[name] += 0.05 * (of.step(x[name].clone()) - lost[name])
             bar.set_postfix({name: f"{1 - value:.3f}" for name, value in lost.items()})
     return {name: of.dictionary(SITES[name], clip.fingerprint) for name, of in found.items()}, lost
 
@@ -143,8 +121,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=38_400)
     parser.add_argument("--units", type=int, default=2048)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--patience", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.time()

@@ -48,7 +48,7 @@ def test_they_rebuild_new_pictures(clip, name):
 
 def test_training_learns_and_what_it_writes_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "FIRST", 64)
-    args = {"units": 96, "k": 8, "lr": 2e-3, "seed": 0, "patience": 20}
+    args = {"units": 96, "k": 8, "lr": 2e-3, "seed": 0}
     found, lost = train_sae.train(Namespace(pictures=60 * train_sae.PICTURES, **args))
     _, before = train_sae.train(Namespace(pictures=4 * train_sae.PICTURES, **args))
     assert set(found) == set(NAMES) and all(0 < lost[name] < 0.7 * before[name] for name in NAMES)
