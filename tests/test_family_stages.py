@@ -51,6 +51,7 @@ def test_every_stage_runs_on_every_family(tmp_path, family):
     neurons = NeuronLayer(clip, results, images, layer=layer, described=described, k=5)
     assert neurons.card(3, pictures=4, words=3).axes
     explained(world, model, tmp_path)
+    attacked(world, model, layer, tmp_path)
 
 
 def ablated_by_numpy(clip, results, images, names):
@@ -78,3 +79,18 @@ def explained(world, model, root):
     [answer] = json.loads(path.read_text())["answers"]
     [row] = [row for row in answer["proof"]["delete"]["contribution"] if row["count"] == 1]
     assert answer["neurons"][0]["deleted"] == pytest.approx(answer["score"] - row["score"], abs=1e-3)
+
+
+def attacked(world, model, layer, root):
+    """An attack takes words of the layer's neurons, and judges its drawings by the tower."""
+    [path] = world.base.glob("*classifier*.meta.json")
+    first, second, *_ = json.loads(path.read_text())["class_names"]
+    flags = ["--model", model, "--pretrained", "random", "--device", "cpu", "--dataset", "folder"]
+    flags += ["--class_0", first, "--class_1", second, "--mlp_layers", layer, "--neurons_num", 10]
+    flags += ["--top_k_pca", 5, "--text_descriptions", "words", "--components", 8]
+    flags += ["--text_model", "template", "--similarity_model", "clip", "--batch_size", 1]
+    flags += ["--image_model", "demo.world:draw_description", "--dataset_path", root / "attack"]
+    run_stage_of_user("generate_adversarial_images.py", *flags, "--output_dir", world.base, folder=root)
+    [results] = (root / "attack").rglob("results.json")
+    drawn = len(list(results.parent.glob("images/*.png")))
+    assert drawn and json.loads(results.read_text())["images"] == drawn
