@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, ROOT, markdown
 
 BENCHMARKS = ("naive", "second_order", "stages", "pca", "omp", "texts", "precision", "pipeline")
 BENCHMARKS += ("fingerprints", "curves", "tricks", "rehearsal", "descriptions", "noise", "deletion", "page")
+BENCHMARKS += ("units",)
 
 
 def main(args):

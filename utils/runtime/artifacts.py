@@ -27,8 +27,9 @@ TRAINING_FLAGS = {
     "--train_data_path": "train_data_path",
     "--train_subsample": "train_subsample",
 }
+NEURON_FLAGS = {"--mlp_layer": "layer", "--top_k_pca": "k"}
 LAYER_FLAGS = {"--mlp_layer": "layer", "--units": "unit_set", "--site": "site"}
-COMPONENT_FLAGS = LAYER_FLAGS | {"--top_k_pca": "k"}
+COMPONENT_FLAGS = LAYER_FLAGS | NEURON_FLAGS
 TEXT_FLAGS = {"--text_descriptions": "texts", "--descriptions_dir": "descriptions_dir"}
 OMP_FLAGS = TEXT_FLAGS | {
     "--components": "components",
@@ -55,7 +56,7 @@ BY_GRADES = (
     "evaluate_descriptions.py",
     IMAGE_FLAGS | TRAINING_FLAGS | {"--truth": "truth"} | COMPONENT_FLAGS | OMP_FLAGS,
 )
-BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | COMPONENT_FLAGS | OMP_FLAGS)
+BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | NEURON_FLAGS | OMP_FLAGS)
 BY_SEGMENTATION = ("compute_segmentation.py", {"--data_path": "data_path"})
 
 ARTIFACTS = {
