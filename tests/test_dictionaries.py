@@ -437,3 +437,40 @@ def test_a_dictionary_of_another_width_layer_or_model_is_refused(vit):
 def test_fixtures_are_small():
     files = [path for path in Path(ROOT / "tests" / "dictionaries").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 200_000
+
+
+def mutated(content, rng):
+    """Change a file: bytes, a part cut out, zeros, or a part twice."""
+    content = bytearray(content)
+    kind = rng.integers(4)
+    place = int(rng.integers(len(content)))
+    length = int(rng.integers(1, 40))
+    if kind == 0:
+        for _ in range(int(rng.integers(1, 6))):
+            content[int(rng.integers(len(content)))] = int(rng.integers(256))
+    elif kind == 1:
+        del content[place : place + length]
+    elif kind == 2:
+        content[place : place + length] = bytes(len(content[place : place + length]))
+    else:
+        content[place:place] = content[place : place + length]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.parent.name)
+def test_a_mutated_file_is_one_line_or_a_dictionary_that_fits_together(path, tmp_path):
+    rng = np.random.default_rng(int(os.environ.get("SEED", 0)))
+    files = {file.name: file.read_bytes() for file in path.parent.iterdir() if file.name != "expected.npz"}
+    for number in range(int(os.environ.get("MUTATIONS", 12))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        name = list(files)[int(rng.integers(len(files)))]
+        for other, content in files.items():
+            (folder / other).write_bytes(mutated(content, rng) if other == name else content)
+        try:
+            found = read_dictionary(folder)
+        except UserError as error:
+            assert "\n" not in str(error) and str(folder) in str(error)
+        else:
+            f = found.encode(torch.randn(3, found.encoder.shape[1]))
+            assert f.shape == (3, len(found.decoder)) and found.decode(f).isfinite().all()
