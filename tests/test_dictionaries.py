@@ -473,4 +473,4 @@ def test_a_mutated_file_is_one_line_or_a_dictionary_that_fits_together(path, tmp
             assert "\n" not in str(error) and str(folder) in str(error)
         else:
             f = found.encode(torch.randn(3, found.encoder.shape[1]))
-            assert f.shape == (3, len(found.decoder)) and found.decode(f).isfinite().all()
+            assert f.shape == (3, len(found.decoder)) and found.decode(f).shape == (3, found.decoder.shape[1])
