@@ -9,13 +9,14 @@ DATASET_train_mlps_MODEL_PRETRAINED_LAYER_...
     K_norm.npy [N, K]        their centred norms, ascending
     K_explained.npy [N]      share of their squared norm along the component
     mean.npy [N, D]          mean effects          image_norms.npy [images, N]   centred norm of every effect
+The last are those that --keep top has stored, in its one pass about a preliminary mean: their record says so.
 After this stage the effects can be deleted.
 """
 
 import numpy as np
 
 from utils.data.images import UNSORTED, train_set_of
-from utils.effects import FORMS, copy_norms, open_effects, slices
+from utils.effects import FORMS, about_norms, copy_norms, open_effects, slices
 from utils.pca import statistics
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
@@ -73,6 +74,8 @@ def summarise(args, results, effects, arrays, names):
         effects.check_unchanged()  # or nothing is published
     share = 100 * float(np.load(paths["explained"]).mean())
     print(f"wrote {', '.join(file.name for file in arrays)}")
+    if are := about_norms(paths["image_norms"]):
+        print(f"note: {paths['image_norms'].name} holds norms {are}")
     print(
         f"layer {effects.layer}: the first component explains {share:.1f} % of the effects on the top images"
     )

@@ -1,4 +1,4 @@
-"""Compute the second-order effects of all neurons of some MLP layers, in one pass over the images, or two.
+"""Compute the second-order effects of all neurons of some MLP layers, in one pass over the images.
 
     python compute_second_order_neuron_prs.py --model ViT-B-32 --pretrained openai --dataset imagenet \\
         --data_path PATH --split train --mlp_layer 9
@@ -6,9 +6,13 @@
 Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETRAINED_LAYER_...
     coefficients.npy [images, K, N]   bias.npy [images, D]   values.npy [K, N, e]   outputs.npy [K, e, D]
     merged.npy [images, N, D], the effects themselves, with --merged
-With --keep top (the default for several layers) two passes, and instead of all coefficients
+With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
-and in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
+This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
+that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
+The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
+fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
+And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
 --representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 With --units PATH the units of a dictionary take the neurons' place (docs/units.md), by default with --keep
@@ -19,14 +23,17 @@ error. acts.npy [N] says on how many images each acts. --units pairs: every neur
 from torch.nn.functional import normalize
 
 from utils.data.splits import load_split
+from utils.effects import FULL, TOP, write_weights
+from utils.indirect import Activations
 from utils.model.clip import clip_of
 from utils.model.hooks import left_out_note
 from utils.prs import second_order
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
+from utils.runtime.sums import Sums
 from utils.statistics import choose_k
-from utils.top_effects import FULL, TOP, Activations, Sums, TopK, start_of, write_top, write_weights
+from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
 from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units
 
 
@@ -49,8 +56,7 @@ def main(args):
         for group in groups_of(clip, layers, args.memory * 1e9):
             keep_top(args, clip, group, split, results, record)
     effects = f"the effects of MLP layer {', '.join(map(str, layers))}"
-    counted = count_units(clip, layers[0])
-    print(f"wrote {effects}: {len(split)} images, {counted}")
+    print(f"wrote {effects}: {len(split)} images, {count_units(clip, layers[0])}")
     if args.split == "train":
         print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
@@ -83,35 +89,42 @@ def keep_all(args, clip, layers, split, results, record):
 
 
 def keep_top(args, clip, layers, split, results, record):
-    """Store the largest effects of every neuron, in two passes: means, then what is largest about them."""
-    k = args.top_k_pca
-    arrays = results.arrays(TOP, {"images": len(split), "k": k}, layers=layers, **split.names)
+    """Store the largest effects of every neuron. `utils.top_effects` says what the rounds are for."""
+    arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
     activations = Activations(clip, layers, results, split.names)
     arrays.update(activations.arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
-    state, scratch = start_of(results, layers, k, len(split))
-    state |= activations.sums
-    twice = split.rounds(2)
-    with Pass(arrays, record, twice, state=state, scratch=scratch, overwrite=args.overwrite) as work:
+    state, scratch = start_of(results, layers, args.top_k_pca, len(split))
+    options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
+    stride = 1 if args.passes == 2 else stride_of(len(split))
+    if stride == 1:
+        exact = [results.path("image_norms", layer=layer, **split.names) for layer in layers]
+        options["alone"] = dict.fromkeys(exact, {"norms_about": None})  # those of one pass will not do
+    with Pass(arrays, record, split.rounds(stride, 1, 1), **options) as work:
         directions = work.prepare(fold_units, clip, layers)
-        sums = Sums(work, args.coefficient)
+        few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for _, pixels in work.round(0, "means"):
-            _, effects = activations.second_order(work, pixels, directions, args.coefficient)
+            _, effects = second_order(clip.vit, pixels, directions, args.coefficient)
             for _ in layers:
-                sums.add(next(effects))  # unnamed: one layer's effects are in memory at a time
-        tops = work.prepare(TopK.of_layers, work, directions, sums, len(split))
+                few.add(next(effects))  # unnamed: one layer's effects are in memory at a time
+        tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
+        sums = Sums(work, args.coefficient, len(split))
         for rows, pixels in work.round(1, "effects"):
-            representation, effects = second_order(clip.vit, pixels, directions, args.coefficient)
+            representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
             for path in representations:
                 work[path][rows] = args.coefficient * normalize(representation, dim=-1)
             for top in tops:
-                names = {**split.names, "layer": top.directions.layer}
-                kappa, norms = top.add(next(effects), rows.start)
-                work[results.path("bias", **names)][rows] = kappa
-                work[results.path("image_norms", **names)][rows] = norms
+                top.add(next(effects), rows.start, sums)
+        doubted = settle(work, tops, sums)
+        for rows, pixels in work.round(AGAIN, "effects"):
+            again = [top.directions for top in doubted]
+            _, effects = second_order(clip.vit, pixels, again, args.coefficient)
+            for top in doubted:
+                top.add(next(effects), rows.start)
+        settle_again(work, doubted)
         activations.write(work, len(split))
-        write_top(work, tops, results, split.names)
+        write_weights(work, directions, results, split.names)
 
 
 def arrays_of_representations(args, results, split):
@@ -127,9 +140,11 @@ if __name__ == "__main__":
     flags.add_units(parser)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
-    parser.add_argument(
-        "--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones in two passes"
+    parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones")
+    help = (
+        "over the images with --keep top: 1, and a look at a few, or 2, for norms that are all about the mean"
     )
+    parser.add_argument("--passes", type=int, choices=(1, 2), default=1, help=help)
     flags.add_top_k(parser, "effects of a neuron with --keep top")
     parser.add_argument(
         "--merged", action="store_true", help="also write the effects themselves, images x N x D"

@@ -180,6 +180,13 @@ def stage(script, *flags):
     return measured(f"{script}.py", *flags)
 
 
+def stage_of_few(few, script, *flags):
+    """Run a stage whose preliminary mean is of `few` images at least: so few images take one pass, too."""
+    changed = "import utils.top_effects as module; module.FEW = int(sys.argv[1]); sys.argv = sys.argv[2:]"
+    run = "import runpy, sys; " + changed + "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return measured("-c", run, few, f"{script}.py", *flags)
+
+
 def alone(function, **arguments):
     """Call a benchmark's function in a process of its own. Returns its result (by json) and the `Process`.
 
@@ -191,10 +198,11 @@ def alone(function, **arguments):
     return json.loads(process.output.splitlines()[-1]), process
 
 
-def bars(errors):
-    """List the seconds that each progress bar of images in a stage's stderr has taken."""
+def bars(errors, title=""):
+    """List the seconds that each progress bar of images has taken. errors: stderr. title: of some bars."""
     found = []
-    pattern = r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image"
+    before = f"{title}: [^]]*" if title else ""
+    pattern = before + r" (\d+)/\d+ \[(?:(\d+):)?(\d+):(\d+)<[^]]*image"
     for done, hours, minutes, seconds in re.findall(pattern, errors):
         if done == "0":
             found.append(0)

@@ -13,10 +13,23 @@ benchmark.
 import time
 from typing import NamedTuple
 
-from benchmarks.common import Process, Table, bench_parser, looping, real_size_inputs, row, run, stage
+from benchmarks.common import (
+    Process,
+    Table,
+    bars,
+    bench_parser,
+    looping,
+    real_size_inputs,
+    row,
+    run,
+    stage,
+    stage_of_few,
+)
+from utils.top_effects import stride_of
 
-EFFECTS = "compute_second_order_neuron_prs"
-BARS = {"full": 1.3, "top": 2.6}  # times the plain pass, all layers of ViT-B-32
+EFFECTS, ABLATIONS = "compute_second_order_neuron_prs", "compute_ablations"
+BARS = {"full": 1.3, "top": 1.6}  # times the plain pass, all layers of ViT-B-32
+HOURS = {EFFECTS: 2.2, ABLATIONS: 1.4}  # projected, all layers of ViT-L-14
 
 
 class Step(NamedTuple):
@@ -62,20 +75,28 @@ def steps(args, photos, results):
         form = ["--keep", keep, *(k if keep == "top" else ["--store_dtype", "float16"])]
         found.append(Step(EFFECTS, [*images, *layers, *memory, "--split", "train", *form], keep))
         found.append(Step("compute_pcas", [*model, *layers, *k], keep))
-    found.append(Step("compute_ablations", [*images, *layers, *memory, *k]))
+    found.append(Step(ABLATIONS, [*images, *layers, *memory, *k]))
     words = ["--mlp_layer", *args.describe, "--text_descriptions", "words", "--components", args.components]
     return [*found, Step("compute_sparse_decomposition", [*model, *words, *k])]
 
 
 def measure(args, case):
     results, steps = case
-    return [run_step(step, results) for step in steps]
+    return [run_step(args, step, results) for step in steps]
 
 
-def run_step(step, results):
+def few_of(args):
+    """Return how many images at least the preliminary mean is of where others are projected."""
+    return max(1, args.images // 5)
+
+
+def run_step(args, step, results):
     """Run a step, and remove the effects once their components are there."""
     before = time.time()
-    process = stage(step.script, *step.flags)
+    if args.project and step.script == EFFECTS and step.keep == "top":
+        process = stage_of_few(few_of(args), step.script, *step.flags)
+    else:
+        process = stage(step.script, *step.flags)
     files = [file.stat() for file in results.directory.iterdir()]
     written = sum(file.st_size for file in files if file.st_mtime >= before)
     print(f"{step.name}: {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
@@ -101,11 +122,23 @@ def step_row(args, done):
     seconds = done.process.seconds
     note = f"peak {done.process.peak / 1e9:.2f} GB, {done.written / 1e9:,.2f} GB written"
     if args.project:
-        held_out = done.step.script == "compute_ablations"
-        loop = looping(done.process.errors)
-        projected = seconds - loop + loop * args.project[held_out] / (args.images, args.val_images)[held_out]
-        note += f"; {loop} s of it over images, projected {projected:,.0f} s"
+        note += (
+            f"; {looping(done.process.errors)} s of it over images, projected {project(args, done):,.0f} s"
+        )
     return row(done.step.name, seconds, "s", note=note)
+
+
+def project(args, done):
+    """Return the seconds that a step would take for the images of --project. Only its loops grow."""
+    held_out = done.step.script == ABLATIONS
+    loop = looping(done.process.errors)
+    few = sum(bars(done.process.errors, "means")) if done.step.keep == "top" else 0
+    grown = (loop - few) * args.project[held_out] / (args.images, args.val_images)[held_out]
+    images = args.project[0]
+    if few:
+        measured_on = len(range(0, args.images, args.images // few_of(args)))
+        grown += few * len(range(0, images, stride_of(images))) / measured_on
+    return done.process.seconds - loop + grown
 
 
 def judged_rows(args, found):
@@ -114,6 +147,9 @@ def judged_rows(args, found):
     gigabytes = 3 if barred else None
     rows = []
     for done in found:
+        if args.project and done.step.script in HOURS:
+            bar = HOURS[done.step.script] if args.model == "ViT-L-14" and args.mlp_layer == ["all"] else None
+            rows.append(row(f"{done.step.name}, projected", project(args, done) / 3600, "hours", at_most=bar))
         if done.step.script == EFFECTS:
             keep = done.step.keep
             times = done.process.seconds / found[0].process.seconds

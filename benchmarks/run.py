@@ -14,8 +14,18 @@ import sys
 from benchmarks.common import RESULTS, ROOT, markdown
 
 BENCHMARKS = ("naive", "second_order", "stages", "pca", "omp", "texts", "precision", "pipeline")
-BENCHMARKS += ("fingerprints", "curves", "tricks", "rehearsal", "descriptions", "noise", "deletion", "page")
-BENCHMARKS += ("units",)
+BENCHMARKS += (
+    "fingerprints",
+    "curves",
+    "tricks",
+    "layers",
+    "rehearsal",
+    "descriptions",
+    "noise",
+    "deletion",
+    "page",
+    "units",
+)
 
 
 def main(args):

@@ -43,6 +43,7 @@ def changed(world):
     """A copy of the world, whose inputs a test may change."""
     number = len(list(world.root.glob("copy*")))
     other = World.__new__(World)
+    other.graded = world.graded
     other.root = world.root / f"copy{number}"
     other.base, other.whole, other.photos = other.root / "base", other.root / "whole", other.root / "photos"
     shutil.copytree(world.photos, other.photos)

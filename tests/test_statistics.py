@@ -255,3 +255,22 @@ def test_accuracies_count_each_layer_and_ablation_alone():
         [[[1, 2], [0, 0]], [[1, 1], [3, 0]], [[0, 3], [3, 3]], [[1, 2], [3, 1]]]
     )  # 4 images, 2 layers, 2 each
     assert accuracies(predictions, np.array([1, 1, 0, 2])) == [[75.0, 50.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 1.0])  # of kappa beside that of the effects
+def test_insignificant_effects_are_those_at_most_at_the_threshold(size):
+    """The norms are those of the dense effects in float64; kappa decides some of them, few, or none."""
+    generator = torch.Generator().manual_seed(3)
+    values, outputs = torch.randn(4, 300, 3, generator=generator), torch.randn(4, 3, 20, generator=generator)
+    C = torch.randn(40, 4, 300, generator=generator) + 2
+    kappa = size * (torch.randn(40, 20, generator=generator) + 1)
+    directions = Directions(0, values, outputs, None)
+    phi = SecondOrder(C, kappa, directions)
+    dense = in_double(phi).dense()
+    mean = dense.mean(dim=0)
+    norms = (dense - mean).norm(dim=-1)
+    thresholds = norms.quantile(0.8, dim=0)
+    found = Ablations(directions, Statistics(mean.float(), mean.float(), thresholds.float())).are_small(phi)
+    decided = (norms / thresholds - 1).abs() > 1e-5
+    assert decided.double().mean() > 0.99
+    assert torch.equal(found[decided], (norms <= thresholds)[decided])

@@ -13,7 +13,8 @@ from tests.launcher import assert_same_files, contents, shared_world, the_line
 from utils.data.images import load_images
 from utils.model.clip import load_clip
 from utils.prs import SecondOrder, fold, second_order
-from utils.top_effects import FIXED, Sums, enter, image_of, key_of
+from utils.runtime.largest import enter, image_of, key_of
+from utils.runtime.sums import FIXED, Sums
 
 K, LAYERS = 5, (0, 1, 2, 3)
 PCAS = ["--dataset", "folder", "--mlp_layer", "all"]
@@ -211,7 +212,7 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
         work = SimpleNamespace(
             state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
         )
-        total = Sums(work, 100.0)
+        total = Sums(work, 100.0, 12)
         for rows in split:
             total.add(SecondOrder(whole.C[rows], whole.kappa[rows], directions))
         sums.append(work.state)
@@ -219,6 +220,6 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
     for state in sums:
         assert np.abs(state["C2"] * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
     work = SimpleNamespace(gather=lambda names: {name: [state[name] for state in sums[:2]] for name in names})
-    mean_C, mean_kappa = Sums(work, 100.0).means([2], 12)[2]
+    mean_C, mean_kappa = Sums(work, 100.0, 12).means([2])[2]
     assert_allclose(mean_C, whole.C.double().mean(dim=0), atol=1e-6 * np.abs(exact).max())
     assert_allclose(mean_kappa, whole.kappa.double().mean(dim=0), atol=1e-6 * float(whole.kappa.abs().max()))

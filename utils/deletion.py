@@ -13,6 +13,7 @@ import torch
 from utils import controls, grading, omp
 from utils.controls import Compared
 from utils.data.splits import Split
+from utils.effects import about_norms
 from utils.first_order import fold_direct
 from utils.indirect import Acting, Deletions, agreement
 from utils.model.hooks import HookedViT
@@ -21,6 +22,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, read_array
 from utils.runtime.passes import Pass, Totals, pieces_of
 from utils.runtime.records import load_record
+from utils.runtime.sums import fixed, mean_of
 from utils.statistics import load_training_images
 
 DRAWN = 512  # neurons of a layer that are taken away on held-out images
@@ -140,12 +142,11 @@ def delete(path, clip, split, plan, args):
             if len(images):
                 pairs = (of.to(pixels.device) for of in (images, neurons[places]))
                 change = deletions(pixels, *pairs, args.coefficient)
-                fixed = (change.cpu().double() * 2.0**32).round().to(torch.int64).numpy()
-                np.add.at(work.state["lost"], places.numpy(), fixed)
+                np.add.at(work.state["lost"], places.numpy(), fixed(change[None]))
         if not work.finished:
-            total = sum(work.gather(["lost"])["lost"])
+            gathered = work.gather(["lost"])
             if distributed.is_rank_zero():
-                work[path][:] = (total / (2.0**32 * acting.count)).astype(np.float32)
+                work[path][:] = mean_of(gathered["lost"], acting.count)
     return np.load(path)
 
 
@@ -167,6 +168,11 @@ def delete_on_training_images(args, inputs, results, layers, names):
     for layer in layers:
         named = {"dataset": names["dataset"], "layer": layer}
         norms = inputs.load("image_norms", {"images": len(images)}, expected, mmap=True, **named)
+        path = inputs.find("image_norms", **named)
+        if args.delete > (load_record(path).get("norms_exact") or len(images)):
+            print(
+                f"note: the images on which neurons of layer {layer} act most go by norms {about_norms(path)}"
+            )
         mean = torch.from_numpy(inputs.load("activations", expected=expected, **named)).to(clip.device)
         plan = Plan(layer, np.arange(mean.shape[1]), np.asarray(norms), mean, args.delete)
         path = results.path("total_order", **named)

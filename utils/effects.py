@@ -27,6 +27,9 @@ SAME = ("fingerprint", "data", "coefficient", "preprocessing", "precision")  # e
 # keys of records that do not say what the array is made of
 OF_ARRAY = ("shape", "dtype", "method_number", "layers", "batch_size")
 FORMS = ("coefficients", "top_coefficients", "merged")
+WEIGHT_PARTS = ("values", "outputs")
+FULL = ("bias", *WEIGHT_PARTS)  # written with --keep full, besides the large arrays
+TOP = ("bias", "image_norms", "top_coefficients", "top_images", "top_mean", *WEIGHT_PARTS)  # with --keep top
 
 
 def open_effects(results, dataset, split, layer, device="cpu"):
@@ -66,6 +69,28 @@ def copy_norms(effects, results):
         with_record = partial(publish, record=load_record(source))
         with open(source, "rb") as file:
             save_atomic(target, lambda out: shutil.copyfileobj(file, out), with_record)
+
+
+def about_norms(path):
+    """Return in words what a record says of norms about a preliminary mean; "" for those about the mean."""
+    record = load_record(path)
+    if not record.get("norms_about"):
+        return ""
+    exact = f"but for the {record['norms_exact']} largest of a neuron"
+    return f"about {record['norms_about']}, off by {record['norms_off_by']:.2g} at most, {exact}"
+
+
+def write_weights(work, directions, results, names):
+    """Write the weights' part of the effects of some layers.
+
+    work: `Pass`.
+    directions: a list of `Directions`.
+    results, names: `Results`, and the fields of file names besides the layer.
+    """
+    if is_rank_zero():
+        for item in directions:
+            for kind in WEIGHT_PARTS:
+                work[results.path(kind, layer=item.layer, **names)][:] = getattr(item, kind)
 
 
 def identity_of(path):

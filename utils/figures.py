@@ -160,7 +160,7 @@ def heat_panel(picture, heat):
     return 0.5 * picture + 0.5 * pyplot.get_cmap("jet")(heat)[..., :3]
 
 
-def plot_neuron(title, pictures, maps, sides, norms, threshold):
+def plot_neuron(title, pictures, maps, sides, norms, threshold, norms_are=""):
     """Draw a neuron's card and return the figure.
 
     It shows the top images, bright where the neuron fires, the texts with signed coefficients, and the
@@ -171,6 +171,7 @@ def plot_neuron(title, pictures, maps, sides, norms, threshold):
     sides: {title of the texts: [(text, coefficient), ...]}.
     norms: centred norm on every image, [images].
     threshold: the norm above which an effect is significant.
+    norms_are: as in `utils.neurons.NeuronLayer`.
     """
     columns = min(len(pictures), 8)
     rows = -(-len(pictures) // columns)
@@ -182,7 +183,7 @@ def plot_neuron(title, pictures, maps, sides, norms, threshold):
     _draw_pictures(left.subplots(rows, columns, squeeze=False), pictures, maps)
     for part, (name, described) in zip(middle, sides.items(), strict=True):
         _draw_texts(part.subplots(), name, described)
-    _draw_norms(right.subplots(), norms, threshold)
+    _draw_norms(right.subplots(), norms, threshold, norms_are)
     return figure
 
 
@@ -209,10 +210,11 @@ def _draw_texts(axes, name, described):
     axes.set_title(name, fontsize="small")
 
 
-def _draw_norms(axes, norms, threshold):
-    """Draw the histogram of a neuron's norms, and the threshold."""
+def _draw_norms(axes, norms, threshold, norms_are):
+    """Draw the histogram of a neuron's norms, and the threshold, and say what the norms are about."""
     axes.hist(norms, bins=40, color="C7")
     axes.set_yscale("log")
     axes.axvline(threshold, color="C3", linewidth=1)
     axes.tick_params(labelsize="x-small")
     axes.set_title("centred norm over the images", fontsize="small")
+    axes.set_xlabel(norms_are, fontsize="xx-small", wrap=True)

@@ -9,9 +9,70 @@ from functools import partial
 import numpy as np
 import torch
 
-from utils.prs import COEFFICIENT
+from utils.prs import COEFFICIENT, second_order
+from utils.runtime.distributed import is_rank_zero
+from utils.runtime.passes import Totals
+from utils.runtime.sums import fixed, mean_of
 
 TOGETHER = 64  # changed images in one forward pass of the later blocks
+
+
+class Activations:
+    """Activations are the mean post-GELU activations of some layers at every token, [T, N] each.
+
+    Of a dictionary's units they are the mean activations of these, and on how many images each acts. They are
+    summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
+
+    clip: `Clip`. Pairs have no activations of their own.
+    layers: MLP layers.
+    results, names: `Results`, and the fields of file names besides the layer.
+    """
+
+    def __init__(self, clip, layers, results, names):
+        self.vit = clip.vit
+        layers = layers if clip.units is None or clip.units.act else []
+        kinds = ["activations"] if clip.units is None else ["activations", "acts"]
+        self.arrays = results.arrays(kinds, layers=layers, **names)
+        self.paths = {layer: [results.path(kind, layer=layer, **names) for kind in kinds] for layer in layers}
+        self.names = {layer: [f"{kind}{layer}" for kind in kinds] for layer in layers}
+        self.sums = Totals()
+        for layer in layers:
+            for name, path in zip(self.names[layer], self.paths[layer], strict=True):
+                self.sums[name] = (self.arrays[path][0], "int64")
+
+    def second_order(self, work, pixels, directions, coefficient):
+        """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
+
+        Returns what `utils.prs.second_order` returns.
+        """
+        representation, effects = second_order(self.vit, pixels, directions, coefficient)
+
+        def added():
+            for _ in directions:
+                yield self._add(work, next(effects))
+
+        return representation, added()
+
+    def _add(self, work, phi):
+        """Add the activations of a layer to the sums; return its effects without them."""
+        mean, *acts = self.names.get(phi.directions.layer, [None])
+        if mean:
+            work.state[mean] += fixed(phi.p)
+        for name in acts:
+            work.state[name] += (phi.p != 0).any(dim=1).sum(dim=0).cpu().numpy()
+        return phi._replace(p=None)
+
+    def write(self, work, images):
+        """Write the means over all `images`, once all processes are here."""
+        if work.finished:
+            return
+        gathered = work.gather(list(self.sums))
+        for layer, names in self.names.items() if is_rank_zero() else ():
+            mean, *acts = (gathered[name] for name in names)
+            path, *others = self.paths[layer]
+            work[path][:] = mean_of(mean, images)
+            for path, counts in zip(others, acts, strict=True):
+                work[path][:] = sum(counts).astype(np.int32)
 
 
 def replaced(mean):

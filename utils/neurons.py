@@ -7,7 +7,7 @@ from utils.ablation import Rebuilt
 from utils.concepts import LayerConcepts, load_fires_on
 from utils.data.images import to_pictures, train_set_of
 from utils.descriptions import load_descriptions
-from utils.effects import DenseEffects, FactorisedEffects
+from utils.effects import DenseEffects, FactorisedEffects, about_norms
 from utils.evaluation import load_compared
 from utils.figures import plot_neuron
 from utils.norms import CentredNorms
@@ -40,6 +40,7 @@ class NeuronLayer:
     compared: {(side, measure): Compared}, grades and their controls; {} where they are not there.
     command: the command that makes fires_on and compared.
     concepts: `LayerConcepts`, to find the concepts of images; without "fires_on" where fires_on is None.
+    norms_are: what the norms on all images are about, in words; "" where that is their mean.
     statistics, directions, centred_norms: `Statistics`, `Directions` and `CentredNorms` of the layer.
 
     Raises UserError, with the command, when a file is missing or of other images or weights.
@@ -73,11 +74,13 @@ class NeuronLayer:
         stored = [form for form in forms if self.results.find(form.main, **shown).is_file()]
         self._stored = stored[0](self.results, shown, self.clip.device) if stored else None
         self._image_norms = self._projections = None
+        self.norms_are = ""
         if stored:
             count = self._stored.images
         elif self.images.split == "train":
             self._image_norms = self.results.load("image_norms", mmap=True, **names)
             count = len(self._image_norms)
+            self.norms_are = about_norms(self.results.find("image_norms", **names))
         else:
             count = len(self.results.load("coefficients", mmap=True, **shown))  # raises, with the command
         if count != len(self.images):
@@ -119,7 +122,8 @@ class NeuronLayer:
     def measured(self, neuron):
         """Return the norms of a neuron's centred effects, and their projections on its component.
 
-        Both are [images]; the projections are None where only the norms are stored.
+        Both are [images]; the projections are None where only the norms are stored, and `norms_are` says what
+        these are about.
         """
         if self._stored is None:
             along = None if self._projections is None else np.asarray(self._projections[:, neuron])
@@ -188,7 +192,8 @@ class NeuronLayer:
             if described is not None:
                 sides[self._name_of(side, neuron)] = [(text, c) for _, c, text in described[neuron][:words]]
         norms, _ = self.measured(neuron)
-        return plot_neuron(title, shown, np.maximum(maps, 0), sides, norms, threshold=self.norms[neuron, 0])
+        known = {"threshold": self.norms[neuron, 0], "norms_are": self.norms_are}
+        return plot_neuron(title, shown, np.maximum(maps, 0), sides, norms, **known)
 
     def _name_of(self, side, neuron):
         """Return the title above the texts of a side: their grade, and that of random directions."""

@@ -55,27 +55,31 @@ class CentredNorms:
                 self.rest[n] = mean[n] - einsum("nk,nko->no", x, B_n)
             G = B_n @ B_n.mT
             for first, strip in zip(range(0, K, STRIP), self.strips, strict=True):
-                width = strip.shape[2]
-                strip[n] = G[:, first:, first : first + width]
-                strip[n, width:] *= 2
+                strip[n] = G[:, first:, first : first + STRIP]
+                strip[n, STRIP:] *= 2
 
     def __call__(self, phi):
         """Return the norms [B, N] of a `SecondOrder`."""
-        C = phi.C
+        squares = self.squares(phi)
         kappa = phi.kappa - self.shift
         heads = einsum("bo,keo->kbe", kappa, self.directions.outputs)
-        size = kappa.square().sum(dim=-1, keepdim=True)
-        norms = torch.empty_like(C[:, 0])
-        for n in blocks_of(norms.shape[1]):
-            x = C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
+        for n in blocks_of(squares.shape[1]):
+            x = phi.C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
-            squares = quadratic(x, [strip[n] for strip in self.strips])
-            squares = squares + 2 * B_kappa.mul_(x).sum(dim=1) + size
-            if self.rest is not None:
-                rest = self.rest[n]
-                squares += rest.square().sum(dim=-1) - 2 * kappa @ rest.T
-            norms[:, n] = squares.clamp_min(0).sqrt()
-        return norms
+            squares[:, n] += 2 * B_kappa.mul_(x).sum(dim=1)
+        return (squares + self.beside(kappa)).clamp_(0).sqrt_()
+
+    def beside(self, kappa):
+        """Return |kappa - rest|^2, [B, N]; [B, 1] where there is no rest."""
+        rest = 0 if self.rest is None else self.rest.square().sum(dim=-1) - 2 * kappa @ self.rest.T
+        return kappa.square().sum(dim=-1, keepdim=True) + rest
+
+    def squares(self, phi):
+        """Return |x B_n|^2, [B, N]: squared norms without kappa, which is small, and half of the work."""
+        squares = torch.empty_like(phi.C[:, 0])
+        for n in blocks_of(squares.shape[1]):
+            squares[:, n] = quadratic(phi.C[:, :, n] - self.origin[:, n], [strip[n] for strip in self.strips])
+        return squares
 
 
 def quadratic(x, strips):

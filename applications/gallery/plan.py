@@ -14,7 +14,7 @@ from utils.data.images import classes_of, load_images, train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import find_texts, load_texts, read_texts
 from utils.deletion import DRAWN
-from utils.effects import FORMS
+from utils.effects import FORMS, FULL, TOP
 from utils.model.clip import clip_of
 from utils.model.texts import text_vectors
 from utils.pca import principal_directions
@@ -25,7 +25,7 @@ from utils.runtime.layers import parse_layers
 from utils.runtime.results import text_set
 from utils.runtime.stages import Stages
 from utils.statistics import choose_k
-from utils.top_effects import FULL, TOP
+from utils.top_effects import stride_of
 
 POOL = "concepts"  # the text set, where none is given
 TIMED = 64  # texts or components that are timed
@@ -183,10 +183,11 @@ class Plan:
         sizes = {"images": count, "k": self.args.top_k_pca}
         arrays = self.inputs.arrays(kinds, sizes, layers=layers, dataset=self.train_set)
         size = sum(bytes_of(*spec) for spec in arrays.values())
-        passes = "one pass" if once else "two passes"
+        looked_at = count if once else count + len(range(0, count, stride_of(count)))
+        passes = "one pass" if looked_at < 2 * count else "two passes"
         title = f"effects of {named(layers)} of {vit.L}, {passes} over {count} images"
         run = partial(self.stages.effects, layers)
-        return Step(title, (1 if once else 2) * count * self.costs.image, size, run)
+        return Step(title, looked_at * self.costs.image, size, run)
 
     def _components(self, layers):
         if not layers:

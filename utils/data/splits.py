@@ -42,7 +42,7 @@ class Loader:
         on_gpu = torch.device(self.device).type == "cuda"
         batches = DataLoader(
             _Batches(self.images),
-            batch_sampler=[range(piece.start, piece.stop) for piece in pieces],
+            batch_sampler=[range(piece.start, piece.stop, piece.step or 1) for piece in pieces],
             num_workers=self.num_workers,
             pin_memory=on_gpu,
             collate_fn=_as_it_is,
@@ -131,11 +131,21 @@ class Split:
         load = Loader(self.images, self.device, self.num_workers)
         return pieces_of(self.images, self.batch_size, load=load, batch_size=self.batch_size)
 
-    def rounds(self, number):
-        """Return the batches for a `Pass` that goes over them several times."""
+    def rounds(self, *strides):
+        """Return the batches for a `Pass` that goes over the images several times.
+
+        strides: for each time, over every how many-th image it goes.
+        """
         pieces = copy(self.pieces)
-        pieces.rounds = number
+        pieces.rounds = [self._every(stride) for stride in strides]
         return pieces
+
+    def _every(self, stride):
+        """List the slices of every `stride`-th image."""
+        if stride == 1:
+            return list(self.pieces)
+        starts = range(0, len(self), stride * self.batch_size)
+        return [slice(start, min(start + stride * self.batch_size, len(self)), stride) for start in starts]
 
     def walk(self, title="images"):
         """Yield (rows, pixels) of all batches, with a progress bar."""

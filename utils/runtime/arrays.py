@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import reserve, sync_file, writing
+from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
@@ -178,6 +178,10 @@ class ArrayFile:
         self._unsynced = True
         while rest:  # one call writes 2 GB at most
             rest = rest[file.write(rest) :]
+
+    def read(self):
+        """Return what was written, of all processes after a `Pass.gather`, as a read-only map."""
+        return read_array(self.path if self._start is None else self.partial, mmap=True)
 
     def sync(self):
         """Wait until the disk has what was written."""

@@ -109,7 +109,10 @@ ARTIFACTS = {
     ),
     "mean": Artifact(OF_LAYER + "mean.npy", "N D", BY_PCAS, "mean effects"),
     "image_norms": Artifact(
-        OF_LAYER + "image_norms.npy", "images N", BY_PCAS, "centred norm of every effect"
+        OF_LAYER + "image_norms.npy",
+        "images N",
+        BY_PCAS,
+        "centred norm of every effect; of `--keep top` about a preliminary mean",
     ),
     "ablations": Artifact(
         OF_ABLATION + ".json", "", BY_ABLATIONS, "five accuracies for every layer; also `.csv`, `.png`"

@@ -14,6 +14,7 @@ from making the same arrays.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -39,19 +40,20 @@ TEMPORARY = re.compile(r"(?P<array>.+)\.(?P<tag>[0-9a-f]{12})\.(?P<rest>.+)", re
 
 
 class Pieces(list):
-    """Pieces are the slices of rows that a pass goes over.
+    """Pieces are the slices of rows that a pass goes over. A slice may have a step.
 
     digests: 16 hex digits for each row, of everything it is made from; None where that is not known. An
         interrupted pass is resumed although rows have changed since, if none of them is in a finished piece.
     load: a function from a list of pieces to an iterator with one item for each; None for no items.
     title, unit: of the progress bar.
-    rounds: how often a pass goes over them.
+    rounds: how often a pass goes over them. The attribute is the list of the rounds, each a list of slices,
+        which may be others than these.
     settings: {name: value}, such as the batch size; an interrupted pass with other settings is not resumed.
     """
 
     def __init__(self, slices, digests=None, load=None, title="images", unit="image", rounds=1, **settings):
         super().__init__(slices)
-        self.rounds = rounds
+        self.rounds = [slices] * rounds
         self.digests = digests
         self.load = load
         self.title = title
@@ -77,6 +79,11 @@ def pieces_of(rows, size, **options):
     return Pieces(slices, getattr(rows, "digests", None), **options)
 
 
+def size_of(piece):
+    """Return the number of rows of a slice."""
+    return len(range(piece.start, piece.stop, piece.step or 1))
+
+
 def without_images(pieces):
     """Return the `Pieces` of images for a `Pass` that goes over what is stored of them."""
     found = copy(pieces)
@@ -89,11 +96,11 @@ def walk(pieces, load=None, title="images", unit="image"):
     if not pieces:  # no processes that read images
         return
     items = load(pieces) if load else [None] * len(pieces)
-    count = sum(piece.stop - piece.start for piece in pieces)
+    count = sum(map(size_of, pieces))
     with tqdm(total=count, desc=title, unit=unit, disable=not distributed.is_rank_zero()) as bar:
         for piece, item in zip(pieces, items, strict=True):
             yield piece, item
-            bar.update(piece.stop - piece.start)
+            bar.update(size_of(piece))
 
 
 def _temporary(arrays, tag=None):
@@ -163,7 +170,7 @@ class Pass:
         self.arrays = {Path(path): spec for path, spec in arrays.items()}
         self.first = next(iter(self.arrays))
         self.pieces = getattr(over, "pieces", over)
-        self.rounds = self.pieces.rounds
+        self._every = [piece for each in self.pieces.rounds for piece in each]
         self.overwrite = overwrite
         self.state = {name: np.zeros(*spec) for name, spec in dict(state).items()}
         self.adds_up = not state or isinstance(state, Totals)
@@ -180,7 +187,7 @@ class Pass:
         for path, spec in self.arrays.items():
             own = complete(record | alone.get(str(path), {}), *spec)
             self.files[path] = ArrayFile(path, own, self.tag, self.writer)
-        self._done = np.zeros(self.rounds * len(self.pieces), bool)  # by this process
+        self._done = np.zeros(len(self._every), bool)  # by this process
         self._elsewhere = self._done.copy()  # by an earlier run or another process
         self._lock = self._turns = self._saving = None
         self._saved = time.monotonic()
@@ -195,9 +202,7 @@ class Pass:
         }
         if alone:
             found["inputs"] = {Path(path).name: made_of for path, made_of in alone.items()}
-        found["division into pieces"] = _hash(
-            [[piece.start, piece.stop] for piece in self.pieces] * self.rounds
-        )
+        found["division into pieces"] = _hash([_bounds(piece) for piece in self._every])
         if not self.adds_up:
             found["number of processes"] = distributed.world_size()
         return json.loads(json.dumps(found))
@@ -307,8 +312,7 @@ class Pass:
         if not len(self._rows) or np.shape(saved.get("rows")) != self._rows.shape:
             return False
         changed = saved["rows"] != self._rows
-        pieces = zip(self.pieces * self.rounds, saved["done"], strict=True)
-        return not any(changed[piece].any() for piece, done in pieces if done)
+        return not any(changed[piece].any() for piece in itertools.compress(self._every, saved["done"]))
 
     def _resume(self):
         """Open the files, and read the progress of all processes."""
@@ -338,7 +342,7 @@ class Pass:
         number: of the round. title: of the progress bar; None for that of the pieces.
         """
         todo = self._todo(number)
-        pieces = [self.pieces[i % len(self.pieces)] for i in todo]
+        pieces = [self._every[i] for i in todo]
         load = self.pieces.load
         self._turns = walk(pieces, load, title or self.pieces.title, self.pieces.unit)
         for i, (piece, item) in zip(todo, self._turns, strict=True):
@@ -349,12 +353,24 @@ class Pass:
 
     def _todo(self, number):
         """List the numbers of this process's pieces of a round that are not done."""
-        count = len(self.pieces)
-        numbers = range(number * count, (number + 1) * count)
+        numbers = self._numbers(number)
         done = self._done | self._elsewhere | self.finished
         if not self.adds_up:  # a process resumes its own pieces, which its state goes with
             return [i for i in distributed.shard(numbers) if not done[i]]
         return distributed.shard([i for i in numbers if not done[i]])
+
+    def _numbers(self, number):
+        """Return the numbers of the pieces of a round."""
+        start = sum(map(len, self.pieces.rounds[:number]))
+        return range(start, start + len(self.pieces.rounds[number]))
+
+    def entered(self, number):
+        """Return whether this process has done a piece of a round."""
+        return bool(self._done[self._numbers(number)].any())
+
+    def skip(self, number):
+        """Count the pieces of a round as done, because nothing needs it."""
+        self._done[self._numbers(number)] = True
 
     def _end_turn(self, i):
         """Count a piece as done, after what its turn has queued; save the progress now and then."""
@@ -482,6 +498,10 @@ def read_progress(path):
     with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # numpy raises many
         return {name: file[name] for name in file.files}
     return None
+
+
+def _bounds(piece):
+    return [piece.start, piece.stop] + ([] if piece.step is None else [piece.step])
 
 
 def _as_numbers(digests):

@@ -1,0 +1,41 @@
+"""Keep the largest of many norms that come in batches: of equal ones those of the earlier images."""
+
+import numpy as np
+
+LAST_IMAGE = 2**32 - 1
+
+
+def enter(keys, new):
+    """Replace keys [N, k] in place by larger ones of new [N, B].
+
+    Returns neuron, place and column of each that enters.
+    """
+    k = keys.shape[1]
+    neurons = np.flatnonzero(new.max(axis=1) > keys.min(axis=1))
+    both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
+    leaving = both.argpartition(new.shape[1], axis=1)[:, : new.shape[1]]
+    leaves = np.zeros(both.shape, bool)
+    np.put_along_axis(leaves, leaving, True, axis=1)
+    n, places = leaves[:, :k].nonzero()  # for each neuron as many leave as enter
+    _, columns = (~leaves[:, k:]).nonzero()
+    keys[neurons[n], places] = new[neurons[n], columns]
+    return neurons[n], places, columns
+
+
+def key_of(norms, images):
+    """Return sort keys, uint64: larger norms first, and of equal norms the earlier image.
+
+    The norm (float32) is in the high 32 bits, the reversed image index in the low 32.
+    """
+    bits = np.ascontiguousarray(np.abs(norms)).view(np.uint32)  # bits of non-negative floats rise with them
+    return bits.astype(np.uint64) << np.uint64(32) | (LAST_IMAGE - images.astype(np.int64)).astype(np.uint64)
+
+
+def image_of(keys):
+    """Return the images of `key_of`, int32."""
+    return (LAST_IMAGE - (keys & np.uint64(LAST_IMAGE)).astype(np.int64)).astype(np.int32)
+
+
+def norm_of(keys):
+    """Return the norms of `key_of`, float32."""
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
