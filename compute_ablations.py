@@ -18,11 +18,13 @@ from utils.runtime import distributed, flags
 from utils.runtime.files import digest, save_json, save_table
 from utils.runtime.layers import parse_layers
 from utils.statistics import find_k, load_classifier, load_statistics
+from utils.units import open_units
 
 
 def main(args):
     train = args.train_dataset or train_set_of(args.dataset)
     clip = clip_of(args)
+    open_units(args, clip)
     inputs, results = flags.results_of(args, clip)
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)
@@ -31,7 +33,8 @@ def main(args):
     statistics = load_statistics(inputs, train, layers, args.top_k_pca)
 
     names = {**split.names, "train_dataset": train, "k": args.top_k_pca}
-    made_of = {**clip.record, **split.record, "train_dataset": train, "top_k_pca": args.top_k_pca}
+    made_of = {**clip.record, **clip.units_record, **split.record}
+    made_of |= {"train_dataset": train, "top_k_pca": args.top_k_pca}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() for layer in layers]
 
@@ -61,6 +64,7 @@ if __name__ == "__main__":
     help = "where the statistics come from; default: --dataset, for imagenet_r imagenet"
     parser.add_argument("--train_dataset", choices=flags.DATASETS, help=help)
     flags.add_layers(parser)
+    flags.add_units(parser)
     flags.add_top_k(parser)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)

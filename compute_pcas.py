@@ -85,6 +85,7 @@ if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_dataset(parser)
     flags.add_layers(parser)
+    flags.add_units(parser)
     flags.add_top_k(parser, "images of largest centred norm per neuron")
     parser.add_argument("--memory", type=float, default=0.25, help="GB of effects that are read at a time")
     parser.add_argument(

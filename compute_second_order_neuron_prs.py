@@ -15,6 +15,9 @@ fewer than 512 images, and with --passes 2, the mean comes first, in a pass of i
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
 --representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
+With --units PATH the units of a dictionary take the neurons' place (docs/units.md), by default with --keep
+top. Names have LAYER_NAME for LAYER. What the units rebuild of their site is printed; less than half is an
+error. acts.npy [N] says on how many images each acts. --units pairs: every neuron through every later head.
 """
 
 from torch.nn.functional import normalize
@@ -24,50 +27,53 @@ from utils.effects import FULL, TOP, write_weights
 from utils.indirect import Activations
 from utils.model.clip import clip_of
 from utils.model.hooks import left_out_note
-from utils.norms import groups_of_layers
-from utils.prs import fold_layers, second_order
+from utils.prs import second_order
 from utils.runtime import flags
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
 from utils.runtime.sums import Sums
 from utils.statistics import choose_k
 from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
+from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units
 
 
 def main(args):
     clip = clip_of(args)
+    open_units(args, clip)
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)
     results = flags.outputs_of(args, clip)
-    record = {**clip.record, **split.record, "coefficient": args.coefficient}
+    record = {**clip.record, **clip.units_record, **split.record, "coefficient": args.coefficient}
     if clip.vit.pooling.leaves_out_mlp:
         print(left_out_note(clip.vit, split.first()))
-    keep = args.keep or ("top" if len(layers) > 1 and not args.merged else "full")
+    check_rebuilding(clip, split, args.unit_set)
+    several = len(layers) > 1 or clip.units is not None
+    keep = args.keep or ("top" if several and not args.merged else "full")
     if keep == "full":
-        keep_all(args, clip.vit, layers, split, results, record)
+        keep_all(args, clip, layers, split, results, record)
     else:
         args.top_k_pca = choose_k(args.top_k_pca, args.dataset, dict.fromkeys(layers, len(split)))
-        for group in groups_of_layers(clip.vit, layers, args.memory * 1e9):
-            keep_top(args, clip.vit, group, split, results, record)
+        for group in groups_of(clip, layers, args.memory * 1e9):
+            keep_top(args, clip, group, split, results, record)
     effects = f"the effects of MLP layer {', '.join(map(str, layers))}"
-    print(f"wrote {effects}: {len(split)} images, {clip.vit.N} neurons")
+    print(f"wrote {effects}: {len(split)} images, {count_units(clip, layers[0])}")
     if args.split == "train":
         print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
 
 
-def keep_all(args, vit, layers, split, results, record):
+def keep_all(args, clip, layers, split, results, record):
     """Store every effect, in one pass."""
     large = ["coefficients", "merged"] if args.merged else ["coefficients"]
     dtypes = dict.fromkeys(large, args.store_dtype)
     sizes = {"images": len(split)}
     arrays = results.arrays(large, sizes, dtypes, layers=layers, **split.names)
     arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
-    activations = Activations(vit, layers, results, split.names)
+    activations = Activations(clip, layers, results, split.names)
     arrays.update(activations.arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
     with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
-        directions = work.prepare(fold_layers, vit, layers)
+        directions = work.prepare(fold_units, clip, layers)
         for rows, pixels in work:
             representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
             for path in representations:
@@ -82,24 +88,24 @@ def keep_all(args, vit, layers, split, results, record):
         write_weights(work, directions, results, split.names)
 
 
-def keep_top(args, vit, layers, split, results, record):
+def keep_top(args, clip, layers, split, results, record):
     """Store the largest effects of every neuron. `utils.top_effects` says what the rounds are for."""
     arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
-    activations = Activations(vit, layers, results, split.names)
+    activations = Activations(clip, layers, results, split.names)
     arrays.update(activations.arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
-    state, scratch = start_of(vit, layers, args.top_k_pca, len(split))
+    state, scratch = start_of(results, layers, args.top_k_pca, len(split))
     options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
     stride = 1 if args.passes == 2 else stride_of(len(split))
     if stride == 1:
         exact = [results.path("image_norms", layer=layer, **split.names) for layer in layers]
         options["alone"] = dict.fromkeys(exact, {"norms_about": None})  # those of one pass will not do
     with Pass(arrays, record, split.rounds(stride, 1, 1), **options) as work:
-        directions = work.prepare(fold_layers, vit, layers)
+        directions = work.prepare(fold_units, clip, layers)
         few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for _, pixels in work.round(0, "means"):
-            _, effects = second_order(vit, pixels, directions, args.coefficient)
+            _, effects = second_order(clip.vit, pixels, directions, args.coefficient)
             for _ in layers:
                 few.add(next(effects))  # unnamed: one layer's effects are in memory at a time
         tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
@@ -113,7 +119,7 @@ def keep_top(args, vit, layers, split, results, record):
         doubted = settle(work, tops, sums)
         for rows, pixels in work.round(AGAIN, "effects"):
             again = [top.directions for top in doubted]
-            _, effects = second_order(vit, pixels, again, args.coefficient)
+            _, effects = second_order(clip.vit, pixels, again, args.coefficient)
             for top in doubted:
                 top.add(next(effects), rows.start)
         settle_again(work, doubted)
@@ -131,6 +137,7 @@ if __name__ == "__main__":
     parser = flags.stage_parser(__doc__, reads=False)
     flags.add_data(parser, split="train")
     flags.add_layers(parser)
+    flags.add_units(parser)
     flags.add_compute(parser, precision=True, memory=True)
     flags.add_coefficient(parser)
     parser.add_argument("--keep", choices=("full", "top"), help="all effects, or each neuron's largest ones")

@@ -9,7 +9,10 @@ FILE_segmentation_MODEL_PRETRAINED_METHOD_LAYERS_TOP...
     _precision.npy _recall.npy .png   the curve over all pixels, at the thresholds 0, 1/65536, ..., 1
     _maps.npy [images, patches]       the maps, not scaled
     _images/00000.png, ...            with --save_img: input, mask, prediction and heat map, side by side
+--units pairs: maps of neuron-head pairs, chosen by the weights and class names alone; no components are read.
 """
+
+import argparse
 
 import torch
 
@@ -97,10 +100,12 @@ if __name__ == "__main__":
     group = parser.add_argument_group("method")
     add = group.add_argument
     add("--method", choices=METHODS, default=Row.method, help="neurons of the class, or another method")
+    help = "short for --method pairs, of neurons and heads"
+    add("--units", dest="method", choices=("pairs",), default=argparse.SUPPRESS, help=help)
     add("--random", dest="method", action="store_const", const="random", help="short for --method random")
     add("--seed", type=int, default=Row.seed, help="of the random neurons")
     add("--mlp_layers", nargs="+", default=list(Row.layers), help="zero-based MLP layers, or 'all'")
-    help = "neurons per image, over all layers"
+    help = "neurons per image, over all layers; for pairs those of each layer"
     add("--top_neurons", type=flags.positive_int, default=Row.top_neurons, help=help)
     help = "positive: only those for the class"
     add("--neuron_sign", choices=("both", "positive"), default=Row.neuron_sign, help=help)

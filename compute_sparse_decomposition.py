@@ -31,6 +31,7 @@ from utils.runtime.files import digest, save_json
 from utils.runtime.layers import stored_layers
 from utils.runtime.records import load_record
 from utils.statistics import find_k, load_classifier, load_statistics
+from utils.units import open_units
 
 
 def main(args):
@@ -59,7 +60,8 @@ def main(args):
         made_of = {**record, "layer": layer, "targets": digest(targets)}
         on_device = torch.from_numpy(targets).to(args.device)
         describe(path, texts, atoms, on_device, made_of, args.overwrite)
-        print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} neurons")
+        what = f"units of {results.units}" if results.units else "neurons"
+        print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} {what}")
         rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
         loss = relative_error(rebuilt[layer], targets)
         what = ORDERS[args.order]
@@ -76,6 +78,7 @@ def total_order(args, inputs, results, layers, components):
     if not args.delete:
         raise UserError("--delete 0 takes no neuron away; give a number of images for --order total")
     clip = clip_of(args)
+    open_units(args, clip)
     inputs, results = (of.of(clip, args.coefficient) for of in (inputs, results))
     lost = delete_on_training_images(args, inputs, results, layers, components)
     return {layer: of / np.maximum(np.linalg.norm(of, axis=1), 1e-30)[:, None] for layer, of in lost.items()}
@@ -95,12 +98,13 @@ def evaluate(args, inputs, results, rebuilt, names):
     layers = list(rebuilt)
     data_path = held_out_path(args, inputs, layers[0], names)
     clip = clip_of(args)
+    open_units(args, clip)
     inputs = inputs.of(clip, args.coefficient)
     results = results.of(clip, args.coefficient)
     split = load_split(args, clip.transform, data_path=data_path)
     classifier, labels = load_classifier(inputs, split.images)
     statistics = load_statistics(inputs, names["dataset"], layers, args.top_k_pca)
-    made_of = {**clip.record, **split.record}
+    made_of = {**clip.record, **clip.units_record, **split.record}
     made_of |= {"text_descriptions": args.text_descriptions, "components": args.components}
     record = {**made_of, "coefficient": args.coefficient, "classifier": digest(classifier)}
     record["statistics"] = [statistics[layer].digest() + digest(rebuilt[layer]) for layer in layers]
@@ -138,6 +142,7 @@ if __name__ == "__main__":
     flags.add_data(parser, required=False)
     flags.add_training(parser)
     flags.add_layers(parser)
+    flags.add_units(parser)
     flags.add_top_k(parser)
     flags.add_texts(parser)
     flags.add_normalise(parser)

@@ -45,12 +45,12 @@ from utils.evaluation import (
     summarise,
     to_grade,
 )
-from utils.norms import groups_of_layers
-from utils.prs import fold, fold_layers, second_order
+from utils.prs import second_order
 from utils.reports import finish, lines_of_pools, report
 from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.passes import Pass, without_images
+from utils.units import fold_units, groups_of
 
 
 def main(args):
@@ -69,7 +69,7 @@ def main(args):
 
 def evaluate(stage):
     """Grade the descriptions by one text set; return {layer: LayerResults}."""
-    groups = groups_of_layers(stage.clip.vit, stage.layers, stage.args.memory * 1e9)
+    groups = groups_of(stage.clip, stage.layers, stage.args.memory * 1e9)
     for group in groups:
         study(stage, group)
     judge = judge_of(stage)
@@ -98,7 +98,7 @@ def study(stage, group):
     look(stage, stage.train, group)
     for units in rotated:
         if units.statistics is None:
-            summarise(stage, units, fold(stage.clip.vit, units.layer))
+            summarise(stage, units, *fold_units(stage.clip, [units.layer]))
         decompose(stage, units)
 
 
@@ -112,7 +112,7 @@ def look(stage, split, layers, described=()):
     over = without_images(split.pieces) if stored else split
     work = Pass(arrays, record, over, alone=alone, overwrite=stage.args.overwrite)
     with torch.inference_mode(), work:
-        folded = work.prepare(fold_layers, stage.clip.vit, layers)
+        folded = work.prepare(fold_units, stage.clip, layers)
         observers = []
         for item in folded:
             each = stage.units[item.layer]
@@ -138,7 +138,7 @@ def conclude(stage, found):
     print("\n".join(report(path, stage, found)))
     images = f"{len(stage.held_out)} held-out images"
     print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {images}")
-    if not stage.args.truth:
+    if not stage.args.truth and stage.clip.units is None:
         names = stage.of(stage.held_out, layer=stage.layers)
         print(f"next: {stage.results.command('gallery', **names)}")
 
@@ -146,6 +146,7 @@ def conclude(stage, found):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_described(parser, several=True)
+    flags.add_units(parser)
     help = "control dictionaries of random directions; 0: none, and nothing is said over noise"
     parser.add_argument("--controls", type=flags.count, default=CONTROLS, help=help)
     help = "units of a random rotation of a layer's neurons, which are graded beside them"

@@ -24,6 +24,7 @@ BENCHMARKS += (
     "noise",
     "deletion",
     "page",
+    "units",
 )
 
 

@@ -196,3 +196,48 @@ def pooled_effects(parts, p, z, rep, coefficient=100.0):
             o = o + a[i] * ((own @ parts["W_V"][h].T + parts["b_V"][h] / c) @ parts["W_O"][h])
         phi = phi + parts["out"](o + parts["b_O"] / (c * H), c * H)
     return coefficient / rep.norm() * phi
+
+
+def unit_effects(visual, image, m, f, w, coefficient=100.0):
+    """Effects [U, D] of units that act with f [T, U] and write w [U, d] at any site of block m.
+
+    Each is a contribution of its own to every LayerNorm: its own mean is taken off, and no constant is added.
+    """
+    clean = run(visual, image)
+    blocks = visual.transformer.resblocks
+    phi = torch.zeros(len(w), visual.proj.shape[1], dtype=torch.float64)
+    for l in range(m + 1, len(blocks)):
+        _, _, W_V, _, _, _, W_O = heads(blocks[l].attn)
+        _, sigma = mean_and_sigma(clean.z[l], blocks[l].ln_1)
+        for h in range(len(W_V)):
+            written = []  # by head h, from each token
+            for i in range(len(f)):
+                x = f[i][:, None] * w
+                x = blocks[l].ln_1.weight * (x - x.mean(dim=1, keepdim=True)) / sigma[i]
+                written.append(x @ W_V[h] @ W_O[h])
+            for q, weight, _, sigma_post in reads(visual, clean.z[-1]):
+                o = sum(clean.A[l][h][q, i] * written[i] for i in range(len(f)))
+                o = scale_of(blocks[l].ls_1) * o
+                o = visual.ln_post.weight * (o - o.mean(dim=1, keepdim=True)) / sigma_post
+                phi = phi + weight * o @ visual.proj
+    return coefficient / clean.rep.norm() * phi
+
+
+def pooled_unit_effects(parts, f, w, z, rep, coefficient=100.0):
+    """Effects [U, D] of units through a pooling attention. parts, z, rep: as in `pooled_effects`.
+
+    parts also has "bare_out": what the output makes of what a head writes, without any constant.
+    """
+    mu, sigma = mean_and_sigma(z, parts["norm"])
+    x = (z - mu[:, None]) / sigma[:, None] * parts["norm"].weight + parts["norm"].bias
+    phi = 0
+    for h in range(len(parts["q"])):
+        k = x @ parts["W_K"][h].T + parts["b_K"][h]
+        a = torch.softmax(k @ parts["q"][h] / math.sqrt(k.shape[1]), dim=0)
+        o = 0
+        for i in range(len(z)):
+            own = f[i][:, None] * w
+            own = parts["norm"].weight * (own - own.mean(dim=1, keepdim=True)) / sigma[i]
+            o = o + a[i] * (own @ parts["W_V"][h].T @ parts["W_O"][h])
+        phi = phi + parts["bare_out"](o)
+    return coefficient / rep.norm() * phi

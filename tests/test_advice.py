@@ -57,6 +57,7 @@ def parse(monkeypatch):
 @pytest.mark.parametrize("kind", ARTIFACTS)
 def test_the_command_of_every_artifact_is_understood_by_its_script_and_says_what_is_meant(parse, kind):
     known = {"data_path": "/my photos/й", "descriptions_dir": "my texts"}
+    known |= {"unit_set": "my units/a b.pt", "site": "mlp.out"}
     results = Results("my results/of today", "my models/tiny.json", "my weights/a b.pt", **known)
     script, args = parse(results.command(kind, **NAMES))
     assert script == ARTIFACTS[kind].maker[0]

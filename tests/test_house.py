@@ -217,9 +217,9 @@ def test_the_measures_measure():
     assert names == ["A", "A.f"]
 
 
-def test_the_method_is_at_most_21_modules():
+def test_the_method_is_at_most_22_modules():
     flat = [path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"]
-    assert 10 < len(flat) <= 21, sorted(flat)
+    assert 10 < len(flat) <= 22, sorted(flat)
 
 
 def test_no_function_is_over_40_lines():

@@ -133,6 +133,28 @@ def of_attention(run, image, pcas):
     return rows.mean(dim=0) / sum(weight / sigma for _, weight, _, sigma in run.reads)
 
 
+def of_pairs(run, image, pcas):
+    """What the neuron-head pairs of each layer that write most along the class take from every token."""
+    visual = run.visual
+    blocks = visual.transformer.resblocks
+    sizes = [(w / sigma) for _, w, _, sigma in run.reads]
+    found = torch.zeros(len(run.read), dtype=torch.float64)
+    for m in LAYERS:
+        scale = torch.as_tensor(definition.scale_of(blocks[m].ls_2)).reshape(-1, 1)
+        w = (blocks[m].mlp.c_proj.weight * scale).T
+        pairs = []
+        for l in range(m + 1, len(blocks)):
+            _, _, W_V, _, _, _, W_O = definition.heads(blocks[l].attn)
+            for h in range(len(W_V)):
+                B = (w * blocks[l].ln_1.weight) @ W_V[h] @ W_O[h] * definition.scale_of(blocks[l].ls_1)
+                along = (B * visual.ln_post.weight) @ visual.proj @ run.column  # [N]
+                rows = zip(sizes, run.reads, strict=True)
+                a = sum(size * run.A[l][h][q] for size, (q, *_) in rows) / sum(sizes)
+                pairs += [(float(b), a * run.p[m, :, n] * b) for n, b in enumerate(along)]
+        found += sum(of for _, of in sorted(pairs, key=lambda pair: -pair[0])[:TOP])
+    return found
+
+
 def of_rollout(run, image, pcas):
     """The product over layers of (A + 1) / 2."""
     one = torch.eye(run.A.shape[-1], dtype=torch.float64)

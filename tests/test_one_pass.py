@@ -273,11 +273,11 @@ def kept_by(directions, C, kappa, k, few):
     """The largest effects, kept after the mean of `few` images: the results, count of doubted, and record."""
     images, heads, N = C.shape
     D = kappa.shape[1]
-    vit = SimpleNamespace(K=lambda layer: heads, N=N, D=D)
+    of_layer = SimpleNamespace(sizes=lambda layer: {"K": heads, "N": N, "D": D})
     shapes = {"bias": ((images, D), "f4"), "image_norms": ((images, N), "f4"), "top_images": ((N, k), "i4")}
     shapes |= dict.fromkeys(["values", "outputs"], ((), "f4"))
     shapes |= {"top_coefficients": ((N, k, heads), "f4"), "top_mean": ((N, D), "f4")}
-    work = Work(shapes, *start_of(vit, [0], k, images))
+    work = Work(shapes, *start_of(of_layer, [0], k, images))
     paths = SimpleNamespace(path=lambda kind, layer: kind)
     batches = [slice(start, start + 9) for start in range(0, images, 9)]
     start, sums = Sums(work, 1.0, few, "few_"), Sums(work, 1.0, images)

@@ -141,7 +141,8 @@ def test_the_coefficient_scales_effects(vit, images):
 def test_centred_norms_equal_norms_of_the_dense_effects(vit, images, spread, factors, strip, monkeypatch):
     monkeypatch.setattr(norms_module, "STRIP", strip)
     directions = fold(vit, 1)
-    _, [(C, kappa, _)] = second_order(vit, images, [directions])
+    _, [phi] = second_order(vit, images, [directions])
+    C, kappa = phi.C, phi.kappa
     C = C.mean(dim=0) + spread * (C - C.mean(dim=0))
     phi = SecondOrder(C.double(), kappa.double(), in_double(directions)).dense()
     mean = phi.mean(dim=0)

@@ -8,12 +8,13 @@ import torch
 
 from utils.data.splits import Split
 from utils.model.clip import Clip
-from utils.norms import NEURONS, CentredNorms, blocks_of, groups_of_layers
-from utils.prs import COEFFICIENT, fold_layers, second_order
+from utils.norms import NEURONS, CentredNorms, blocks_of
+from utils.prs import COEFFICIENT, second_order
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.passes import Pass
 from utils.runtime.results import Results
+from utils.units import fold_units, groups_of
 
 ABLATIONS = (
     "baseline",
@@ -184,7 +185,7 @@ class Trial:
         names: fields of file names, besides the layers.
         """
         table = {}
-        for group in groups_of_layers(self.clip.vit, layers, self.args.memory * 1e9):
+        for group in groups_of(self.clip, layers, self.args.memory * 1e9):
             predictions = self._predict(kind, group, ablate, record, names)
             if is_rank_zero():
                 found = accuracies(np.load(predictions), self.labels)
@@ -199,7 +200,7 @@ class Trial:
         [path] = arrays
         vit = self.clip.vit
         with Pass(arrays, record, self.split, overwrite=self.args.overwrite) as work:
-            ablations = [ablate(item) for item in work.prepare(fold_layers, vit, layers)]
+            ablations = [ablate(item) for item in work.prepare(fold_units, self.clip, layers)]
             for rows, pixels in work:
                 work[path][rows] = classify(vit, pixels, ablations, self.classifier, self.args.coefficient)
         return path

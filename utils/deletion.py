@@ -51,10 +51,9 @@ def grade_by_deletion(stage, units, described):
     """Take drawn neurons of a layer away on the held-out images, and return the `Deleted`; None without."""
     if not stage.deletes(units, stage.held_out):
         return None
-    count = units.count
-    drawn = np.random.default_rng(units.layer).choice(
-        count, min(stage.args.drawn_neurons, count), replace=False
-    )
+    graded = np.flatnonzero(stage.graded(units))
+    count = min(stage.args.drawn_neurons, len(graded))
+    drawn = np.random.default_rng(units.layer).choice(graded, count, replace=False)
     neurons = np.sort(drawn)
     norms = read_array(stage.path("image_norms", stage.held_out, **units.names), mmap=True)[:, neurons]
     plan = Plan(units.layer, neurons, norms, stage.activations[units.layer], stage.args.delete)
@@ -130,13 +129,14 @@ def delete(path, clip, split, plan, args):
     acting = Acting(plan.norms, plan.images)
     neurons = torch.from_numpy(plan.neurons)
     shape = (len(neurons), clip.vit.D)
-    record = {**clip.record, **split.record, "coefficient": args.coefficient}
+    record = {**clip.record, **clip.units_record, **split.record, "coefficient": args.coefficient}
     record |= {"layer": plan.layer, "neurons": plan.neurons.tolist(), "images": acting.count}
     record |= {"norms": digest(plan.norms), "activations": digest(plan.mean)}
     state = Totals(lost=(shape, "int64"))
     with Pass({path: (shape, "float32")}, record, split, state=state, overwrite=args.overwrite) as work:
         vit = HookedViT(clip.vit.visual)  # in float32: one neuron does less than half precision rounds
-        deletions = work.prepare(Deletions, vit, plan.layer, plan.mean)
+        of = None if clip.units is None else clip.units.units[plan.layer]
+        deletions = work.prepare(Deletions, vit, plan.layer, plan.mean, of)
         for rows, pixels in work.round(0, f"deleting neurons of layer {plan.layer}"):
             images, places = acting.of(rows)
             if len(images):
@@ -174,7 +174,7 @@ def delete_on_training_images(args, inputs, results, layers, names):
                 f"note: the images on which neurons of layer {layer} act most go by norms {about_norms(path)}"
             )
         mean = torch.from_numpy(inputs.load("activations", expected=expected, **named)).to(clip.device)
-        plan = Plan(layer, np.arange(clip.vit.N), np.asarray(norms), mean, args.delete)
+        plan = Plan(layer, np.arange(mean.shape[1]), np.asarray(norms), mean, args.delete)
         path = results.path("total_order", **named)
         found[layer] = delete(path, clip, split, plan, args)
     return found
@@ -235,6 +235,9 @@ def directions_of_deletion(stage, units, described, targets):
     if "total" in targets:
         found["total"] = targets["total"]
     if stage.clip.vit.pooling.has_first_order:
-        direct = fold_direct(stage.clip.vit, units.layer)
-        found["direct"] = (direct.values[0] @ direct.outputs[0]).cpu()
+        if stage.clip.units is None:
+            direct = fold_direct(stage.clip.vit, units.layer)
+            found["direct"] = (direct.values[0] @ direct.outputs[0]).cpu()
+        else:
+            found["direct"] = stage.clip.units.units[units.layer].direct(stage.clip.vit).cpu()
     return {row: found[row] for row in grading.DELETED if row in found}

@@ -158,6 +158,19 @@ class _Effects:
             fix = f"remove what is not meant, or make it again with: {self.again()}"
             raise UserError(f"{path} was made with {key} {both}; {fix}")
 
+    def lines(self, neurons):
+        """Return the directions [n, D] along which all effects of a slice of units lie; None without.
+
+        A neuron-head pair has one; its effects are exactly of rank one.
+        """
+        if not self.record.get("unit_set") or self.main == DenseEffects.main:
+            return None
+        values = self.load("values", mmap=True)
+        if len(values) > 1:
+            return None
+        outputs = self.tensor(self.load("outputs"))
+        return Directions(None, self.tensor(values[:, neurons]), outputs, None).B()[:, 0]
+
     def files(self):
         """List the files of the effects."""
         return [self.results.find(kind, **self.names) for kind in (self.main, *self.parts)]

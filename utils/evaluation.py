@@ -13,7 +13,7 @@ from utils.data.images import train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import load_texts
 from utils.descriptions import describe, load_descriptions, load_support
-from utils.effects import largest
+from utils.effects import READ_IMAGES, largest
 from utils.model.clip import load_clip
 from utils.norms import CentredNorms
 from utils.pca import statistics
@@ -27,6 +27,7 @@ from utils.runtime.passes import Pass, pieces_of
 from utils.runtime.records import Digest, complete, has_record, is_made, load_record, record_path
 from utils.runtime.results import Arrays
 from utils.statistics import Statistics, find_k, load_statistics, load_training_images
+from utils.units import ACTS, open_units
 
 TRUTHS = 5000  # texts at most that a truth judges: their correlations are decomposed
 
@@ -83,6 +84,7 @@ class Inputs:
         self.texts, vectors, _ = load_texts(results, args.text_descriptions, args.descriptions_dir, load)
         self.vectors = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
         self.clip = load(precision=args.precision, image_only=True)
+        open_units(args, self.clip)
         self.inputs = results.of(self.clip, args.coefficient)
         self.layers = parse_layers(args.mlp_layer, self.clip.vit)
         dataset = train_set_of(args.dataset)
@@ -105,8 +107,32 @@ class Inputs:
         return {**self.names, **split.names, **names}
 
     def neurons(self, layer):
-        """Return the `Units` that are a layer's neurons."""
-        return Units(layer, self.clip.vit.N, statistics=self.statistics[layer])
+        """Return the `Units` that are a layer's neurons, or what takes their place."""
+        statistics = self.statistics[layer]
+        return Units(layer, len(statistics.pcas), statistics=statistics)
+
+    def acts(self, units):
+        """Read on how many training images each of a dictionary's units acts, [N]; None for other units."""
+        if units.name or self.clip.units is None or not self.clip.units.act:
+            return None
+        return self.inputs.load("acts", dataset=self.names["dataset"], layer=units.layer)
+
+    def energy(self, units):
+        """Return the sums of the squared centred norms of units over the training images, [N].
+
+        None for neurons, and where they are not stored.
+        """
+        names = {"dataset": self.names["dataset"], "layer": units.layer}
+        if self.clip.units is None or not self.inputs.find("image_norms", **names).is_file():
+            return None
+        norms = self.inputs.load("image_norms", mmap=True, **names)
+        blocks = (norms[i : i + READ_IMAGES] for i in range(0, len(norms), READ_IMAGES))
+        return sum(np.square(block, dtype=np.float64).sum(axis=0) for block in blocks)
+
+    def graded(self, units):
+        """Return which of a layer's units are graded, bool [N]: those that act on ACTS images at least."""
+        acts = self.acts(units)
+        return np.ones(units.count, bool) if acts is None else acts >= ACTS
 
     def load_descriptions(self, results, units, kind="decomposition"):
         """Read the descriptions of a layer's units, as `utils.descriptions.load_descriptions` returns them.
@@ -148,7 +174,7 @@ class Inputs:
         names = {**self.names, "layer": layer}
         of_component = load_record(self.inputs.find("pca", **names))
         if not of_component and not self.inputs.find("explained", **names).is_file():
-            return np.full(self.clip.vit.N, np.nan)
+            return np.full(len(self.statistics[layer].pcas), np.nan)
         return self.inputs.load("explained", **names)
 
 
@@ -167,12 +193,12 @@ class Evaluation(Inputs):
         super().__init__(args, inputs)
         self.results = results.of(self.clip, args.coefficient)
         self.names = {**self.names, "judge": "_truth" if args.truth else ""}
-        rotated = min(args.rotated_units, self.clip.vit.N)
         self.units = {}
         for layer in self.layers:
             self.units[layer] = [self.neurons(layer)]
             self.load_descriptions(self.inputs, self.units[layer][0])  # or raises, before the passes
-            if rotated:
+            if args.rotated_units:
+                rotated = min(args.rotated_units, self.units[layer][0].count)
                 self.units[layer].append(Units(layer, rotated, "rotated"))
         self.truth = None
         if args.truth:
@@ -195,7 +221,8 @@ class Evaluation(Inputs):
         """activations are mean activations, {layer: [T, N]}, of the layers whose neurons are deleted."""
         found = {}
         dataset = self.names["dataset"]
-        for layer in self.layers if self.args.delete and not self.truth else ():
+        pairs = self.clip.units is not None and not self.clip.units.act
+        for layer in self.layers if self.args.delete and not self.truth and not pairs else ():
             if not self.inputs.find("activations", dataset=dataset, layer=layer).is_file():
                 command = self.inputs.command("activations", dataset=dataset, layer=layer, split="train")
                 what = f"the mean activations of layer {layer} are missing"
@@ -238,7 +265,8 @@ def plan_effects(stage, split, layers, described=()):
     alone = {}
     for units in (units for layer in layers for units in stage.units[layer]):
         if units.statistics is None:
-            for kind, shape in (("coefficients", (vit.K(units.layer), units.count)), ("bias", (vit.D,))):
+            K = stage.results.sizes(units.layer)["K"]
+            for kind, shape in (("coefficients", (K, units.count)), ("bias", (vit.D,))):
                 path = stage.path(kind, split, **units.names)
                 arrays[path] = ((count, *shape), "float32")
                 alone[path] = {"units": [units.name, units.count]}
@@ -311,7 +339,8 @@ def stored_effects(stage, split, layers, record):
     for layer in layers:
         names = {**split.names, "layer": layer}
         paths = [stage.inputs.find(kind, **names) for kind in ("coefficients", "bias")]
-        planned |= zip(paths, ((count, vit.K(layer), vit.N), (count, vit.D)), strict=True)
+        sizes = stage.results.sizes(layer)
+        planned |= zip(paths, ((count, sizes["K"], sizes["N"]), (count, vit.D)), strict=True)
         found.append(paths)
     made = (has_record(path, complete(record, shape, "float32")) for path, shape in planned.items())
     return [] if stage.args.overwrite or not all(made) else found
@@ -322,7 +351,7 @@ def stored_effects(stage, split, layers, record):
 
 def record_of_units(stage, units):
     """Return the record of the statistics of units that this stage makes itself."""
-    record = {**stage.clip.record, **stage.train.record, "layer": units.layer}
+    record = {**stage.clip.record, **stage.clip.units_record, **stage.train.record, "layer": units.layer}
     return record | {"units": [units.name, units.count], "coefficient": stage.args.coefficient}
 
 
@@ -365,6 +394,9 @@ class Stored:
         self.device = directions.values.device
         self.bias = torch.from_numpy(np.load(bias)).to(self.device)
 
+    def lines(self, units):
+        """Return None: rotated units are of no rank that is known."""
+
     def top(self, units, k):
         """Return the statistics of a slice of units that `FactorisedEffects.top` returns."""
         C = torch.from_numpy(read_array(self.path, mmap=True)[:, :, units].copy()).to(self.device)
@@ -396,7 +428,8 @@ def make_statistics(stage, units, effects):
     arrays = plan_statistics(stage, units)
     overwrite = stage.args.overwrite
     k = min(stage.args.top_k_pca, len(stage.train))
-    size = 2**26 // (len(stage.train) * stage.clip.vit.K(units.layer))  # 256 MB of coefficients
+    K = stage.results.sizes(units.layer)["K"]
+    size = 2**26 // (len(stage.train) * K)  # 256 MB of coefficients
     pieces = pieces_of(units.count, max(16, min(256, size)), title=str(units), unit="unit")
     with Pass(arrays, record_of_units(stage, units), pieces, overwrite=overwrite) as work:
         for n in work:
@@ -855,3 +888,13 @@ class LayerResults(NamedTuple):
     rotated: Graded | None  # of the rotated units
     rotated_compared: dict
     deleted: tuple | None = None  # `utils.deletion.Deleted`, where neurons were taken away
+
+    def only(self, kept):
+        """Return the results of some units. kept: bool [N]; deleted units are among them."""
+        if kept.all():
+            return self
+        compared = {}
+        for side, of in self.compared.items():
+            compared[side] = of._replace(texts=of.texts[kept], controls=of.controls[:, kept])
+        graded = Graded(self.graded.values[kept], self.graded.rows)
+        return self._replace(graded=graded, compared=compared)

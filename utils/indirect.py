@@ -4,6 +4,8 @@ A neuron's activations are replaced by their mean for each token, over a data se
 attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -18,46 +20,59 @@ TOGETHER = 64  # changed images in one forward pass of the later blocks
 class Activations:
     """Activations are the mean post-GELU activations of some layers at every token, [T, N] each.
 
-    They are summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
+    Of a dictionary's units they are the mean activations of these, and on how many images each acts. They are
+    summed in a `Pass`: an `Activations` is made before it, for its `sums` and `arrays`.
 
-    vit: HookedViT.
+    clip: `Clip`. Pairs have no activations of their own.
     layers: MLP layers.
     results, names: `Results`, and the fields of file names besides the layer.
     """
 
-    def __init__(self, vit, layers, results, names):
-        self.vit = vit
-        self.names = {layer: f"p{layer}" for layer in layers}
-        self.recorded = {layer: f"blocks.{layer}.mlp.post" for layer in layers}
-        self.sums = Totals({name: ((vit.T, vit.N), "int64") for name in self.names.values()})
-        self.arrays = results.arrays(["activations"], layers=layers, **names)
-        self.paths = {layer: results.path("activations", layer=layer, **names) for layer in layers}
+    def __init__(self, clip, layers, results, names):
+        self.vit = clip.vit
+        layers = layers if clip.units is None or clip.units.act else []
+        kinds = ["activations"] if clip.units is None else ["activations", "acts"]
+        self.arrays = results.arrays(kinds, layers=layers, **names)
+        self.paths = {layer: [results.path(kind, layer=layer, **names) for kind in kinds] for layer in layers}
+        self.names = {layer: [f"{kind}{layer}" for kind in kinds] for layer in layers}
+        self.sums = Totals()
+        for layer in layers:
+            for name, path in zip(self.names[layer], self.paths[layer], strict=True):
+                self.sums[name] = (self.arrays[path][0], "int64")
 
     def second_order(self, work, pixels, directions, coefficient):
         """Run `utils.prs.second_order` on a batch, and add its activations to the sums of a `Pass`.
 
         Returns what `utils.prs.second_order` returns.
         """
-        with self.vit.record(*self.recorded.values()) as cache:
-            representation, effects = second_order(self.vit, pixels, directions, coefficient)
+        representation, effects = second_order(self.vit, pixels, directions, coefficient)
 
         def added():
-            for item in directions:
-                p = cache.pop(self.recorded[item.layer])
-                work.state[self.names[item.layer]] += fixed(p)
-                del p
-                yield next(effects)
+            for _ in directions:
+                yield self._add(work, next(effects))
 
         return representation, added()
+
+    def _add(self, work, phi):
+        """Add the activations of a layer to the sums; return its effects without them."""
+        mean, *acts = self.names.get(phi.directions.layer, [None])
+        if mean:
+            work.state[mean] += fixed(phi.p)
+        for name in acts:
+            work.state[name] += (phi.p != 0).any(dim=1).sum(dim=0).cpu().numpy()
+        return phi._replace(p=None)
 
     def write(self, work, images):
         """Write the means over all `images`, once all processes are here."""
         if work.finished:
             return
-        gathered = work.gather(list(self.names.values()))
-        if is_rank_zero():
-            for layer, name in self.names.items():
-                work[self.paths[layer]][:] = mean_of(gathered[name], images)
+        gathered = work.gather(list(self.sums))
+        for layer, names in self.names.items() if is_rank_zero() else ():
+            mean, *acts = (gathered[name] for name in names)
+            path, *others = self.paths[layer]
+            work[path][:] = mean_of(mean, images)
+            for path, counts in zip(others, acts, strict=True):
+                work[path][:] = sum(counts).astype(np.int32)
 
 
 def replaced(mean):
@@ -113,14 +128,16 @@ class Deletions:
     vit: HookedViT.
     layer: MLP layer.
     mean: [T, N], mean activations over the training images.
+    units: of `utils.units`, which are taken away in place of neurons.
     """
 
-    def __init__(self, vit, layer, mean):
+    def __init__(self, vit, layer, mean, units=None):
         self.vit = vit
         self.layer = layer
         self.mean = mean
-        self.w = vit.mlp_weights(layer)[0].to(mean)  # [N, d]
-        self.activations = vit.names_of_sum(layer)
+        self.units = units
+        self.w = (vit.mlp_weights(layer)[0] if units is None else units.vectors).to(mean)  # [N, d]
+        self.activations = vit.names_of_sum(layer) if units is None else units.names_of_sum()
 
     @torch.inference_mode()
     def __call__(self, pixels, images, neurons, coefficient=COEFFICIENT):
@@ -131,13 +148,14 @@ class Deletions:
         """
         with self.vit.record(*self.activations) as cache:
             unit = torch.nn.functional.normalize(self.vit(pixels), dim=-1)
-        p = cache[self.activations[0]]  # [B, T, N]
+        p = cache[self.activations[0]] if self.units is None else self.units.activations(cache)  # [B, T, N]
+        moved = self.vit.moved if self.units is None else partial(self.units.moved, self.vit)
         lost = []
         for b, n in zip(images.split(TOGETHER), neurons.split(TOGETHER), strict=True):
             change = self.mean.T[n] - p[b, :, n]  # [pairs, T]
             written = change[..., None] * self.w[n, None]  # [pairs, T, d]
             with self.vit.class_token_last():
-                without = self.vit.after(self.layer, self.vit.moved(cache, self.layer, b, written))
+                without = self.vit.after(self.layer, moved(cache, self.layer, b, written))
             lost.append(unit[b] - torch.nn.functional.normalize(without, dim=-1))
         return coefficient * torch.cat(lost)
 

@@ -11,19 +11,20 @@ from utils.effects import DenseEffects, FactorisedEffects, about_norms
 from utils.evaluation import load_compared
 from utils.figures import plot_neuron
 from utils.norms import CentredNorms
-from utils.prs import COEFFICIENT, fold, second_order
+from utils.prs import COEFFICIENT, second_order
 from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 from utils.statistics import find_k, load_statistics
+from utils.units import fold_units
 
 
 class NeuronLayer:
     """A NeuronLayer is the statistics and descriptions of one MLP layer, and the images behind them.
 
     Parameters
-    clip: the loaded `Clip`.
-    results: `Results` of the stages' folder.
+    clip: the loaded `Clip`; of other units than neurons, after `utils.units.look_at`.
+    results: `Results` of the stages' folder, with unit_set as --units has it.
     images: the `Images` that are looked at. Of the train split, compute_pcas.py has left their norms; of
         another one, the effects must be stored (`compute_second_order_neuron_prs.py --split val`).
     layer: the MLP layer.
@@ -50,7 +51,7 @@ class NeuronLayer:
         self.results = results.of(clip, COEFFICIENT)
         self.images = images
         self.layer = layer
-        self.directions = fold(clip.vit, layer)
+        [self.directions] = fold_units(clip, [layer])
         train = train_set_of(images.dataset)
         k = find_k(k, self.results, train, [layer])
         names = {"dataset": train, "layer": layer, "k": k}
@@ -166,10 +167,9 @@ class NeuronLayer:
     def activity(self, pixels, neuron):
         """Return maps [n, rows, columns] and projections [n] of one neuron on images [n, 3, side, side]."""
         vit = self.clip.vit
-        name = f"blocks.{self.layer}.mlp.post"
-        with vit.record(name) as cache:
-            phi = self.effects(pixels)
-            maps = vit.firing(cache[name][:, vit.prefix :, neuron]).unflatten(1, vit.grid)
+        phi = self.effects(pixels)
+        p = phi.p[:, vit.prefix :, neuron % phi.p.shape[2]]  # a pair acts where its neuron does
+        maps = (vit.firing(p) if self.clip.units is None else p).unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
     def card(self, neuron, pictures=8, words=8, by="projection"):
@@ -182,7 +182,8 @@ class NeuronLayer:
         pictures, words: how many are shown. by: as in `top_images`.
         """
         shown, maps, _ = self.look(self.top_images(neuron, pictures, by), neuron)
-        title = f"layer {self.layer}, neuron {neuron}, {self.images.split} images by {by}"
+        name = f"unit {neuron} of {self.clip.units.name}" if self.clip.units else f"neuron {neuron}"
+        title = f"layer {self.layer}, {name}, {self.images.split} images by {by}"
         if self.explained is not None:
             share = 100 * self.explained[neuron]
             title += f": {share:.0f} % of its largest effects lie along one direction"

@@ -48,7 +48,12 @@ def statistics(effects, neurons, k):
     # Where effects are equal on all images (copies of one picture), the centred ones are rounding alone
     varies = top.abs().amax(dim=(1, 2)) > ROUNDING * mean.abs().amax(dim=1)  # [n]; squares could overflow
     top = torch.where(varies[:, None, None], top, 0)
-    r, explained = principal_directions(top)
+    lines = effects.lines(neurons)
+    if lines is None:
+        r, explained = principal_directions(top)
+    else:
+        r = torch.nn.functional.normalize(lines, dim=1)
+        explained = torch.ones_like(r[:, 0])
     r = torch.where(varies[:, None], r, 0)
     norm = top.norm(dim=-1).sort(dim=1).values
     found = {"mean": mean, "pca": r, "norm": norm, "explained": explained}

@@ -1,9 +1,8 @@
 """Compute second-order effects, the projected residual stream of MLP neurons (eq. 5 and 11 of the paper).
 
 phi_n(I) is what neuron n of MLP layer m adds to the representation of image I through the attention of later
-layers, straight to the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). That
-is linear in the neuron's activations p[i, n], so it factorises into numbers of the image and directions of
-the weights (eq. 11):
+layers, straight to the output, with attention probabilities and LayerNorm statistics held fixed (eq. 5). It
+is linear in the activations p[i, n], so it factorises into numbers of the image and of the weights (eq. 11):
 
     phi_n(I) = sum_k C[k, n](I) B[k, n] + kappa(I)    k = (l, h): K = (L - 1 - m) H heads of layers l > m
 
@@ -11,11 +10,10 @@ the weights (eq. 11):
     B[k, n] = ((w_n * gamma_l) W_V W_O * gamma_post) P
     kappa   = the neurons' equal shares of all LayerNorm means and biases
 
-`effect` computes C, numbers of the image; `fold` B, directions of the weights; `constant` kappa, of both.
-LayerNorms inside branches are further factors of a and of w and W_O (`utils.model.branches`).
+`effect` computes C, `fold` B and `constant` kappa. LayerNorms inside branches are further factors of a and of
+w and W_O (`utils.model.branches`). Other units (`utils.units`) have their own p and w, and kappa is 0.
 
-Letters: B images, T tokens (0 is the class token), L layers, H heads, N neurons, d width, e = d/H head width,
-    D output width.
+Letters: B images, T tokens (0: class token), L layers, H heads, N neurons, widths d, e = d/H and D (output).
 """
 
 from typing import NamedTuple
@@ -33,6 +31,12 @@ class Directions(NamedTuple):
     values: Tensor  # [K, N, e]      (w_n * gamma_l) W_V: neuron n written into head k
     outputs: Tensor  # [K, e, D]     (W_O * gamma_post) P: head k written into the representation
     constants: Tensor | None  # [2K+3, D] (and 4 for each attention with norms inside), weighed by `constant`
+    units: object = None  # of `utils.units`; None for neurons
+
+    @property
+    def recorded(self):
+        """The names of the activations from which p is known."""
+        return self.units.recorded if self.units is not None else [f"blocks.{self.layer}.mlp.post"]
 
     def B(self, neurons=slice(None)):
         """Return the directions of some neurons, [n, K, D]."""
@@ -45,6 +49,7 @@ class SecondOrder(NamedTuple):
     C: Tensor  # [B, K, N]
     kappa: Tensor  # [B, D]
     directions: Directions
+    p: Tensor | None = None  # [B, T, N], the activations
 
     def dense(self):
         """Return the effects themselves, phi [B, N, D] (eq. 11)."""
@@ -61,17 +66,13 @@ class SecondOrder(NamedTuple):
 def second_order(vit, images, directions, coefficient=COEFFICIENT):
     """Run one forward pass; return the representations, and the second-order effects of some layers.
 
-    vit: HookedViT.
-    images: [B, 3, side, side], transformed.
-    directions: a list of `Directions`, one for each layer.
+    vit: HookedViT. images: [B, 3, side, side], transformed. directions: a list of `Directions`.
     coefficient: norm of a representation, in whose units the effects are.
-
-    Returns representation [B, D], not normalised; and an iterator over the `SecondOrder` of each layer. It
-    computes a layer's effects when they are asked for, and drops its activations, so that one layer's are in
-    memory at a time.
+    Returns representation [B, D], not normalised, and an iterator over the `SecondOrder` of each layer, which
+    computes them when they are asked for, so that one layer's are in memory at a time.
     """
     first = min(item.layer for item in directions)
-    activations = [f"blocks.{item.layer}.mlp.post" for item in directions]
+    activations = [name for item in directions for name in item.recorded]
     with vit.record(*vit.names_from(first + 1), *activations) as cache, vit.class_token_last():
         representation = vit(images)
     vit.read_rows(cache)
@@ -84,10 +85,10 @@ def effect(vit, cache, directions, scale):
 
     cache: recorded activations; those of this layer are dropped. scale: coefficient / |rep| [B].
     """
-    p = cache.pop(f"blocks.{directions.layer}.mlp.post")  # [B, T, N]
-    rows = []  # a / sigma of each later layer, [B, H, T]
-    means = []  # of its LayerNorm, [B, T]
-    inside = []  # numbers of the LayerNorms in it, [B, 4]
+    units = directions.units
+    own = {name: cache.pop(name) for name in directions.recorded}
+    p = units.activations(own) if units is not None else own.popitem()[1]  # [B, T, N]
+    rows, means, inside = [], [], []  # a/sigma [B, H, T]; of LN1 [B, T]; of LayerNorms in the branch [B, 4]
     for l in vit.later(directions.layer):
         mean, std = vit.token_statistics(cache, directions.layer, l)
         rows.append(vit.row(cache, l) / std[:, None])
@@ -95,9 +96,12 @@ def effect(vit, cache, directions, scale):
         if vit.has_inside(l):
             inside.append(vit.inside_numbers(cache, l))
     post = (1 / cache["ln_post.std"], cache["ln_post.mean"])  # [B]
-    kappa = scale[:, None] * constant(rows, means, inside, *post, directions.constants)
+    kappa = scale.new_zeros(len(scale), directions.outputs.shape[-1])
+    if units is None:
+        kappa = scale[:, None] * constant(rows, means, inside, *post, directions.constants)
     a = cat(rows, dim=1) * (scale * post[0])[:, None, None]  # [B, K, T]
-    return SecondOrder(torch.bmm(a, p), kappa, directions)
+    C = torch.bmm(a, p)
+    return SecondOrder(C if units is None else units.arranged(C), kappa, directions, p)
 
 
 def constant(rows, means, inside, rstd_post, mu_post, constants):
@@ -106,32 +110,31 @@ def constant(rows, means, inside, rstd_post, mu_post, constants):
     [sum_i a/sigma, sum_i a mu/sigma, inside, 1, mu_post] / sigma_post, and 1, weigh the rows of `constants`.
     """
     s = cat(rows, dim=1).sum(dim=-1)  # [B, K]
-    with_means = [einsum("bht,bt->bh", row, mean) for row, mean in zip(rows, means, strict=True)]
-    t = cat(with_means, dim=1)  # [B, K]
+    t = cat([einsum("bht,bt->bh", *pair) for pair in zip(rows, means, strict=True)], dim=1)  # [B, K]
     one = torch.ones_like(mu_post)[:, None]
     weights = cat([s, t, *inside, one, mu_post[:, None]], dim=1) * rstd_post[:, None]
     return cat([weights, one], dim=1) @ constants
 
 
 @torch.no_grad()
-def fold(vit, layer):
+def fold(vit, layer, units=None):
     """Fold every path from MLP `layer` to the output into `Directions` (float64 inside, float32 out).
 
     Constants of LayerNorms and biases are divided equally among the contributors of the sum that they are
     applied to (eq. 11): c = (1 + 2 l) N before attention l, N behind an MLP, c H behind attention l, and
     c (1 + 2 L) H at the output. A pooling attention counts as l = L, and c H contribute to the output.
+    Units are centred themselves at every LayerNorm, and have no share of constants.
     """
-    w, b_out = vit.mlp_weights(layer)
-    P, gamma_post, constant_post = vit.output_weights()
+    w, b_out = vit.mlp_weights(layer) if units is None else (units.centred(), 0)
+    P, gamma_post, constant_post = vit.output_weights(centred=units is not None)
     values, outputs, with_s, with_t, with_inside = [], [], [], [], []
     rest = torch.zeros(3, vit.D).to(P)
     for l in vit.later(layer):
         gamma, beta, c_norm = vit.norm_weights(layer, l)
-        W_V, b_V, W_O, b_O = vit.head_weights(l)
+        W_V, b_V, W_O, b_O = vit.head_weights(l, centred=units is not None)
         out = (W_O * gamma_post) @ P  # [H, e, D]
         outputs.append(out)
         values.append(einsum("nd,hed->hne", w * gamma, W_V).to(vit.dtype))
-
         c = vit.contributors(l)  # to the sum that attention l reads
         c_post = c * vit.summands  # and to the sum that the last LayerNorm normalises
         with_s.append(einsum("d,hed,heo->ho", gamma * b_out / vit.N, W_V, out))
@@ -146,15 +149,12 @@ def fold(vit, layer):
         rest[1] -= gamma_post @ P * len(W_V) / c_post
         rest[2] += constant_post * len(W_V) / c_post
     folded = (cat(values), cat(outputs), cat([*with_s, *with_t, *with_inside, rest]))
-    return Directions(layer, *(x.to(vit.device, vit.dtype) for x in folded))
+    values, outputs, constants = (x.to(vit.device, vit.dtype) for x in folded)
+    return Directions(layer, values, outputs, constants if units is None else None, units)
 
 
 def fold_layers(vit, layers):
     """Fold several layers, ascending. They share the `outputs` of common heads as views."""
-    folded = []
-    for layer in layers:
-        item = fold(vit, layer)
-        if folded:
-            item = item._replace(outputs=folded[0].outputs[-len(item.outputs) :])
-        folded.append(item)
-    return folded
+    folded = [fold(vit, layer) for layer in layers]
+    outputs = folded[0].outputs
+    return [item._replace(outputs=outputs[-len(item.outputs) :]) for item in folded]

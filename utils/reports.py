@@ -8,7 +8,9 @@ import numpy as np
 
 from utils import grading
 from utils.figures import plot_grades
-from utils.runtime.files import save_atomic, save_json
+from utils.runtime.files import read_json, save_atomic, save_json
+from utils.runtime.results import PAIRS, RANDOM
+from utils.units import ACTS
 
 WRITES = {"second": "writes", "total": "total"}  # names of the texts that neurons write, by their order
 
@@ -23,12 +25,13 @@ def judged_by(side, compared):
     return found if found is not None and len(found.controls) > 1 else None
 
 
-def save_neurons(path, found, explained, described):
+def save_neurons(path, found, explained, described, acts=None):
     """Write the .csv of all neurons of a layer: their grades, and the texts of both sides as json.
 
     found: `LayerResults`.
     explained: [N].
     described: {side: descriptions, as `load_descriptions` returns them}.
+    acts: on how many images units act, [N]; the grades of those that act on few are left out. None for all.
     """
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -38,13 +41,46 @@ def save_neurons(path, found, explained, described):
     columns |= columns_of(found.compared)
     if found.deleted is not None:
         columns |= columns_of_deletion(found.deleted, len(explained))
-    table.writerow(["neuron", "explained", *columns, *described])
+    first = ["neuron", "explained"] if acts is None else ["unit", "explained", "images on which it acts"]
+    table.writerow([*first, *columns, *described])
     for n, values in enumerate(zip(*columns.values(), strict=True)):
-        cells = [cell_of(x) for x in values]
+        few = acts is not None and acts[n] < ACTS
+        cells = ["" if few else cell_of(x) for x in values]
+        if acts is not None:
+            cells.insert(0, str(acts[n]))
         sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
         texts = [json.dumps(side, ensure_ascii=False) for side in sides]
         table.writerow([n, f"{explained[n]:.4f}", *cells, *texts])
     save_atomic(path, lambda out: out.write(file.getvalue().encode()))
+
+
+def save_lines(path, found, about, described, acts=None):
+    """Write what is known of every unit of a layer as a line of JSON, for notebooks of other projects.
+
+    A line has what is in `about`, the number of the unit, on how many images it acts, its texts and
+    coefficients, its grades, and whether the texts of a side say more than random directions (null where it
+    is not graded, or there were no controls).
+
+    found: `LayerResults`.
+    about: {key: value} that all lines have.
+    described, acts: as in `save_neurons`.
+    """
+    graded = found.graded
+    columns = {f"{row} {m}": graded.of(row, m) for row in graded.rows for m in graded.measures}
+    columns |= columns_of(found.compared)
+    better = {side: judged_by(side, found.compared) for side in grading.JUDGED_BY}
+    better = {side: of.better().any(axis=1) for side, of in better.items() if of is not None}
+    lines = []
+    for n in range(len(graded.values)):
+        few = acts is not None and acts[n] < ACTS
+        line = {**about, "unit": n, "images": None if acts is None else int(acts[n])}
+        for side, texts in described.items():
+            line[side] = [[text, round(c, 6)] for _, c, text in texts[n]]
+            known = side in better and not few
+            line[f"{side}_over_noise"] = bool(better[side][n]) if known else None
+        line["grades"] = None if few else {name: round(float(of[n]), 4) for name, of in columns.items()}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    save_atomic(path, lambda out: out.write(("\n".join(lines) + "\n").encode()))
 
 
 def columns_of(compared):
@@ -90,14 +126,20 @@ def finish(stage, found):
         units = stage.units[layer][0]
         path = stage.path("grades", stage.held_out, layer=layer)
         sides = stage.sides(units, stage.results)
-        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides)
+        acts = stage.acts(units)
+        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides, acts)
+        if stage.clip.units is not None:
+            about = {"units": stage.results.units, "site": stage.clip.units.site(layer), "layer": layer}
+            save_lines(path.with_suffix(".jsonl"), of, about, sides, acts)
 
 
 def report(path, stage, found):
     """Write the summary of some layers at `path` (.json) and a .png beside; return lines of text.
 
-    found: {layer: LayerResults}.
+    found: {layer: LayerResults}. Units that act on few images are counted, and left out.
     """
+    graded = {layer: stage.graded(stage.units[layer][0]) for layer in found}
+    found = {layer: of.only(graded[layer]) for layer, of in found.items()}
     tables = {str(layer): table_of(of) for layer, of in found.items()}
     noise = {str(layer): noise_of(of) for layer, of in found.items()}
     made_of = {**stage.clip.record, **stage.names, **stage.held_out.record}
@@ -105,12 +147,78 @@ def report(path, stage, found):
     made_of["rotated_units"] = stage.args.rotated_units
     deleted = {str(layer): of_deletion(of.deleted) for layer, of in found.items() if of.deleted}
     content = {"neurons": tables, "over_noise": noise, "deletion": deleted}
+    weighted = {}
+    if stage.clip.units is not None:
+        for layer, of in found.items():
+            weighted[str(layer)] = weighted_means(stage, of, graded[layer], layer)
+        counts = {str(layer): [int(kept.sum()), len(kept)] for layer, kept in graded.items()}
+        content |= {"unit_set": stage.results.units, "graded": counts, "weighted_by_energy": weighted}
     save_json(path, {**made_of, "layers": list(found), **content})
     plot_grades(found, path.with_suffix(".png"))
     lines = []
     for layer, of in found.items():
-        lines += ["", *lines_of_table(layer, tables[str(layer)]), *lines_of_noise(layer, of)]
+        lines += ["", *lines_of_table(layer, tables[str(layer)])]
+        if weighted:
+            lines += lines_of_units(stage, layer, graded[layer], weighted[str(layer)])
+        lines += lines_of_noise(layer, of)
     return lines
+
+
+def weighted_means(stage, found, graded, layer):
+    """Return {row: {measure: mean}} over units, weighted by the energy of their effects; {} without.
+
+    found: `LayerResults` of the graded units of a layer. graded: which these are, bool [N].
+    """
+    energy = stage.energy(stage.units[layer][0])
+    if energy is None or not energy[graded].sum():
+        return {}
+    weights = energy[graded] / energy[graded].sum()
+    means = (found.graded.values.astype(np.float64) * weights[:, None, None]).sum(axis=0)
+    measures = found.graded.measures
+    rows = zip(found.graded.rows, means, strict=True)
+    return {row: dict(zip(measures, map(float, of), strict=True)) for row, of in rows}
+
+
+def lines_of_units(stage, layer, graded, weighted):
+    """Return the lines that a table of other units than neurons has besides: the units, and their controls.
+
+    graded: which units are graded, bool [N]. weighted: as `weighted_means` returns it.
+    """
+    name = stage.results.units
+    lines = [f"{len(graded)} units of {name}: {int(graded.sum())} are graded"]
+    if not graded.all():
+        lines[0] += f", {int((~graded).sum())} act on fewer than {ACTS} training images"
+    width = max(map(len, grading.ROWS.values())) + 14
+    for row in (row for row in ("writes", "fires_on", "one_fired_on", "wpmi") if row in weighted):
+        cells = "".join(f"{value:>17.3f}" for value in weighted[row].values())
+        lines.append(f"{grading.ROWS[row]}, by energy".ljust(width) + cells)
+    for other, (units, table) in tables_beside(stage, layer).items():
+        if table is None:
+            how = "without --units" if units is None else f"with --units {units}"
+            lines.append(f"{other} are not graded yet beside these units: run this command {how}, too")
+            continue
+        for row in (row for row in ("fires_on", "one_fired_on") if row in table):
+            cells = "".join(f"{value['mean']:>17.3f}" for value in table[row].values())
+            lines.append(f"{other}: {grading.ROWS[row]}".ljust(width) + cells)
+    return lines
+
+
+def tables_beside(stage, layer):
+    """Return {what: (units, table)} of the controls of units; None for a table that there is not."""
+    names = stage.of(stage.held_out, layer=[layer])
+    given = stage.args.unit_set
+    others = {"neurons": None}
+    if given != PAIRS and not given.startswith(RANDOM):
+        others["random dictionaries"] = f"{RANDOM}{given}"
+    found = {}
+    for other, units in others.items():
+        path = stage.results.looking_at(units).find("graded", **names)
+        table = None
+        if path.is_file():
+            summary = read_json(path, "the summary of grades", "make it again with --overwrite")
+            table = summary["neurons"].get(str(layer))
+        found[other] = (units, table)
+    return found
 
 
 def table_of(found):

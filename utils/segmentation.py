@@ -17,11 +17,12 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from utils.data.images import train_set_of
-from utils.data.segmentation_row import OF_NEURONS, Row
+from utils.data.segmentation_row import OF_NEURONS, OF_UNITS, Row
 from utils.data.segmentation_set import IGNORED, read_classes
 from utils.data.splits import Loader
 from utils.first_order import FirstOrder
 from utils.model.attention import attention_pattern
+from utils.prs import fold
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import parse_layers
@@ -194,6 +195,63 @@ class FirstOrderMaps(_RecordedMaps):
         return self.first_order.tokens(cache, representation, direction).sum(dim=(1, 2))
 
 
+class PairMaps(_RecordedMaps):
+    """PairMaps is what some neuron-head pairs take from a patch along the class (beyond the paper).
+
+    It is the sum over pairs (k, n) of a_k[i] p[i, n] <B[k, n], class>, over those of each layer with the
+    largest <B[k, n], class>. Weights and class names alone choose them.
+
+    vit: HookedViT.
+    row: `Row`, with the layers, and the number of pairs of each.
+    classifier, class_of: as in `FirstOrderMaps`.
+
+    Raises UserError where a layer has fewer pairs.
+    """
+
+    def __init__(self, vit, row, classifier, class_of):
+        names = [f"blocks.{layer}.mlp.post" for layer in row.layers]
+        super().__init__(vit, [*vit.names_from(min(row.layers) + 1), *names])
+        self.layers = row.layers
+        self.class_of = class_of
+        total = min(vit.K(layer) * vit.N for layer in row.layers)
+        if row.top_neurons > total:
+            raise UserError(f"--top_neurons {row.top_neurons}: a layer has {total} pairs; take fewer")
+        self.chosen = {}  # pairs [classes, top] of each layer, and their weights
+        for layer in row.layers:
+            self.chosen[layer] = pairs_of_classes(fold(vit, layer), classifier, row.top_neurons)
+
+    def of_tokens(self, cache, representation, image):
+        """Return the sum over the pairs at every token, [B, T]."""
+        self.vit.read_rows(cache)
+        classes = self.class_of(representation, image)
+        each = torch.arange(len(classes), device=classes.device)[:, None]
+        found = 0
+        for layer, (pairs, weights) in self.chosen.items():
+            p = cache[f"blocks.{layer}.mlp.post"].mT  # [B, N, T]
+            a = torch.cat([self.vit.row(cache, l) for l in self.vit.later(layer)], dim=1)  # [B, K, T]
+            of_image = pairs[classes]
+            taken = a[each, of_image // p.shape[1]] * p[each, of_image % p.shape[1]]  # [B, top, T]
+            found = found + torch.einsum("bjt,bj->bt", taken, weights[classes])
+        return found
+
+
+def pairs_of_classes(directions, classifier, top):
+    """Find the neuron-head pairs of a layer whose directions lie most along each class.
+
+    directions: `Directions` of the layer's neurons.
+    classifier: [D, classes].
+
+    Returns pairs [classes, top], as k N + n, and <B[k, n], class> [classes, top].
+    """
+    found = []
+    for columns in classifier.split(16, dim=1):  # K N products for each
+        heads = torch.einsum("keo,oc->kec", directions.outputs, columns)
+        products = torch.einsum("kne,kec->ckn", directions.values, heads)
+        found.append(products.flatten(1).topk(top, dim=1))
+    values, pairs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return pairs, values
+
+
 class _GradientMaps(_Method):
     """A method that needs the gradient of the class score by the attention probabilities is one of these.
 
@@ -266,7 +324,7 @@ class CheferMaps(_GradientMaps):
 
 OF_ATTENTION = {"attention": AttentionMaps, "rollout": RolloutMaps}
 TOWARDS_CLASS = {"first_order": FirstOrderMaps, "gradcam": GradCAMMaps, "chefer": CheferMaps}
-METHODS = (*OF_NEURONS, *OF_ATTENTION, *TOWARDS_CLASS)
+METHODS = (*OF_UNITS, *OF_ATTENTION, *TOWARDS_CLASS)
 
 
 def methods_of(vit):
@@ -274,18 +332,26 @@ def methods_of(vit):
     return METHODS if vit.pooling.has_first_order else ("second_order", "random", "attention")
 
 
+def check_method(method, vit):
+    """Raise UserError for a method that a tower does not have."""
+    if method not in methods_of(vit):
+        what = f"--method {method} is not for towers that pool their tokens by attention"
+        raise UserError(f"{what}; use second_order, random or attention")
+
+
 def row_of(args, vit, results):
     """Return the `Row` that the flags of compute_segmentation.py ask for.
 
     results: `Results` of the folder with the first components, which say how many images they are of.
 
-    Raises UserError for a layer that does not exist or has no second-order effects.
+    Raises UserError for a layer that does not exist or has no second-order effects, and as `check_method`.
     """
     named = {field.name: getattr(args, field.name, None) for field in fields(Row)}
     named = {name: value for name, value in named.items() if value is not None}
+    check_method(args.method, vit)
     named["train_dataset"] = train_set_of(args.dataset)
     named["ignore_index"] = tuple(args.ignore_index)
-    if args.method in OF_NEURONS:
+    if args.method in OF_UNITS:
         named["layers"] = tuple(parse_layers(args.mlp_layers, vit))
     if args.method == "second_order":
         named["top_k_pca"] = find_k(args.top_k_pca, results, named["train_dataset"], named["layers"])
@@ -305,9 +371,7 @@ def choose_method(row, clip, results, classifiers, images):
     UserError for missing results, and for a method that the tower does not have.
     """
     vit = clip.vit
-    if row.method not in methods_of(vit):
-        what = f"--method {row.method} is not for towers that pool their tokens by attention"
-        raise UserError(f"{what}; use second_order, random or attention")
+    check_method(row.method, vit)
     if row.method in OF_ATTENTION:
         return OF_ATTENTION[row.method](vit), {}
     if row.method in OF_NEURONS:
@@ -315,6 +379,8 @@ def choose_method(row, clip, results, classifiers, images):
     if row.method == "random":
         return _maps_of_random_neurons(row, clip, images), {}
     classifier, class_of, used = _load_classes(row, clip, classifiers, images)
+    if row.method == "pairs":
+        return PairMaps(vit, row, classifier, class_of), {"inputs": digest(*used)}
     if row.method in TOWARDS_CLASS:
         return TOWARDS_CLASS[row.method](vit, classifier, class_of), {"inputs": digest(*used)}
     names = {"dataset": row.train_dataset, "k": row.top_k_pca}

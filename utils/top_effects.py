@@ -34,8 +34,10 @@ def stride_of(images):
     return max(1, images // max(FEW, images // SHARE))
 
 
-def start_of(vit, layers, k, images):
+def start_of(results, layers, k, images):
     """Return the state (sums, keys, knowledge) and scratch (candidates) of the pass, as `Pass` takes them.
+
+    results: `Results` of a loaded model.
 
     Raises UserError when there are fewer images than k.
     """
@@ -45,13 +47,14 @@ def start_of(vit, layers, k, images):
     state = {}
     scratch = {}
     for layer in layers:
+        N, K, D = (results.sizes(layer)[letter] for letter in "NKD")
         for name in ("few_", ""):
-            state[f"{name}C{layer}"] = ((vit.K(layer), vit.N), "int64")
-            state[f"{name}kappa{layer}"] = ((vit.D,), "int64")
-        state[f"keys{layer}"] = ((vit.N, c), "uint64")
-        state[f"known{layer}"] = ((vit.N,), "uint8")
+            state[f"{name}C{layer}"] = ((K, N), "int64")
+            state[f"{name}kappa{layer}"] = ((D,), "int64")
+        state[f"keys{layer}"] = ((N, c), "uint64")
+        state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
-        scratch[f"top{layer}"] = ((vit.N, c, vit.K(layer)), "float32")
+        scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 OF_NEURONS = ("second_order", "random")
-OF_CLASSES = ("second_order", "first_order", "gradcam", "chefer")
+OF_UNITS = (*OF_NEURONS, "pairs")
+OF_CLASSES = ("second_order", "first_order", "gradcam", "chefer", "pairs")
 NAME_PARTS = {  # how the name of a row says that a setting is not the default
     "seed": "seed{}".format,
     "neuron_sign": str,
@@ -20,8 +21,8 @@ NAME_PARTS = {  # how the name of a row says that a setting is not the default
     "ignore_index": lambda values: f"ignore{'_'.join(map(str, values))}",
 }
 METHODS_WITH = {  # settings that only some methods depend on
-    "layers": OF_NEURONS,
-    "top_neurons": OF_NEURONS,
+    "layers": OF_UNITS,
+    "top_neurons": OF_UNITS,
     "train_dataset": OF_CLASSES,
     "neuron_sign": ("second_order",),
     "class_source": OF_CLASSES,
@@ -41,7 +42,7 @@ class Row:
     mask_thr, thr: as in `utils.segmentation.Scores`.
     ignore_index: values of mask pixels that do not count.
     layers: MLP layers whose neurons are taken together.
-    top_neurons: neurons per image, over all layers.
+    top_neurons: neurons per image, over all layers; of pairs, those of each layer.
     train_dataset: data set of the components and the classifier.
     neuron_sign: as in `utils.segmentation.neurons_of_classes`.
     class_source: "predicted", or a file with the class of every image.
@@ -67,7 +68,7 @@ class Row:
     def name(self):
         """name is the method, its neurons, and each setting that is not the default, for tables and files."""
         words = [self.method]
-        if self.method in OF_NEURONS:
+        if self.method in OF_UNITS:
             words += ["-".join(map(str, self.layers)), str(self.top_neurons)]
         words += [word(getattr(self, key)) for key, word in NAME_PARTS.items() if self._changes(key)]
         return "_".join(words)

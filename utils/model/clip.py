@@ -43,6 +43,7 @@ class Clip:
     record: {key: value} about the model in the records of results: names, fingerprint of the weights, and
         precision where it is not float32.
     device: where the model is.
+    units: the `utils.units.UnitSet` that is looked at; None for neurons.
     """
 
     vit: HookedViT
@@ -51,6 +52,7 @@ class Clip:
     load_tokenizer: Any
     record: dict
     device: torch.device
+    units: Any = None
 
     @functools.cached_property
     def tokenizer(self):
@@ -80,6 +82,11 @@ class Clip:
         if of_library:
             return {**self.record, "tokenizer": Digest(tokenizers.digest_of(of_library), None)}
         return self.record
+
+    @property
+    def units_record(self):
+        """The record of units is what results about other units than neurons have besides `record`."""
+        return {} if self.units is None else {"unit_set": self.units.digest}
 
     @property
     def fingerprint(self):

@@ -28,6 +28,7 @@ RECORDED = {
     "resid.pre": ("ln_1", module_input),  # [B, T, d], the residual stream before the block
     "ln1.out": ("ln_1", module_output),  # [B, T, d], the input of `attention_pattern`
     "attn.out": ("ls_1", module_output),  # [B, T, d], what the attention adds to the residual stream
+    "mlp.in": ("ln_2", module_output),  # [B, T, d], the input of the MLP
     "mlp.post": ("mlp.gelu", module_output),  # [B, T, N], post-GELU activations: what c_proj is given
     "mlp.sum": (SUM, module_output),  # [B, T, d], what neurons write together: mlp.out, before a Post2
     "mlp.out": ("ls_2", module_output),  # [B, T, d], what the MLP adds to the residual stream
@@ -253,6 +254,12 @@ class HookedViT:
         norm = self.blocks[layer].ls_2
         before = cache[f"blocks.{layer}.mlp.sum"][b]
         return z + norm(before + written) - norm(before)
+
+    def mlp(self, layer, z):
+        """Return what the MLP of a pre-norm block adds to z [B, T, d], the stream after its attention."""
+        block = self.blocks[layer]
+        with self._precision(z.device.type):
+            return wide(block.ls_2(block.mlp(block.ln_2(z))))
 
     def after(self, layer, z):
         """Run only the blocks after `layer`: representations [B, D] from its residual stream z [B, T, d]."""

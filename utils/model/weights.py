@@ -38,20 +38,29 @@ def norm_weights(vit, layer, l):
     return double(norm.weight), double(norm.bias), contributors
 
 
-def head_weights(vit, l):
+def head_weights(vit, l, centred=False):
     """Return the weights of the heads of attention l; l = L is the pooling attention.
 
     Returns W_V [H, e, d], b_V [H, e], W_O [H, e, d'], b_O [d'], with d' the width of the attention's output.
     W_O has gamma of Inner and Post1 in it. b_O is what is added on every image alike: beta of Post1, if there
     is one.
+
+    centred: put what Inner and Post1 subtract into W_O, so that each head is centred itself.
     """
     attn, scale, gamma_in, gamma_p1 = _parts(vit, l)
     (_, _, W_V), (_, _, b_V) = projections(attn)
     heads = (attn.num_heads, -1)
     W_V = double(W_V).unflatten(0, heads)
     b_V = double(b_V).unflatten(0, heads)
-    W_O = (double(attn.out_proj.weight).T * gamma_in * scale * gamma_p1).unflatten(0, heads)
-    post = None if l == vit.L else inside(vit.blocks[l]).get("post1")
+    norms = {} if l == vit.L else inside(vit.blocks[l])
+    W_O = double(attn.out_proj.weight).T * gamma_in
+    if centred and "inner" in norms:
+        W_O = W_O - W_O.mean(dim=0)
+    W_O = W_O * scale
+    if centred and "post1" in norms:
+        W_O = W_O - W_O.mean(dim=1, keepdim=True)
+    W_O = (W_O * gamma_p1).unflatten(0, heads)
+    post = norms.get("post1")
     b_O = double(attn.out_proj.bias) * scale if post is None else double(post.bias)
     return W_V, b_V, W_O, b_O
 
@@ -87,11 +96,13 @@ def _parts(vit, l):
     return block.attn, layer_scale(block.ls_1), gamma_in, gamma_p1
 
 
-def output_weights(vit):
+def output_weights(vit, centred=False):
     """Return the weights between the pooled vector and the representation: P, gamma and a constant.
 
     P [d', D] is the projection and gamma [d'] belongs to the last LayerNorm; both are neutral where the tower
     has none. The constant [D] is beta P, plus the projection's bias if it has one.
+
+    centred: put gamma and what the last LayerNorm subtracts into P; gamma is neutral then.
     """
     visual = vit.visual
     P = visual.proj
@@ -107,7 +118,14 @@ def output_weights(vit):
     bias = getattr(visual, "bias", None)
     if bias is not None:
         constant = constant + double(bias)
-    return double(P), double(gamma), constant
+    P = double(P)
+    gamma = double(gamma)
+    if centred:
+        P = gamma[:, None] * P
+        gamma = torch.ones_like(gamma)
+        if visual.ln_post is not None:
+            P = P - P.mean(dim=0)
+    return P, gamma, constant
 
 
 def layer_scale(module):

@@ -27,8 +27,9 @@ TRAINING_FLAGS = {
     "--train_data_path": "train_data_path",
     "--train_subsample": "train_subsample",
 }
-LAYER_FLAGS = {"--mlp_layer": "layer"}
-COMPONENT_FLAGS = LAYER_FLAGS | {"--top_k_pca": "k"}
+NEURON_FLAGS = {"--mlp_layer": "layer", "--top_k_pca": "k"}
+LAYER_FLAGS = {"--mlp_layer": "layer", "--units": "unit_set", "--site": "site"}
+COMPONENT_FLAGS = LAYER_FLAGS | NEURON_FLAGS
 TEXT_FLAGS = {"--text_descriptions": "texts", "--descriptions_dir": "descriptions_dir"}
 OMP_FLAGS = TEXT_FLAGS | {
     "--components": "components",
@@ -55,7 +56,7 @@ BY_GRADES = (
     "evaluate_descriptions.py",
     IMAGE_FLAGS | TRAINING_FLAGS | {"--truth": "truth"} | COMPONENT_FLAGS | OMP_FLAGS,
 )
-BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | COMPONENT_FLAGS | OMP_FLAGS)
+BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | NEURON_FLAGS | OMP_FLAGS)
 BY_SEGMENTATION = ("compute_segmentation.py", {"--data_path": "data_path"})
 
 ARTIFACTS = {
@@ -95,6 +96,9 @@ ARTIFACTS = {
     "top_mean": Artifact(OF_LAYER + "top_mean.npy", "N D", BY_TOP, "mean effects"),
     "activations": Artifact(
         OF_LAYER + "activations.npy", "T N", BY_SECOND_ORDER, "mean post-GELU activation at every token"
+    ),
+    "acts": Artifact(
+        OF_LAYER + "acts.npy", "N", BY_SECOND_ORDER, "`--units`: on how many images each unit acts", "int32"
     ),
     "pca": Artifact(OF_LAYER + "{k}_pca.npy", "N D", BY_PCAS, "first components"),
     "norm": Artifact(
@@ -151,7 +155,10 @@ ARTIFACTS = {
         OF_GRADES + "_along.npy", "images rows N", BY_GRADES, "effects along texts; removed once graded"
     ),
     "grades": Artifact(
-        OF_GRADES + ".npy", "N rows measures", BY_GRADES, "grades of descriptions; also `.csv`"
+        OF_GRADES + ".npy",
+        "N rows measures",
+        BY_GRADES,
+        "grades of descriptions; also `.csv`, `.jsonl` of `--units`",
     ),
     "controls": Artifact(
         OF_GRADES + "_controls.npy",

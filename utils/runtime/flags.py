@@ -14,10 +14,12 @@ import torch
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import ADVICE
-from utils.runtime.results import Results
+from utils.runtime.results import PAIRS, Results
 
+LAYERS = ["9"]  # the paper's
 DATASETS = ("imagenet", "imagenet_r", "CIFAR10", "CIFAR100", "folder", "images")
 DELETE = 24  # images on which a neuron is taken away
+SITES = ("mlp.out", "attn.out", "resid.post")  # what units of a dictionary may write
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
@@ -126,7 +128,16 @@ def add_dataset(parser):
 def add_layers(parser):
     """Add --mlp_layer."""
     help = "zero-based MLP layer, several of them, or 'all'"
-    parser.add_argument("--mlp_layer", nargs="+", default=["9"], help=help)
+    parser.add_argument("--mlp_layer", nargs="+", default=LAYERS, help=help)
+
+
+def add_units(parser):
+    """Add --units and --site."""
+    help = "what is looked at in place of neurons: PATH of a dictionary or of directions (docs/units.md), "
+    help += "random:PATH for its control, or pairs of neurons and heads"
+    parser.add_argument("--units", dest="unit_set", metavar="PATH", help=help)
+    help = "what the units write, where their file does not say"
+    parser.add_argument("--site", choices=SITES, help=help)
 
 
 def add_top_k(parser, help="as in compute_pcas.py"):
@@ -297,6 +308,9 @@ def _prepare(args, written):
             raise UserError(f"{folder} cannot be written to; choose another --{written}")
     if getattr(args, "input_dir", "") is None:
         args.input_dir = args.output_dir
+    of_file = getattr(args, "unit_set", None) not in (None, PAIRS)
+    if of_file and args.mlp_layer is LAYERS:  # its file says which, or the user is asked
+        args.mlp_layer = ["all"]
     if hasattr(args, "device"):
         args.device = choose_device(args.device)
 

@@ -7,6 +7,7 @@ accepted after a look at its shape.
 
 import errno
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -18,7 +19,12 @@ from utils.runtime.files import ADVICE, one_line, read_array
 from utils.runtime.records import ADDED, METHOD, agrees, load_record, tell_earlier, was
 
 NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes; leaves room for names of temporary files
+UNIT_SUFFIXES = (".safetensors", ".pt", ".pth", ".npy", ".json")
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin", ".ckpt", ".index.json")
+PAIRS = "pairs"  # the --units that are neuron-head pairs
+RANDOM = "random:"  # begins a --units that are the control of a dictionary
+# names of files and folders that say nothing about the dictionary in them
+GENERIC = ("sae_weights", "sae", "ae", "model", "weights", "dictionary", "checkpoint", "final", "trainer_0")
 OF_MODEL = ("hf-hub:", "hf:", "local-dir:")  # a --model that names its weights
 # commands do not repeat these
 DEFAULTS = (("--transform_alpha", 1), ("--normalise", "axis"), ("--order", "second"))
@@ -41,6 +47,23 @@ def model_name(model):
     if Path(model).name == "open_clip_config.json":  # the hub's name for every model
         return Path(model).resolve().parent.name
     return Path(model).stem if model.endswith(".json") else model.replace("/", "-")
+
+
+def unit_set(given):
+    """Return the name of `--units` as it stands in file names; "" for neurons, which have none.
+
+    It is the file's or folder's own, or, where that says nothing, the folder's above.
+    """
+    if given in (None, PAIRS):
+        return given or ""
+    path = Path(given.removeprefix(RANDOM))
+    names = [path.name.removesuffix(path.suffix if path.suffix in UNIT_SUFFIXES else "")]
+    names += [folder.name for folder in path.absolute().parents]
+    name = next((name for name in names if name and name not in GENERIC), "units")
+    name = re.sub(r"[^\w.-]", "-", name)
+    if not name[0].isalpha() or name in ("rotated", PAIRS):
+        name = f"units-{name}"
+    return f"{name}-random" if given.startswith(RANDOM) else name
 
 
 def pretrained_name(model, pretrained):
@@ -100,6 +123,7 @@ class Results:
         self.coefficient = coefficient
         self.known = known
         self.folders = list(dict.fromkeys([self.directory, Path(also or directory)]))
+        self.units = unit_set(known.get("unit_set"))
         self.clip = f"{model_name(model)}_{pretrained_name(model, pretrained)}"
 
     def of(self, clip, coefficient=None):
@@ -114,18 +138,23 @@ class Results:
             **self.known,
         )
 
+    def looking_at(self, units):
+        """Return these results about other units, as --units names them; None for neurons."""
+        known = {**self.known, "unit_set": units}
+        return Results(self.directory, self.model, self.pretrained, also=self.folders[-1], **known)
+
     # names and commands
 
     def path(self, kind, **names):
         """Return the path of a result.
 
         names: the fields of its file's name, such as dataset, split, layer (one or a list), k, and the units
-            where they are not the neurons.
+            where they are not those of the flags, such as rotated ones.
         """
         fields = {"split": "train", "source": "", "variant": "", "judge": "", **names, "clip": self.clip}
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
-        if names.get("units"):
-            fields["layer"] += f"_{names['units']}"
+        for units in filter(None, (self.units, names.get("units"))):
+            fields["layer"] += f"_{units}"
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):
             fields["source"] = f"_{names['train_dataset']}"
         if "texts" in names:
@@ -236,7 +265,10 @@ class Results:
         if self.loaded is None:
             return {}
         vit = self.loaded.vit
-        return {**vit.sizes, "K": vit.K(layer)} if isinstance(layer, int) else dict(vit.sizes)
+        one = layer if isinstance(layer, int) else None
+        sizes = dict(vit.sizes) if one is None else {**vit.sizes, "K": vit.K(one)}
+        units = getattr(self.loaded, "units", None)
+        return sizes if units is None else {**sizes, **units.sizes(vit, one)}
 
     def expected(self, kind):
         """Return {key: value} that the record of a kind of result must agree with, for the loaded model."""
@@ -245,6 +277,8 @@ class Results:
         found = {"fingerprint": self.loaded.fingerprint, "coefficient": self.coefficient}
         if kind not in OF_WEIGHTS:
             found["preprocessing"] = self.loaded.expected["preprocessing"]
+        if self.units and "{layer}" in ARTIFACTS[kind].file:
+            found |= self.loaded.units_record
         return found
 
     def missing(self, path, command):

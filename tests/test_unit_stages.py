@@ -1,0 +1,320 @@
+"""Stages with --units: the files that they leave, against numpy and the model; guards and bad input."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from numpy.testing import assert_allclose
+
+from tests.launcher import World, run_stage_of_user
+from tests.test_dictionaries import save
+from utils.data.images import load_images
+from utils.model.clip import load_clip
+from utils.model.dictionaries import Dictionary
+from utils.model.dictionary_files import read_dictionary, save_dictionary
+from utils.neurons import NeuronLayer
+from utils.prs import second_order
+from utils.runtime.results import Results
+from utils.units import Features, look_at
+
+RARE = 6  # units that act on few images or none
+TOP = 5
+PREFIX = "folder_train_mlps_tiny_random_1_mine_"
+
+
+def two_sided(site="resid.post", layer=1, d=48):
+    """A dictionary that rebuilds all: an orthogonal basis and its negative, and units that never act."""
+    V = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0))).Q
+    both = torch.cat([V, -V, V[:RARE]])
+    bias = torch.zeros(len(both))
+    bias[-RARE:] = -1e4
+    decoder = torch.cat([V, -V, 1e-6 * V[:RARE]])
+    return Dictionary(both, bias, decoder, torch.zeros(d), site=site, layer=layer)
+
+
+class Units(World):
+    """A world whose stages look at the units of a dictionary."""
+
+    def units(self, script, *flags):
+        own = [*self.model, "--units", self.root / "mine.safetensors", "--output_dir", self.root / "out"]
+        return run_stage_of_user(script, *own, *flags, folder=self.root)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model):
+    root = tmp_path_factory.mktemp("units")
+    made = Units(root, tiny_model, per_class=12)
+    save_dictionary(root / "mine.safetensors", two_sided())
+    out = root / "out"
+    made.said = {"effects": made.units("compute_second_order_neuron_prs.py", *made.train, "--top_k_pca", TOP)}
+    made.said["pcas"] = made.units("compute_pcas.py", "--dataset", "folder", "--top_k_pca", TOP)
+    for name in ("classifier", "texts"):
+        made.run(name, out)
+    texts = ["--top_k_pca", TOP, "--text_descriptions", "words", "--components", 2]
+    made.units("compute_ablations.py", *made.val, "--top_k_pca", TOP)
+    decomposition = "compute_sparse_decomposition.py"
+    made.units(decomposition, *made.val, *texts, "--evaluate", "--order", "total", "--delete", 3)
+    made.units(decomposition, *made.val, *texts)
+    made.graded = made.units(
+        "evaluate_descriptions.py", *made.val, *texts, "--controls", 2, "--rotated_units", 16, "--delete", 3
+    )
+    return made
+
+
+def array(world, name):
+    return np.load(world.root / "out" / f"{PREFIX}{name}.npy")
+
+
+@pytest.fixture(scope="module")
+def phi(world, tiny_model):
+    """The effects of the units on all training images, [images, N, D], and their activations."""
+    clip = load_clip(tiny_model, "random", "cpu", image_only=True)
+    images = load_images("folder", world.photos, "train", clip.transform)
+    pixels = torch.stack([image for image, _ in images])
+    units = Features(clip.vit, two_sided())
+    _, [found] = second_order(clip.vit, pixels, [units.fold(clip.vit)])
+    return found.dense().double().numpy(), found.p.double().numpy()
+
+
+def test_statistics_are_those_of_all_effects(world, phi):
+    effects, p = phi
+    mean = effects.mean(axis=0)
+    centred = effects - mean
+    norms = np.linalg.norm(centred, axis=2)
+    size = np.abs(effects).max()
+    assert_allclose(array(world, "mean"), mean, atol=1e-5 * size)
+    assert_allclose(array(world, "image_norms"), norms, atol=1e-4 * size)
+    assert_allclose(array(world, f"{TOP}_norm"), np.sort(norms, axis=0)[-TOP:].T, atol=1e-4 * size)
+    for n in (0, 17, 80):
+        rows = centred[np.argsort(-norms[:, n], kind="stable")[:TOP], n]
+        r = np.linalg.svd(rows)[2][0]
+        assert abs(r @ array(world, f"{TOP}_pca")[n]) > 1 - 1e-5
+    assert_allclose(array(world, "activations"), p.mean(axis=0), atol=1e-5 * np.abs(p).max())
+
+
+def test_it_is_counted_on_how_many_images_units_act(world, phi):
+    acts = array(world, "acts")
+    assert acts.dtype == np.int32
+    assert (acts == (phi[1] != 0).any(axis=1).sum(axis=0)).all()
+    assert (acts[-RARE:] == 0).all() and (acts[:-RARE] > 0).all()
+
+
+def test_what_they_rebuild_is_said(world):
+    said = world.said["effects"].stdout
+    assert "102 units of mine write resid.post of layer 1, 48.0 on a token" in said
+    assert "they rebuild 100.0 % of its variance (first 47 images)" in said
+    assert "units 100 %, the decoder's bias 0 %, the error 0 %" in said
+    assert "without any attention the site adds" in said
+
+
+def test_the_predictions_are_those_of_numpy(world, phi, tiny_model):
+    out = world.root / "out"
+    clip = load_clip(tiny_model, "random", "cpu", image_only=True)
+    images = load_images("folder", world.photos, "val", clip.transform)
+    pixels = torch.stack([image for image, _ in images])
+    units = Features(clip.vit, two_sided())
+    rep, [found] = second_order(clip.vit, pixels, [units.fold(clip.vit)])
+    effects = found.dense().double().numpy()
+    rep = 100 * torch.nn.functional.normalize(rep, dim=-1).double().numpy()
+    mean = phi[0].mean(axis=0)
+    centred = effects - mean
+    r = array(world, f"{TOP}_pca").astype(np.float64)
+    base = rep - centred.sum(axis=1)
+    pc = base + np.einsum("ind,nd,ne->ie", centred, r, r)
+    classifier = np.load(out / "folder_classifier_tiny_random.npy")
+    predictions = np.load(out / f"folder_val_ablations_tiny_random_1_mine_{TOP}_predictions.npy")[:, 0]
+    for column, representation in ((0, rep), (1, base), (4, pc)):
+        scores = np.sort(representation @ classifier, axis=1)
+        clear = scores[:, -1] - scores[:, -2] > 1e-3 * np.abs(scores).max()
+        classes = (representation @ classifier).argmax(axis=1)
+        assert (predictions[clear, column] == classes[clear]).all() and clear.sum() > 20
+
+
+def test_units_that_act_on_few_images_are_counted_and_not_graded(world):
+    said = world.graded.stdout
+    assert f"102 units of mine: {102 - RARE} are graded, {RARE} act on fewer than 20 training images" in said
+    [table] = (world.root / "out").glob("*grades*_1_mine_*.csv")
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 102 and "unit" in rows[0]
+    for n, row in enumerate(rows):
+        assert (row["fires_on pearson"] == "") == (n >= 102 - RARE)
+    [summary] = (world.root / "out").glob("*_1_mine_*_summary.json")
+    content = json.loads(summary.read_text())
+    assert content["graded"] == {"1": [102 - RARE, 102]} and content["unit_set"] == "mine"
+    lines = [json.loads(line) for line in table.with_suffix(".jsonl").read_text().splitlines()]
+    assert [line["unit"] for line in lines] == list(range(102))
+    for n, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        assert (line["units"], line["site"], line["layer"]) == ("mine", "resid.post", 1)
+        assert line["images"] == int(row["images on which it acts"])
+        assert line["fires_on"] == json.loads(row["fires_on"]) and line["writes"] == json.loads(row["writes"])
+        few = n >= 102 - RARE
+        assert (line["grades"] is None) == few and (line["fires_on_over_noise"] is None) == few
+        if not few:
+            better = [row[f"fires_on pearson {m}, better than noise"] == "1" for m in ("1 text", "2 texts")]
+            assert line["fires_on_over_noise"] == any(better)
+            assert line["grades"]["fires_on pearson"] == float(row["fires_on pearson"])
+    grades = np.array([float(row["fires_on pearson"]) for row in rows[:-RARE]])
+    assert abs(content["neurons"]["1"]["fires_on"]["pearson"]["mean"] - grades.mean()) < 1e-3
+    energy = np.square(array(world, "image_norms").astype(np.float64)).sum(axis=0)[:-RARE]
+    weighted = content["weighted_by_energy"]["1"]["fires_on"]["pearson"]
+    assert abs(weighted - (energy * grades).sum() / energy.sum()) < 1e-3
+
+
+def test_the_controls_of_units_are_said_or_how_to_get_them(world):
+    said = world.graded.stdout
+    assert "neurons are not graded yet beside these units: run this command without --units, too" in said
+    assert f"with --units random:{world.root / 'mine.safetensors'}, too" in said
+    assert "rotated units: texts that they fire on" in said and "control" in said
+    assert "units deleted" in said or "neurons deleted" in said
+
+
+def test_only_units_that_are_graded_are_deleted(world):
+    [path] = (world.root / "out").glob("*_1_mine_*_deletion_rows.meta.json")
+    neurons = json.loads(path.read_text())["neurons"]
+    assert neurons == list(range(102 - RARE))
+    rows = np.load(path.with_name(path.name.replace(".meta.json", ".npy")))
+    assert rows.shape[0] == len(neurons) and np.isfinite(rows).all()
+
+
+def test_every_file_about_the_units_has_their_name_and_what_they_are_made_of(world):
+    out = world.root / "out"
+    of_layer = [path for path in out.glob("*_1_*.meta.json") if "words_tiny" not in path.name]
+    assert of_layer and all("_1_mine_" in path.name for path in of_layer)
+    digest = two_sided().digest()
+    recorded = [json.loads(path.read_text()).get("unit_set") for path in out.glob(f"{PREFIX}*.meta.json")]
+    assert digest in recorded and set(recorded) <= {digest, None}
+
+
+def test_another_dictionary_of_that_name_is_refused(world, tmp_path):
+    other = two_sided()
+    other.decoder[0] *= 2
+    other.encoder[0] /= 2
+    save_dictionary(tmp_path / "mine.safetensors", other)
+    flags = [*world.model, "--units", tmp_path / "mine.safetensors", "--output_dir", world.root / "out"]
+    flags += [*world.val, "--top_k_pca", TOP]
+    done = run_stage_of_user("compute_ablations.py", *flags, folder=tmp_path, check=False)
+    assert done.returncode == 1 and "was made with unit_set" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_all_effects_and_the_largest_ones_have_equal_statistics(world, tmp_path):
+    flags = [*world.model, "--units", world.root / "mine.safetensors", "--output_dir", tmp_path]
+    effects = "compute_second_order_neuron_prs.py"
+    run_stage_of_user(effects, *flags, *world.train, "--keep", "full", folder=tmp_path)
+    run_stage_of_user("compute_pcas.py", *flags, "--dataset", "folder", "--top_k_pca", TOP, folder=tmp_path)
+    size = np.abs(array(world, f"{TOP}_norm")).max()
+    for name in ("mean", f"{TOP}_norm", f"{TOP}_pca"):
+        full = np.load(tmp_path / f"{PREFIX}{name}.npy")
+        assert_allclose(full[:-RARE], array(world, name)[:-RARE], atol=1e-4 * max(1, size))
+
+
+def test_pairs_need_no_svd_and_are_exactly_of_rank_one(world, tmp_path):
+    flags = [*world.model, "--units", "pairs", "--output_dir", tmp_path, "--mlp_layer", 2, 3]
+    effects = "compute_second_order_neuron_prs.py"
+    run_stage_of_user(effects, *flags, *world.train, "--top_k_pca", TOP, folder=tmp_path)
+    more = ["--dataset", "folder", "--top_k_pca", TOP]
+    run_stage_of_user("compute_pcas.py", *flags, *more, folder=tmp_path)
+    neurons = [*world.model, "--output_dir", tmp_path, "--mlp_layer", 3, "--keep", "full"]
+    run_stage_of_user(effects, *neurons, *world.train, folder=tmp_path)
+    names = f"{tmp_path}/folder_train_mlps_tiny_random_3_"
+    C = np.load(f"{names}coefficients.npy").astype(np.float64)
+    values, outputs = (np.load(f"{names}{part}.npy").astype(np.float64) for part in ("values", "outputs"))
+    B = np.einsum("kne,keo->kno", values, outputs)
+    lengths = np.linalg.norm(B, axis=2)
+    unit = (B / lengths[..., None]).reshape(-1, 24)
+    assert_allclose(np.load(f"{names}pairs_{TOP}_pca.npy"), unit, atol=1e-5)
+    norms = np.abs(C - C.mean(axis=0)) * lengths
+    found = np.load(f"{names}pairs_image_norms.npy")
+    assert_allclose(found, norms.reshape(len(C), -1), atol=1e-4 * norms.max())
+    assert_allclose(np.load(f"{names}pairs_{TOP}_explained.npy"), 1)
+    assert not list(tmp_path.glob("*pairs_activations*"))
+
+
+MISFITS = {  # what is changed in a dictionary that fits, more flags, and what the one line says
+    "another layer": ({"layer": 7}, [], "is of layer 7, and this model's layers with effects are 0 to 3"),
+    "another width": ({"d": 32}, [], "reads 32 and writes 32 numbers"),
+    "two layers": ({}, ["--mlp_layer", 2], "is of layer 1; leave the flag out"),
+    "two sites": ({}, ["--site", "mlp.out"], "--site mlp.out"),
+    "another model": ({}, [], "trained on other weights"),
+    "transposed": ({}, [], "rebuilds only .* likely: another model"),
+    "truncated": ({}, [], "cut off or damaged"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(world, tmp_path, name):
+    changes, more, message = MISFITS[name]
+    path = tmp_path / "bad.safetensors"
+    dictionary = two_sided(**changes)
+    if name == "another model":
+        dictionary.fingerprint = "0123456789abcdef"
+    if name == "transposed":
+        square = torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+        weights = (
+            square,
+            torch.zeros(48),
+            torch.linalg.inv(square),
+            torch.zeros(48),
+        )  # square.T would rebuild
+        dictionary = Dictionary(*weights, "resid.post", 1, activation="identity")
+    save_dictionary(path, dictionary)
+    if name == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    out = tmp_path / "out"
+    flags = [*world.model, "--units", path, "--output_dir", out, *world.train, "--top_k_pca", TOP, *more]
+    done = run_stage_of_user("compute_second_order_neuron_prs.py", *flags, folder=tmp_path, check=False)
+    lines = [line for line in done.stderr.splitlines() if "image/s" not in line]
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert list(out.iterdir()) == []
+
+
+def test_directions_and_random_dictionaries_need_not_rebuild_their_site(world, tmp_path):
+    np.save(tmp_path / "some.npy", np.random.default_rng(0).standard_normal((7, 48)))
+    out = ["--output_dir", tmp_path / "out", "--top_k_pca", TOP]
+    placed = ["--site", "attn.out", "--mlp_layer", 2]
+    for units, more, name in (
+        (tmp_path / "some.npy", placed, "2_some"),
+        (f"random:{world.root / 'mine.safetensors'}", [], "1_mine-random"),
+    ):
+        flags = [*world.model, "--units", units, *out, *world.train, *more]
+        run_stage_of_user("compute_second_order_neuron_prs.py", *flags, folder=tmp_path)
+        assert (tmp_path / "out" / f"folder_train_mlps_tiny_random_{name}_top_mean.npy").is_file()
+
+
+def test_a_file_that_says_no_site_asks_for_it(world, tmp_path):
+    found = read_dictionary(world.root / "mine.safetensors")
+    state = {"encoder.weight": found.encoder, "encoder.bias": found.encoder_bias}
+    state |= {"decoder.weight": found.decoder, "decoder.bias": found.decoder_bias}
+    path = save(tmp_path / "bare.safetensors", state, activation="relu")
+    flags = [*world.model, "--units", path, "--output_dir", tmp_path / "out", *world.train]
+    flags += ["--top_k_pca", TOP]
+    effects = "compute_second_order_neuron_prs.py"
+    done = run_stage_of_user(effects, *flags, folder=tmp_path, check=False)
+    assert "does not say what its units write; add --site" in done.stderr
+    done = run_stage_of_user(effects, *flags, "--site", "resid.post", folder=tmp_path, check=False)
+    assert "does not say of which layer its units are; add --mlp_layer" in done.stderr
+    run_stage_of_user(effects, *flags, "--site", "resid.post", "--mlp_layer", 1, folder=tmp_path)
+
+
+def test_a_notebook_shows_a_unit_as_it_shows_a_neuron(world, tiny_model, phi):
+    clip = load_clip(tiny_model, "random", "cpu", image_only=True)
+    units = str(world.root / "mine.safetensors")
+    look_at(clip, units, 1)
+    images = load_images("folder", world.photos, "train", clip.transform)
+    results = Results(world.root / "out", tiny_model, "random", unit_set=units)
+    described = {"texts": "words", "components": 2}
+    found = NeuronLayer(clip, results, images, 1, described, k=TOP)
+    rows = found.top_images(17, 3)
+    norms = np.linalg.norm(phi[0][:, 17] - phi[0][:, 17].mean(axis=0), axis=1)
+    assert rows.tolist() == np.argsort(-norms, kind="stable")[:3].tolist()
+    _, maps, projections = found.look(rows, 17)
+    assert_allclose(maps.reshape(3, -1), phi[1][rows][:, 1:, 17], atol=1e-4 * np.abs(phi[1]).max())
+    assert_allclose(np.abs(projections), norms[rows], rtol=0.2)
+    figure = found.card(17, pictures=3)
+    assert "unit 17 of mine" in " ".join(text.get_text() for text in figure.findobj(match=Text))
