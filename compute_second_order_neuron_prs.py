@@ -112,9 +112,9 @@ def keep_top(args, vit, layers, split, results, record):
                 top.add(next(effects), rows.start, sums)
         doubted = settle(work, tops, sums)
         for rows, pixels in work.round(AGAIN, "effects"):
-            again = [top.directions for top in doubted]
-            _, effects = second_order(vit, pixels, again, args.coefficient)
-            for top in doubted:
+            again = [top for top in doubted if top.missing(rows).any()]
+            _, effects = second_order(vit, pixels, [top.directions for top in again], args.coefficient)
+            for top in again:
                 top.add(next(effects), rows.start)
         settle_again(work, doubted)
         activations.write(work, len(split))
