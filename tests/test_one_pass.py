@@ -1,6 +1,7 @@
 """`--keep top` in one pass and a look at a few images leaves, byte for byte, what two passes leave."""
 
 import functools
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,59 @@ def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
     kill(*processes)
     world.run("top", output, constants=FAR, size=2)
     assert_same_files(output, far[0])
+
+
+# a few of them, which few images can matter for
+
+NEAR = {"utils.top_effects.FEW": 31, "utils.top_effects.SHARE": 1000}  # every other photo
+MANY = ["--top_k_pca", 20, "--batch_size", 2]
+EARLIER_OF = {1: (16, 32), 2: (8, 16), 3: (6, 11)}  # batches of the last process in both rounds before
+
+
+@pytest.fixture(scope="module")
+def near(world):
+    """What is left, and printed, where few neurons are in doubt."""
+    output = world.root / "near"
+    return output, world.run("top", output, *MANY, constants=NEAR)
+
+
+def test_a_few_doubted_neurons_need_few_batches(world, near):
+    output, printed = near
+    certain, every, doubted, images = counts(printed)
+    assert certain + doubted == every and 0 < doubted < every / 20
+    assert 6 <= images < 63 / 2
+    *_, bar = re.findall(r"effects: 100%.* (\d+)/(\d+) \[", printed.replace("\r", "\n"))
+    assert bar == (str(images), str(images))
+    twice = world.root / "near_by_two_passes"
+    world.run("top", twice, "--passes", 2, *MANY)
+    assert differing(output, twice) == of_norms(("npy", "meta.json"))
+    for layer in LAYERS:
+        assert np.array_equal(
+            read(output, layer, "top_images"), largest(read(output, layer, "image_norms"), 20)
+        )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_go_over_the_same_few_batches(world, near, size):
+    output = world.root / f"near_by_{size}"
+    assert counts(world.run("top", output, *MANY, constants=NEAR, size=size)) == counts(near[1])
+    assert_same_files(output, near[0])
+
+
+@pytest.mark.parametrize("size, pieces", [(1, 1), (1, 3), (2, 1), (3, 1)])
+def test_few_batches_are_resumed(world, near, size, pieces):
+    output = world.root / f"near_of_{size}_killed_{pieces}"
+    arguments, _ = world.command("top", output, *MANY)
+    log = world.root / f"{output.name}.log"
+    held = hold(sum(EARLIER_OF[size]) + pieces, log)
+    processes = start_ranks(size, *arguments, log=log, constants={**NEAR, **held})
+    for rank, process in enumerate(processes):
+        process.marker = Path(f"{log}.held.{rank}")
+    wait_until_held(processes[-1])
+    kill(*processes)
+    printed = world.run("top", output, *MANY, constants=NEAR, size=size)
+    assert counts(printed) == counts(near[1])
+    assert_same_files(output, near[0])
 
 
 @pytest.mark.parametrize("last", range(6))
