@@ -9,7 +9,8 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
 With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
 This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
-that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
+that the k largest effects about the mean were found. Neurons without proof are counted. For them, batches
+with an image that may be missing are gone over again.
 The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
 fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
