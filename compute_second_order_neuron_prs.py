@@ -8,10 +8,11 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
     merged.npy [images, N, D], the effects themselves, with --merged
 With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
-This takes a look at 256 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
-that the k largest effects about the mean were found. Neurons without proof are counted, and gone over again.
+This takes a look at 400 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
+that the k largest effects about the mean were found. Neurons without proof are counted. For them, batches
+with an image that may be missing are gone over again.
 The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
-fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
+fewer than 800 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
 --representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
@@ -97,7 +98,8 @@ def keep_top(args, clip, layers, split, results, record):
     arrays.update(representations)
     state, scratch = start_of(results, layers, args.top_k_pca, len(split))
     options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
-    stride = 1 if args.passes == 2 else stride_of(len(split))
+    # effects of units that do not act are all equal: nothing proves which are the largest
+    stride = 1 if args.passes == 2 or clip.units else stride_of(len(split))
     if stride == 1:
         exact = [results.path("image_norms", layer=layer, **split.names) for layer in layers]
         options["alone"] = dict.fromkeys(exact, {"norms_about": None})  # those of one pass will not do
@@ -118,9 +120,9 @@ def keep_top(args, clip, layers, split, results, record):
                 top.add(next(effects), rows.start, sums)
         doubted = settle(work, tops, sums)
         for rows, pixels in work.round(AGAIN, "effects"):
-            again = [top.directions for top in doubted]
-            _, effects = second_order(clip.vit, pixels, again, args.coefficient)
-            for top in doubted:
+            again = [top for top in doubted if top.missing(rows).any()]
+            _, effects = second_order(clip.vit, pixels, [top.directions for top in again], args.coefficient)
+            for top in again:
                 top.add(next(effects), rows.start)
         settle_again(work, doubted)
         activations.write(work, len(split))

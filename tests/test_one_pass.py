@@ -1,6 +1,7 @@
 """`--keep top` in one pass and a look at a few images leaves, byte for byte, what two passes leave."""
 
 import functools
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,10 +163,15 @@ def far(world):
     return output, world.run("top", output, constants=FAR)
 
 
+def counts(printed):
+    """The neurons that are certain, of how many, those gone over again, and over how many images."""
+    [line] = [line for line in printed.splitlines() if "gone over again" in line]
+    return [int(word) for word in line.split() if word.isdecimal()]
+
+
 def test_doubted_neurons_are_counted_and_made_right(far, twice):
     output, printed = far
-    [line] = [line for line in printed.splitlines() if "gone over again" in line]
-    certain, every, doubted = (int(word) for word in line.split() if word.isdecimal())
+    certain, every, doubted, _ = counts(printed)
     assert certain + doubted == every == len(LAYERS) * len(read(output, 0, "top_images"))
     assert doubted > every / 2
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
@@ -209,6 +215,59 @@ def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
     assert_same_files(output, far[0])
 
 
+# a few of them, which few images can matter for
+
+NEAR = {"utils.top_effects.FEW": 31, "utils.top_effects.SHARE": 1000}  # every other photo
+MANY = ["--top_k_pca", 20, "--batch_size", 2]
+EARLIER_OF = {1: (16, 32), 2: (8, 16), 3: (6, 11)}  # batches of the last process in both rounds before
+
+
+@pytest.fixture(scope="module")
+def near(world):
+    """What is left, and printed, where few neurons are in doubt."""
+    output = world.root / "near"
+    return output, world.run("top", output, *MANY, constants=NEAR)
+
+
+def test_a_few_doubted_neurons_need_few_batches(world, near):
+    output, printed = near
+    certain, every, doubted, images = counts(printed)
+    assert certain + doubted == every and 0 < doubted < every / 20
+    assert 6 <= images < 63 / 2
+    *_, bar = re.findall(r"effects: 100%.* (\d+)/(\d+) \[", printed.replace("\r", "\n"))
+    assert bar == (str(images), str(images))
+    twice = world.root / "near_by_two_passes"
+    world.run("top", twice, "--passes", 2, *MANY)
+    assert differing(output, twice) == of_norms(("npy", "meta.json"))
+    for layer in LAYERS:
+        assert np.array_equal(
+            read(output, layer, "top_images"), largest(read(output, layer, "image_norms"), 20)
+        )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_go_over_the_same_few_batches(world, near, size):
+    output = world.root / f"near_by_{size}"
+    assert counts(world.run("top", output, *MANY, constants=NEAR, size=size)) == counts(near[1])
+    assert_same_files(output, near[0])
+
+
+@pytest.mark.parametrize("size, pieces", [(1, 1), (1, 3), (2, 1), (3, 1)])
+def test_few_batches_are_resumed(world, near, size, pieces):
+    output = world.root / f"near_of_{size}_killed_{pieces}"
+    arguments, _ = world.command("top", output, *MANY)
+    log = world.root / f"{output.name}.log"
+    held = hold(sum(EARLIER_OF[size]) + pieces, log)
+    processes = start_ranks(size, *arguments, log=log, constants={**NEAR, **held})
+    for rank, process in enumerate(processes):
+        process.marker = Path(f"{log}.held.{rank}")
+    wait_until_held(processes[-1])
+    kill(*processes)
+    printed = world.run("top", output, *MANY, constants=NEAR, size=size)
+    assert counts(printed) == counts(near[1])
+    assert_same_files(output, near[0])
+
+
 @pytest.mark.parametrize("last", range(6))
 def test_kill_9_between_two_files(world, far, last):
     """Before one of the last files gets its name or is removed."""
@@ -232,13 +291,13 @@ def far_names(world):
 class Work:
     """One process's `Pass` in memory: state, scratch and results of a layer of N neurons."""
 
-    def __init__(self, shapes, state, scratch):
+    def __init__(self, images, shapes, state, scratch):
         self.state = {name: np.zeros(*spec) for name, spec in state.items()}
         self.scratch = {
             name: SimpleNamespace(array=np.zeros(*spec), release=int) for name, spec in scratch.items()
         }
         self.results = {kind: Result(np.zeros(shape, dtype)) for kind, (shape, dtype) in shapes.items()}
-        self.skipped = []
+        self.batches = [slice(start, min(start + 3, images)) for start in range(0, images, 3)]
 
     def __getitem__(self, path):
         return self.results[path]
@@ -249,11 +308,13 @@ class Work:
     def gather_scratch(self, name):
         return [self.scratch[name].array]
 
-    def entered(self, number):
-        return False
+    def skip(self, number, needed):
+        assert number == AGAIN
+        self.again = [rows for rows in self.batches if needed(rows)]
+        return sum(rows.stop - rows.start for rows in self.again)
 
-    def skip(self, number):
-        self.skipped.append(number)
+    def commit(self):
+        pass
 
 
 class Result:
@@ -270,28 +331,33 @@ class Result:
 
 
 def kept_by(directions, C, kappa, k, few):
-    """The largest effects, kept after the mean of `few` images: the results, count of doubted, and record."""
+    """The largest effects, kept after the mean of `few` images.
+
+    Returns the results, the count of doubted neurons, the share of batches gone over again, and the record of
+    norms.
+    """
     images, heads, N = C.shape
     D = kappa.shape[1]
     of_layer = SimpleNamespace(sizes=lambda layer: {"K": heads, "N": N, "D": D})
     shapes = {"bias": ((images, D), "f4"), "image_norms": ((images, N), "f4"), "top_images": ((N, k), "i4")}
     shapes |= dict.fromkeys(["values", "outputs"], ((), "f4"))
     shapes |= {"top_coefficients": ((N, k, heads), "f4"), "top_mean": ((N, D), "f4")}
-    work = Work(shapes, *start_of(of_layer, [0], k, images))
+    work = Work(images, shapes, *start_of(of_layer, [0], k, images))
     paths = SimpleNamespace(path=lambda kind, layer: kind)
-    batches = [slice(start, start + 9) for start in range(0, images, 9)]
     start, sums = Sums(work, 1.0, few, "few_"), Sums(work, 1.0, images)
     start.add(SecondOrder(C[:few], kappa[:few], directions))
     tops = TopK.of_layers(work, [directions], start, paths, {})
-    for rows in batches:
+    for rows in work.batches:
         tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start, sums)
     doubted = settle(work, tops, sums)
     count = int((tops[0].known != CERTAIN).sum())
-    assert work.skipped == ([] if count else [AGAIN])
-    for rows in batches if doubted else ():
+    assert bool(doubted) == bool(count) and (count or not work.again)
+    for rows in work.again:
         doubted[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start)
     settle_again(work, doubted)
-    return {kind: result.array for kind, result in work.results.items()}, count, work["image_norms"].record
+    share = len(work.again) / len(work.batches)
+    results = {kind: result.array for kind, result in work.results.items()}
+    return results, count, share, work["image_norms"].record
 
 
 def drawn(rng):
@@ -311,11 +377,12 @@ def drawn(rng):
 def test_a_thousand_sets_of_numbers_against_sorting(capsys):
     """In float64, of equal norms the earlier image first: what one pass found, and what was doubted."""
     certain = all_neurons = 0
+    shares = []
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         directions, C, kappa = drawn(rng)
         k, few = int(rng.integers(1, 6)), int(rng.integers(2, len(C) // 2))
-        found, doubted, record = kept_by(directions, C, kappa, k, few)
+        found, doubted, share, record = kept_by(directions, C, kappa, k, few)
         B = directions.B().double()
         phi = (torch.einsum("ikn,nko->ino", C.double(), B) + kappa.double()[:, None]).numpy()
         norms = np.linalg.norm(phi - phi.mean(axis=0), axis=-1)
@@ -334,10 +401,12 @@ def test_a_thousand_sets_of_numbers_against_sorting(capsys):
         off = np.abs(found["image_norms"] - norms).max()
         assert off <= record["norms_off_by"] + 1e-5 * norms.max(), seed
         assert_allclose(found["top_mean"], phi.mean(axis=0), atol=1e-5 * np.abs(phi).max())
-        two, _, _ = kept_by(directions, C, kappa, k, len(C))
+        two, *_ = kept_by(directions, C, kappa, k, len(C))
         for kind in ("top_images", "top_coefficients", "top_mean", "bias"):
             assert np.array_equal(found[kind], two[kind]), (seed, kind)
         certain += len(top) - doubted
         all_neurons += len(top)
+        shares += [share] if doubted else []
     assert 0.2 < certain / all_neurons < 0.9  # both ways are tried
+    assert min(shares) < 0.1 and 0.2 < np.mean(shares) < 0.8 and max(shares) == 1
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import numpy as np
 
 LAST_IMAGE = 2**32 - 1
+ROWS = 512  # images whose norms are corrected together
 
 
 def enter(keys, new):
@@ -39,3 +40,31 @@ def image_of(keys):
 def norm_of(keys):
     """Return the norms of `key_of`, float32."""
     return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+
+
+def smallest_key(norms):
+    """Return a key that no image of a norm at least so large is below, and few others are not."""
+    down = np.nextafter(np.maximum(norms, 0).astype(np.float32), np.float32(0))
+    return key_of(down, np.full(down.shape, LAST_IMAGE))
+
+
+def merge(keys, k):
+    """Return the k largest of keys from several processes, a list of [N, c]: their places and keys [N, k]."""
+    keys = np.concatenate(keys, axis=1)
+    order = keys.argsort(axis=1)[:, ::-1][:, :k]
+    return order, np.take_along_axis(keys, order, axis=1)
+
+
+def correct(file, neurons, images, norms):
+    """Store the norms of the k largest of some neurons [n, k], and make no other one of these as large.
+
+    file: `ArrayFile` of all norms [images, N]. It may have been corrected before.
+    """
+    below = np.nextafter(norms[:, -1], 0, dtype=np.float32)
+    for start in range(0, file.shape[0], ROWS):
+        rows = slice(start, min(start + ROWS, file.shape[0]))
+        block = file.read()[rows].copy()
+        block[:, neurons] = np.minimum(block[:, neurons], below)
+        n, place = np.nonzero((images >= rows.start) & (images < rows.stop))
+        block[images[n, place] - start, neurons[n]] = norms[n, place]
+        file[rows] = block

@@ -364,13 +364,18 @@ class Pass:
         start = sum(map(len, self.pieces.rounds[:number]))
         return range(start, start + len(self.pieces.rounds[number]))
 
-    def entered(self, number):
-        """Return whether this process has done a piece of a round."""
-        return bool(self._done[self._numbers(number)].any())
+    def skip(self, number, needed):
+        """Count pieces of a round as done that nothing needs; return how many rows the others have.
 
-    def skip(self, number):
-        """Count the pieces of a round as done, because nothing needs it."""
-        self._done[self._numbers(number)] = True
+        needed: function of a piece, the same in all processes.
+        """
+        rows = 0
+        for i, piece in zip(self._numbers(number), self.pieces.rounds[number], strict=True):
+            if needed(piece):
+                rows += size_of(piece)
+            else:
+                self._done[i] = True
+        return rows
 
     def _end_turn(self, i):
         """Count a piece as done, after what its turn has queued; save the progress now and then."""
