@@ -27,7 +27,7 @@ def last_layer(mlp):
 
 @contextmanager
 def attending(function):
-    """Every attention hands (queries, keys, values, bias) to a function, and goes on with what it returns."""
+    """Every attention hands (queries, keys, values, bias) to a function, and uses what it returns."""
     before = nn.functional.scaled_dot_product_attention
 
     def instead(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
