@@ -18,7 +18,8 @@ And in any case the mean activations of the neurons at every token, activations.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
 With --units PATH the units of a dictionary take the neurons' place (docs/units.md), by default with --keep
 top. Names have LAYER_NAME for LAYER. What the units rebuild of their site is printed; less than half is an
-error. acts.npy [N] says on how many images each acts. --units pairs: every neuron through every later head.
+error. acts.npy [N] says on how many images each acts. --units pairs: every neuron through every later head,
+K N units of one coefficient each, all kept.
 """
 
 from torch.nn.functional import normalize
@@ -30,15 +31,18 @@ from utils.model.clip import clip_of
 from utils.model.hooks import left_out_note
 from utils.prs import second_order
 from utils.runtime import flags
+from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
+from utils.runtime.results import PAIRS
 from utils.runtime.sums import Sums
 from utils.statistics import choose_k
 from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
-from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units
+from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units, stored_weights
 
 
 def main(args):
+    check_pairs(args)
     clip = clip_of(args)
     open_units(args, clip)
     layers = parse_layers(args.mlp_layer, clip.vit)
@@ -48,8 +52,7 @@ def main(args):
     if clip.vit.pooling.leaves_out_mlp:
         print(left_out_note(clip.vit, split.first()))
     check_rebuilding(clip, split, args.unit_set)
-    several = len(layers) > 1 or clip.units is not None
-    keep = args.keep or ("top" if several and not args.merged else "full")
+    keep = args.keep or usual_form(args, layers)
     if keep == "full":
         keep_all(args, clip, layers, split, results, record)
     else:
@@ -60,6 +63,21 @@ def main(args):
     print(f"wrote {effects}: {len(split)} images, {count_units(clip, layers[0])}")
     if args.split == "train":
         print(f"next: {results.command('pca', dataset=args.dataset, layer=layers, k=args.top_k_pca)}")
+
+
+def usual_form(args, layers):
+    """Return what --keep is where it is not given."""
+    if args.unit_set == PAIRS or args.merged:
+        return "full"  # all norms of pairs are as large as all coefficients
+    return "full" if len(layers) == 1 and args.unit_set is None else "top"
+
+
+def check_pairs(args):
+    """Raise UserError for forms that pairs do not have."""
+    if args.unit_set == PAIRS and args.keep == "top":
+        raise UserError("--keep top saves nothing for pairs, which have one coefficient each; leave it out")
+    if args.unit_set == PAIRS and args.merged:
+        raise UserError("--merged is for neurons, and pairs are many times as many; leave it out")
 
 
 def keep_all(args, clip, layers, split, results, record):
@@ -74,7 +92,7 @@ def keep_all(args, clip, layers, split, results, record):
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
     with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
-        directions = work.prepare(fold_units, clip, layers)
+        directions = work.prepare(stored_weights, clip, layers)
         for rows, pixels in work:
             representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
             for path in representations:

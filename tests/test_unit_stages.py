@@ -233,6 +233,35 @@ def test_pairs_need_no_svd_and_are_exactly_of_rank_one(world, tmp_path):
     assert_allclose(found, norms.reshape(len(C), -1), atol=1e-4 * norms.max())
     assert_allclose(np.load(f"{names}pairs_{TOP}_explained.npy"), 1)
     assert not list(tmp_path.glob("*pairs_activations*"))
+    # nothing is stored but what the neurons' store has: a number for each image and pair, and its small factors
+    assert_allclose(
+        np.load(f"{names}pairs_coefficients.npy"), C.reshape(len(C), 1, -1), atol=1e-5 * np.abs(C).max()
+    )
+    assert not list(tmp_path.glob("*pairs_top_*"))
+    for part, shape in {"values": (1, -1, values.shape[2]), "outputs": outputs.shape}.items():
+        whole = np.load(f"{names}{part}.npy").reshape(shape)
+        assert_allclose(np.load(f"{names}pairs_{part}.npy"), whole, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize(
+    "flags, message", [(["--keep", "top"], "saves nothing for pairs"), (["--merged"], "is for")]
+)
+def test_pairs_have_one_form(world, tmp_path, flags, message):
+    flags = [
+        *world.model,
+        *world.train,
+        "--units",
+        "pairs",
+        "--mlp_layer",
+        3,
+        *flags,
+        "--output_dir",
+        tmp_path,
+    ]
+    done = run_stage_of_user("compute_second_order_neuron_prs.py", *flags, folder=tmp_path, check=False)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and len(lines) == 1 and message in lines[0]
+    assert not list(tmp_path.glob("*.npy"))
 
 
 MISFITS = {  # what is changed in a dictionary that fits, more flags, and what the one line says

@@ -20,6 +20,8 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, sampled_digest, save_atomic
 from utils.runtime.passes import pieces_of
 from utils.runtime.records import Digest, digest_of_parts, digests_of_files, load_record, publish
+from utils.runtime.results import PAIRS
+from utils.units import lines_of_pairs
 
 # rows read through one memory map; it is closed afterwards, so its pages do not count as this process's
 READ_IMAGES = 512
@@ -165,11 +167,8 @@ class _Effects:
         """
         if not self.record.get("unit_set") or self.main == DenseEffects.main:
             return None
-        values = self.load("values", mmap=True)
-        if len(values) > 1:
-            return None
-        outputs = self.tensor(self.load("outputs"))
-        return Directions(None, self.tensor(values[:, neurons]), outputs, None).B()[:, 0]
+        directions = self.directions_of(neurons)
+        return directions.B()[:, 0] if len(directions.values) == 1 else None
 
     def files(self):
         """List the files of the effects."""
@@ -240,8 +239,12 @@ class FactorisedEffects(_Effects):
         self.images, K, self.N = self.array.shape
         self.kept = self.images
         values = self.load("values", mmap=True, K=K, N=self.N)
-        outputs = self.load("outputs", K=K, e=values.shape[2])
-        self.directions = Directions(self.layer, self.tensor(values), self.tensor(outputs), None)
+        pairs = self.record.get("unit_set") == PAIRS
+        outputs = self.load("outputs", e=values.shape[2], **({} if pairs else {"heads": K}))
+        weights = self.tensor(values), self.tensor(outputs)
+        if pairs and len(outputs) > 1:
+            weights = lines_of_pairs(*weights)
+        self.directions = Directions(self.layer, *weights, None)
         self.D = outputs.shape[2]
         self.bias = self.tensor(self.load("bias", images=self.images, D=self.D))
         self.floats = max(self.images * K, 3 * K * self.D)
@@ -253,8 +256,11 @@ class FactorisedEffects(_Effects):
         all centred effects [images, n], None where they are stored already.
         """
         C = self.read_rows(lambda rows: rows[:, :, neurons])  # [images, K, n]
-        directions = self.directions._replace(values=self.directions.values[:, neurons])
-        return largest(C, self.bias, directions, k)
+        return largest(C, self.bias, self.directions_of(neurons), k)
+
+    def directions_of(self, neurons):
+        """Return the `Directions` of a slice of neurons."""
+        return self.directions._replace(values=self.directions.values[:, neurons])
 
     def of(self, neuron):
         """Return the effects of one neuron on all images [images, D]."""
@@ -305,7 +311,7 @@ class TopEffects(_Effects):
     def __init__(self, results, names, device):
         super().__init__(results, names, device)
         self.N, self.kept, K = self.array.shape
-        outputs = self.load("outputs", K=K)
+        outputs = self.load("outputs", heads=K)
         self.D = outputs.shape[2]
         self.outputs = self.tensor(outputs)
         self.values = self.load("values", mmap=True, K=K, N=self.N, e=outputs.shape[1])
@@ -322,7 +328,11 @@ class TopEffects(_Effects):
     def top(self, neurons, k):
         """Return the statistics that `FactorisedEffects.top` returns."""
         x = self.tensor(read_array(self.path, mmap=True)[neurons])  # [n, kept, K]
-        B_n = Directions(None, self.tensor(self.values[:, neurons]), self.outputs, None).B()
+        B_n = self.directions_of(neurons).B()
         bias = self.bias[self.top_images[neurons]] - self.bias.mean(axis=0)  # [n, kept, D]
         top = torch.bmm(x, B_n) + self.tensor(bias)
         return self.tensor(self.mean[neurons]), top[:, :k], None
+
+    def directions_of(self, neurons):
+        """Return the `Directions` of a slice of neurons."""
+        return Directions(None, self.tensor(self.values[:, neurons]), self.outputs, None)

@@ -74,6 +74,10 @@ class Writers:
         """Return the units' `Directions`."""
         return fold(vit, self.layer, self)
 
+    def stored(self, vit):
+        """Return the `Directions` whose values and outputs are stored."""
+        return self.fold(vit)
+
     def direct(self, vit):
         """Return w_u through the last norm and P, the direct effect (the logit lens), [U, D]."""
         return self.vectors.to(vit.device, vit.dtype) @ centred_output(vit)
@@ -97,7 +101,8 @@ class Writers:
 class HeadPairs(Writers):
     """`HeadPairs` are a layer's neurons, each seen through one later head: unit k N + n is n through head k.
 
-    They share no constants either. With K = 1 and e = D their `Directions` have B itself as values.
+    They share no constants either. Each has one coefficient, K = 1. Stored values are [1, K N, e] with the
+    outputs [K, e, D] of all heads; `lines_of_pairs` are B itself.
     """
 
     acts = False
@@ -116,14 +121,26 @@ class HeadPairs(Writers):
         return C.flatten(1)[:, None]  # [B, 1, K N]
 
     def fold(self, vit):
-        folded = fold(vit, self.layer)
-        D = folded.outputs.shape[-1]
-        B = torch.cat([values @ out for values, out in zip(folded.values, folded.outputs, strict=True)])
-        outputs = torch.eye(D, dtype=B.dtype, device=B.device)[None]
-        return folded._replace(values=B[None], outputs=outputs, constants=None, units=self)
+        found = self.stored(vit)
+        values, outputs = lines_of_pairs(found.values, found.outputs)
+        return found._replace(values=values, outputs=outputs)
+
+    def stored(self, vit):
+        found = fold(vit, self.layer)
+        return found._replace(values=found.values.flatten(0, 1)[None], constants=None, units=self)
 
     def sizes(self, vit):
-        return {"N": self.count, "K": 1, "e": vit.D}
+        return {"N": self.count, "K": 1}
+
+
+def lines_of_pairs(values, outputs):
+    """Return B of neuron-head pairs as values [1, K N, D], with outputs [1, D, D] that change nothing.
+
+    values, outputs: as they are stored, [1, K N, e] and [K, e, D].
+    """
+    heads, e, D = outputs.shape
+    B = torch.bmm(values.view(heads, -1, e), outputs)
+    return B.flatten(0, 1)[None], torch.eye(D).to(B)[None]
 
 
 class Site(NamedTuple):
@@ -244,6 +261,10 @@ class UnitSet:
         """Return the `Directions` of some layers."""
         return [self.units[layer].fold(vit) for layer in layers]
 
+    def stored(self, vit, layers):
+        """Return the `Directions` of some layers whose values and outputs are stored."""
+        return [self.units[layer].stored(vit) for layer in layers]
+
     def sizes(self, vit, layer=None):
         """Return {letter: size} of what differs from neurons, of one layer or of all."""
         layers = list(self.units) if layer is None else [layer]
@@ -253,6 +274,11 @@ class UnitSet:
 def fold_units(clip, layers):
     """Return the `Directions` of some layers of what a `Clip` looks at: neurons, or other units."""
     return fold_layers(clip.vit, layers) if clip.units is None else clip.units.fold(clip.vit, layers)
+
+
+def stored_weights(clip, layers):
+    """Return the `Directions` of some layers whose values and outputs are stored with all effects."""
+    return fold_layers(clip.vit, layers) if clip.units is None else clip.units.stored(clip.vit, layers)
 
 
 def groups_of(clip, layers, memory):

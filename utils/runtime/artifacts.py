@@ -84,7 +84,7 @@ ARTIFACTS = {
         OF_LAYER + "values.npy", "K N e", BY_SECOND_ORDER, "the weights' part: neuron n written into head k"
     ),
     "outputs": Artifact(
-        OF_LAYER + "outputs.npy", "K e D", BY_SECOND_ORDER, "head k written into the representation"
+        OF_LAYER + "outputs.npy", "heads e D", BY_SECOND_ORDER, "head k written into the representation"
     ),
     "merged": Artifact(
         OF_LAYER + "merged.npy", "images N D", BY_MERGED, "`--merged`: the effects, as in the published code"

@@ -261,12 +261,12 @@ class Results:
         return array.astype(dtype, copy=False)
 
     def sizes(self, layer=None):
-        """Return {letter: size} of the model; K only for one layer."""
+        """Return {letter: size} of the model; K, and as many heads, only for one layer."""
         if self.loaded is None:
             return {}
         vit = self.loaded.vit
         one = layer if isinstance(layer, int) else None
-        sizes = dict(vit.sizes) if one is None else {**vit.sizes, "K": vit.K(one)}
+        sizes = dict(vit.sizes) if one is None else {**vit.sizes, "K": vit.K(one), "heads": vit.K(one)}
         units = getattr(self.loaded, "units", None)
         return sizes if units is None else {**sizes, **units.sizes(vit, one)}
 
