@@ -8,11 +8,11 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
     merged.npy [images, N, D], the effects themselves, with --merged
 With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
-This takes a look at 400 images or 5 %, for a preliminary mean, then one pass, which proves for each neuron
-that the k largest effects about the mean were found. Neurons without proof are counted. For them, batches
-with an image that may be missing are gone over again.
+This takes a look at some images for a preliminary mean (a quarter; of many, 1,280 or 5 %), then one pass,
+which proves for each neuron that the k largest effects about the mean were found. Neurons without proof are
+counted. For them, batches with an image that may be missing are gone over again.
 The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
-fewer than 800 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
+fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
 --representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]

@@ -52,17 +52,17 @@ def steps(out, pairs):
     of_pairs = "pairs of a colour and a symbol"
     measuring = [(out / "results.json", ["-m", "demo.measure", "--output_dir", out])]
     return [
-        [Step("draw the world, 8,000 pictures of known truth", 15, lambda: drawing)],
+        [Step("draw the world, 8,000 pictures of known truth", 10, lambda: drawing)],
         [
-            Step("all stages on symbols, 32 classes", 45, partial(stages, out, "symbols")),
-            Step(f"all stages on {of_pairs}, 320 classes", 50, partial(stages, out, "pairs")),
+            Step("all stages on symbols, 32 classes", 90, partial(stages, out, "symbols")),
+            Step(f"all stages on {of_pairs}, 320 classes", 95, partial(stages, out, "pairs")),
         ],
         [
-            Step("segmentation, five methods on two sets", 50, partial(segmentations, out)),
-            Step(f"adversarial pictures of {pairs} pairs of classes", 30, partial(attacks, out, pairs)),
-            Step("grade what neurons write and fire on, gallery of all neurons", 60, partial(looks, out)),
+            Step("segmentation, five methods on two sets", 75, partial(segmentations, out)),
+            Step(f"adversarial pictures of {pairs} pairs of classes", 60, partial(attacks, out, pairs)),
+            Step("grade what neurons write and fire on, gallery of all neurons", 90, partial(looks, out)),
         ],
-        [Step("compare with the truth, draw figures", 25, lambda: measuring)],
+        [Step("compare with the truth, draw figures", 10, lambda: measuring)],
     ]
 
 

@@ -33,7 +33,7 @@ from utils.runtime.records import load_record
 from utils.runtime.sums import Sums
 from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
 
-FEW = {"utils.top_effects.FEW": 8}  # every 7th of the 63 photos
+FEW = {"utils.top_effects.FEW": 8, "utils.top_effects.ENOUGH": 8}  # every 7th of the 63 photos
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,12 @@ def of_norms(suffixes):
     return sorted(f"folder_train_mlps_tiny_random_{m}_image_norms.{end}" for m in LAYERS for end in suffixes)
 
 
-def test_the_preliminary_mean_is_of_400_images_or_a_twentieth():
-    for images in (1, 5, 63, 799):
+def test_the_preliminary_mean_is_of_a_quarter_1280_images_or_a_twentieth():
+    for images in (1, 5, 63, 511):
         assert stride_of(images) == 1
-    for images in (800, 1000, 5124, 100_000, 1_281_167):
+    for images in (512, 1000, 5124, 100_000, 1_281_167):
         count = len(range(0, images, stride_of(images)))
-        assert max(400, images // 20) <= count <= images // 2
+        assert max(256, images // 20, min(images // 4, 1280)) <= count <= images // 2
 
 
 def test_a_round_goes_over_every_nth_image():
@@ -153,7 +153,8 @@ def test_several_processes_leave_the_files_of_one(world, once, size):
 
 # neurons that one pass leaves in doubt
 
-FAR = {"utils.top_effects.FEW": 1, "utils.top_effects.SHARE": 1000}  # the first photo alone is the mean
+FAR = dict.fromkeys(("utils.top_effects.FEW", "utils.top_effects.ENOUGH"), 1)
+FAR["utils.top_effects.SHARE"] = 1000  # the first photo alone is the mean
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
 # a few of them, which few images can matter for
 
 NEAR = {"utils.top_effects.FEW": 31, "utils.top_effects.SHARE": 1000}  # every other photo
-MANY = ["--top_k_pca", 20, "--batch_size", 2]
+MANY = ["--top_k_pca", 8, "--batch_size", 2]
 EARLIER_OF = {1: (16, 32), 2: (8, 16), 3: (6, 11)}  # batches of the last process in both rounds before
 
 
@@ -241,7 +242,7 @@ def test_a_few_doubted_neurons_need_few_batches(world, near):
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
     for layer in LAYERS:
         assert np.array_equal(
-            read(output, layer, "top_images"), largest(read(output, layer, "image_norms"), 20)
+            read(output, layer, "top_images"), largest(read(output, layer, "image_norms"), 8)
         )
 
 

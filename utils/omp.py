@@ -8,6 +8,8 @@ from utils.model.attention import double
 from utils.runtime.errors import UserError
 
 PURSUED = 256  # targets that are pursued at a time
+COMPARED = 2048  # atoms that are compared with them at a time: their correlations stay in the cache
+LITTLE = 0.1  # share of an atom's squared norm that is left over; below, rounding would tilt it
 
 
 def rebuilt_from(support, atoms, targets, block=PURSUED):
@@ -81,9 +83,9 @@ def orthogonal_matching_pursuit(atoms, targets, n_nonzero, block=PURSUED):
     """Run OMP on many targets at once; scikit-learn's SparseCoder("omp") does it one by one.
 
     Each step takes the atom with the largest |<residual, atom>| (not divided by the atom's norm) and fits all
-    chosen atoms again by least squares. Correlations of a block of targets are one matrix product; the fit is
-    a QR decomposition that grows by a column (Gram-Schmidt, orthogonalised twice), solved once at the end. No
-    texts x texts matrix is formed.
+    chosen atoms again by least squares. Correlations of a block of targets are matrix products; the fit is a
+    QR decomposition that grows by a column (Gram-Schmidt, twice where little is left), solved once at the
+    end. No texts x texts matrix is formed.
 
     atoms: float32 [texts, D].
     targets: float32 [n, D], on the same device.
@@ -114,11 +116,19 @@ def _first_of_equal(atoms):
     return first, atoms if len(first) == len(atoms) else atoms[first]
 
 
+def _best(residual, atoms):
+    """Return the atom of largest |<residual, atom>| [b], the earliest of equal ones, and this number [b]."""
+    found = [(residual @ some.T).abs_().max(dim=1) for some in atoms.split(COMPARED)]
+    largest = torch.stack([part.values for part in found])  # [parts, b]
+    part = largest.argmax(dim=0, keepdim=True)
+    within = torch.stack([part.indices for part in found]).gather(0, part)[0]
+    return within + part[0] * COMPARED, largest.gather(0, part)[0]
+
+
 def _pursue(atoms, targets, steps, width):
     """Run OMP on one block: targets [b, D] -> support [b, width], coefficients [b, width]."""
     b, D = targets.shape
     eps = torch.finfo(atoms.dtype).eps
-    rows = torch.arange(b, device=atoms.device)
     support = torch.full((b, width), -1, dtype=torch.int64, device=atoms.device)
     Q = atoms.new_zeros(b, width, D)  # orthonormal rows spanning the chosen atoms
     R = torch.eye(width, dtype=atoms.dtype, device=atoms.device).repeat(b, 1, 1)  # chosen atoms = R^T Q
@@ -126,17 +136,20 @@ def _pursue(atoms, targets, steps, width):
     residual = targets.clone()
     running = torch.ones(b, dtype=torch.bool, device=atoms.device)
     for step in range(min(steps, width)):
-        correlation = (residual @ atoms.T).abs_()  # [b, texts]
-        best = correlation.argmax(dim=1)
-        running &= correlation[rows, best].square() >= eps
+        best, correlation = _best(residual, atoms)
+        running &= correlation.square() >= eps
         running &= (support[:, :step] != best[:, None]).all(dim=1)
         atom = atoms[best]  # [b, D]
         known = Q[:, :step]  # [b, step, D]
+        whole = atom.square().sum(dim=1)
         along = torch.bmm(known, atom[..., None])
         atom = atom - torch.bmm(known.mT, along)[..., 0]
-        again = torch.bmm(known, atom[..., None])  # a second pass keeps Q orthogonal to rounding
-        atom = atom - torch.bmm(known.mT, again)[..., 0]
         pivot = atom.square().sum(dim=1)
+        if (pivot < LITTLE * whole).any():  # a second pass keeps Q orthogonal
+            again = torch.bmm(known, atom[..., None])
+            along += again
+            atom = atom - torch.bmm(known.mT, again)[..., 0]
+            pivot = atom.square().sum(dim=1)
         running &= pivot > eps
         if not running.any():
             break
@@ -144,7 +157,7 @@ def _pursue(atoms, targets, steps, width):
         q = torch.where(running[:, None], atom / length[:, None], 0)
         support[:, step] = torch.where(running, best, -1)
         Q[:, step] = q
-        R[:, :step, step] = torch.where(running[:, None], (along + again)[..., 0], 0)
+        R[:, :step, step] = torch.where(running[:, None], along[..., 0], 0)
         R[:, step, step] = length
         z[:, step] = (q * residual).sum(dim=1)
         residual -= z[:, step, None] * q

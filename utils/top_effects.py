@@ -2,7 +2,7 @@
 
 This is `--keep top`. `compute_pcas.py` needs every neuron's mean effect mu and its k largest about it.
 A look at a few images gives a preliminary mean mu0. A pass over all sums up mu, takes norms about mu0, and
-keeps the 2k effects of largest norm. As | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the
+keeps the 3k effects of largest norm. As | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the
 k largest about mu among them if the smallest one's norm plus |mu - mu0| is below the k-th largest about mu.
 Where this leaves neurons in doubt, batches with an image that may be missing are gone over again, about mu.
 
@@ -19,8 +19,10 @@ from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.largest import ROWS, correct, enter, image_of, key_of, merge, norm_of, smallest_key
 
-FEW = 400  # images of the preliminary mean, at least
-SHARE = 20  # one in so many images, where this is more
+FEW = 256  # images of the preliminary mean, at least
+ENOUGH = 1280  # of them, where these are not more than a quarter
+CANDIDATES = 3  # times as many effects as are kept
+SHARE = 20  # one in so many images, where this is more still
 ENTERING = 8192  # effects that are copied into the candidates at a time
 MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
 ROUNDING = 16  # times the largest rounding error among a neuron's candidates is allowed for
@@ -30,7 +32,7 @@ AGAIN = 2  # the round of the pass for doubted neurons; round 0 goes over a few 
 
 def stride_of(images):
     """Return over every how many-th of some images the preliminary mean is taken; 1 where they are few."""
-    return max(1, images // max(FEW, images // SHARE))
+    return max(1, images // max(FEW, min(images // 4, ENOUGH), images // SHARE))
 
 
 def start_of(results, layers, k, images):
@@ -40,7 +42,7 @@ def start_of(results, layers, k, images):
     """
     if images < k:
         raise UserError(f"there are {images} images, and --top_k_pca {k} needs {k}; lower it, or --subsample")
-    c = min(2 * k, images)
+    c = min(CANDIDATES * k, images)
     state, scratch = {}, {}
     for layer in layers:
         N, K, D = (results.sizes(layer)[letter] for letter in "NKD")
