@@ -2,24 +2,37 @@
 
     python -m benchmarks.page        # ViT-B-32, 1,000 photos, the visual concepts and 30,000 words
 
-The stages that make_gallery.py runs, one after the other, and the page. Control dictionaries are left out
-(--controls 0); `noise.py` measures them. Beside it a plain pass over the same photos by
-compute_representations.py.
+The stages that make_gallery.py runs, one after the other in one process, as it runs them, and the page.
+Controls are left out (control dictionaries, rotated units); `noise.py` measures them. Beside it a plain pass
+over the same photos by compute_representations.py.
 """
 
+import json
 import os
+import re
 import shutil
 from typing import NamedTuple
 
-from benchmarks.common import Table, bench_parser, of_model, row, run, stage, write_photos
+from benchmarks.common import Table, bench_parser, measured, of_model, row, run, stage, write_photos
 from benchmarks.descriptions import browse, browser_rows
+
+
+WITHOUT_CONTROLS = ["--controls", 0, "--rotated_units", 0]
+IN_TURN = """import json, sys, time
+from utils.runtime.stages import run_script
+for command in json.loads(sys.argv[1]):
+    start = time.time()
+    run_script(command)
+    print("STAGE", command[0], time.time() - start)
+"""
 
 
 class Found(NamedTuple):
     """`Found` is all that was measured."""
 
     plain: float  # seconds of a pass over all photos
-    stages: dict  # {text set: {stage: `Process`}}
+    whole: dict  # {text set: `Process` of all stages and the page}
+    stages: dict  # {text set: {stage: seconds}}
     bytes: dict  # {text set: bytes of the page}
     again: object  # `Process` of a second run
     first_picture: float  # milliseconds in the browser
@@ -45,20 +58,22 @@ def measure(args, case):
     for split in ("train", "val"):
         flags = [*model, *data, "--split", split, "--output_dir", folder / "plain"]
         plain += stage("compute_representations", *flags).seconds
-    stages, size = {}, {}
+    whole, stages, size = {}, {}, {}
     for texts in args.texts:
         out = folder / texts
-        stages[texts] = {}
-        for name, flags in commands(args, model, data, texts, out):
-            process = stages[texts][name] = stage(name, *flags)
-            print(f"{texts}: {name} {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
+        todo = [[f"{name}.py", *map(str, flags)] for name, flags in commands(args, model, data, texts, out)]
+        whole[texts] = measured("-c", IN_TURN, json.dumps(todo))
+        found = re.findall(r"^STAGE (\w+).py (\S+)$", whole[texts].output, re.MULTILINE)
+        stages[texts] = {name: float(seconds) for name, seconds in found}
+        each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages[texts].items())
+        print(f"plain {plain:.0f} s; {texts}: {whole[texts].seconds:.0f} s; {each}", flush=True)
         size[texts] = sum(path.stat().st_size for path in (out / "gallery").rglob("*") if path.is_file())
-    again = stage("make_gallery", *flags)
+    again = measured(*todo[-1])
     first_picture, strokes = None, []
     if shutil.which("chromium") and shutil.which("chromedriver"):
         layer = "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
         first_picture, strokes = browse(out / "gallery", layer)
-    return Found(plain, stages, size, again, first_picture, strokes)
+    return Found(plain, whole, stages, size, again, first_picture, strokes)
 
 
 def commands(args, model, data, texts, out):
@@ -70,7 +85,7 @@ def commands(args, model, data, texts, out):
     yield "compute_pcas", [*model, "--dataset", "images", *layer]
     yield "compute_text_set_projection", [*model, "--text_descriptions", texts]
     yield "compute_sparse_decomposition", [*model, "--dataset", "images", *described]
-    yield "evaluate_descriptions", [*model, *data, *described, "--controls", 0]
+    yield "evaluate_descriptions", [*model, *data, *described, *WITHOUT_CONTROLS]
     yield "make_gallery", [*model, *data, *described]
 
 
@@ -81,10 +96,9 @@ def table(args, found):
     most = {"concepts": 6, "30k": 9}
     rows = [row(f"a plain pass over {args.images} photos", found.plain, "s", note="both splits, two starts")]
     for texts, stages in found.stages.items():
-        total = sum(process.seconds for process in stages.values())
-        peak = max(process.peak for process in stages.values()) / 1e9
-        longest = max(stages, key=lambda name: stages[name].seconds)
-        note = f"six starts; {longest} {stages[longest].seconds:.0f} s"
+        total, peak = found.whole[texts].seconds, found.whole[texts].peak / 1e9
+        longest = max(stages, key=stages.get)
+        note = f"{longest} {stages[longest]:.0f} s"
         bar = most.get(texts) if full else None
         rows.append(row(f"{texts}: all stages and the page", total, "s", note=note))
         rows.append(row(f"{texts}: the same", total / found.plain, "x plain", at_most=bar))
