@@ -16,7 +16,6 @@ from typing import NamedTuple
 from benchmarks.common import Table, bench_parser, measured, of_model, row, run, stage, write_photos
 from benchmarks.descriptions import browse, browser_rows
 
-
 WITHOUT_CONTROLS = ["--controls", 0, "--rotated_units", 0]
 IN_TURN = """import json, sys, time
 from utils.runtime.stages import run_script
@@ -85,14 +84,15 @@ def commands(args, model, data, texts, out):
     yield "compute_pcas", [*model, "--dataset", "images", *layer]
     yield "compute_text_set_projection", [*model, "--text_descriptions", texts]
     yield "compute_sparse_decomposition", [*model, "--dataset", "images", *described]
-    yield "evaluate_descriptions", [*model, *data, *described, *WITHOUT_CONTROLS]
+    deleted = ["--delete", args.delete]
+    yield "evaluate_descriptions", [*model, *data, *described, *deleted, *WITHOUT_CONTROLS]
     yield "make_gallery", [*model, *data, *described]
 
 
 def table(args, found):
     """Return the table, with bars where the full sizes were measured."""
-    sizes = (args.model, args.mlp_layer, args.components)
-    full = args.images >= 1000 and sizes == ("ViT-B-32", ["9"], 128)
+    sizes = (args.model, args.mlp_layer, args.components, args.delete)
+    full = args.images >= 1000 and sizes == ("ViT-B-32", ["9"], 128, 24)
     most = {"concepts": 6, "30k": 9}
     rows = [row(f"a plain pass over {args.images} photos", found.plain, "s", note="both splits, two starts")]
     for texts, stages in found.stages.items():
@@ -109,7 +109,7 @@ def table(args, found):
         rows += browser_rows(found, lambda value: value if full else None)
     layers = ", ".join(args.mlp_layer)
     title = f"From a folder to the page, {args.model}, random weights, layer {layers}"
-    title += f", {args.components} texts for a neuron, without controls"
+    title += f", {args.components} texts and {args.delete} deletions for a neuron, without controls"
     name = of_model("page", args.model)
     return Table(name if args.mlp_layer == ["9"] else f"{name}_{'-'.join(args.mlp_layer)}", title, rows)
 
@@ -121,6 +121,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=1000, help="photos in the folder")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--components", type=int, default=128, help="texts for a neuron")
+    parser.add_argument("--delete", type=int, default=24, help="images on which a neuron is deleted")
     parser.add_argument("--texts", nargs="+", default=["concepts", "30k"], help="text sets")
     tiny = {"texts": ["concepts"], "images": 80, "components": 2, "mlp_layer": ["10"]}
     run(parser, set_up, measure, table, tiny)
