@@ -23,13 +23,13 @@ import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from demo.layout import HERE, MODEL, WEIGHTS
+from demo.layout import GRADED, HERE, MODEL, WEIGHTS
 from demo.world import HARD_RATE, World, draw, to_pil
 from utils.model.clip import load_clip
 from utils.model.dictionaries import Dictionary
 from utils.model.dictionary_files import save_dictionary
 
-LAYER = 4
+LAYER = GRADED
 SITES = {"resid": "resid.post", "mlp": "mlp.out"}
 PICTURES = 32  # of a step
 TOKENS = 32  # of each of them

@@ -23,7 +23,6 @@ from demo.figures import markdown_table
 from demo.launch import load_everything, run
 from demo.measure import Tree
 from demo.run_demo import readable, stage
-from demo.train_sae import LAYER
 from demo.truth import true_of
 from utils import grading
 from utils.controls import Rotation
@@ -37,6 +36,7 @@ from utils.runtime.records import load_record
 from utils.units import ACTS, fold_units, look_at
 
 RESID, MLP = (str(layout.HERE / f"symbols-sae-{name}.safetensors") for name in ("resid", "mlp"))
+LAYER = layout.GRADED  # that these are of
 FROZEN = "symbols-sae-resid-frozen.safetensors"  # in the folder of the demo
 CONTROLS = 2  # control dictionaries
 KEPT = 4  # units whose effects a picture keeps
