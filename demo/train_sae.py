@@ -1,10 +1,12 @@
 """Train the world's own dictionaries: top-k units of the small CLIP's residual stream and MLP, on a CPU.
 
-    python -m demo.train_sae [--output_dir demo]
+    python -m demo.train_sae [--output_dir demo] [--random_decoder]
 
 Writes DIR/symbols-sae-resid.safetensors and symbols-sae-mlp.safetensors, in our own format (docs/units.md)
 and in 16 bits: 2,048 units each of what layer 4 writes, of which 16 act on a token. Both are trained in one
-pass over drawn pictures, each of which is seen once; about four minutes on one core.
+pass over drawn pictures, each of which is seen once; about four minutes on one core. With --random_decoder
+their control, symbols-sae-resid-frozen.safetensors: decoder rows stay random directions, and all else of the
+residual stream's dictionary is trained as ever.
 
     f = topk(relu((x - b_dec) W_enc + b_enc))     x^ = f W_dec + b_dec     loss = |x - x^|^2 / |x - mean x|^2
 
@@ -21,13 +23,13 @@ import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from demo.layout import HERE, MODEL, WEIGHTS
+from demo.layout import GRADED, HERE, MODEL, WEIGHTS
 from demo.world import HARD_RATE, World, draw, to_pil
 from utils.model.clip import load_clip
 from utils.model.dictionaries import Dictionary
 from utils.model.dictionary_files import save_dictionary
 
-LAYER = 4
+LAYER = GRADED
 SITES = {"resid": "resid.post", "mlp": "mlp.out"}
 PICTURES = 32  # of a step
 TOKENS = 32  # of each of them
@@ -41,19 +43,24 @@ class Autoencoder:
     x: tokens [n, d], from which it starts.
     units, k: how many there are, and how many act on a token.
     lr: of Adam.
+    frozen: whether decoder rows stay random directions.
     """
 
-    def __init__(self, x, units, k, lr):
+    def __init__(self, x, units, k, lr, frozen=False):
         self.k = k
         self.bias = x.mean(dim=0).requires_grad_()
         self.variance = float((x - x.mean(dim=0)).square().sum(dim=1).mean())
-        chosen = torch.randperm(len(x))[:units]
-        rows = normalize((x[chosen] - self.bias).detach(), dim=1)
-        self.decoder = rows.clone().requires_grad_()
+        if frozen:
+            rows = normalize(torch.randn(units, x.shape[1]), dim=1)
+        else:
+            chosen = torch.randperm(len(x))[:units]
+            rows = normalize((x[chosen] - self.bias).detach(), dim=1)
+        self.decoder = rows.clone().requires_grad_(not frozen)
         self.encoder = (START * rows).requires_grad_()
         self.encoder_bias = torch.zeros(units, requires_grad=True)
-        self.weights = [self.encoder, self.encoder_bias, self.decoder, self.bias]
-        self.adam = torch.optim.Adam(self.weights, lr=lr, betas=(0.9, 0.99))
+        weights = [self.encoder, self.encoder_bias, self.decoder, self.bias]
+        learned = [weight for weight in weights if weight.requires_grad]
+        self.adam = torch.optim.Adam(learned, lr=lr, betas=(0.9, 0.99))
 
     def step(self, x):
         """Learn from tokens x [n, d]; return the share of the variance that is lost."""
@@ -94,13 +101,16 @@ def tokens(clip, world, rng, pictures):
 
 
 def train(args):
-    """Train both dictionaries; return {name: Autoencoder} and the share of variance lost at the end."""
+    """Train the dictionaries; return {name: Dictionary} and {name: share of variance lost at the end}."""
     torch.manual_seed(args.seed)
     clip = load_clip(MODEL, WEIGHTS, "cpu", image_only=True)
     rng = random.Random(f"dictionaries {args.seed}")
     world = World()
     first = tokens(clip, world, rng, FIRST)
-    found = {name: Autoencoder(x.clone(), args.units, args.k, args.lr) for name, x in first.items()}
+    frozen = args.random_decoder
+    sizes = (args.units, args.k, args.lr)
+    sites = {"resid": SITES["resid"]} if frozen else SITES
+    found = {name: Autoencoder(first[name].clone(), *sizes, frozen) for name in sites}
     steps = args.pictures // PICTURES
     lost = dict.fromkeys(found, 1.0)
     with tqdm(range(steps), desc="dictionaries", unit="step") as bar:
@@ -118,6 +128,7 @@ def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--output_dir", type=Path, default=HERE)
+    parser.add_argument("--random_decoder", action="store_true", help="train the control instead")
     parser.add_argument("--pictures", type=int, default=38_400)
     parser.add_argument("--units", type=int, default=2048)
     parser.add_argument("--k", type=int, default=16)
@@ -128,7 +139,8 @@ def main():
     found, lost = train(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, dictionary in found.items():
-        path = args.output_dir / f"symbols-sae-{name}.safetensors"
+        name_of = f"{name}-frozen" if args.random_decoder else name
+        path = args.output_dir / f"symbols-sae-{name_of}.safetensors"
         save_dictionary(path, dictionary)
         print(f"wrote {path}: rebuilds {100 * (1 - lost[name]):.1f} % of the variance")
     print(f"{time.time() - began:.0f} seconds")

@@ -4,11 +4,13 @@
 
 Runs the stages with --units on layer 4 of the symbols that `run_demo.py` has drawn (it draws them where they
 are missing), and writes DIR/units.json and DIR/units.md, one table. Rows: the residual stream's and the MLP's
-dictionary (`train_sae.py`), a random dictionary of that size, neurons, pairs of neurons and heads, and a
-random rotation of the neurons. What is true of a picture is read from the world's files.
+dictionary (`train_sae.py`), one of the residual stream that is trained with a decoder which stays random (DIR
+gets it), random directions without any training, neurons, pairs of neurons and heads, and a random rotation
+of the neurons. What is true of a picture is read from the world's files.
 """
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,6 @@ from demo.figures import markdown_table
 from demo.launch import load_everything, run
 from demo.measure import Tree
 from demo.run_demo import readable, stage
-from demo.train_sae import LAYER
 from demo.truth import true_of
 from utils import grading
 from utils.controls import Rotation
@@ -35,16 +36,23 @@ from utils.runtime.records import load_record
 from utils.units import ACTS, fold_units, look_at
 
 RESID, MLP = (str(layout.HERE / f"symbols-sae-{name}.safetensors") for name in ("resid", "mlp"))
-SETS = {  # what is looked at, and its --units
-    "residual dictionary": RESID,
-    "MLP dictionary": MLP,
-    "random dictionary": f"random:{RESID}",
-    "neurons": None,
-    "pairs": "pairs",
-}
+LAYER = layout.GRADED  # that these are of
+FROZEN = "symbols-sae-resid-frozen.safetensors"  # in the folder of the demo
 CONTROLS = 2  # control dictionaries
 KEPT = 4  # units whose effects a picture keeps
 TEXTS = "words"
+
+
+def sets_of(out):
+    """Return {what is looked at: its --units}. out: folder of the demo."""
+    return {
+        "residual dictionary": RESID,
+        "MLP dictionary": MLP,
+        "random decoder, trained encoder": str(out / FROZEN),
+        "random directions": f"random:{RESID}",
+        "neurons": None,
+        "pairs": "pairs",
+    }
 
 
 def commands(out, units):
@@ -78,8 +86,9 @@ def prepare(out):
         (world / "segmentation_two.mat", ["-m", "demo.make_world", "--output_dir", world]),
         (path("classifier"), stage("compute_classifier_projection.py", *tree, *names, *where)),
         (path("texts", texts=TEXTS), stage("compute_text_set_projection.py", *texts, *where)),
+        (out / FROZEN, ["-m", "demo.train_sae", "--random_decoder", "--output_dir", out]),
     ]
-    for units in SETS.values():
+    for units in sets_of(out).values():
         todo += commands(out, units)
     for result, words in todo:
         if not result.exists():
@@ -167,6 +176,14 @@ class Measured:
         atoms = normalize(atoms - atoms.mean(dim=0), dim=1)
         return (torch.from_numpy(self.load("pca")) @ atoms.T).argmax(dim=1).numpy()
 
+    def over_noise(self):
+        """Return {what: number} of what 1 text that units fire on has over noise; {} without grades."""
+        path = self.results.path("graded", split="val", **self.names)
+        if self.rotated or not path.is_file():
+            return {}
+        columns = json.loads(path.read_text())["over_noise"][str(LAYER)]["fires_on"]["pearson"]
+        return {"skill": columns["skill"][0], "better": columns["better"][0]}
+
     def deleted(self):
         """Return {what: means} of how well it says what deleting a unit does; {} where none was deleted."""
         path = self.results.path("deletion_rows", split="val", **self.names)
@@ -212,18 +229,20 @@ class Measured:
         full, none, kept = self.accuracies()
         found = {"units": int(self.kept.sum()), "fires on": self.true_share(self.fired_on())}
         found |= {"writes": self.true_share(self.written()), "4 kept": kept, "all": full, "none": none}
-        return found | self.deleted()
+        return found | self.over_noise() | self.deleted()
 
 
-COLUMNS = {
-    "units": "units that act",
-    "fires on": "the text that it fires on is true of the picture on which it acts most, %",
-    "writes": "so is the text that it writes, %",
-    "4 kept": f"accuracy with the {KEPT} largest effects of every picture, %",
-    "by deletion": "its 8 written texts predict its deletion",
-    "control": "8 random directions",
-    "logit lens": "logit lens",
-    "null": "another unit's",
+COLUMNS = {  # what of a row: its title, how a number is written, and what it is multiplied with
+    "units": ("units that act", "{:.0f}", 1),
+    "fires on": ("the text that it fires on is true of the picture on which it acts most, %", "{:.0f}", 100),
+    "writes": ("so is the text that it writes, %", "{:.0f}", 100),
+    "4 kept": (f"accuracy with the {KEPT} largest effects of every picture, %", "{:.1f}", 1),
+    "skill": ("skill of 1 text that it fires on", "{:.2f}", 1),
+    "better": ("units for which it is better than noise, %", "{:.0f}", 100),
+    "by deletion": ("its 8 written texts predict its deletion", "{:.2f}", 1),
+    "control": ("8 random directions", "{:.2f}", 1),
+    "logit lens": ("logit lens", "{:.2f}", 1),
+    "null": ("another unit's", "{:.2f}", 1),
 }
 
 
@@ -232,23 +251,14 @@ def report(table, world):
     rows = []
     for name, row in table.items():
         cells = [name]
-        for column in COLUMNS:
-            value = row.get(column)
-            if value is None:
-                cells.append("")
-            elif column == "units":
-                cells.append(f"{value}")
-            elif column == "4 kept":
-                cells.append(f"{value:.1f}")
-            elif column in ("fires on", "writes"):
-                cells.append("; ".join(f"{100 * mean:.0f}" for mean in value))
-            else:
-                cells.append("; ".join(f"{mean:.2f}" for mean in value))
+        for column, (_, form, factor) in COLUMNS.items():
+            numbers = np.atleast_1d(row[column]) if column in row else []
+            cells.append("; ".join(form.format(factor * number) for number in numbers))
         rows.append(cells)
     first = next(iter(table.values()))
     neurons = table["neurons"]
     chance = 100 * float(world.true.mean())
-    lines = [*markdown_table(["layer 4", *COLUMNS.values()], rows), ""]
+    lines = [*markdown_table(["layer 4", *(title for title, *_ in COLUMNS.values())], rows), ""]
     lines.append(
         "Two numbers: plain means over units, and means weighted by the energy of their effects. "
         f"Nearest text of a picture: true of {100 * world.nearest():.0f} %; a random text: {chance:.1f} %. "
@@ -266,7 +276,7 @@ def main():
     load_everything()
     prepare(out)
     world = World(out)
-    table = {name: Measured(world, units).row() for name, units in SETS.items()}
+    table = {name: Measured(world, units).row() for name, units in sets_of(out).items()}
     table["rotated neurons"] = Measured(world, None, rotated=True).row()
     save_json(out / "units.json", table)
     (out / "units.md").write_text(report(table, world))

@@ -33,6 +33,8 @@ from tests import tiny_timm  # noqa: F401 (its models are known to every stage)
 from tests.conftest import ROOT
 from tests.photos import discs, write_mat, write_photos
 from tests.system import refuse
+from utils.model.dictionaries import Dictionary
+from utils.model.dictionary_files import save_dictionary
 
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTS = (  # of all stages, so that a process forks with them
@@ -75,6 +77,9 @@ STAGES = (
     "gallery",
 )
 STAGES += ("segmentation",)
+UNIT_STAGES = ("units_top", "units_full", "units_pcas", "units_evaluation")  # look at units of a dictionary
+SELDOM = -2.5  # bias of units that act on few of the photos
+RARE = 6  # units of `two_sided` that hardly act
 
 
 def _start_forkserver():
@@ -267,23 +272,38 @@ def the_line(printed):
         "texts:",
     )
     bars += ("masks:", "bytes of images:")
+    bars += ("102 units of ", "they rebuild ", "of the site's ", "without any attention ")  # no fault
     lines = [line for line in lines if not line.startswith(bars) and not line.endswith("GB free")]
     assert len(lines) == 1 and lines[0].startswith("error: "), printed
     return lines[0]
 
 
+def two_sided(site="resid.post", layer=1, d=48, bias=-1e4):
+    """A dictionary that rebuilds all: an orthogonal basis and its negative, and units that hardly act."""
+    V = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0))).Q
+    both = torch.cat([V, -V, V[:RARE]])
+    biases = torch.zeros(len(both))
+    biases[-RARE:] = bias
+    decoder = torch.cat([V, -V, 1e-6 * V[:RARE]])
+    return Dictionary(both, biases, decoder, torch.zeros(d), site=site, layer=layer)
+
+
 class World:
-    """Photos whose number no batch size divides, a tiny model, texts, and the flags that name them."""
+    """Photos whose number no batch size divides, a tiny model, texts, a dictionary, and the flags that name
+    them."""
 
     def __init__(self, root, model, per_class=16, graded=GRADED, **photos):
         self.graded = graded
         self.root, self.base, self.whole = Path(root), Path(root) / "base", Path(root) / "whole"
+        self.unit_base = self.root / "units"
         self.photos = write_photos(self.root / "photos", per_class=per_class, side=40, **photos)
         for split in ("train", "val"):
             min((self.photos / split).rglob("*.JPEG")).unlink()
         rng = np.random.default_rng(0)
         words = ["".join(rng.choice(list("abcdefghijklmno"), 5)) for _ in range(WORDS)]
         (self.root / "words.txt").write_text("\n".join(words))
+        self.dictionary = self.root / "mine.safetensors"
+        save_dictionary(self.dictionary, two_sided(bias=SELDOM))
         self.model = ["--model", model, "--pretrained", "random"]
         self.data = ["--dataset", "folder", "--data_path", self.photos, "--num_workers", 0, "--batch_size", 4]
         self.train, self.val = [*self.data, "--split", "train"], [*self.data, "--split", "val"]
@@ -337,6 +357,21 @@ class World:
                 {},
             ),
             "segmentation": ("compute_segmentation.py", [*masks, *reads], {}),
+            **self.unit_stages(k, texts[:-1], small),
+        }
+
+    def unit_stages(self, k, texts, small):
+        """The stages that look at units of a dictionary; inputs are in `unit_base`."""
+        units = ["--units", self.dictionary]
+        reads = ["--input_dir", self.unit_base, *units]
+        effects = "compute_second_order_neuron_prs.py"
+        described = [*self.val, *k, *texts, *reads]
+        return {
+            "units_top": (effects, [*self.train, "--keep", "top", *k, *units], {}),
+            "units_full": (effects, [*self.train, "--keep", "full", *units], {}),
+            "units_pcas": ("compute_pcas.py", ["--dataset", "folder", *k, *reads], {}),
+            "units_decomposition": ("compute_sparse_decomposition.py", described, small),
+            "units_evaluation": ("evaluate_descriptions.py", described, small),
         }
 
     def command(self, name, output, *more):
@@ -377,7 +412,9 @@ class World:
         write_mat(self.root / "discs.mat", *discs(25))
         for name in ("classifier", "full", "pcas", "texts", "decomposition", "evaluation"):
             self.run(name, self.base)
-        for name in STAGES:
+        for name in ("units_top", "units_pcas", "texts", "units_decomposition"):
+            self.run(name, self.unit_base)
+        for name in (*STAGES, *UNIT_STAGES):
             self.run(name, self.whole / name)
         return self
 

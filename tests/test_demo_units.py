@@ -8,7 +8,7 @@ import torch
 
 from demo import train_sae
 from demo.layout import HERE, MODEL, WEIGHTS
-from demo.units import SETS, report
+from demo.units import report, sets_of
 from demo.world import World, draw, to_pil
 from utils.model.clip import load_clip
 from utils.model.dictionary_files import read_dictionary
@@ -48,7 +48,7 @@ def test_they_rebuild_new_pictures(clip, name):
 
 def test_training_learns_and_what_it_writes_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "FIRST", 64)
-    args = {"units": 96, "k": 8, "lr": 2e-3, "seed": 0}
+    args = {"units": 96, "k": 8, "lr": 2e-3, "seed": 0, "random_decoder": False}
     found, lost = train_sae.train(Namespace(pictures=60 * train_sae.PICTURES, **args))
     _, before = train_sae.train(Namespace(pictures=4 * train_sae.PICTURES, **args))
     assert set(found) == set(NAMES) and all(0 < lost[name] < 0.7 * before[name] for name in NAMES)
@@ -60,6 +60,18 @@ def test_training_learns_and_what_it_writes_can_be_read(tmp_path, monkeypatch):
         assert torch.allclose(read.decoder.norm(dim=1), torch.ones(96), atol=1e-2), name
 
 
+def test_a_decoder_that_is_random_stays_so_and_the_rest_is_trained(monkeypatch):
+    monkeypatch.setattr(train_sae, "FIRST", 64)
+    args = {"units": 96, "k": 8, "lr": 2e-3, "seed": 0, "random_decoder": True}
+    found, lost = train_sae.train(Namespace(pictures=60 * train_sae.PICTURES, **args))
+    before, lost_before = train_sae.train(Namespace(pictures=2 * train_sae.PICTURES, **args))
+    assert set(found) == {"resid"} and 0 < lost["resid"] < 0.9 * lost_before["resid"]
+    assert torch.equal(found["resid"].decoder, before["resid"].decoder)
+    assert not torch.equal(found["resid"].encoder, before["resid"].encoder)
+    cosines = found["resid"].decoder.float() @ found["resid"].decoder.float().T
+    assert cosines.fill_diagonal_(0).abs().mean() < 0.1  # 96 in 128 dimensions; of tokens it is 0.3
+
+
 def test_the_table_has_a_row_for_each_set_and_its_controls():
     class Truth:
         true = torch.zeros(2, 4).numpy()
@@ -69,8 +81,13 @@ def test_the_table_has_a_row_for_each_set_and_its_controls():
 
     row = {"units": 5, "fires on": [0.5, 0.6], "writes": [0.25, 0.3], "4 kept": 90.0}
     row |= {"all": 97.0, "none": 80.0}
-    table = {name: row | {"by deletion": [0.9, 0.8]} for name in SETS} | {"rotated neurons": row}
+    sets = sets_of(HERE / "output")
+    assert {"random decoder, trained encoder", "random directions", "neurons", "pairs"} < sets.keys()
+    graded = {"skill": 0.125, "better": 0.5, "by deletion": [0.9, 0.8]}
+    table = {name: row | graded for name in sets} | {"rotated neurons": row}
     text = report(table, Truth())
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(SETS) + 1 and "| 50; 60 | 25; 30 | 90.0 | 0.90; 0.80 |" in lines[2]
+    assert len(lines) == 2 + len(sets) + 1
+    assert "| 5 | 50; 60 | 25; 30 | 90.0 | 0.12 | 50 | 0.90; 0.80 |" in lines[2]
+    assert lines[-1].endswith("| 90.0 | | | | | | |")
     assert "true of 97 %" in text and "0.0 %" in text

@@ -17,6 +17,7 @@ from tests.launcher import (
     COMMITS,
     HANGS,
     STAGES,
+    UNIT_STAGES,
     assert_same_files,
     finish,
     finished_pieces,
@@ -39,7 +40,7 @@ def world(tmp_path_factory, tiny_model):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_leave_the_files_of_one(world, size):
-    for name in STAGES:
+    for name in (*STAGES, *UNIT_STAGES):
         output = world.root / f"by_{size}" / name
         printed = world.run(name, output, size=size)
         assert_same_files(output, world.whole / name)
@@ -62,13 +63,29 @@ def test_more_processes_than_pieces(world):
     assert_same_files(world.root / "few_3", world.root / "few_1")
 
 
+@pytest.mark.parametrize("name", ["full", "units_full"])
 @pytest.mark.parametrize(("started_by", "finished_by"), [(2, 3), (3, 1), (1, 2)])
-def test_a_pass_may_be_finished_by_another_number_of_processes(world, started_by, finished_by):
-    output = world.root / f"from_{started_by}_to_{finished_by}"
-    interrupt(world, "full", output, started_by)
+def test_a_pass_may_be_finished_by_another_number_of_processes(world, name, started_by, finished_by):
+    output = world.root / f"{name}_from_{started_by}_to_{finished_by}"
+    interrupt(world, name, output, started_by)
     assert finished_pieces(output) == 2 * started_by
-    world.run("full", output, size=finished_by)
-    assert_same_files(output, world.whole / "full")
+    world.run(name, output, size=finished_by)
+    assert_same_files(output, world.whole / name)
+
+
+@pytest.mark.parametrize("size, pieces", [(2, 2), (2, 7), (3, 4)])  # of one pass after the other
+def test_grades_of_units_are_resumed_by_as_many_processes(world, size, pieces):
+    output = world.root / f"units_graded_by_{size}_{pieces}"
+    arguments, constants = world.command("units_evaluation", output)
+    log = world.root / f"{output.name}.log"
+    held = {**constants, **hold(pieces, log)}
+    processes = start_ranks(size, *arguments, log=log, constants=held)
+    processes[-1].marker = Path(f"{log}.held.{size - 1}")
+    wait_until_held(processes[-1])  # the others may wait for it
+    kill(*processes)
+    assert finished_pieces(output) >= 1 and not list(output.glob("*grades*.npy"))
+    world.run("units_evaluation", output, size=size)
+    assert_same_files(output, world.whole / "units_evaluation")
 
 
 def test_sums_that_another_process_took_over_count_once(world):
@@ -81,17 +98,18 @@ def test_sums_that_another_process_took_over_count_once(world):
     assert_same_files(output, world.whole / "full")
 
 
-@pytest.mark.parametrize("pieces", [2, 10])  # of the first pass, of the second
-def test_what_processes_keep_for_themselves_is_resumed_by_as_many(world, pieces):
-    output = world.root / f"top_of_2_{pieces}"
-    interrupt(world, "top", output, 2, pieces)
-    line = the_line(world.run("top", output, code=1))
+@pytest.mark.parametrize("name", ["top", "units_top"])
+@pytest.mark.parametrize("size, pieces", [(2, 2), (2, 10), (3, 7)])  # of the first pass, or of the second
+def test_what_processes_keep_for_themselves_is_resumed_by_as_many(world, name, size, pieces):
+    output = world.root / f"{name}_of_{size}_{pieces}"
+    interrupt(world, name, output, size, pieces)
+    line = the_line(world.run(name, output, code=1))
     assert "belongs to a run with other number of processes" in line and "--overwrite" in line
-    again = shutil.copytree(output, world.root / f"top_of_2_{pieces}_again")
-    world.run("top", output, size=2)
-    assert_same_files(output, world.whole / "top")
-    world.run("top", again, "--overwrite")  # also what the second process has kept goes
-    assert_same_files(again, world.whole / "top")
+    again = shutil.copytree(output, world.root / f"{output.name}_again")
+    world.run(name, output, size=size)
+    assert_same_files(output, world.whole / name)
+    world.run(name, again, "--overwrite")  # also what the second process has kept goes
+    assert_same_files(again, world.whole / name)
 
 
 def start_held(world, name, output, size, pieces=2):

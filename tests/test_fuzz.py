@@ -27,13 +27,14 @@ import scipy.sparse
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from sklearn.decomposition import SparseCoder
 
 from tests import definition
 from tests.browser import received
 from tests.conftest import ROOT, TINY
-from tests.launcher import start
+from tests.launcher import start, two_sided
 from tests.photos import discs, write_mat, write_photos
 from tests.test_segmentation import activations_of, reference_scores
 
@@ -64,6 +65,14 @@ BASE = f"folder_train_mlps_tiny_weights_{LAYER}_"
 PICTURES = ["photos/val/anchor/0000.JPEG", "photos/val/cup/0001.JPEG"]
 QUESTION = ["--text", "an anchor", *OF_LAYER, "--text_descriptions", "words", "--components", COMPONENTS]
 QUESTION += ["--neurons", 4, "--counts", 1, 3, "--num_workers", 0, "--batch_size", 4]
+OF_UNITS = two_sided(layer=LAYER)
+DICTIONARY = {
+    "encoder.weight": OF_UNITS.encoder,
+    "encoder.bias": OF_UNITS.encoder_bias,
+    "decoder.weight": OF_UNITS.decoder,
+    "decoder.bias": OF_UNITS.decoder_bias,
+}
+PLACED = {"site": "resid.post", "layer": str(LAYER), "activation": "relu"}
 KNOWN = ["activations", "activations", "weights.safetensors", "folder_classifier_tiny_weights", "controls"]
 KNOWN += [f"decomposition_omp_1.0_{COMPONENTS}", f"fires_on_omp_{COMPONENTS}"]
 STAGES = {  # name: (script, flags, what it reads)
@@ -79,6 +88,11 @@ STAGES = {  # name: (script, flags, what it reads)
         "compute_second_order_neuron_prs.py",
         [*DATA, "--split", "val", "--mlp_layer", LAYER],
         ["photos/val", "weights.safetensors"],
+    ),
+    "units": (
+        "compute_second_order_neuron_prs.py",
+        [*DATA, "--split", "val", "--units", "mine.safetensors", "--keep", "full"],
+        ["photos/val", "weights.safetensors", "mine.safetensors", "mine.safetensors", "mine.safetensors"],
     ),
     "full": ("compute_pcas.py", OF_LAYER, ["coefficients", "bias", "values", "outputs"]),
     "top": (
@@ -229,6 +243,9 @@ class World:
         ]
         for command in commands:
             assert run(folder, *command) == (0, ""), command
+        save_file(
+            DICTIONARY, folder / "mine.safetensors", {**PLACED, "fingerprint": self.fingerprint(folder)}
+        )
         shutil.copytree(folder / "out", folder / "explained", copy_function=os.link)
         for path in (folder / "full").glob("*activations*"):
             shutil.copy(path, folder / "explained")
@@ -242,6 +259,11 @@ class World:
             if not path.name.endswith("merged.npy"):
                 path.unlink()
 
+    def fingerprint(self, folder):
+        """What records say of a folder's weights."""
+        [path] = (folder / "full").glob(f"{BASE}bias.meta.json")
+        return json.loads(path.read_text())["fingerprint"]
+
     def case(self, name, source="clean"):
         """A fresh folder with the inputs of a stage: results of earlier stages in `in`, the others beside."""
         folder, origin = self.root / name, self.root / source
@@ -254,7 +276,8 @@ class World:
 
     def command(self, name):
         script, flags, _ = STAGES[name]
-        reads = [] if name in ("representations", "classifier", "effects", "texts") else ["--input_dir", "in"]
+        first = ("representations", "classifier", "effects", "units", "texts")
+        reads = [] if name in first else ["--input_dir", "in"]
         return [script, *MODEL, *flags, *reads]
 
     def model(self, folder):
@@ -396,6 +419,52 @@ def check_effects(world, folder):
 
 
 FULL = ("coefficients", "bias", "values", "outputs")
+
+
+def read_units(world, folder):
+    """What a dictionary of our own format says, by safetensors alone: metadata, and tensors in float64."""
+    path = folder / "mine.safetensors"
+    state = readable(load_file, path)
+    said = readable(lambda path: safe_open(path, "pt").metadata(), path) or {}
+    known = {"site": "resid.post", "activation": "relu", "reads": "same", "tokens": "all"}
+    if said.get("site") is None or any(said.get(key, value) != value for key, value in known.items()):
+        raise Refused("settings")
+    ours = sha(folder / "weights.safetensors") == sha(world.weights)
+    if said.get("fingerprint") and not (ours and said["fingerprint"] == world.fingerprint(world.clean)):
+        raise Refused("another model")
+    wide = {name: readable(lambda name: state[name].double(), name) for name in DICTIONARY}
+    shapes = {name: tensor.shape for name, tensor in DICTIONARY.items()}
+    if {name: tensor.shape for name, tensor in wide.items()} != shapes:
+        raise Refused("shapes")
+    if not all(tensor.isfinite().all() for tensor in wide.values()):
+        raise Refused("numbers")
+    if (wide["decoder.weight"] == 0).all(dim=1).any() or said.get("layer") not in list("0123"):
+        raise Refused("a unit that writes nothing, or of no layer")
+    return said, wide
+
+
+def check_units(world, folder):
+    said, of = read_units(world, folder)
+    layer, (_, model) = int(said["layer"]), world.model(folder)
+    encoder, bias, decoder, rest = (of[name] for name in DICTIONARY)
+    expected, acts, sites, errors = [], [], [], []
+    for path, _ in pictures(folder)[0]:
+        pixels = world.transform(picture(path)).double()
+        x = definition.run(model.visual, pixels).z[layer + 1]
+        f = torch.relu(x @ encoder.T + bias)
+        expected.append(definition.unit_effects(model.visual, pixels, layer, f, decoder).numpy())
+        acts.append((f > 0).any(dim=0).numpy())
+        sites.append(x.numpy())
+        errors.append((x - f @ decoder - rest).numpy())
+    sites = np.concatenate(sites)
+    share = 1 - np.square(errors).sum() / np.square(sites - sites.mean(axis=0)).sum()
+    if not share > 0.49:
+        raise Refused("rebuilds too little")
+    base = folder / "out" / f"folder_val_mlps_tiny_weights_{layer}_mine_"
+    parts = (np.load(f"{base}{part}.npy").astype(float) for part in FULL)
+    C, kappa, values, outputs = parts
+    close(np.einsum("ikn,kne,keo->ino", C, values, outputs) + kappa[:, None], np.stack(expected))
+    assert (np.load(f"{base}acts.npy") == np.sum(acts, axis=0)).mean() > 0.97
 
 
 def check_statistics(world, folder):
@@ -841,6 +910,7 @@ def check_grade(of, n, side, entries, path, grades):
 
 CHECKS = {
     "representations": check_representations, "classifier": check_classifier, "effects": check_effects,
+    "units": check_units,
     "full": check_statistics, "top": check_statistics, "merged": check_statistics,
     "ablations": check_ablations, "texts": check_texts, "decomposition": check_decomposition,
     "evaluation": check_evaluation, "gallery": check_gallery, "segmentation": check_segmentation,
@@ -1319,6 +1389,116 @@ def test_an_explanation_takes_odd_names_and_more_neurons_than_there_are(world):
     answer = json.loads(path.read_text())["answers"][0]
     assert answer["name"] == "caf\\udce9.png"
     assert [row["count"] for row in answer["proof"]["delete"]["contribution"]] == [1, 96]
+
+
+# dictionaries that do not fit, each as a user would meet it
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def changed(**metadata):
+    """A change of a dictionary's metadata; None takes a key out."""
+    return of_tensors({}, **metadata)
+
+
+def of_tensors(tensors, **metadata):
+    """A change of a dictionary: {name: tensor} that it has in the place of its own, and metadata."""
+    state = {name: tensor.contiguous() for name, tensor in (DICTIONARY | tensors).items()}
+    placed = {key: value for key, value in (PLACED | metadata).items() if value is not None}
+    return with_bytes(save(state, placed))
+
+
+def with_bytes(content):
+    return lambda folder: replace(folder / "mine.safetensors", content)
+
+
+def as_pickle(content):
+    return lambda folder: torch.save(content, folder / "mine.pt")
+
+
+def with_column(value):
+    decoder = W_DEC.clone()
+    decoder[3] = value
+    return {"decoder.weight": decoder}
+
+
+def cut_in_half(folder):
+    content = (folder / "mine.safetensors").read_bytes()
+    replace(folder / "mine.safetensors", content[: len(content) // 2])
+
+
+def two_in_a_folder(folder):
+    (folder / "two").mkdir()
+    for name in "ab":
+        shutil.copy(folder / "mine.safetensors", folder / "two" / f"{name}.safetensors")
+
+
+W_ENC, B_ENC, W_DEC, B_DEC = DICTIONARY.values()
+CAPITALS = {"W_enc": W_ENC.T.contiguous(), "b_enc": B_ENC, "W_dec": W_DEC, "b_dec": B_DEC}
+OTHER = two_sided(d=32)
+NARROW = (OTHER.encoder, OTHER.encoder_bias, OTHER.decoder, OTHER.decoder_bias)
+SQUARE = torch.randn(48, 48, generator=torch.Generator().manual_seed(1))  # whose transpose would rebuild
+TURNED = (SQUARE, torch.zeros(48), torch.linalg.inv(SQUARE), B_DEC)
+NO_UNITS = (W_ENC[:0], B_ENC[:0], W_DEC[:0], B_DEC)
+NARROW, TURNED, NO_UNITS = (dict(zip(DICTIONARY, each, strict=True)) for each in (NARROW, TURNED, NO_UNITS))
+PICKLE = ["--units", "mine.pt"]
+NOT_RUN = "nothing but tensors and numbers is read"
+MISFITS = {  # what is done to a folder, more flags, and what the line says
+    "another width": (of_tensors(NARROW), [], "reads 32 and writes 32 numbers, .* tower is 48 wide"),
+    "another site": (None, ["--site", "mlp.out"], "is of resid.post; leave the flag out"),
+    "no site": (changed(site=None), [], "add --site"),
+    "an unknown site": (changed(site="ln_2.out"), [], "its site is 'ln_2.out'"),
+    "another layer": (changed(layer="7"), [], "is of layer 7"),
+    "two layers": (None, ["--mlp_layer", 1, 2], "is of layer 2; leave the flag out"),
+    "another model": (changed(fingerprint="0" * 16), [], "trained on other weights"),
+    "unknown tokens": (changed(tokens="some"), [], "its tokens is 'some'"),
+    "cut off": (cut_in_half, [], "cut off or damaged"),
+    "empty": (with_bytes(b""), [], "mine.safetensors"),
+    "a text": (with_bytes(b"units\n"), [], "mine.safetensors"),
+    "code in place of a config": (as_pickle({"cfg": Hostile(), "state_dict": CAPITALS}), PICKLE, NOT_RUN),
+    "code in place of weights": (as_pickle(Hostile()), PICKLE, NOT_RUN),
+    "a list": (as_pickle([1, 2]), PICKLE, "no dictionary that is known"),
+    "zero column": (of_tensors(with_column(0)), [], "1 of 102 units whose decoder vectors are 0"),
+    "NaN column": (of_tensors(with_column(torch.nan)), [], "holds NaN or infinity"),
+    "transposed encoder": (of_tensors({"encoder.weight": W_ENC.T}), [], "encoder bias is 102, and 48 fits"),
+    "transposed decoder": (of_tensors({"decoder.weight": W_DEC.T}), [], "the decoder is 48 x 102"),
+    "transposed, and square": (
+        of_tensors(TURNED, activation="identity"),
+        [],
+        "rebuilds only .* of the variance of resid.post of layer 2 .*likely: .*transposed weights",
+    ),
+    "whole numbers": (
+        of_tensors({"encoder.weight": W_ENC.to(torch.int8)}),
+        [],
+        "holds encoder.weight as torch.int8",
+    ),
+    "truths": (of_tensors({"decoder.weight": W_DEC > 0}), [], "holds decoder.weight as torch.bool"),
+    "a number": (of_tensors({"encoder.weight": torch.ones(())}), [], "the encoder is a number"),
+    "no units": (of_tensors(NO_UNITS), [], "the encoder is 0 x 48"),
+    "a folder without": (None, ["--units", "photos"], "photos has no weights of a dictionary"),
+    "a folder of two": (two_in_a_folder, ["--units", "two"], "two has 2 files of weights"),
+    "nothing": (None, ["--units", "missing"], "there is no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_dictionary_that_does_not_fit_is_one_line(world, what):
+    """In the stage that looks at images, and in one that reads what it has left."""
+    change, flags, expected = MISFITS[what]
+    folder = world.case("units")
+    if change:
+        change(folder)
+    before = set(folder.rglob("*"))
+    later = [*world.command("ablations"), "--units", "mine.safetensors"]
+    for command in (world.command("units"), later):
+        code, said = run(folder, *command, *flags)
+        assert code == 1 and said.startswith("error: ") and said.strip().count("\n") == 0, said
+        unseen = command is later and what == "transposed, and square"  # only images tell
+        assert re.search("is missing" if unseen else expected, said), said
+        assert set(folder.rglob("*")) == before  # nothing half-written, nothing run
 
 
 def allowed(name, file):

@@ -10,30 +10,27 @@ import torch
 from matplotlib.text import Text
 from numpy.testing import assert_allclose
 
-from tests.launcher import World, run_stage_of_user
+from tests.conftest import ROOT
+from tests.launcher import RARE, World, run_stage_of_user, two_sided
 from tests.test_dictionaries import save
+from utils.controls import Compared
 from utils.data.images import load_images
+from utils.data.splits import Split
+from utils.evaluation import Graded, LayerResults
 from utils.model.clip import load_clip
 from utils.model.dictionaries import Dictionary
 from utils.model.dictionary_files import read_dictionary, save_dictionary
 from utils.neurons import NeuronLayer
 from utils.prs import second_order
+from utils.reports import save_lines
+from utils.runtime.errors import UserError
 from utils.runtime.results import Results
-from utils.units import Features, look_at
+from utils.units import Features, check_rebuilding, look_at
 
-RARE = 6  # units that act on few images or none
 TOP = 5
+COUNTS = (20, 19, 12, 5, 1, 0)  # training images on which the last units act: 20 are enough to be graded
+FEW = 5  # units that are not
 PREFIX = "folder_train_mlps_tiny_random_1_mine_"
-
-
-def two_sided(site="resid.post", layer=1, d=48):
-    """A dictionary that rebuilds all: an orthogonal basis and its negative, and units that never act."""
-    V = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0))).Q
-    both = torch.cat([V, -V, V[:RARE]])
-    bias = torch.zeros(len(both))
-    bias[-RARE:] = -1e4
-    decoder = torch.cat([V, -V, 1e-6 * V[:RARE]])
-    return Dictionary(both, bias, decoder, torch.zeros(d), site=site, layer=layer)
 
 
 class Units(World):
@@ -44,11 +41,33 @@ class Units(World):
         return run_stage_of_user(script, *own, *flags, folder=self.root)
 
 
+def training_images(world, model):
+    """The tower, and all training images."""
+    clip = load_clip(model, "random", "cpu", image_only=True)
+    images = load_images("folder", world.photos, "train", clip.transform)
+    return clip, torch.stack([image for image, _ in images])
+
+
+def acting_on(counts, clip, pixels):
+    """A dictionary whose last units act on so many of some images, by their biases."""
+    found = two_sided()
+    with clip.vit.record("blocks.2.resid.pre") as cache:
+        clip.vit(pixels)
+    largest = (cache["blocks.2.resid.pre"] @ found.encoder[-len(counts) :].T).amax(dim=1)
+    ordered = largest.sort(dim=0, descending=True).values  # [images, counts]
+    for place, count in enumerate(counts):
+        unit = len(found.encoder) - len(counts) + place
+        if count:
+            found.encoder_bias[unit] = -ordered[count - 1 : count + 1, place].mean()
+    return found
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("units")
     made = Units(root, tiny_model, per_class=12)
-    save_dictionary(root / "mine.safetensors", two_sided())
+    made.mine = acting_on(COUNTS, *training_images(made, tiny_model))
+    save_dictionary(root / "mine.safetensors", made.mine)
     out = root / "out"
     made.said = {"effects": made.units("compute_second_order_neuron_prs.py", *made.train, "--top_k_pca", TOP)}
     made.said["pcas"] = made.units("compute_pcas.py", "--dataset", "folder", "--top_k_pca", TOP)
@@ -72,10 +91,8 @@ def array(world, name):
 @pytest.fixture(scope="module")
 def phi(world, tiny_model):
     """The effects of the units on all training images, [images, N, D], and their activations."""
-    clip = load_clip(tiny_model, "random", "cpu", image_only=True)
-    images = load_images("folder", world.photos, "train", clip.transform)
-    pixels = torch.stack([image for image, _ in images])
-    units = Features(clip.vit, two_sided())
+    clip, pixels = training_images(world, tiny_model)
+    units = Features(clip.vit, read_dictionary(world.dictionary))
     _, [found] = second_order(clip.vit, pixels, [units.fold(clip.vit)])
     return found.dense().double().numpy(), found.p.double().numpy()
 
@@ -100,12 +117,13 @@ def test_it_is_counted_on_how_many_images_units_act(world, phi):
     acts = array(world, "acts")
     assert acts.dtype == np.int32
     assert (acts == (phi[1] != 0).any(axis=1).sum(axis=0)).all()
-    assert (acts[-RARE:] == 0).all() and (acts[:-RARE] > 0).all()
+    assert acts[-RARE:].tolist() == list(COUNTS) and (acts[:-RARE] > 20).all()
 
 
-def test_what_they_rebuild_is_said(world):
+def test_what_they_rebuild_is_said(world, phi):
     said = world.said["effects"].stdout
-    assert "102 units of mine write resid.post of layer 1, 48.0 on a token" in said
+    on_a_token = (phi[1] != 0).sum(axis=2).mean()
+    assert f"102 units of mine write resid.post of layer 1, {on_a_token:.1f} on a token" in said
     assert "they rebuild 100.0 % of its variance (first 47 images)" in said
     assert "units 100 %, the decoder's bias 0 %, the error 0 %" in said
     assert "without any attention the site adds" in said
@@ -116,7 +134,7 @@ def test_the_predictions_are_those_of_numpy(world, phi, tiny_model):
     clip = load_clip(tiny_model, "random", "cpu", image_only=True)
     images = load_images("folder", world.photos, "val", clip.transform)
     pixels = torch.stack([image for image, _ in images])
-    units = Features(clip.vit, two_sided())
+    units = Features(clip.vit, read_dictionary(world.dictionary))
     rep, [found] = second_order(clip.vit, pixels, [units.fold(clip.vit)])
     effects = found.dense().double().numpy()
     rep = 100 * torch.nn.functional.normalize(rep, dim=-1).double().numpy()
@@ -136,33 +154,78 @@ def test_the_predictions_are_those_of_numpy(world, phi, tiny_model):
 
 def test_units_that_act_on_few_images_are_counted_and_not_graded(world):
     said = world.graded.stdout
-    assert f"102 units of mine: {102 - RARE} are graded, {RARE} act on fewer than 20 training images" in said
+    assert f"102 units of mine: {102 - FEW} are graded, {FEW} act on fewer than 20 training images" in said
     [table] = (world.root / "out").glob("*grades*_1_mine_*.csv")
     with open(table) as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 102 and "unit" in rows[0]
     for n, row in enumerate(rows):
-        assert (row["fires_on pearson"] == "") == (n >= 102 - RARE)
+        assert (row["fires_on pearson"] == "") == (n >= 102 - FEW)
     [summary] = (world.root / "out").glob("*_1_mine_*_summary.json")
     content = json.loads(summary.read_text())
-    assert content["graded"] == {"1": [102 - RARE, 102]} and content["unit_set"] == "mine"
-    lines = [json.loads(line) for line in table.with_suffix(".jsonl").read_text().splitlines()]
+    assert content["graded"] == {"1": [102 - FEW, 102]} and content["unit_set"] == "mine"
+    grades = np.array([float(row["fires_on pearson"]) for row in rows[:-FEW]])
+    assert abs(content["neurons"]["1"]["fires_on"]["pearson"]["mean"] - grades.mean()) < 1e-3
+    energy = np.square(array(world, "image_norms").astype(np.float64)).sum(axis=0)[:-FEW]
+    weighted = content["weighted_by_energy"]["1"]["fires_on"]["pearson"]
+    assert abs(weighted - (energy * grades).sum() / energy.sum()) < 1e-3
+
+
+def read_lines(text):
+    """The objects of a JSON-lines file; NaN and infinity are no JSON."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_line_of_json_for_every_unit_says_what_the_table_says(world):
+    [table] = (world.root / "out").glob("*grades*_1_mine_*.csv")
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    lines = read_lines(table.with_suffix(".jsonl").read_text())
     assert [line["unit"] for line in lines] == list(range(102))
     for n, (line, row) in enumerate(zip(lines, rows, strict=True)):
         assert (line["units"], line["site"], line["layer"]) == ("mine", "resid.post", 1)
         assert line["images"] == int(row["images on which it acts"])
-        assert line["fires_on"] == json.loads(row["fires_on"]) and line["writes"] == json.loads(row["writes"])
-        few = n >= 102 - RARE
+        few = n >= 102 - FEW
         assert (line["grades"] is None) == few and (line["fires_on_over_noise"] is None) == few
-        if not few:
-            better = [row[f"fires_on pearson {m}, better than noise"] == "1" for m in ("1 text", "2 texts")]
-            assert line["fires_on_over_noise"] == any(better)
-            assert line["grades"]["fires_on pearson"] == float(row["fires_on pearson"])
-    grades = np.array([float(row["fires_on pearson"]) for row in rows[:-RARE]])
-    assert abs(content["neurons"]["1"]["fires_on"]["pearson"]["mean"] - grades.mean()) < 1e-3
-    energy = np.square(array(world, "image_norms").astype(np.float64)).sum(axis=0)[:-RARE]
-    weighted = content["weighted_by_energy"]["1"]["fires_on"]["pearson"]
-    assert abs(weighted - (energy * grades).sum() / energy.sum()) < 1e-3
+        for side, grade in (("fires_on", "fires_on pearson"), ("writes", "writes share")):
+            better = [row[f"{grade} {m}, better than noise"] == "1" for m in ("1 text", "2 texts")]
+            assert few or line[f"{side}_over_noise"] == any(better)
+            assert line[side] == (json.loads(row[side]) if any(better) else [])  # else no text is invented
+        assert few or line["grades"]["fires_on pearson"] == float(row["fires_on pearson"])
+
+
+def test_texts_that_are_no_better_than_noise_are_no_texts(tmp_path):
+    """Of three units: one that texts describe, one that they do not, and one that acts on few images."""
+    texts, noise = np.array([[0.9], [0.2], [0.9]]), np.array([[0.2], [0.3], [0.2]])
+    controls = np.stack([noise - 0.1, noise + 0.1])
+    compared = {("fires_on", "pearson"): Compared("pearson", [1], texts, controls)}
+    grades = Graded(np.array([[[0.9, np.nan]], [[0.2, 0.1]], [[np.inf, 0.1]]]), ["fires_on"])
+    found = LayerResults(grades, compared, None, {})
+    said = [[(7, 0.5, "a dog")], [(8, -0.25, "a cat")], [(7, 0.5, "a dog")]]
+    sides = {"fires_on": said, "writes": said}
+    save_lines(tmp_path / "a.jsonl", found, {"layer": 1}, sides, acts=np.array([20, 400, 19]))
+    first, second, third = read_lines((tmp_path / "a.jsonl").read_text())
+    assert first["fires_on"] == [["a dog", 0.5]] and first["fires_on_over_noise"] is True
+    assert second["fires_on"] == [] and second["fires_on_over_noise"] is False
+    assert second["writes"] == [["a cat", -0.25]] and second["writes_over_noise"] is None  # no controls
+    assert third["fires_on"] == third["writes"] == [] and third["grades"] is None
+    name = grades.measures
+    assert first["grades"][f"fires_on {name[0]}"] == 0.9 and first["grades"][f"fires_on {name[1]}"] is None
+    assert first["grades"]["fires_on pearson 1 text, better than noise"] is True
+
+
+def test_the_lines_of_the_documentation_read_them(world, capsys):
+    text = (ROOT / "docs" / "units.md").read_text()
+    [code] = [of for of in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "json" in of]
+    [path] = (world.root / "out").glob("*grades*_1_mine_*.jsonl")
+    named = [line for line in read_lines(path.read_text()) if line["fires_on_over_noise"]]
+    exec(re.sub(r'open\(".*?"', f"open({str(path)!r}", code), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == min(10, len(named)) and all(line.startswith("resid.post 1 ") for line in printed)
 
 
 def test_the_controls_of_units_are_said_or_how_to_get_them(world):
@@ -176,7 +239,7 @@ def test_the_controls_of_units_are_said_or_how_to_get_them(world):
 def test_only_units_that_are_graded_are_deleted(world):
     [path] = (world.root / "out").glob("*_1_mine_*_deletion_rows.meta.json")
     neurons = json.loads(path.read_text())["neurons"]
-    assert neurons == list(range(102 - RARE))
+    assert neurons == list(range(102 - FEW))
     rows = np.load(path.with_name(path.name.replace(".meta.json", ".npy")))
     assert rows.shape[0] == len(neurons) and np.isfinite(rows).all()
 
@@ -185,7 +248,7 @@ def test_every_file_about_the_units_has_their_name_and_what_they_are_made_of(wor
     out = world.root / "out"
     of_layer = [path for path in out.glob("*_1_*.meta.json") if "words_tiny" not in path.name]
     assert of_layer and all("_1_mine_" in path.name for path in of_layer)
-    digest = two_sided().digest()
+    digest = world.mine.digest()
     recorded = [json.loads(path.read_text()).get("unit_set") for path in out.glob(f"{PREFIX}*.meta.json")]
     assert digest in recorded and set(recorded) <= {digest, None}
 
@@ -262,6 +325,31 @@ def test_pairs_have_one_form(world, tmp_path, flags, message):
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.glob("*.npy"))
+
+
+@pytest.mark.parametrize("kept", [48, 40, 32, 12])
+def test_the_share_that_is_rebuilt_is_numpys_and_half_is_the_least(world, tiny_model, tmp_path, capsys, kept):
+    whole = two_sided()
+    rows = [*range(kept), *range(48, 48 + kept)]
+    parts = (whole.encoder[rows], whole.encoder_bias[rows], whole.decoder[rows], torch.full((48,), 0.01))
+    path = tmp_path / "some.safetensors"
+    save_dictionary(path, Dictionary(*parts, site="resid.post", layer=1))
+    clip, pixels = training_images(world, tiny_model)
+    with clip.vit.record("blocks.2.resid.pre") as cache:
+        clip.vit(pixels)
+    x = cache["blocks.2.resid.pre"].double().flatten(0, 1).numpy()
+    encoder, _, decoder, bias = (part.double().numpy() for part in parts)
+    lost = np.square(x - np.maximum(x @ encoder.T, 0) @ decoder - bias).sum()
+    share = 1 - lost / np.square(x - x.mean(axis=0)).sum()
+    split = Split(load_images("folder", world.photos, "train", clip.transform), batch_size=4)
+    look_at(clip, str(path), 1)
+    if share < 0.5:
+        with pytest.raises(UserError, match=f"rebuilds only {100 * share:.1f} % .*likely: another model"):
+            check_rebuilding(clip, split, path)
+    else:
+        check_rebuilding(clip, split, path)
+    assert f"they rebuild {100 * share:.1f} % of its variance (first 47 images)" in capsys.readouterr().out
+    assert (share < 0.5) == (kept == 12)
 
 
 MISFITS = {  # what is changed in a dictionary that fits, more flags, and what the one line says

@@ -58,8 +58,9 @@ def save_lines(path, found, about, described, acts=None):
     """Write what is known of every unit of a layer as a line of JSON, for notebooks of other projects.
 
     A line has what is in `about`, the number of the unit, on how many images it acts, its texts and
-    coefficients, its grades, and whether the texts of a side say more than random directions (null where it
-    is not graded, or there were no controls).
+    coefficients, its grades (null for NaN), and whether the texts of a side say more than random directions
+    (null where it is not graded, or there were no controls). Texts that do not are left out, and so are those
+    of units that act on few images.
 
     found: `LayerResults`.
     about: {key: value} that all lines have.
@@ -75,12 +76,21 @@ def save_lines(path, found, about, described, acts=None):
         few = acts is not None and acts[n] < ACTS
         line = {**about, "unit": n, "images": None if acts is None else int(acts[n])}
         for side, texts in described.items():
-            line[side] = [[text, round(c, 6)] for _, c, text in texts[n]]
             known = side in better and not few
-            line[f"{side}_over_noise"] = bool(better[side][n]) if known else None
-        line["grades"] = None if few else {name: round(float(of[n]), 4) for name, of in columns.items()}
-        lines.append(json.dumps(line, ensure_ascii=False))
+            over_noise = bool(better[side][n]) if known else None
+            named = not few and over_noise is not False
+            line[side] = [[text, round(c, 6)] for _, c, text in texts[n]] if named else []
+            line[f"{side}_over_noise"] = over_noise
+        line["grades"] = None if few else {name: number_of(of[n]) for name, of in columns.items()}
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
     save_atomic(path, lambda out: out.write(("\n".join(lines) + "\n").encode()))
+
+
+def number_of(value):
+    """Return a grade for JSON: a truth as it is, None for NaN."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return round(float(value), 4) if np.isfinite(value) else None
 
 
 def columns_of(compared):

@@ -85,6 +85,11 @@ class Dictionary:
 
     def check(self, path):
         """Raise UserError, which begins with the path, for weights that do not fit together."""
+        for name, matrix in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if matrix.ndim != 2 or not matrix.numel():
+                has = " x ".join(map(str, matrix.shape)) or "a number"
+                what = f"{path}: the {name} is {has}, and a matrix of units x width is needed"
+                raise UserError(f"{what}; give the weights as the library saved them")
         U, d_in = self.encoder.shape
         shapes = {
             "encoder bias": (self.encoder_bias, (U,)),

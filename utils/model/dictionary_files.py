@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from utils.model.checkpoints import read_file, why_unreadable
-from utils.model.dictionaries import ACTIVATIONS, NORMS, READS, SITES, Dictionary
+from utils.model.dictionaries import ACTIVATIONS, NORMS, READS, SITES, TOKENS, Dictionary
+from utils.model.fitting import as_floats
 from utils.runtime.errors import UserError
 from utils.runtime.files import one_line, read_array, save_atomic
 
@@ -72,7 +73,7 @@ def read_dictionary(path):
     else:
         try:
             found = of_content(file)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             what = f"{type(error).__name__} {one_line(error)[:100]}"
             raise UserError(f"{file} is no dictionary that is known ({what}); {AGAIN}") from error
     found.check(file)
@@ -118,7 +119,7 @@ def of_content(file):
     config = config_of(file)
     metadata = metadata_of(file)
     if "site" in metadata or "activation" in metadata:
-        return of_ours(read_file(file, shards=False), metadata)
+        return of_ours(floats(read_file(file, shards=False), file), metadata)
     with torch.serialization.safe_globals([_Record]):
         content = read_file(file, shards=False)
     if isinstance(content.get("cfg"), _Record):
@@ -126,7 +127,7 @@ def of_content(file):
     if isinstance(content.get("cfg"), dict):
         config = {**content["cfg"], **config}
     state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    state = {name: tensor.float() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    state = floats(state, file)
     if "dictionary._weights" in state:
         return of_overcomplete(state, config)
     if "encoder.weight" in state:
@@ -135,6 +136,13 @@ def of_content(file):
         return of_capitals(state, config)
     names = ", ".join(list(state)[:6]) or "no tensor"
     raise UserError(f"{file} is no dictionary that is known: it has {names}; see docs/units.md")
+
+
+def floats(state, file):
+    """Return the tensors of a state dict in float32. Raises UserError for weights that are no floats."""
+    weights = {name: of for name, of in state.items() if isinstance(of, torch.Tensor)}
+    counts = {name for name, of in weights.items() if of.ndim < 2 and not of.is_complex()}
+    return {name: of.float() if name in counts else as_floats(name, of, file) for name, of in weights.items()}
 
 
 def metadata_of(file):
@@ -155,7 +163,8 @@ def of_directions(file):
         raise UserError(f"{file} holds {has}, and directions are numbers [U, d]; give such an .npy")
     vectors = torch.from_numpy(array.astype(np.float32))
     U, d = vectors.shape
-    encoder = vectors / vectors.square().sum(dim=1, keepdim=True).clamp_min(1e-30)
+    wide = vectors.double()
+    encoder = (wide / wide.square().sum(dim=1, keepdim=True).clamp_min(1e-300)).float()
     found = Dictionary(encoder, torch.zeros(U), vectors, torch.zeros(d), activation="identity")
     found.rebuilds = False
     return found
@@ -192,8 +201,8 @@ def save_dictionary(path, dictionary):
 
 def of_ours(state, metadata):
     """Return the `Dictionary` of our own format, as `save_dictionary` writes it."""
-    state = {name: tensor.float() for name, tensor in state.items()}
-    known = {"site": SITES, "reads": READS, "activation": (*ACTIVATIONS, "batchtopk")}
+    known = {"site": SITES, "reads": READS, "activation": (*ACTIVATIONS, "batchtopk"), "tokens": TOKENS}
+    known["subtract_decoder_bias"] = ("true", "false")
     for key, values in known.items():
         if key in metadata and metadata[key] not in values:
             raise ValueError(f"its {key} is {metadata[key]!r}, and known are {', '.join(values)}")
@@ -420,9 +429,8 @@ def of_saev(file, line, rest):
     threshold = next((of for name, of in state.items() if name.endswith("threshold")), None)
     fields = activation_of(kinds[kind], config.get("top_k"), threshold)
     subtracts = not schema or "Matryoshka" in str(header.get("cls"))
-    bias = state["b_dec"].float()
-    weights = (state[name].float() for name in ("W_enc", "b_enc", "W_dec"))
-    W_enc, b_enc, W_dec = weights
+    state = floats(state, file)
+    W_enc, b_enc, W_dec, bias = (state[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     return Dictionary(
         W_enc.T.contiguous(), b_enc, W_dec, bias, **fields, input_bias=bias if subtracts else None
     )
