@@ -233,7 +233,7 @@ def test_pairs_need_no_svd_and_are_exactly_of_rank_one(world, tmp_path):
     assert_allclose(found, norms.reshape(len(C), -1), atol=1e-4 * norms.max())
     assert_allclose(np.load(f"{names}pairs_{TOP}_explained.npy"), 1)
     assert not list(tmp_path.glob("*pairs_activations*"))
-    # nothing is stored but what the neurons' store has: a number for each image and pair, and its small factors
+    # stored is what the neurons have: a number for each image and pair, and small factors
     assert_allclose(
         np.load(f"{names}pairs_coefficients.npy"), C.reshape(len(C), 1, -1), atol=1e-5 * np.abs(C).max()
     )

@@ -16,7 +16,7 @@ from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 from utils.statistics import find_k, load_statistics
-from utils.units import fold_units
+from utils.units import fires_at, fold_units
 
 
 class NeuronLayer:
@@ -168,8 +168,7 @@ class NeuronLayer:
         """Return maps [n, rows, columns] and projections [n] of one neuron on images [n, 3, side, side]."""
         vit = self.clip.vit
         phi = self.effects(pixels)
-        p = phi.p[:, vit.prefix :, neuron % phi.p.shape[2]]  # a pair acts where its neuron does
-        maps = (vit.firing(p) if self.clip.units is None else p).unflatten(1, vit.grid)
+        maps = fires_at(vit, phi, slice(None), neuron).unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
 
     def card(self, neuron, pictures=8, words=8, by="projection"):

@@ -286,11 +286,30 @@ def groups_of(clip, layers, memory):
     return groups_of_layers(clip.vit, layers, memory) if clip.units is None else [[of] for of in layers]
 
 
+def fires_at(vit, phi, images, units):
+    """Return how much some units fire at the patches of some images of a batch, [n, patches].
+
+    A pair fires where its neuron does.
+
+    phi: `SecondOrder`.
+    images, units: of every map, int64 [n]; or all images, as a slice, and one unit.
+    """
+    p = phi.p[images, vit.prefix :, units % phi.p.shape[2]]
+    of = phi.directions.units
+    return p if of is not None and of.acts else vit.firing(p)
+
+
 def count_units(clip, layer):
     """Return how many units of a layer are looked at, in words."""
+    count = clip.vit.N if clip.units is None else clip.units.units[layer].count
+    return f"{count} {kind_of(clip)}"
+
+
+def kind_of(clip):
+    """Return what a `Clip` looks at, in words."""
     if clip.units is None:
-        return f"{clip.vit.N} neurons"
-    return f"{clip.units.units[layer].count} units of {clip.units.name}"
+        return "neurons"
+    return "neuron-head pairs" if clip.units.name == PAIRS else f"units of {clip.units.name}"
 
 
 class Rest:
