@@ -118,15 +118,14 @@ def keep_top(args, clip, layers, split, results, record):
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
     state, scratch = start_of(results, layers, args.top_k_pca, len(split))
-    options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
-    options["alone"] = alone
+    options = {"alone": alone, "state": state | activations.sums, "scratch": scratch}
     # effects of units that do not act are all equal: nothing proves which are the largest
     stride = 1 if args.passes == 2 or clip.units else stride_of(len(split))
     if stride == 1:
         for layer in layers:
             path = results.path("image_norms", layer=layer, **split.names)
             alone[path] = {**clip.units_record, "norms_about": None}  # those of one pass will not do
-    with Pass(arrays, record, split.rounds(stride, 1, 1), **options) as work:
+    with Pass(arrays, record, split.rounds(stride, 1, 1), overwrite=args.overwrite, **options) as work:
         directions = work.prepare(fold_units, clip, layers)
         few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for _, pixels in work.round(0, "means"):

@@ -5,14 +5,17 @@ import json
 import re
 import shlex
 
+import nbformat
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from nbclient import NotebookClient
 from numpy.testing import assert_allclose
 
 from applications.gallery.write import Predicted
 from tests.browser import browser_binaries, checked_page, received
+from tests.conftest import ROOT
 from tests.launcher import World, run_stage_of_user
 from tests.test_unit_stages import RARE, two_sided
 from utils.data.images import load_images
@@ -189,6 +192,25 @@ def test_the_settings_say_which_units(world, tmp_path):
     del found["unit_set"], found["site"]  # of an earlier version
     (tmp_path / "make_gallery.json").write_text(json.dumps(found))
     assert load_settings(tmp_path).unit_set is None
+
+
+@pytest.mark.parametrize("units, one", [("mine", "unit 3 of mine"), ("pairs", "pair 3: neuron 3 through")])
+def test_the_notebooks_look_at_what_the_page_was_made_of(world, monkeypatch, units, one):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (world.out / "make_gallery.json").write_text((world.root / f"{units}.json").read_text())
+    for name in ("visualize_neurons.ipynb", "concept_discovery.ipynb"):
+        notebook = nbformat.read(ROOT / name, as_version=4)
+        cell = notebook.cells[1]
+        cell.source = cell.source.replace("demo/output/symbols", str(world.out)).replace(
+            "NEURON = None", "NEURON = 3"
+        )
+        notebook.cells.append(nbformat.v4.new_code_cell("print(neurons.name(3))"))
+        where = {"metadata": {"path": str(ROOT)}}
+        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+        outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
+        assert sum("image/png" in part.get("data", {}) for part in outputs) >= 3
+        said = "".join(part.get("text", "") for part in outputs)
+        assert one in said and ("102 units of mine" if units == "mine" else "384 neuron-head pairs") in said
 
 
 def test_the_index_of_texts_holds_any_number():

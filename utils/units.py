@@ -305,6 +305,19 @@ def count_units(clip, layer):
     return f"{count} {kind_of(clip)}"
 
 
+def name_of(clip, layer, n):
+    """Return the name of a neuron, or another unit, of a layer; that of a pair has its neuron and head."""
+    if clip.units is None:
+        return f"neuron {n}"
+    if clip.units.act:
+        return f"unit {n} of {clip.units.name}"
+    later = clip.vit.later(layer)
+    k, neuron = divmod(n, clip.vit.N)
+    place, head = divmod(k, clip.vit.K(layer) // len(later))
+    of = f"layer {later[place]}" if later[place] < clip.vit.L else "pooling attention"
+    return f"pair {n}: neuron {neuron} through {of}, head {head}"
+
+
 def kind_of(clip):
     """Return what a `Clip` looks at, in words."""
     if clip.units is None:

@@ -196,7 +196,7 @@ ARTIFACTS = {
         "gallery{unit_set}/index.html",
         "",
         BY_GALLERY,
-        "a page of all neurons; format in `gallery/FORMAT.md`",
+        "a page of all neurons; format in `gallery/FORMAT.md`; of `--units` in `gallery_NAME`",
     ),
     "settings": Artifact(
         "make_gallery.json", "", BY_GALLERY, "what the page was made of; the notebooks read it"
