@@ -12,6 +12,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from numpy.testing import assert_allclose
+from PIL import Image
+from torch.nn.functional import normalize
 
 from applications.gallery.write import Predicted
 from tests.browser import browser_binaries, checked_page, received
@@ -211,6 +213,56 @@ def test_the_notebooks_look_at_what_the_page_was_made_of(world, monkeypatch, uni
         assert sum("image/png" in part.get("data", {}) for part in outputs) >= 3
         said = "".join(part.get("text", "") for part in outputs)
         assert one in said and ("102 units of mine" if units == "mine" else "384 neuron-head pairs") in said
+
+
+def explain(world, *flags, check=True):
+    """Run explain_image.py on a held-out picture; return the stage, the picture, and the pages."""
+    picture = min((world.photos / "val").rglob("*.JPEG"))
+    output = world.root / f"explained{len(list(world.root.glob('explained*')))}"
+    words = [picture, "--text", "a dog", "--against", "a cat", *world.model, "--dataset", "folder"]
+    words += ["--input_dir", world.out, "--output_dir", output, "--num_workers", 0, "--top_k_pca", 4]
+    words += ["--text_descriptions", "words", "--components", 2]
+    done = run_stage_of_user("explain_image.py", *words, *flags, folder=world.root, check=check)
+    return done, picture, sorted(output.glob("*"))
+
+
+def test_a_decision_is_explained_by_units_that_are_truly_taken_away(world, tiny_model):
+    done, picture, (html, path) = explain(world, "--units", world.root / "mine.safetensors")
+    content = json.loads(path.read_text())
+    [answer] = content["answers"]
+    assert content["unit_set"] == two_sided().digest() and answer["one"] == "unit"
+    assert "102 units of mine of layer 1" in html.read_text() and "layer/unit" in done.stdout
+    assert not re.search("neuron", html.read_text() + done.stdout.split("\nwrote")[0])
+    clip = load_clip(tiny_model, "random", "cpu")
+    with torch.inference_mode():
+        vectors = normalize(clip.text.encode_text(clip.tokenizer(["a dog", "a cat"])), dim=-1)
+        pixels = clip.transform(Image.open(picture).convert("RGB"))[None]
+        with clip.vit.record("blocks.2.resid.pre") as cache:
+            before = clip.vit(pixels)
+        d = two_sided()
+        f = torch.relu(cache["blocks.2.resid.pre"] @ d.encoder.T + d.encoder_bias)
+        change = torch.from_numpy(array(world, "1_mine_activations")) - f  # [1, T, U]
+
+        def lost(units):
+            more = change[..., units] @ d.decoder[units]
+            with clip.vit.edit({"blocks.1.mlp.out": lambda x: x + more}):
+                after = clip.vit(pixels)
+            return float(100 * (normalize(before) - normalize(after)) @ (vectors[0] - vectors[1]))
+
+        for item in (*answer["neurons"], *answer["against"]):
+            assert item["deleted"] == pytest.approx(lost([item["neuron"]]), abs=2e-3)
+            assert set(item["known"]) == {"writes", "fires_on"} and item["heads"]
+        sign = -1 if answer["score"] < 0 else 1
+        first = [item["neuron"] for item in answer["neurons"][:2]]
+        row = answer["proof"]["delete"]["contribution"][1]
+        assert row["count"] == 2 and sign * answer["neurons"][0]["contribution"] > 0
+        assert row["score"] == pytest.approx(answer["score"] - lost(first), abs=2e-3)
+
+
+def test_pairs_are_refused_by_name_where_they_would_be_taken_away(world):
+    done, _, files = explain(world, "--units", "pairs", check=False)
+    assert done.returncode == 1 and files == [] and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --units pairs: a neuron cannot be taken away for one head alone")
 
 
 def test_the_index_of_texts_holds_any_number():

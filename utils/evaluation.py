@@ -893,8 +893,6 @@ class LayerResults(NamedTuple):
         """Return the results of some units. kept: bool [N]; deleted units are among them."""
         if kept.all():
             return self
-        compared = {}
-        for side, of in self.compared.items():
-            compared[side] = of._replace(texts=of.texts[kept], controls=of.controls[:, kept])
+        compared = {side: of.only(kept) for side, of in self.compared.items()}
         graded = Graded(self.graded.values[kept], self.graded.rows)
         return self._replace(graded=graded, compared=compared)

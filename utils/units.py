@@ -57,6 +57,11 @@ class Writers:
         """The count is U."""
         return len(self.vectors)
 
+    @property
+    def added(self):
+        """The name of the activation that is added to the stream with what the units write."""
+        return f"blocks.{self.layer}.mlp.out"
+
     def centred(self):
         """Return the vectors without their means, float64 [U, d]."""
         wide = double(self.vectors)
@@ -193,6 +198,10 @@ class Features(Writers):
             own.copy_(self.dictionary.encode(some))
         factor = self.dictionary.factor(x)
         return self.acting(f if factor is None else f.mul_(factor))
+
+    @property
+    def added(self):
+        return f"blocks.{self.layer}.{'attn' if self.dictionary.site == 'attn.out' else 'mlp'}.out"
 
     def names_of_sum(self):
         names = super().names_of_sum()
