@@ -48,7 +48,7 @@ def main(args):
     layers = parse_layers(args.mlp_layer, clip.vit)
     split = load_split(args, clip.transform)
     results = flags.outputs_of(args, clip)
-    record = {**clip.record, **clip.units_record, **split.record, "coefficient": args.coefficient}
+    record = {**clip.record, **split.record, "coefficient": args.coefficient}
     if clip.vit.pooling.leaves_out_mlp:
         print(left_out_note(clip.vit, split.first()))
     check_rebuilding(clip, split, args.unit_set)
@@ -89,9 +89,11 @@ def keep_all(args, clip, layers, split, results, record):
     arrays.update(results.arrays(FULL, sizes, layers=layers, **split.names))
     activations = Activations(clip, layers, results, split.names)
     arrays.update(activations.arrays)
+    alone = of_units(clip, arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
-    with Pass(arrays, record, split, state=activations.sums, overwrite=args.overwrite) as work:
+    options = {"alone": alone, "state": activations.sums, "overwrite": args.overwrite}
+    with Pass(arrays, record, split, **options) as work:
         directions = work.prepare(stored_weights, clip, layers)
         for rows, pixels in work:
             representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
@@ -112,16 +114,18 @@ def keep_top(args, clip, layers, split, results, record):
     arrays = results.arrays(TOP, {"images": len(split), "k": args.top_k_pca}, layers=layers, **split.names)
     activations = Activations(clip, layers, results, split.names)
     arrays.update(activations.arrays)
+    alone = of_units(clip, arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
     state, scratch = start_of(results, layers, args.top_k_pca, len(split))
-    options = {"state": state | activations.sums, "scratch": scratch, "overwrite": args.overwrite}
+    options = {"alone": alone, "state": state | activations.sums, "scratch": scratch}
     # effects of units that do not act are all equal: nothing proves which are the largest
     stride = 1 if args.passes == 2 or clip.units else stride_of(len(split))
     if stride == 1:
-        exact = [results.path("image_norms", layer=layer, **split.names) for layer in layers]
-        options["alone"] = dict.fromkeys(exact, {"norms_about": None})  # those of one pass will not do
-    with Pass(arrays, record, split.rounds(stride, 1, 1), **options) as work:
+        for layer in layers:
+            path = results.path("image_norms", layer=layer, **split.names)
+            alone[path] = {**clip.units_record, "norms_about": None}  # those of one pass will not do
+    with Pass(arrays, record, split.rounds(stride, 1, 1), overwrite=args.overwrite, **options) as work:
         directions = work.prepare(fold_units, clip, layers)
         few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for _, pixels in work.round(0, "means"):
@@ -145,6 +149,11 @@ def keep_top(args, clip, layers, split, results, record):
         settle_again(work, doubted)
         activations.write(work, len(split))
         write_weights(work, directions, results, split.names)
+
+
+def of_units(clip, arrays):
+    """Return {path: record} of what arrays about other units than neurons are made from besides."""
+    return dict.fromkeys(arrays, clip.units_record) if clip.units else {}
 
 
 def arrays_of_representations(args, results, split):

@@ -138,7 +138,7 @@ def conclude(stage, found):
     print("\n".join(report(path, stage, found)))
     images = f"{len(stage.held_out)} held-out images"
     print(f"wrote {path}, its .png, and a .csv of all neurons of each layer; over {images}")
-    if not stage.args.truth and stage.clip.units is None:
+    if not stage.args.truth:
         names = stage.of(stage.held_out, layer=stage.layers)
         print(f"next: {stage.results.command('gallery', **names)}")
 

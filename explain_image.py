@@ -9,6 +9,7 @@ A neuron that is taken away acts as on average, at every token. The mean activat
 compute_second_order_neuron_prs.py leaves in --output_dir (or --input_dir) for --dataset; --baseline zero does
 without them. Where the descriptions of the shown neurons and their grades are there, they are shown; where
 the data set's classifier is there, it makes the predictions.
+With --units PATH a dictionary's units are taken away in place of neurons (docs/units.md).
 
 Prints tables, and writes OUTPUT_DIR/explanation_MODEL_PRETRAINED_TEXTS_....html, one file that needs no
 network, and the same numbers as .json.
@@ -35,11 +36,17 @@ from utils.model.clip import load_clip
 from utils.runtime import flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
+from utils.runtime.results import PAIRS
+from utils.units import kind_of, open_units
 
 
 def main(args):
     asked = read_question(args)
+    if args.unit_set == PAIRS:
+        what = "a neuron cannot be taken away for one head alone, the model runs on through all"
+        raise UserError(f"--units pairs: {what}; leave it out: every neuron is shown with its heads")
     clip = load_clip(args.model, args.pretrained, args.device)
+    open_units(args, clip)
     question = ask(clip, asked.texts)
     inputs, results = flags.results_of(args, clip)
     layers = parse_layers(args.mlp_layer, clip.vit)
@@ -53,7 +60,8 @@ def main(args):
     for name, answer, _ in answers:
         print("\n".join(lines_of(name, answer, *size)))
     record = record_of(args, clip, asked, layers, means)
-    html = render(title_of(asked.texts), head_of(record, explainer.total), answers, *size)
+    head = head_of(record, explainer.total, kind_of(clip), answers[0][1].get("one", "neuron"))
+    html = render(title_of(asked.texts), head, answers, *size)
     path = path_of(results, asked, record)
     write(path, html, record, answers)
     print(f"\nwrote {path} and {path.with_suffix('.json').name}")
@@ -94,6 +102,7 @@ if __name__ == "__main__":
     flags.add_workers(group)
     help = "zero-based MLP layers, or 'all'"
     parser.add_argument("--mlp_layer", nargs="+", default=["all"], help=help)
+    flags.add_units(parser)
     flags.add_top_k(parser)
     flags.add_texts(parser, components=128)
     flags.add_normalise(parser)

@@ -10,6 +10,8 @@ last layer but two, without --text_descriptions the pool of visual concepts. Wri
 (OUTPUT_DIR/gallery): index.html, to be opened as it is or put on any web host, its data and pictures,
 neurons.parquet, and FORMAT.md, which describes the files. Every neuron has an address,
 index.html#LAYER/NEURON. The notebooks know from OUTPUT_DIR/make_gallery.json what the page was made of.
+With --units PATH it is a page of a dictionary's units in OUTPUT_DIR/gallery_NAME, with units.parquet, and
+with --units pairs of neuron-head pairs (docs/units.md).
 """
 
 import shutil
@@ -22,12 +24,12 @@ from applications.gallery.collect import Collector, collect, thumbnails
 from applications.gallery.plan import Plan
 from applications.gallery.sources import Sources
 from applications.gallery.write import check_folder, write_gallery
-from utils.prs import fold_layers
 from utils.runtime import distributed, flags
 from utils.runtime.locks import Lock
 from utils.runtime.passes import Pass
 from utils.runtime.records import is_made
 from utils.runtime.settings import save_settings
+from utils.units import fold_units, kind_of
 
 
 def main(args):
@@ -52,9 +54,9 @@ def main(args):
             train = {"data_path": args.data_path, "subsample": args.train_subsample, **sources.train.record}
             known = {name: train[name] for name in ("dataset", "data_path", "subsample")}
             save_settings(args.output_dir, args, known, sources.layers)
-            neurons = len(sources.layers) * sources.clip.vit.N
             done = "kept" if made else "wrote"
-            print(f"{done} {gallery}: {neurons} neurons; open {gallery / 'index.html'}")
+            count = sum(sources.neurons(layer).count for layer in sources.layers)
+            print(f"{done} {gallery}: {count} {kind_of(sources.clip)}; open {gallery / 'index.html'}")
 
 
 def look(sources, split, layers):
@@ -64,14 +66,14 @@ def look(sources, split, layers):
     over = sources.splits[split]
     work = Pass(arrays, record, over, alone=alone, state=state, overwrite=sources.args.overwrite)
     with torch.inference_mode(), work:
-        directions = work.prepare(fold_layers, clip.vit, layers)
+        directions = work.prepare(fold_units, clip, layers)
         collectors = [Collector(sources, split, item) for item in directions]
         for rows, pixels in work:
             if sources.size:
                 pictures = sources.part(split, "pictures")
                 work[pictures][rows] = thumbnails(pixels, clip.transform, sources.size)
-            for collector, p, phi, representation in collect(clip.vit, collectors, pixels):
-                for path, place, block in collector.blocks(rows, p, phi, representation):
+            for collector, phi, representation in collect(clip.vit, collectors, pixels):
+                for path, place, block in collector.blocks(rows, phi, representation):
                     work[path][place] = block
                 if state:
                     work.state[collector.paths["heads"].stem] += collector.through_heads(phi)
@@ -83,6 +85,7 @@ def look(sources, split, layers):
 if __name__ == "__main__":
     parser = flags.stage_parser(__doc__)
     flags.add_described(parser)
+    flags.add_units(parser)
     parser.set_defaults(mlp_layer=None, text_descriptions=None)
     help = "a text file, a class a line, for a zero-shot classifier; for --dataset images any texts"
     parser.add_argument("--class_names", help=help)

@@ -281,6 +281,7 @@ def invented_about(rng, layers, neurons, counts, texts, components, plain):
         "dataset": "imagenet",
         "layers": list(layers),
         "neurons": neurons,
+        "units": None,
         "neuron_chunk": 64,
         "image_chunk": 256,
         "grid": [6, 6],
@@ -471,7 +472,7 @@ def invented_gallery(
     counts = counts or {"train": 300, "val": 60}
     (folder / "data").mkdir(parents=True)
     environment = Environment(loader=FileSystemLoader(GALLERY), autoescape=True)
-    page = environment.get_template("gallery.html").render(title="Neurons of ViT-B-32")
+    page = environment.get_template("gallery.html").render(title="Neurons of ViT-B-32", many="neurons")
     (folder / "index.html").write_text(page, encoding="utf-8")
     for name in ("gallery.css", "gallery.js"):
         shutil.copy(GALLERY / name, folder / name)

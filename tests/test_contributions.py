@@ -9,9 +9,11 @@ from torch.testing import assert_close
 
 from tests.conftest import random_tower
 from tests.test_towers import coca, siglip
+from tests.test_units import dictionary, encoded
 from utils.contributions import Contributions
 from utils.model.hooks import HookedViT
 from utils.prs import fold, second_order
+from utils.units import Features
 
 TOWERS = {
     "class token": random_tower,
@@ -160,3 +162,84 @@ def test_it_works_in_inference_mode_and_leaves_no_trace(vit, images):
     assert_close(found, expected)
     assert not any(parameter.requires_grad for parameter in vit.visual.parameters())
     assert not any(module._forward_hooks for module in vit.visual.modules())
+
+
+# other units than neurons, of layer 1
+
+SITES = {  # what units write: what that is, and to what it is added
+    "mlp.out": ("blocks.1.mlp.out", "blocks.1.mlp.out"),
+    "attn.out": ("blocks.1.attn.out", "blocks.1.attn.out"),
+    "resid.post": ("blocks.2.resid.pre", "blocks.1.mlp.out"),
+}
+OF_UNITS = [(site, tower) for site in SITES for tower in ("class token", "average", "attention")]
+
+
+class Written:
+    """A tower, a dictionary's units in it, what they write, and their means."""
+
+    def __init__(self, site, tower, images):
+        model = TOWERS[tower]()
+        self.vit = HookedViT(model)
+        self.exact = HookedViT(copy.deepcopy(model).double())
+        of = dictionary(site, 1, d=self.vit.d)
+        self.units = Features(self.vit, of)
+        generator = torch.Generator().manual_seed(5)
+        self.mean = torch.rand(self.vit.T, len(of.decoder), generator=generator)
+        v = torch.randn(self.vit.D, generator=generator)
+        self.v = v / v.norm()
+        name, self.added = SITES[site]
+        self.images = images[:2].double()
+        with self.exact.record(name) as cache:
+            self.exact(self.images)
+        change = self.mean.double() - encoded(of, cache[name])  # [2, T, U]
+        self.written = change[..., None] * of.decoder.double()  # [2, T, U, d]
+
+    def without(self, shares):
+        """Representations where units [U] have gone a share of the way to their means."""
+        more = torch.einsum("btud,u->btd", self.written, shares.double())
+        with self.exact.edit({self.added: lambda x: x + more}):
+            return self.exact(self.images)
+
+    def score(self, shares):
+        return 100 * normalize(self.without(shares), dim=-1) @ self.v.double()
+
+
+@pytest.fixture(scope="module", params=OF_UNITS, ids="-".join)
+def written(request, images):
+    return Written(*request.param, images)
+
+
+def test_a_unit_s_contribution_is_the_derivative_of_the_score_as_it_goes_to_its_mean(written):
+    finder = Contributions(written.vit, {1: written.mean}, written.v, written.units)
+    decision = finder(written.images.float())
+    found = finder.contributions(decision)
+    U = written.mean.shape[1]
+    assert found.shape == (2, 1, U)
+    for n in (0, 11, U - 1):
+        step = 1e-4 * torch.nn.functional.one_hot(torch.tensor(n), U)
+        slope = (written.score(-step) - written.score(step)) / 2e-4
+        assert_close(found[:, 0, n].double(), slope, rtol=1e-3, atol=1e-4 * float(found.abs().max()))
+        tokens = finder.of_tokens(decision, 1, n)
+        assert_close(tokens.sum(dim=1), found[:, 0, n], rtol=1e-4, atol=1e-4)
+
+
+def test_units_are_taken_away_as_by_hand(written):
+    finder = Contributions(written.vit, {1: written.mean}, written.v, written.units)
+    taken = torch.rand(written.mean.shape[1], generator=torch.Generator().manual_seed(6)) < 0.3
+    for mask in (taken, ~taken):
+        found = finder.without(written.images.float(), mask.expand(2, 1, -1))
+        expected = written.without(mask)
+        assert_close(found.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert float((expected - written.without(0 * mask)).abs().max()) > 1e-2
+
+
+def test_second_order_along_v_of_units_is_that_of_their_effects_and_of_every_head(written):
+    vit = written.vit
+    finder = Contributions(vit, {1: torch.zeros_like(written.mean)}, written.v, written.units)
+    decision = finder(written.images.float())
+    _, [phi] = second_order(vit, written.images.float(), [written.units.fold(vit)])
+    along = phi.dense() @ written.v
+    assert_close(finder.second_order(decision)[:, 0], along, rtol=1e-3, atol=1e-4 * float(along.abs().max()))
+    of_heads = torch.cat(list(finder.of_heads(decision, 1, 3).values()), dim=1)
+    by_hand = phi.C[:, :, 3] * (phi.directions.B([3])[0] @ written.v)
+    assert_close(of_heads, by_hand, rtol=1e-3, atol=1e-4 * float(by_hand.abs().max()))

@@ -288,21 +288,21 @@ def test_a_choice_is_sure_only_where_it_costs_far_more_than_random_neurons(lost,
 def test_texts_are_shown_as_many_as_are_justified_where_they_are_better_than_noise(tmp_path):
     entries = [(2, "dog", 0.9), (0, "cat", -0.5), (1, "cow", 0.1)]
     np.savez(tmp_path / "x.npz", support=np.array([[0, 2, 1]] * 4))
-    ungraded = graded("writes", 0, entries, tmp_path / "x.npz", None)
+    ungraded = graded(0, entries, tmp_path / "x.npz", None, 0)
     assert ungraded["verdict"] == "not graded" and ungraded["grade"] is None
     assert ungraded["texts"] == [["dog", 0.9], ["cat", -0.5], ["cow", 0.1]]
     texts = np.array([[0.5, 0.6], [0.5, 0.5], [0.5, 0.5], [0.1, 0.5]])
     controls = np.array([np.full((4, 2), x) + [0, 0.3] for x in (0.09, 0.1, 0.11)])
     compared = Compared("share", [1, 3], texts, controls)
     assert compared.lengths[compared.justified()] == 1
-    better = graded("writes", 0, entries, tmp_path / "x.npz", compared)
+    better = graded(0, entries, tmp_path / "x.npz", compared, 0)
     assert better == {
         "texts": [["cat", -0.5]],  # the first in the order of choice
         "grade": 0.5,
         "control": 0.1,
         "verdict": "better than noise",
     }
-    noise = graded("writes", 3, entries, tmp_path / "x.npz", compared)
+    noise = graded(3, entries, tmp_path / "x.npz", compared, 3)
     assert noise["texts"] == [] and noise["verdict"] == "no better than noise"
 
 

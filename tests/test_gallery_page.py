@@ -1,6 +1,7 @@
 """The page of the gallery in a headless browser: what one reads, clicks and types."""
 
 import base64
+import json
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.browser import (
     checked_page,
     console_errors,
     invented_gallery,
+    packed,
     received,
     requested_urls,
     set_scheme,
@@ -156,6 +158,20 @@ def test_the_search_narrows_the_grid_with_each_letter(page):
         ".map((card) => card.querySelector('mark')?.textContent)"
     )
     assert set(marked) == {"dog"}
+
+
+def test_an_index_of_four_bytes_finds_the_same_neurons(page):
+    path = page.folder / "data/8/texts.js"
+    before = path.read_text()
+    page.open("#8?q=dog")
+    found, index = page.neurons(), received(page.folder, "8/texts")
+    numbers = packed(unpacked(index["neurons"], "<u2").astype("<u4"))
+    try:
+        path.write_text(f'gallery.receive("texts 8", {json.dumps({**index, "neurons": numbers})});')
+        page.open("#8?q=dog")
+        assert found and page.neurons() == found
+    finally:
+        path.write_text(before)
 
 
 def test_descriptions_come_before_texts_alone_and_a_whole_text_before_a_part(page):

@@ -208,6 +208,7 @@ def table_of_files():
         "source": "",
         "variant": "",
         "judge": "",
+        "unit_set": "",
     }
     lines, last = ["| script | file | content |", "|---|---|---|"], None
     for artifact in ARTIFACTS.values():

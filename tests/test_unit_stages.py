@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -226,6 +227,17 @@ def test_the_lines_of_the_documentation_read_them(world, capsys):
     exec(re.sub(r'open\(".*?"', f"open({str(path)!r}", code), {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == min(10, len(named)) and all(line.startswith("resid.post 1 ") for line in printed)
+
+
+def test_units_of_which_none_acts_on_enough_images_are_refused(world, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(world.root / "out", out)
+    np.save(out / f"{PREFIX}acts.npy", np.full(102, 19, np.int32))
+    flags = [*world.model, *world.val, "--units", world.root / "mine.safetensors", "--output_dir", out]
+    flags += ["--top_k_pca", TOP, "--text_descriptions", "words", "--components", 2]
+    done = run_stage_of_user("evaluate_descriptions.py", *flags, folder=tmp_path, check=False)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    assert "no unit of mine acts on 20 of the 47 training images, so none can be graded" in done.stderr
 
 
 def test_the_controls_of_units_are_said_or_how_to_get_them(world):

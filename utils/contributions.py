@@ -12,7 +12,9 @@ form, with attention and LayerNorms held fixed: g then is what later heads read,
 
     g_m[i] = coefficient / (|rep| sigma_post) sum_k a_k[i] / sigma_l[i] u_k       <B[k, n], v> = <w_n, u_k>
 
-A deletion is true: activations are put at their means and the model runs on. Letters as in `utils.prs`.
+A deletion is true: activations are put at their means and the model runs on. Other units (`utils.units`) have
+their own p and w, and z is the stream after what their site adds; their second-order effects are centred.
+Letters as in `utils.prs`.
 """
 
 from functools import partial
@@ -43,19 +45,26 @@ class Contributions:
     vit: HookedViT.
     means: {layer: [T, N]}, activations that a neuron has where it is taken away.
     v: [D].
+    units: of `utils.units`, in place of the neurons of the one layer that there is in `means`.
     """
 
-    def __init__(self, vit, means, v):
+    def __init__(self, vit, means, v, units=None):
         self.vit = vit
         self.means = means
+        self.units = units
         with torch.inference_mode(False):
             self.v = v.clone()  # so that a gradient can go through it
         self.layers = list(means)
-        self.w = {l: vit.mlp_weights(l)[0].to(mean) for l, mean in means.items()}  # [N, d]
-        self.u = read_along(vit, v, vit.later(self.layers[0]))
+        of_neurons = units is None
+        self.w = {  # [N, d]
+            l: (vit.mlp_weights(l)[0] if of_neurons else units.vectors).to(mean) for l, mean in means.items()
+        }
+        self.u = read_along(vit, v, vit.later(self.layers[0]), centred=not of_neurons)
         if vit.post_norm:
             self.gamma = {l: vit.norm_weights(l, l + 1)[0].to(mean) for l, mean in means.items()}
         self.names = {l: f"blocks.{l}.mlp.post" for l in self.layers}
+        self.added = {l: f"blocks.{l}.mlp.sum" if of_neurons else units.added for l in self.layers}
+        self.recorded = list(self.names.values()) if of_neurons else units.recorded
 
     def score(self, representation):
         """Return s [B] of representations [B, D]."""
@@ -64,8 +73,8 @@ class Contributions:
     def __call__(self, pixels):
         """Return the `Decision` about images [B, 3, side, side]: one forward and one backward pass."""
         z = {}
-        changes = {f"blocks.{l}.mlp.sum": partial(_keep, z, l) for l in self.layers}
-        wanted = (*self.names.values(), *self.vit.names_from(self.layers[0] + 1))
+        changes = {name: partial(_keep, z, l) for l, name in self.added.items()}
+        wanted = dict.fromkeys([*self.recorded, *self.vit.names_from(self.layers[0] + 1)])
         with torch.inference_mode(False), torch.enable_grad(), self.vit.class_token_last():
             with self.vit.record(*wanted) as cache, self.vit.edit(changes):
                 representation = self.vit(pixels.clone())
@@ -73,11 +82,18 @@ class Contributions:
             # what neurons add to the stream has the gradient of the stream after it
             g = dict(zip(z, torch.autograd.grad(s, list(z.values())), strict=True))
         self.vit.read_rows(cache)
-        p = {l: cache.pop(name) for l, name in self.names.items()}
+        p = self._activations(cache)
         size = {l: of.abs().sum(dim=1) for l, of in p.items()}
         for l, mean in self.means.items():
             p[l] = p[l] - mean
         return Decision(representation.detach(), p, size, g, cache)
+
+    @torch.no_grad()
+    def _activations(self, cache):
+        """Return the activations of every layer, {layer: [B, T, N]}."""
+        if self.units is not None:
+            return {self.layers[0]: self.units.activations(cache)}
+        return {l: cache.pop(name) for l, name in self.names.items()}
 
     def values(self, decision):
         """Return {source: [B, layers, N]}, by which neurons can be chosen."""
@@ -159,12 +175,25 @@ class Contributions:
         """
         found = []
         for some, of in zip(pixels.split(TOGETHER), taken.split(TOGETHER), strict=True):
+            if self.units is not None:
+                found.append(self._without_units(some, of[:, 0]))
+                continue
             places = [place for place in range(len(self.layers)) if of[:, place].any()]
             layers = {self.layers[place]: of[:, place] for place in places}
             changes = {self.names[l]: partial(_put, self.means[l], mask) for l, mask in layers.items()}
             with self.vit.edit(changes), self.vit.class_token_last():
                 found.append(self.vit(some))
         return torch.cat(found)
+
+    def _without_units(self, pixels, mask):
+        """Return `without` of units: only the blocks after them run again. mask: bool [B, N]."""
+        [layer] = self.layers
+        with self.vit.record(*self.units.names_of_sum()) as cache:
+            self.vit(pixels)
+        change = (self.means[layer] - self.units.activations(cache)) * mask[:, None]
+        moved = self.units.moved(self.vit, cache, layer, slice(None), change @ self.w[layer])
+        with self.vit.class_token_last():
+            return self.vit.after(layer, moved)
 
 
 def _keep(z, layer, added):
@@ -178,17 +207,20 @@ def _put(mean, mask, p):
     return torch.where(mask[:, None], mean.to(p.dtype), p)
 
 
-def read_along(vit, v, attentions):
+def read_along(vit, v, attentions, centred=False):
     """Return what the heads of some attentions read from the residual stream along v, {l: u [H, d]}.
 
     <B[k, n], v> = <w_n, u_k>, so that no direction of `utils.prs.fold` is needed.
+
+    centred: for units that are centred at every LayerNorm.
     """
-    P, gamma_post, _ = vit.output_weights()
+    P, gamma_post, _ = vit.output_weights(centred=centred)
     read = gamma_post * (P @ v.to(P))
     found = {}
     for l in attentions:
-        W_V, _, W_O, _ = vit.head_weights(l)
+        W_V, _, W_O, _ = vit.head_weights(l, centred=centred)
         # a Post2 is another one for each layer of neurons, and passed later
         gamma = 1.0 if vit.post_norm else vit.norm_weights(l - 1, l)[0]
-        found[l] = (gamma * einsum("hed,heo,o->hd", W_V, W_O, read)).to(v)
+        u = gamma * einsum("hed,heo,o->hd", W_V, W_O, read)
+        found[l] = (u - u.mean(dim=1, keepdim=True) if centred else u).to(v)
     return found

@@ -77,6 +77,10 @@ class Compared(NamedTuple):
     texts: np.ndarray  # [N, lengths]
     controls: np.ndarray  # [C, N, lengths]
 
+    def only(self, kept):
+        """Return the grades of some neurons. kept: bool [N]."""
+        return self._replace(texts=self.texts[kept], controls=self.controls[:, kept])
+
     def mean(self):
         """Return the mean grade over neurons at every length, of the texts and of the controls."""
         return self.texts.mean(axis=0), self.controls.mean(axis=(0, 1))

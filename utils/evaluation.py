@@ -130,9 +130,19 @@ class Inputs:
         return sum(np.square(block, dtype=np.float64).sum(axis=0) for block in blocks)
 
     def graded(self, units):
-        """Return which of a layer's units are graded, bool [N]: those that act on ACTS images at least."""
+        """Return which of a layer's units are graded, bool [N]: those that act on ACTS images at least.
+
+        Raises UserError where none does.
+        """
         acts = self.acts(units)
-        return np.ones(units.count, bool) if acts is None else acts >= ACTS
+        if acts is None:
+            return np.ones(units.count, bool)
+        if acts.max() < ACTS:
+            what = (
+                f"no unit of {self.clip.units.name} acts on {ACTS} of the {len(self.train)} training images"
+            )
+            raise UserError(f"{what}, so none can be graded; give more images, or another dictionary")
+        return acts >= ACTS
 
     def load_descriptions(self, results, units, kind="decomposition"):
         """Read the descriptions of a layer's units, as `utils.descriptions.load_descriptions` returns them.
@@ -197,6 +207,7 @@ class Evaluation(Inputs):
         for layer in self.layers:
             self.units[layer] = [self.neurons(layer)]
             self.load_descriptions(self.inputs, self.units[layer][0])  # or raises, before the passes
+            self.graded(self.units[layer][0])  # likewise
             if args.rotated_units:
                 rotated = min(args.rotated_units, self.units[layer][0].count)
                 self.units[layer].append(Units(layer, rotated, "rotated"))
@@ -893,8 +904,6 @@ class LayerResults(NamedTuple):
         """Return the results of some units. kept: bool [N]; deleted units are among them."""
         if kept.all():
             return self
-        compared = {}
-        for side, of in self.compared.items():
-            compared[side] = of._replace(texts=of.texts[kept], controls=of.controls[:, kept])
+        compared = {side: of.only(kept) for side, of in self.compared.items()}
         graded = Graded(self.graded.values[kept], self.graded.rows)
         return self._replace(graded=graded, compared=compared)

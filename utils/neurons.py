@@ -16,7 +16,7 @@ from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 from utils.statistics import find_k, load_statistics
-from utils.units import fold_units
+from utils.units import ACTS, fires_at, fold_units, name_of
 
 
 class NeuronLayer:
@@ -35,6 +35,7 @@ class NeuronLayer:
     Attributes
     norms: [N, k], ascending.
     explained: [N]; None in a folder of the published code.
+    acts: on how many training images each unit of a dictionary acts, [N]; None for neurons and pairs.
     descriptions: the texts that every neuron writes, as `load_descriptions` returns them.
     fires_on: the texts that every neuron fires on; None where evaluate_descriptions.py has not run.
     compared: {(side, measure): Compared}, grades and their controls; {} where they are not there.
@@ -58,6 +59,8 @@ class NeuronLayer:
         self.statistics = load_statistics(self.results, train, [layer], k)[layer]
         self.norms = self.results.load("norm", **names)
         self.explained = self._if_there("explained", **names)
+        dictionary = clip.units is not None and clip.units.act
+        self.acts = self.results.load("acts", dataset=train, layer=layer) if dictionary else None
         self._open_effects(names)
         self.centred_norms = CentredNorms(self.directions, self.statistics.mean)
         self._along = Rebuilt(self.directions, self.statistics.mean, self.statistics.pcas)
@@ -168,9 +171,12 @@ class NeuronLayer:
         """Return maps [n, rows, columns] and projections [n] of one neuron on images [n, 3, side, side]."""
         vit = self.clip.vit
         phi = self.effects(pixels)
-        p = phi.p[:, vit.prefix :, neuron % phi.p.shape[2]]  # a pair acts where its neuron does
-        maps = (vit.firing(p) if self.clip.units is None else p).unflatten(1, vit.grid)
+        maps = fires_at(vit, phi, slice(None), neuron).unflatten(1, vit.grid)
         return maps.cpu().numpy(), self._along.projections(phi)[:, neuron].cpu().numpy()
+
+    def name(self, neuron):
+        """Return the name of a neuron, or another unit."""
+        return name_of(self.clip, self.layer, int(neuron))
 
     def card(self, neuron, pictures=8, words=8, by="projection"):
         """Draw the neuron's card, a figure.
@@ -182,8 +188,7 @@ class NeuronLayer:
         pictures, words: how many are shown. by: as in `top_images`.
         """
         shown, maps, _ = self.look(self.top_images(neuron, pictures, by), neuron)
-        name = f"unit {neuron} of {self.clip.units.name}" if self.clip.units else f"neuron {neuron}"
-        title = f"layer {self.layer}, {name}, {self.images.split} images by {by}"
+        title = f"layer {self.layer}, {self.name(neuron)}, {self.images.split} images by {by}"
         if self.explained is not None:
             share = 100 * self.explained[neuron]
             title += f": {share:.0f} % of its largest effects lie along one direction"
@@ -198,6 +203,8 @@ class NeuronLayer:
     def _name_of(self, side, neuron):
         """Return the title above the texts of a side: their grade, and that of random directions."""
         name = side.replace("_", " ")
+        if self.acts is not None and self.acts[neuron] < ACTS:
+            return f"{name}: not graded, acts on {self.acts[neuron]} training images"
         compared = judged_by(side, self.compared)
         if compared is None:
             return f"{name}: not graded"

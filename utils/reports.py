@@ -38,14 +38,14 @@ def save_neurons(path, found, explained, described, acts=None):
     columns = {
         f"{row} {m}": found.graded.of(row, m) for row in found.graded.rows for m in found.graded.measures
     }
-    columns |= columns_of(found.compared)
+    kept = np.ones(len(explained), bool) if acts is None else acts >= ACTS
+    columns |= columns_of(found.only(kept).compared, kept)
     if found.deleted is not None:
         columns |= columns_of_deletion(found.deleted, len(explained))
     first = ["neuron", "explained"] if acts is None else ["unit", "explained", "images on which it acts"]
     table.writerow([*first, *columns, *described])
     for n, values in enumerate(zip(*columns.values(), strict=True)):
-        few = acts is not None and acts[n] < ACTS
-        cells = ["" if few else cell_of(x) for x in values]
+        cells = [cell_of(x) if kept[n] else "" for x in values]
         if acts is not None:
             cells.insert(0, str(acts[n]))
         sides = [[[text, round(c, 6)] for _, c, text in of[n]] for of in described.values()]
@@ -68,20 +68,23 @@ def save_lines(path, found, about, described, acts=None):
     """
     graded = found.graded
     columns = {f"{row} {m}": graded.of(row, m) for row in graded.rows for m in graded.measures}
-    columns |= columns_of(found.compared)
-    better = {side: judged_by(side, found.compared) for side in grading.JUDGED_BY}
-    better = {side: of.better().any(axis=1) for side, of in better.items() if of is not None}
+    kept = np.ones(len(graded.values), bool) if acts is None else acts >= ACTS
+    of_kept = found.only(kept).compared
+    columns |= columns_of(of_kept, kept)
+    better = {side: judged_by(side, of_kept) for side in grading.JUDGED_BY}
+    better = {
+        side: everywhere(of.better().any(axis=1), kept) for side, of in better.items() if of is not None
+    }
     lines = []
     for n in range(len(graded.values)):
-        few = acts is not None and acts[n] < ACTS
         line = {**about, "unit": n, "images": None if acts is None else int(acts[n])}
         for side, texts in described.items():
-            known = side in better and not few
+            known = side in better and kept[n]
             over_noise = bool(better[side][n]) if known else None
-            named = not few and over_noise is not False
+            named = kept[n] and over_noise is not False
             line[side] = [[text, round(c, 6)] for _, c, text in texts[n]] if named else []
             line[f"{side}_over_noise"] = over_noise
-        line["grades"] = None if few else {name: number_of(of[n]) for name, of in columns.items()}
+        line["grades"] = {name: number_of(of[n]) for name, of in columns.items()} if kept[n] else None
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False))
     save_atomic(path, lambda out: out.write(("\n".join(lines) + "\n").encode()))
 
@@ -93,8 +96,21 @@ def number_of(value):
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def columns_of(compared):
-    """Return {name: [N]}: grades by number of texts, means of their controls, whether they are better."""
+def everywhere(values, kept):
+    """Return values of graded units, as those of all units [N, ...]: NaN, or False, for the others.
+
+    values: [graded units, ...]. kept: which are graded, bool [N].
+    """
+    found = np.full((len(kept), *values.shape[1:]), np.nan if values.dtype.kind == "f" else 0, values.dtype)
+    found[kept] = values
+    return found
+
+
+def columns_of(compared, kept):
+    """Return {name: [N]}: grades by number of texts, means of their controls, whether they are better.
+
+    compared: {(side, measure): Compared} of the units that are graded. kept: which these are, bool [N].
+    """
     found = {}
     for (side, measure), of in compared.items():
         if len(of.controls) < 2:
@@ -105,7 +121,7 @@ def columns_of(compared):
             found[name] = of.texts[:, j]
             found[f"{name}, control"] = of.controls[..., j].mean(axis=0)
             found[f"{name}, better than noise"] = better[:, j]
-    return found
+    return {name: everywhere(values, kept) for name, values in found.items()}
 
 
 def cell_of(value):

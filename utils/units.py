@@ -57,6 +57,11 @@ class Writers:
         """The count is U."""
         return len(self.vectors)
 
+    @property
+    def added(self):
+        """The name of the activation that is added to the stream with what the units write."""
+        return f"blocks.{self.layer}.mlp.out"
+
     def centred(self):
         """Return the vectors without their means, float64 [U, d]."""
         wide = double(self.vectors)
@@ -194,6 +199,10 @@ class Features(Writers):
         factor = self.dictionary.factor(x)
         return self.acting(f if factor is None else f.mul_(factor))
 
+    @property
+    def added(self):
+        return f"blocks.{self.layer}.{'attn' if self.dictionary.site == 'attn.out' else 'mlp'}.out"
+
     def names_of_sum(self):
         names = super().names_of_sum()
         if self.dictionary.site == "attn.out":
@@ -286,11 +295,43 @@ def groups_of(clip, layers, memory):
     return groups_of_layers(clip.vit, layers, memory) if clip.units is None else [[of] for of in layers]
 
 
+def fires_at(vit, phi, images, units):
+    """Return how much some units fire at the patches of some images of a batch, [n, patches].
+
+    A pair fires where its neuron does.
+
+    phi: `SecondOrder`.
+    images, units: of every map, int64 [n]; or all images, as a slice, and one unit.
+    """
+    p = phi.p[images, vit.prefix :, units % phi.p.shape[2]]
+    of = phi.directions.units
+    return p if of is not None and of.acts else vit.firing(p)
+
+
 def count_units(clip, layer):
     """Return how many units of a layer are looked at, in words."""
+    count = clip.vit.N if clip.units is None else clip.units.units[layer].count
+    return f"{count} {kind_of(clip)}"
+
+
+def name_of(clip, layer, n):
+    """Return the name of a neuron, or another unit, of a layer; that of a pair has its neuron and head."""
     if clip.units is None:
-        return f"{clip.vit.N} neurons"
-    return f"{clip.units.units[layer].count} units of {clip.units.name}"
+        return f"neuron {n}"
+    if clip.units.act:
+        return f"unit {n} of {clip.units.name}"
+    later = clip.vit.later(layer)
+    k, neuron = divmod(n, clip.vit.N)
+    place, head = divmod(k, clip.vit.K(layer) // len(later))
+    of = f"layer {later[place]}" if later[place] < clip.vit.L else "pooling attention"
+    return f"pair {n}: neuron {neuron} through {of}, head {head}"
+
+
+def kind_of(clip):
+    """Return what a `Clip` looks at, in words."""
+    if clip.units is None:
+        return "neurons"
+    return "neuron-head pairs" if clip.units.name == PAIRS else f"units of {clip.units.name}"
 
 
 class Rest:

@@ -24,7 +24,7 @@ class Explainer:
 
     clip: the loaded `Clip`.
     question: `Question`.
-    means: {layer: [T, N]}, activations that a neuron has where it is taken away.
+    means: {layer: [T, N]}, activations that a neuron has where it is taken away. Other units have one layer.
     classes: `Classes`, or None.
     known: `Known`.
     args: the flags neurons, counts, seed.
@@ -36,9 +36,11 @@ class Explainer:
         self.classes = classes
         self.known = known
         self.args = args
-        self.finder = Contributions(clip.vit, means, question.v)
+        self.word = {} if clip.units is None else {"one": "unit"}  # for what is taken away, if not neurons
+        units = clip.units and clip.units.units[next(iter(means))]
+        self.finder = Contributions(clip.vit, means, question.v, units)
         self.layers = self.finder.layers
-        self.N = clip.vit.N
+        self.N = len(self.finder.w[self.layers[0]])
         self.total = len(self.layers) * self.N
         self.counts = sorted({min(count, self.total) for count in args.counts})
         self.kept = [count for count in (*self.counts[-1:], *KEPT_BESIDE) if count <= self.total]
@@ -52,13 +54,13 @@ class Explainer:
         """
         decision = self.finder(pixels)
         values = {name: of[0] for name, of in self.finder.values(decision).items()}
-        answer = self.state(decision.representation)
+        answer = self.word | self.state(decision.representation)
         sign = self.sign(answer["score"])
         largest, opposed = self.largest(sign * values["contribution"])
         answer["neurons"] = [self.neuron(decision, values, place, n) for place, n in largest]
         answer["against"] = [self.neuron(decision, values, place, n) for place, n in opposed]
         shown = [*answer["neurons"], *answer["against"]]
-        answer["naming"] = naming(shown)
+        answer["naming"] = naming(shown, **self.word)
         self.add_deletions(pixels, shown)
         answer["layers"] = of_layers(self.layers, values["contribution"])
         answer["heads"] = sum_of_heads(shown)
@@ -227,13 +229,13 @@ class Explainer:
         values = {name: of / len(split) for name, of in sums.items()}
         score = float(np.mean([state["score"] for state in states]))
         sign = self.sign(score)
-        answer = {"pictures": len(split), "score": round(score, DIGITS)}
+        answer = {**self.word, "pictures": len(split), "score": round(score, DIGITS)}
         answer["scores"] = np.mean([state["scores"] for state in states], axis=0).round(DIGITS).tolist()
         for name, places in zip(
             ("neurons", "against"), self.largest(sign * values["contribution"]), strict=True
         ):
             answer[name] = [self.mean_neuron(values, positive / len(split), *place) for place in places]
-        answer["naming"] = naming([*answer["neurons"], *answer["against"]])
+        answer["naming"] = naming([*answer["neurons"], *answer["against"]], **self.word)
         answer["layers"] = of_layers(self.layers, values["contribution"])
         shown = [states[i] for i in sorted(proved)]
         orders = self.orders(values, sign)

@@ -5,6 +5,7 @@ import functools
 from utils.descriptions import load_descriptions, load_support
 from utils.evaluation import digest_of_sides, load_compared
 from utils.reports import judged_by
+from utils.units import ACTS
 
 SHOWN = 4  # texts of a side at most
 KINDS = {"writes": "decomposition", "fires_on": "fires_on"}
@@ -28,7 +29,8 @@ class Known:
     def _read(self, layer):
         """Return {side: (descriptions, path of their .npz)}, and {(side, measure): Compared}, of a layer.
 
-        Grades are those of the very descriptions, or an error is raised.
+        And of which units the grades are, bool [N]; None for all. Grades are those of the very descriptions,
+        or an error is raised.
         """
         names = {**self.names, "layer": layer}
         found = {}
@@ -37,45 +39,53 @@ class Known:
             if path.is_file():
                 found[side] = load_descriptions(self.results, kind=kind, **names), path.with_suffix(".npz")
         compared = {}
+        kept = None
         graded = {**names, "split": self.split}
         if len(found) == len(KINDS) and self.results.find("controls", **graded).is_file():
             made_of = {"descriptions": digest_of_sides({side: of for side, (of, _) in found.items()})}
             compared = load_compared(self.results, made_of, **graded)
+            if self.results.find("acts", **names).is_file():
+                kept = self.results.load("acts", **names) >= ACTS
+                compared = {side: of.only(kept) for side, of in compared.items()}
         for side, (descriptions, path) in found.items():
             of = judged_by(side, compared)
             if of and of.justified() is not None:
                 load_support(path, descriptions)  # or raises
-        return found, compared
+        return found, compared, kept
 
     def of(self, layer, neuron):
         """Return {side: {"texts", "grade", "control", "verdict"}} of a neuron; {} where nothing is known.
 
         A description that is no better than noise has no texts; one without grades claims nothing.
         """
-        found, compared = self._of_layer(layer)
+        found, compared, kept = self._of_layer(layer)
+        rare = kept is not None and not kept[neuron]  # acts on few images
+        at = neuron if kept is None else int(kept[:neuron].sum())
         sides = {}
         for side, (descriptions, path) in found.items():
             entries = [(i, text, round(c, 6)) for i, c, text in descriptions[neuron]]
-            sides[side] = graded(side, neuron, entries, path, judged_by(side, compared))
+            judge = None if rare else judged_by(side, compared)
+            sides[side] = graded(neuron, entries, path, judge, at)
         return sides
 
 
-def graded(side, neuron, entries, path, compared):
+def graded(neuron, entries, path, compared, at):
     """Return what a side says of a neuron, as `Known.of` does.
 
     entries: [(text index, text, coefficient)], by falling |coefficient|.
     path: of the descriptions' .npz.
     compared: the `Compared` that judges the side, or None.
+    at: the neuron's place in it.
     """
     if compared is None:
         texts = [[text, c] for _, text, c in entries[:SHOWN]]
         return {"texts": texts, "grade": None, "control": None, "verdict": "not graded"}
     place = compared.justified()
-    at = -1 if place is None else place
-    grade = round(float(compared.texts[neuron, at]), 4)
-    control = round(float(compared.controls[:, neuron, at].mean()), 4)
+    shown = -1 if place is None else place
+    grade = round(float(compared.texts[at, shown]), 4)
+    control = round(float(compared.controls[:, at, shown].mean()), 4)
     found = {"texts": [], "grade": grade, "control": control, "verdict": "no better than noise"}
-    if place is None or not compared.better()[neuron, place]:
+    if place is None or not compared.better()[at, place]:
         return found
     by_index = {i: [text, c] for i, text, c in entries}
     chosen = load_support(path)[neuron, : min(compared.lengths[place], SHOWN)].tolist()
@@ -83,27 +93,27 @@ def graded(side, neuron, entries, path, compared):
     return {**found, "texts": texts, "verdict": "better than noise"}
 
 
-def naming(shown):
+def naming(shown, one="neuron"):
     """Say whether texts name some neurons: {"neurons", "described", "graded", "named", "verdict"}.
 
     A neuron is named by a text that is better than noise.
 
-    shown: neurons of an answer, each with what is "known" of it.
+    shown: neurons of an answer, each with what is "known" of it. one: the word for one of them.
     """
     graded = [[of for of in item["known"].values() if of["grade"] is not None] for item in shown]
     found = {"neurons": len(shown), "described": sum(bool(item["known"]) for item in shown)}
     found["graded"] = sum(bool(of) for of in graded)
     found["named"] = sum(any(side["texts"] for side in of) for of in graded)
-    return {**found, "verdict": verdict_of(**found)}
+    return {**found, "verdict": verdict_of(**found, many=f"{one}s")}
 
 
-def verdict_of(neurons, described, graded, named):
+def verdict_of(neurons, described, graded, named, many):
     """Return what `naming` has counted as a sentence."""
     if not described:
-        return "No text names these neurons: there are no descriptions of them."
+        return f"No text names these {many}: there are no descriptions of them."
     if not graded:
-        return "Whether texts name these neurons is not known: their descriptions are not graded."
+        return f"Whether texts name these {many} is not known: their descriptions are not graded."
     of = f"the descriptions of {graded} are graded"
     if not named:
-        return f"No text names these {neurons} neurons: {of}, and none is better than noise."
-    return f"Texts name {named} of these {neurons} neurons; {of}."
+        return f"No text names these {neurons} {many}: {of}, and none is better than noise."
+    return f"Texts name {named} of these {neurons} {many}; {of}."

@@ -39,6 +39,7 @@ def render(title, head, answers, texts, total, layers):
     views = [view_of(*answer, texts, total, layers) for answer in answers]
     parts = {"title": title, "head": head, "views": views, "texts": texts}
     parts |= {"style": Markup(style), "policy": Markup(policy)}
+    parts["one"] = answers[0][1].get("one", "neuron")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string((HERE / "page.html").read_text()).render(**parts)
 

@@ -102,7 +102,7 @@ def load_means(args, clip, results, layers):
     """
     vit = clip.vit
     if args.baseline == "zero":
-        return {l: torch.zeros(vit.T, vit.N, device=clip.device) for l in layers}
+        return {l: torch.zeros(vit.T, results.sizes(l)["N"], device=clip.device) for l in layers}
     dataset = train_set_of(args.dataset)
     names = {"dataset": dataset, "split": "train"}
     paths = {l: results.find("activations", layer=l, **names) for l in layers}

@@ -27,10 +27,9 @@ def lines_of(title, answer, texts, total, layers):
 def of_neurons(answer, layers):
     """Return the table of the neurons that are shown."""
     last = "deleted" if "pictures" not in answer else "positive on"
-    lines = [
-        "",
-        f"  {'layer/neuron':<14}{'contribution':>13}{last:>13}{'2nd order':>11}  what is known; heads",
-    ]
+    first = f"layer/{answer.get('one', 'neuron')}"
+    columns = f"{'contribution':>13}{last:>13}{'2nd order':>11}  what is known; heads"
+    lines = ["", f"  {first:<14}{columns}"]
     width = max(60, shutil.get_terminal_size((150, 24)).columns - 55)
     for item in [*answer["neurons"], *answer["against"]]:
         name = f"{item['layer']}/{item['neuron']}"

@@ -81,7 +81,8 @@ def of_deletion(answer, rows, total):
     own, random = rows["contribution"], rows["random"]
     before = answer["proof"].get("score", answer["score"])
     count = own["count"]
-    what = "the first neuron" if count == 1 else f"the first {count} neurons"
+    one = answer.get("one", "neuron")
+    what = f"the first {one}" if count == 1 else f"the first {count} {one}s"
     measure = "margin" if "left" in own else "score"
     part = f"Without {what}, of {total:,}, the {measure} goes from {before:.2f} to {own['score']:.2f}"
     part += f"{left_of(own)}{changed_of(own)}"
@@ -90,10 +91,10 @@ def of_deletion(answer, rows, total):
     lost = before - own["score"]
     of_chance = max(abs(before - random["low"]), abs(before - random["high"]))
     if lost <= CLEARLY * of_chance:
-        sure = "Not sure: to take these neurons away does hardly more than to take random ones."
+        sure = f"Not sure: to take these {one}s away does hardly more than to take random ones."
         return [("deletion", part), ("unsure", f"{sure}{alone_of(answer)}")]
     decide = not stands(own)
-    sure = "These neurons decide it" if decide else "These neurons matter, but do not decide it alone"
+    sure = f"These {one}s decide it" if decide else f"These {one}s matter, but do not decide it alone"
     costs = f": to take them away costs {lost:.2f}, random ones {of_chance:.2f} at most."
     return [("deletion", part), ("sure", f"{sure}{costs}{alone_of(answer)}")]
 

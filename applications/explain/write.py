@@ -14,7 +14,12 @@ WORDS = 40  # letters of the texts in the name of a page
 
 def record_of(args, clip, asked, layers, means):
     """Return everything that the answers are made of."""
-    record = {**clip.record, "preprocessing": clip.transform.digest, "texts": asked.texts}
+    record = {
+        **clip.record,
+        **clip.units_record,
+        "preprocessing": clip.transform.digest,
+        "texts": asked.texts,
+    }
     record |= {"pictures": list(digests_of_files(asked.paths)), "baseline": args.baseline, "layers": layers}
     record |= {"activations": digest(*means.values()), "counts": args.counts, "seed": args.seed}
     record |= {"neurons": args.neurons, "dataset": args.dataset, "text_descriptions": args.text_descriptions}
@@ -36,15 +41,18 @@ def title_of(texts):
     return f"“{texts[0]}” or “{texts[1]}”: what decides"
 
 
-def head_of(record, total):
-    """Return the lines about the model and about what taking a neuron away means."""
+def head_of(record, total, kind, one):
+    """Return the lines about the model and about what taking a neuron away means.
+
+    total, kind, one: how many there are, what they are, and the word for one of them.
+    """
     layers = record["layers"]
     numbers = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-    lines = [f"{record['model']}, {record['pretrained']}: {total:,} neurons of {numbers}."]
+    lines = [f"{record['model']}, {record['pretrained']}: {total:,} {kind} of {numbers}."]
     if record["baseline"] == "zero":
-        lines.append("A neuron that is taken away has activation 0 (--baseline zero), not its mean.")
+        lines.append(f"A {one} that is taken away has activation 0 (--baseline zero), not its mean.")
     else:
-        lines.append("A neuron that is taken away acts as on average over the training images.")
+        lines.append(f"A {one} that is taken away acts as on average over the training images.")
     return lines
 
 

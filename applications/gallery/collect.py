@@ -12,11 +12,15 @@ from utils.concepts import FORMS, FiresOn, LayerConcepts, spread
 from utils.data.images import to_pictures
 from utils.norms import CentredNorms
 from utils.prs import second_order
+from utils.units import fires_at
 
 TOP_PICTURES = 8  # images of each sign that a neuron shows
 ACTIVE = 24  # neurons that an image shows
 IMAGE_WORDS = 8  # words that an image shows in each form of its concepts
 CONCEPTS = ("neurons", "norms", "words", "scores")  # names of arrays that hold them
+
+
+AT_ONCE = 1024  # neurons whose images are sorted together
 
 
 def top_rows(projections, count=TOP_PICTURES):
@@ -26,9 +30,12 @@ def top_rows(projections, count=TOP_PICTURES):
 
     Returns two int [N, count], the most extreme effect first, of equal ones the earlier image.
     """
-    largest = np.argsort(-projections, axis=0, kind="stable")[:count]
-    smallest = np.argsort(projections, axis=0, kind="stable")[:count]
-    return largest.T, smallest.T
+    N = projections.shape[1]
+    found = []
+    for sign in (-1, 1):
+        blocks = (sign * projections[:, n : n + AT_ONCE] for n in range(0, N, AT_ONCE))
+        found.append(np.concatenate([np.argsort(of, axis=0, kind="stable")[:count].T for of in blocks]))
+    return tuple(found)
 
 
 class Pairs:
@@ -91,17 +98,15 @@ class Collector:
             FiresOn(sides["fires_on"], *usual),
         )
 
-    def blocks(self, rows, p, phi, representation):
+    def blocks(self, rows, phi, representation):
         """Yield (path of an array, its rows, block) for everything that is kept of a batch.
 
         rows: slice of the images.
-        p: post-GELU activations, [B, T, N].
-        phi: `SecondOrder`.
+        phi: `SecondOrder`, with its activations.
         representation: [B, D].
         """
-        pairs, images, neurons = self.pairs.of(rows)
-        maps = p[torch.from_numpy(images), self.vit.prefix :, torch.from_numpy(neurons)]  # [pairs, patches]
-        yield self.paths["maps"], pairs, self.vit.firing(maps)
+        pairs, *which = self.pairs.of(rows)
+        yield self.paths["maps"], pairs, fires_at(self.vit, phi, *map(torch.from_numpy, which))
         for name, block in self.concepts(phi, representation).items():
             yield self.paths[name], rows, block
 
@@ -160,16 +165,12 @@ def thumbnails(pixels, transform, size):
 
 
 def collect(vit, collectors, pixels):
-    """Run a batch, and yield (`Collector`, activations, `SecondOrder`, representations) of every layer.
-
-    Activations are [B, T, N], representations [B, D].
+    """Run a batch, and yield (`Collector`, `SecondOrder`, representations [B, D]) of every layer.
 
     collectors: one for each layer, ascending.
     pixels: [B, 3, side, side].
     """
     directions = [collector.directions for collector in collectors]
-    names = [f"blocks.{item.layer}.mlp.post" for item in directions]
-    with vit.record(*names) as cache:
-        representation, effects = second_order(vit, pixels, directions)
-        for name, collector in zip(names, collectors, strict=True):
-            yield collector, cache.pop(name), next(effects), representation
+    representation, effects = second_order(vit, pixels, directions)
+    for collector in collectors:
+        yield collector, next(effects), representation

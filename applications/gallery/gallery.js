@@ -1,4 +1,4 @@
-// The gallery of neurons. Data come as scripts that call gallery.receive, for fetch() does not work on file://.
+// The gallery of neurons, or of other units (docs/units.md), which code calls neurons, too. Data come as scripts that call gallery.receive, for fetch() does not work on file://.
 // Names of classes and texts are foreign: they enter the page as text nodes and attributes only.
 "use strict";
 (() => {
@@ -13,6 +13,8 @@
   const main = byId("main");
   const siteTitle = document.title;
   let about;
+  let [one, many] = ["neuron", "neurons"]; // words for what it is a page of
+  const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
   // ---- data ----
 
@@ -81,15 +83,30 @@
     return (layer.search ??= prepareSearch(layer, index));
   }
 
-  // What the description of a neuron has over noise; 1 where it is not graded.
-  const overNoise = ({ grade, control }, neuron) => (grade ? grade[neuron] - control[neuron] : 1);
+  // What the description of a neuron has over noise; 1 where no description is graded, null where this one is not.
+  const overNoise = ({ grade, control }, neuron) => (!grade ? 1 : known(grade[neuron]) ? grade[neuron] - control[neuron] : null);
+
+  // Units that act on few images are not graded.
+  const isRare = (layer, neuron) => layer.acts !== undefined && layer.acts[neuron] < about.units.least;
+  const actsOn = (layer, neuron) => `acts on ${grouped(layer.acts[neuron])} training image${layer.acts[neuron] === 1 ? "" : "s"}`;
+
+  // A pair of a neuron and a head is unit k N + n, head k of those after the layer.
+  function pairOf(layer, neuron) {
+    const heads = about.units?.heads[layer];
+    return heads ? { neuron: neuron % about.units.paired, head: heads[Math.floor(neuron / about.units.paired)] } : null;
+  }
+  function nameOf(layer, neuron) {
+    const pair = pairOf(layer, neuron);
+    return `${one} ${neuron}${pair ? `: neuron ${pair.neuron} through ${headLayer(...pair.head)}` : ""}`;
+  }
 
   // Everything that a key stroke needs is made once here: lower-cased texts, and the entries of each text, (neuron, side, strength).
   // An entry is a text that a neuron's card shows, or one of the neurons whose effects a text predicts best. The strength of the
   // first is its share of the largest coefficient times grade over control, that of the second the correlation.
   function prepareSearch(layer, index) {
-    const neurons = new Uint16Array(bytes(index.neurons).buffer);
     const correlations = new Int8Array(bytes(index.correlations).buffer);
+    const numbers = bytes(index.neurons);
+    const neurons = numbers.length === 2 * correlations.length ? new Uint16Array(numbers.buffer) : new Uint32Array(numbers.buffer);
     const first = new Int32Array(about.texts.length + 1); // where the entries of a text begin, once they are sorted by text
     for (let t = 0; t < about.texts.length; t++) first[t + 1] = index.count;
     for (const { texts } of layer.sides) for (const text of texts) if (text >= 0) first[text + 1]++;
@@ -148,7 +165,10 @@
         }
       }
     }
-    if (/^\d+$/.test(query) && Number(query) < layer.count) score[Number(query)] = Infinity;
+    if (/^\d+$/.test(query) && Number(query) < layer.count) {
+      const paired = about.units?.heads[layer.number] && Number(query) < about.units.paired; // the pairs of a neuron
+      for (let n = Number(query); n < layer.count; n += paired ? about.units.paired : layer.count) score[n] = Infinity;
+    }
     return { score, text, side, strength };
   }
 
@@ -164,6 +184,7 @@
     if (hasQuery) keys.push(["match", "best match"]);
     for (const [name, title] of Object.entries(SIDES)) if (layer[name].grade) keys.push([name, `${title}: over noise`]);
     keys.push(["explained", "share explained"], ["norm", "largest norm"], ["number", "number"]);
+    if (layer.acts) keys.push(["acts", "images on which it acts"]);
     if (about.classifier !== false && about.class_names.length) keys.push(["for", "speaks for a class"], ["against", "speaks against a class"]);
     return keys;
   }
@@ -175,7 +196,7 @@
 
   function sortColumn(layer, sort, found, classes, label) {
     if (sort === "match") return found.score;
-    if (sort === "explained" || sort === "norm") return layer[sort];
+    if (["explained", "norm", "acts"].includes(sort)) return layer[sort];
     if (Object.hasOwn(SIDES, sort)) return layer[sort].grade.map((_, neuron) => overNoise(layer[sort], neuron));
     if (classes) {
       const sign = sort === "for" ? 1 : -1;
@@ -283,7 +304,9 @@
     } else if (found >= 0 && !lines.some(([text]) => text === found)) {
       lines.splice(2, 1, [found, coefficients[texts.indexOf(found, first)] < 0]);
     }
-    const number = grade ? `${decimals(grade[neuron])} (${decimals(control[neuron])})` : judged ? "" : "not graded";
+    const isGraded = grade && !isRare(layer, neuron);
+    const number = isGraded ? `${decimals(grade[neuron])} (${decimals(control[neuron])})` : judged ? "" : "not graded";
+    const silent = isRare(layer, neuron) ? "not graded" : "no better than noise";
     const items = lines.map(([id, isMinus, alone]) => {
       const text = about.texts[id];
       const minus = isMinus ? element("span", { class: "minus" }, "− ") : null;
@@ -292,8 +315,8 @@
     });
     return element("div", {},
       element("div", { class: "label" }, SIDES[name], element("span", { class: "number" }, number)),
-      grade && meter(grade[neuron], control[neuron], better[neuron]),
-      judged && !says ? element("div", { class: "none" }, "no better than noise") : null,
+      isGraded && meter(grade[neuron], control[neuron], better[neuron]),
+      judged && !says ? element("div", { class: "none" }, silent) : null,
       element("ul", {}, items));
   }
 
@@ -311,8 +334,9 @@
     const four = Array.from(rows.slice(4 * neuron, 4 * neuron + 4)).filter((row) => row >= 0);
     return element("li", { class: "card" },
       element("div", { class: "head" },
-        element(heading, {}, link(`#${layer.number}/${neuron}`, `Neuron ${neuron}`)),
+        element(heading, {}, link(`#${layer.number}/${neuron}`, capital(nameOf(layer.number, neuron)))),
         element("span", { class: "number" }, extra ?? `explained ${percent(layer.explained[neuron])}, norm ${figures(layer.norm[neuron])}`)),
+      isRare(layer, neuron) ? element("p", { class: "none" }, actsOn(layer, neuron)) : null,
       about.sheet && element("div", { class: "thumbs" }, four.map((row) => thumbnail(split, row))),
       element("div", { class: "side" }, [0, 1].map((side) => cardSide(layer, neuron, side, match, query))));
   }
@@ -394,7 +418,7 @@
       return card(layer, neuron, { match: found && { text: found.text[neuron], side: found.side[neuron], strength: found.strength[neuron] }, query, extra });
     };
     growing?.stop();
-    const all = `${grouped(layer.count)} neurons`;
+    const all = `${grouped(layer.count)} ${many}`;
     let status = `${all}.`;
     if (found) {
       const byText = neurons.filter((neuron) => found.text[neuron] >= 0);
@@ -407,11 +431,17 @@
     byId("status").textContent = status;
     main.replaceChildren(
       element("h1", { tabindex: "-1" }, `Layer ${layer.number}`),
-      element("p", { class: "note" }, "Each card is a neuron of the layer's MLP: images of its largest effects, when it acts (fires on) ",
+      element("p", { class: "note" }, `Each card is ${whatItIs(layer.number)}: images of its largest effects, when it acts (fires on) `,
         "and what it adds to the image's representation (writes)."),
       claim(layer),
-      ...cardList(`Neurons of layer ${layer.number}`, neurons, makeCard));
+      ...cardList(`${capital(many)} of layer ${layer.number}`, neurons, makeCard));
     return `Layer ${layer.number}`;
+  }
+
+  function whatItIs(layer) {
+    if (!about.units) return "a neuron of the layer's MLP";
+    const { kind, site, heads } = about.units;
+    return heads[layer] ? "a neuron of the layer's MLP, seen through one later head" : `one of the ${kind}, which write ${site[layer]} of layer ${layer}`;
   }
 
   const textsAre = (count) => (count === 1 ? "1 text is" : `${count} texts are`);
@@ -420,7 +450,7 @@
   function fewImages() {
     const said = [];
     if (about.graded_images && about.graded_images < 200) {
-      said.push(`Graded on ${grouped(about.graded_images)} held-out images only: the correlation of a single neuron has a standard error of up to ${decimals(1 / Math.sqrt(about.graded_images))}.`);
+      said.push(`Graded on ${grouped(about.graded_images)} held-out images only: the correlation of a single ${one} has a standard error of up to ${decimals(1 / Math.sqrt(about.graded_images))}.`);
     }
     if (about.k < 20) said.push(`A direction is that of the ${grouped(about.k)} largest effects only.`);
     return said.length ? element("p", { class: "note few" }, element("strong", {}, "Few images. "), said.join(" ")) : null;
@@ -434,20 +464,22 @@
         " these texts were not compared with random directions, as evaluate_descriptions.py does.");
     }
     const none = sides.every(({ judged }) => !judged.justified);
+    const rare = layer.acts ? layer.acts.filter((_, neuron) => isRare(layer, neuron)).length : 0;
     const lines = sides.map((side) => {
       const { justified, better, chance } = side.judged;
-      const share = `${grouped(better)} of ${grouped(layer.count)} neurons`;
+      const share = `${grouped(better)} of ${grouped(layer.count - rare)} ${rare ? `graded ${many}` : many}`;
       const says = justified
         ? [element("strong", {}, share), ` have a description better than noise; by chance ${grouped(chance)} would. ${textsAre(justified)} justified.`]
-        : [none ? "" : element("strong", {}, "no text names these neurons: "), `at most ${share} pass as better than noise; by chance ${grouped(chance)} would.`];
+        : [none ? "" : element("strong", {}, `no text names these ${many}: `), `at most ${share} pass as better than noise; by chance ${grouped(chance)} would.`];
       return element("li", {}, `${titles[side.name]}: `, says);
     });
-    const heading = none ? element("p", {}, element("strong", {}, "No text names these neurons:"),
+    const heading = none ? element("p", {}, element("strong", {}, `No text names these ${many}:`),
       " their descriptions say no more about them than random directions do.") : null;
     const legend = none ? null : element("p", { class: "note" }, meter(0.7, 0.45, true),
       " Bars: the grade, blue where it is better than noise; the mark, and the number in brackets, is the control: random directions in place of the texts. "
       + "Fires on: correlation with the effects on held-out images. Writes: share of the direction that the texts rebuild.");
-    return element("div", { class: none ? "claim empty" : "claim" }, heading, element("ul", {}, lines), fewImages(), legend);
+    const few = rare ? element("p", { class: "note" }, `${grouped(rare)} of ${grouped(layer.count)} ${many} act on fewer than ${about.units.least} training images, and are not graded.`) : null;
+    return element("div", { class: none ? "claim empty" : "claim" }, heading, element("ul", {}, lines), few, fewImages(), legend);
   }
 
   async function showControls(place) {
@@ -462,12 +494,11 @@
   // ---- a neuron ----
 
   async function showNeuron(place, isCurrent) {
-    const [layer, detail] = await Promise.all([
-      loadLayer(place.layer),
-      loadPiece(`neurons ${place.layer}`, `${place.layer}/neurons`, place.neuron, about.neuron_chunk),
-    ]);
+    const layer = await loadLayer(place.layer);
+    if (place.neuron >= layer.count) throw new Error("There is no such page.");
+    const detail = await loadPiece(`neurons ${place.layer}`, `${place.layer}/neurons`, place.neuron, about.neuron_chunk);
     if (!isCurrent()) return false;
-    const name = `Layer ${place.layer}, neuron ${place.neuron}`;
+    const name = `Layer ${place.layer}, ${nameOf(place.layer, place.neuron)}`;
     const neighbour = (neuron, title, rel) =>
       neuron >= 0 && neuron < layer.count ? element("a", { href: `#${place.layer}/${neuron}`, rel }, title) : null;
     byId("status").textContent = "";
@@ -476,15 +507,17 @@
         element("h1", { tabindex: "-1" }, name),
         element("nav", { "aria-label": "Neighbours" },
           neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next"))),
-      element("p", { class: "note" }, `One direction explains ${percent(layer.explained[place.neuron])} of this neuron's largest effects `,
-        `on the image's representation. Their mean norm is ${figures(layer.norm[place.neuron])}.`),
+      element("p", { class: "note" }, about.units ? `It is ${whatItIs(place.layer)}. ` : "",
+        `One direction explains ${percent(layer.explained[place.neuron])} of this ${one}'s largest effects `,
+        `on the image's representation. Their mean norm is ${figures(layer.norm[place.neuron])}.`,
+        layer.acts ? ` It ${actsOn(layer, place.neuron)}.` : ""),
       pictureSection(place.layer, detail.top),
       element("div", { class: "columns" }, layer.sides.map((side) => textSection(layer, place.neuron, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
       detail.without ? withoutSection(place.layer, detail.without) : "",
       detail.for.length || detail.against.length ? classSection(place.layer, detail) : "",
-      section("Nearest neurons", "Neurons whose directions are most alike, by cosine.",
-        barList(detail.nearest.map(([l, n, cosine]) => [link(`#${l}/${n}`, `layer ${l}, neuron ${n}`), cosine]), "Nearest neurons")));
+      section(`Nearest ${many}`, `${capital(many)} whose directions are most alike, by cosine.`,
+        barList(detail.nearest.map(([l, n, cosine]) => [link(`#${l}/${n}`, `layer ${l}, ${nameOf(l, n)}`), cosine]), `Nearest ${many}`)));
     return name;
   }
 
@@ -501,8 +534,8 @@
       toggle.setAttribute("aria-pressed", String(shows));
       for (const redraw of redraws) redraw(shows);
     });
-    return section("Images of its largest effects", "Images on which the neuron moves the representation furthest along its direction, either way. "
-      + (about.sheet ? "Dark patches are those where the neuron does not fire." : ""), toggle, element("div", { class: "columns" }, rows));
+    return section("Images of its largest effects", `Images on which the ${one} moves the representation furthest along its direction, either way. `
+      + (about.sheet ? `Dark patches are those where ${pairOf(layer, 0) ? "its neuron" : `the ${one}`} does not fire.` : ""), toggle, element("div", { class: "columns" }, rows));
   }
 
   function topPicture(layer, split, [row, projection, map], redraws) {
@@ -540,8 +573,8 @@
   }
 
   const NOTES = {
-    writes: "What the neuron adds to the image's representation: its direction as a sum of a few texts. Bars: coefficients of the text vectors.",
-    fires_on: "When the neuron acts: texts whose similarity to an image predicts the neuron's effect. Bars: coefficients of standardised similarities.",
+    writes: () => `What the ${one} adds to the image's representation: its direction as a sum of a few texts. Bars: coefficients of the text vectors.`,
+    fires_on: () => `When the ${one} acts: texts whose similarity to an image predicts the ${one}'s effect. Bars: coefficients of standardised similarities.`,
   };
   const MEASURED = {
     writes: () => "Share of the direction that texts rebuild",
@@ -566,16 +599,18 @@
       holder.querySelectorAll("a")[texts.length].focus();
       more.remove();
     });
-    return section(titles[name], NOTES[name],
-      grade && element("p", { class: "grade" }, meter(grade[neuron], control[neuron], better[neuron]),
+    const isGraded = !isRare(layer, neuron);
+    return section(titles[name], NOTES[name](),
+      grade && isGraded && element("p", { class: "grade" }, meter(grade[neuron], control[neuron], better[neuron]),
         ` grade ${decimals(grade[neuron])}, control ${decimals(control[neuron])}`),
-      holder, element("p", { class: "note" }, reason(side, neuron, whole.length)), more,
-      ...(judged ? [...lengthTable(layer, detail, side), gradeTable(layer, detail, name)] : []));
+      holder, element("p", { class: "note" }, reason(layer, side, neuron, whole.length)), more,
+      ...(judged && isGraded ? [...lengthTable(layer, detail, side), gradeTable(layer, detail, name)] : []));
   }
 
   // Why no more texts are shown.
-  function reason({ judged, grade, control, better }, neuron, count) {
+  function reason(layer, { judged, grade, control, better }, neuron, count) {
     if (!judged) return "Not graded: these texts were not compared with random directions.";
+    if (isRare(layer, neuron)) return `Not graded: it ${actsOn(layer, neuron)}, and fewer than ${about.units.least} say too little.`;
     const { justified } = judged;
     if (!justified) return "No better than noise: in this layer no number of texts says more than random directions do.";
     if (!better[neuron]) {
@@ -606,14 +641,14 @@
     if (name === "fires_on") {
       const all = judged.lengths.length - 1;
       if (detail.by_length.wpmi) rows.push(...compared(about.rows.wpmi, "its control", detail.by_length.wpmi));
-      rows.push(row("another neuron's texts", { [all]: detail.grades.null_fires_on.pearson }));
+      rows.push(row(`another ${one}'s texts`, { [all]: detail.grades.null_fires_on.pearson }));
     }
     const caption = `${MEASURED[name]()}, by number of texts. Control: random directions in their place, the mean of ${judged.controls} dictionaries.`;
     const found = table(caption, ["number of texts", ...judged.lengths.map(String)], rows);
     const column = judged.lengths.indexOf(judged.justified);
     if (column >= 0) for (const line of found.querySelectorAll("tr")) line.children[1 + column].classList.add("justified");
     const blind = about.sides[name].filter((of) => Object.hasOwn(layer.blind, of)).map((of) => element("p", { class: "note" },
-      `Measures that do not tell neurons from rotated units (${about.rows[of]}): ${layer.blind[of].map((measure) => MEASURES[measure]).join(", ")}.`));
+      `Measures that do not tell ${many} from rotated units (${about.rows[of]}): ${layer.blind[of].map((measure) => MEASURES[measure]).join(", ")}.`));
     return [found, ...blind];
   }
 
@@ -675,8 +710,8 @@
       element("h3", {}, title),
       barList(entries.map(([id, value]) => [link(gridAddress({ layer, q: about.texts[id] }), about.texts[id]), value]), title));
     const written = texts ? ` Texts that it writes, ${texts[0]}: ${decimals(texts[1])}; as many random directions: ${decimals(texts[2])}.` : "";
-    return section("Without it", "The model run with this neuron at its mean, on the images where it acts most: texts whose similarity to them (× 100) "
-      + `falls and rises most. Its direction says the same of all texts with a correlation of ${decimals(agreement)}; another neuron's with ${decimals(other)} on average.${written}`,
+    return section("Without it", `The model run with this ${one} at its mean, on the images where it acts most: texts whose similarity to them (× 100) `
+      + `falls and rises most. Its direction says the same of all texts with a correlation of ${decimals(agreement)}; another ${one}'s with ${decimals(other)} on average.${written}`,
       element("div", { class: "columns" }, list("Falls", falls), list("Rises", rises)));
   }
 
@@ -690,25 +725,25 @@
     const lists = [["for", "Speaks for"], ["against", "Speaks against"]].map(([sort, title]) => element("div", {},
       element("h3", {}, title),
       barList(detail[sort].map(([label, value]) => [link(gridAddress({ layer, sort, label }), classTitles[label]), value]), title)));
-    return section("Classes", "How the neuron's direction moves the scores of the zero-shot classifier. A class leads to the neurons sorted by it.",
+    return section("Classes", `How the ${one}'s direction moves the scores of the zero-shot classifier. A class leads to the ${many} sorted by it.`,
       element("div", { class: "columns" }, lists));
   }
 
   // ---- an image ----
 
   const CONCEPTS = {
-    fires_on: [titles.fires_on, "What active neurons fire on: the sum of coefficients times standardised effects."],
-    writes: [titles.writes, "What active neurons write: the sum of coefficients times norms, as published."],
-    nearest: ["Nearest texts, without neurons", "Cosines with the image's representation."],
+    fires_on: () => [titles.fires_on, `What active ${many} fire on: the sum of coefficients times standardised effects.`],
+    writes: () => [titles.writes, `What active ${many} write: the sum of coefficients times norms, as published.`],
+    nearest: () => [`Nearest texts, without ${many}`, "Cosines with the image's representation."],
   };
 
   function conceptList(layer, image, form) {
-    const [title, note] = CONCEPTS[form];
+    const [title, note] = CONCEPTS[form]();
     const judged = layer[form]?.judged;
     const items = image[form].map(([id, score]) => [link(gridAddress({ layer: layer.number, q: about.texts[id] }), about.texts[id]), score]);
     return element("div", {}, element("h3", {}, title), element("p", { class: "note" }, note),
       judged && !judged.justified
-        ? element("p", { class: "none" }, "No better than noise: no text names the neurons of this layer.")
+        ? element("p", { class: "none" }, `No better than noise: no text names the ${many} of this layer.`)
         : barList(items, `Concepts: ${title}`));
   }
 
@@ -735,11 +770,11 @@
         element("nav", { "aria-label": "Neighbours" }, neighbour(row - 1, "← previous", "prev"), neighbour(row + 1, "next →", "next"))),
       element("p", { class: "note" }, files?.[row] ?? ""),
       element("div", { class: "pair" },
-        element("div", {}, canvas, element("h3", {}, "Show the neurons of"), element("nav", { "aria-label": "Layers of this image" }, layers)),
-        section("Concepts", `Texts for this image: by the active neurons of layer ${number}, and without neurons.`,
+        element("div", {}, canvas, element("h3", {}, `Show the ${many} of`), element("nav", { "aria-label": "Layers of this image" }, layers)),
+        section("Concepts", `Texts for this image: by the active ${many} of layer ${number}, and without ${many}.`,
           element("div", { class: "thirds" }, Object.keys(CONCEPTS).map((form) => conceptList(layer, image, form))))),
-      section(`Active neurons of layer ${number}`, "Neurons with a large effect on this image, the largest first.",
-        ...cardList(`Active neurons of layer ${number}`, image.neurons, makeCard)));
+      section(`Active ${many} of layer ${number}`, `${capital(many)} with a large effect on this image, the largest first.`,
+        ...cardList(`Active ${many} of layer ${number}`, image.neurons, makeCard)));
     return `Image ${row} of ${split}`;
   }
 
@@ -846,8 +881,9 @@
     byId("class").addEventListener("change", () => chooseClass(true));
     const { model, pretrained, neurons, splits, texts, text_set: set } = about;
     const images = Object.entries(splits).map(([split, { count, dataset }]) => `${grouped(count)} images of ${dataset} ${split}`).join(", ");
-    byId("about").textContent = `${model} (${pretrained}), ${grouped(neurons)} neurons a layer; ${images}; `
-      + `${grouped(texts.length)} texts (${set}), ${about.components} of them for a neuron.`;
+    const each = about.units ? about.units.kind : `${grouped(neurons)} neurons a layer`;
+    byId("about").textContent = `${model} (${pretrained}), ${each}; ${images}; `
+      + `${grouped(texts.length)} texts (${set}), ${about.components} of them for a ${one}.`;
   }
 
   // Where an arrow key leads from a card; a row of the grid is the cards of the same height on the page.
@@ -897,6 +933,7 @@
       main.replaceChildren(element("h1", {}, "No data"), element("p", { class: "error" }, error.message));
       return;
     }
+    if (about.units) [one, many] = ["unit", "units"];
     history.scrollRestoration = "manual";
     document.documentElement.style.setProperty("--columns", about.sheet?.columns ?? 1);
     startControls();

@@ -22,13 +22,15 @@ from utils.runtime import distributed, flags
 from utils.runtime.arrays import bytes_of
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
-from utils.runtime.results import text_set
+from utils.runtime.results import PAIRS, text_set
 from utils.runtime.stages import Stages
 from utils.statistics import choose_k
 from utils.top_effects import stride_of
+from utils.units import count_units, groups_of, kind_of, open_units
 
 POOL = "concepts"  # the text set, where none is given
 TIMED = 64  # texts or components that are timed
+MANY = 20_000  # units of a layer, above which it is said how to have fewer
 PATIENCE = 3  # seconds after which nothing is timed again
 
 
@@ -112,6 +114,7 @@ class Plan:
         vit = self.clip.vit
         if args.mlp_layer is None:
             args.mlp_layer = [str(max(0, min(vit.last, vit.L - 3)))]  # as layer 9 of 12
+        open_units(args, self.clip)
         args.text_descriptions = args.text_descriptions or POOL
         self.layers = parse_layers(args.mlp_layer, vit)
         self.inputs = inputs.of(self.clip, args.coefficient)
@@ -140,6 +143,18 @@ class Plan:
     def costs(self):
         """costs are the `Timings` on this machine."""
         return Timings(self.clip, self.train, self.args, self.texts)
+
+    def count(self, layers):
+        """Return how many neurons, or other units, some layers have together."""
+        return sum(self.inputs.sizes(layer)["N"] for layer in layers)
+
+    def in_full(self, layers):
+        """Return whether compute_second_order_neuron_prs.py stores all effects of some layers."""
+        return self.args.unit_set == PAIRS or (self.clip.units is None and len(layers) == 1)
+
+    def passes(self, layers):
+        """Return how often a pass goes over the images, if layers take turns to fit in --memory."""
+        return len(groups_of(self.clip, layers, self.args.memory * 1e9))
 
     def lacking(self, *kinds, **names):
         """Return the layers that lack a result of one of some kinds. names: fields of the files' names."""
@@ -178,12 +193,13 @@ class Plan:
         if not layers:
             return None
         vit, count = self.clip.vit, len(self.train)
-        once = len(layers) == 1
+        once = self.in_full(layers)
         kinds = ["coefficients", *FULL] if once else TOP
         sizes = {"images": count, "k": self.args.top_k_pca}
         arrays = self.inputs.arrays(kinds, sizes, layers=layers, dataset=self.train_set)
         size = sum(bytes_of(*spec) for spec in arrays.values())
-        looked_at = count if once else count + len(range(0, count, stride_of(count)))
+        stride = 1 if self.clip.units else stride_of(count)
+        looked_at = count if once else count + len(range(0, count, stride))
         passes = "one pass" if looked_at < 2 * count else "two passes"
         title = f"effects of {named(layers)} of {vit.L}, {passes} over {count} images"
         run = partial(self.stages.effects, layers)
@@ -192,11 +208,12 @@ class Plan:
     def _components(self, layers):
         if not layers:
             return None
-        vit = self.clip.vit
-        neurons = len(layers) * vit.N
-        size = 4 * neurons * (2 * vit.D + self.args.top_k_pca + len(self.train))
+        neurons = self.count(layers)
+        size = 4 * neurons * (2 * self.clip.vit.D + self.args.top_k_pca + len(self.train))
         run = partial(self.stages.components, layers)
-        return Step(f"components of {neurons} neurons", neurons * self.costs.component, size, run)
+        known = self.args.unit_set == PAIRS  # from the weights
+        cost = 0 if known else neurons * self.costs.component
+        return Step(f"components of {neurons} {kind_of(self.clip)}", cost, size, run)
 
     def _texts(self):
         if self.inputs.find("texts", **self.names).is_file():
@@ -209,11 +226,11 @@ class Plan:
     def _descriptions(self, layers):
         if not layers:
             return None
-        texts, neurons = self.args.components, len(layers) * self.clip.vit.N
+        texts, neurons = self.args.components, self.count(layers)
         omp.check_components(texts, len(self.texts))  # before any pass
         run = partial(self.stages.descriptions, self.args.text_descriptions, layers)
         size = 60 * texts * neurons
-        return Step(f"{texts} texts that each neuron writes", neurons * self.costs.pursuit, size, run)
+        return Step(f"{texts} texts that each of them writes", neurons * self.costs.pursuit, size, run)
 
     def ungraded(self):
         """Return the layers that lack grades, or what evaluate_descriptions.py makes beside them."""
@@ -226,16 +243,18 @@ class Plan:
 
         And a pass over training images, where not all effects are stored.
 
-        to_make: layers whose effects are to be made; those of one layer are stored in full.
+        to_make: layers whose effects are to be made.
         """
         if not layers:
             return None
         vit = self.clip.vit
-        partly = len(to_make) > 1 or set(self.lacking("coefficients")) & set(layers) - set(to_make)
-        images = len(self.held_out) + (len(self.train) if partly else 0)
-        neurons = len(layers) * vit.N
+        partly = set(self.lacking("coefficients")) & set(layers) - set(to_make)
+        partly = partly or (to_make and not self.in_full(to_make))
+        images = self.passes(layers) * (len(self.held_out) + (len(self.train) if partly else 0))
+        neurons = self.count(layers)
         pursuits = 2 * neurons * (1 + controls.CONTROLS) + 2 * len(layers) * controls.ROTATED
-        deleted = min(DRAWN, vit.N) * min(flags.DELETE, len(self.held_out))
+        pairs = self.args.unit_set == PAIRS  # which cannot be taken away
+        deleted = 0 if pairs else min(DRAWN, neurons) * min(flags.DELETE, len(self.held_out))
         again = sum(deleted * (vit.L - 1 - layer) / vit.L for layer in layers)
         total = (images + again) * self.costs.image + pursuits * self.costs.pursuit
         size = (
@@ -249,10 +268,11 @@ class Plan:
         """Plan the gallery itself: a pass over both splits."""
         images = len(self.train) + len(self.held_out)
         picture = 0 if self.args.no_pictures else self.args.picture_size**2
-        pairs = 2 * TOP_PICTURES * self.clip.vit.N * len(self.layers)
+        maps = 2 * TOP_PICTURES * self.count(self.layers)
         rows, columns = self.clip.vit.grid
-        size = images * picture // 4 + 4 * pairs * rows * columns
-        return Step("the page, one pass over all images", images * self.costs.image, size, None)
+        size = images * picture // 4 + 4 * maps * rows * columns
+        cost = self.passes(self.layers) * images * self.costs.image
+        return Step("the page, one pass over all images", cost, size, None)
 
     # telling and running
 
@@ -262,12 +282,16 @@ class Plan:
         images = len(self.train) + len(self.held_out)
         both = f"{len(self.train)} for components and texts, {len(self.held_out)} held out for grades"
         print(f"{images} images of {args.data_path}: {both}")
-        of = f"{named(self.layers)} of {self.clip.vit.L}, {self.clip.vit.N} neurons each"
+        each = ", ".join(dict.fromkeys(count_units(self.clip, layer) for layer in self.layers))
+        of = f"{named(self.layers)} of {self.clip.vit.L}, {each} each"
         print(f"{of}; text set {text_set(args.text_descriptions)}; this is to be done:")
         steps = [*self.steps, self._page()]
         for step in [*steps, together(steps)]:
             size = f"{step.bytes / 1e6:,.0f} MB"
             print(f"  {step.title:<62} {duration(step.seconds):>12} {size:>10}")
+        if (most := max(self.count([layer]) for layer in self.layers)) > MANY:
+            fewer = " and a later --mlp_layer has fewer" if args.unit_set == PAIRS else ""
+            print(f"{most} units are many: fewer --components take less time{fewer}")
         free = shutil.disk_usage(args.output_dir).free
         print(f"{args.output_dir} has {free / 1e9:,.0f} GB free", flush=True)
 

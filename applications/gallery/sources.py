@@ -11,13 +11,13 @@ from utils.data.images import train_set_of
 from utils.deletion import load_deleted
 from utils.descriptions import load_support
 from utils.evaluation import Inputs, LayerResults, digest_of_sides, load_compared, load_grades
-from utils.norms import groups_of_layers
 from utils.reports import judged_by
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest
 from utils.runtime.records import complete, load_record
 from utils.runtime.results import Arrays
 from utils.statistics import load_classifier
+from utils.units import groups_of
 
 
 class Classes(NamedTuple):
@@ -54,7 +54,7 @@ class Sources(Inputs):
         self.any_units = inputs
         self.parts = parts
         self.size = None if args.no_pictures else args.picture_size
-        self.groups = groups_of_layers(self.clip.vit, self.layers, args.memory * 1e9)
+        self.groups = groups_of(self.clip, self.layers, args.memory * 1e9)
         self.text_ids = {text: i for i, text in reversed(list(enumerate(self.texts)))}
         self.classes = self._find_classes()
         self.found = {}
@@ -88,7 +88,7 @@ class Sources(Inputs):
 
     def _record(self):
         """Look at all results, and return everything that the gallery is made of."""
-        record = {**self.clip.record, **self.names, "layers": self.layers}
+        record = {**self.clip.record, **self.clip.units_record, **self.names, "layers": self.layers}
         record["coefficient"] = self.args.coefficient
         record = complete(record)
         record["size"] = self.size
@@ -109,6 +109,8 @@ class Sources(Inputs):
         found = self.found[layer] = self._load_results(layer, statistics, described)
         looked_at = [found.graded.values, self.explained(layer), self.norms(layer)]
         looked_at.append(self.deletions(layer))
+        if (acts := self.acts(self.neurons(layer))) is not None:
+            looked_at.append(acts)
         if found.deleted:
             looked_at += found.deleted.rows.values()
         if found.rotated:
@@ -116,8 +118,9 @@ class Sources(Inputs):
         of_deletion = found.deleted.compared if found.deleted else {}
         for of in (*found.compared.values(), *found.rotated_compared.values(), *of_deletion.values()):
             looked_at += [of.texts, of.controls]
+        graded = found.only(self.graded(self.neurons(layer))).compared
         for side, descriptions in sides.items():
-            compared = judged_by(side, found.compared)
+            compared = judged_by(side, graded)
             if compared and compared.justified() is not None:
                 looked_at.append(self.support(side, layer, descriptions))
         for split, of in self.splits.items():
@@ -221,7 +224,8 @@ class Sources(Inputs):
             "scores": ((count, len(FORMS), IMAGE_WORDS), "float32"),
         }
         if split == "train":
-            specs["heads"] = ((vit.K(layer), vit.N), "float32")
+            sizes = self.inputs.sizes(layer)
+            specs["heads"] = ((sizes["K"], sizes["N"]), "float32")
         return specs
 
     def plan(self, split, layers):
@@ -250,5 +254,6 @@ class Sources(Inputs):
                 alone[path] = made_of
                 if name == "heads":
                     state[path.stem] = (spec[0], "float64")
-        record = {**self.clip.record, **of.record, "coefficient": self.args.coefficient}
+        record = {**self.clip.record, **self.clip.units_record, **of.record}
+        record["coefficient"] = self.args.coefficient
         return arrays, record, alone, state

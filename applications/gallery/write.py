@@ -21,15 +21,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from applications.gallery.collect import Pairs
+from applications.gallery.collect import AT_ONCE, Pairs
 from utils import grading, omp
 from utils.concepts import FORMS
 from utils.evaluation import LayerResults
-from utils.reports import columns_of, columns_of_deletion, judged_by, table_of
+from utils.reports import columns_of, columns_of_deletion, everywhere, judged_by, table_of
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, whole_folder
 from utils.runtime.records import record_path, to_json
-from utils.runtime.results import text_set
+from utils.runtime.results import PAIRS, text_set
+from utils.units import ACTS, kind_of
 
 HERE = Path(__file__).parent
 NEURONS_A_FILE = 64  # in one file of details
@@ -46,6 +47,7 @@ OURS = (
     "gallery.js",
     "FORMAT.md",
     "neurons.parquet",
+    "units.parquet",
     "data",
     "pictures",
 )
@@ -91,11 +93,12 @@ def save_script(path, key, value):
 # the page and its pictures
 
 
-def write_page(folder, title):
-    """Write the page, its script and style, and FORMAT.md."""
+def write_page(folder, title, many="neurons"):
+    """Write the page, its script and style, and FORMAT.md. many: the word for what it is a page of."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, keep_trailing_newline=True)
-    (folder / "index.html").write_text(environment.get_template("gallery.html").render(title=title))
+    page = environment.get_template("gallery.html").render(title=title, many=many)
+    (folder / "index.html").write_text(page)
     for name in ("gallery.css", "gallery.js", "FORMAT.md"):
         shutil.copyfile(HERE / name, folder / name)
 
@@ -124,7 +127,8 @@ class Side:
     """A Side is the texts that the neurons of a layer write, or those that they fire on.
 
     descriptions: as `load_descriptions` returns them.
-    compared: `Compared` by which they are judged; None where they are not graded over noise.
+    kept: which neurons, or units, are graded, bool [N].
+    compared: `Compared` of these, by which they are judged; None where they are not graded over noise.
     justified: the descriptions of the justified length; None where there is no such length.
 
     Attributes
@@ -133,8 +137,9 @@ class Side:
         the neurons for which they are better than noise.
     """
 
-    def __init__(self, descriptions, compared=None, justified=None):
+    def __init__(self, descriptions, kept, compared=None, justified=None):
         self.descriptions = descriptions
+        self.kept = kept
         self.compared = compared
         self.place = compared.justified() if compared else None
         if compared is None:
@@ -142,7 +147,7 @@ class Side:
         elif self.place is None:
             self.shown = [[]] * len(descriptions)
         else:
-            better = compared.better()[:, self.place]
+            better = everywhere(compared.better()[:, self.place], kept)
             self.shown = [of if passes else [] for of, passes in zip(justified, better, strict=True)]
 
     def columns(self):
@@ -157,9 +162,11 @@ class Side:
         if self.compared:
             found["judged"] = self.judged()
         if self.place is not None:
-            found["grade"] = short(self.compared.texts[:, self.place])
-            found["control"] = short(self.compared.controls[..., self.place].mean(axis=0))
-            found["better"] = self.compared.better()[:, self.place].astype(int).tolist()
+            found["grade"] = short(everywhere(self.compared.texts[:, self.place], self.kept))
+            control = self.compared.controls[..., self.place].mean(axis=0)
+            found["control"] = short(everywhere(control, self.kept))
+            better = everywhere(self.compared.better()[:, self.place], self.kept)
+            found["better"] = better.astype(int).tolist()
         return found
 
     def judged(self):
@@ -168,7 +175,7 @@ class Side:
         Without a justified one it is 0, and those are counted that pass by the length by which most do.
         """
         better = self.compared.better().sum(axis=0)
-        chance = self.compared.by_chance() * len(self.descriptions)
+        chance = self.compared.by_chance() * self.kept.sum()
         best = better.argmax() if self.place is None else self.place
         return {
             "lengths": self.compared.lengths,
@@ -224,7 +231,8 @@ class Predicted:
         ]
         values, neurons = (torch.cat([part[i] for part in parts]).cpu().numpy() for i in range(2))
         correlations = packed(np.round(127 * values).astype(np.int8))
-        return {"count": count, "neurons": packed(neurons.astype("<u2")), "correlations": correlations}
+        numbers = neurons.astype("<u2" if len(self.targets) <= 2**16 else "<u4")
+        return {"count": count, "neurons": packed(numbers), "correlations": correlations}
 
 
 class LayerSplit(NamedTuple):
@@ -246,14 +254,17 @@ class LayerFiles:
     """LayerFiles hold the data of one layer's neurons, and write them into files."""
 
     layer: int
+    numbers: dict  # {name: numbers of all neurons}, as `numbers_of` returns them
     sides: dict  # {"writes", "fires_on": Side}
     predicted: Predicted
-    found: LayerResults
+    found: LayerResults  # of the neurons, or units, that are graded
+    kept: np.ndarray  # which these are, bool [N]
+    acts: np.ndarray | None  # on how many training images each unit acts, [N]; None for neurons and pairs
     explained: np.ndarray  # share of the largest effects along the component, [N]
     norm: np.ndarray  # mean norm of the largest effects, [N]
     pcas: np.ndarray  # [N, D]
     classifier: np.ndarray | None  # [D, classes]
-    heads: list  # (layer, head), as `heads_after` returns them
+    heads: np.ndarray  # (layer, head), through which it acts, [heads, N, 2]
     shares: np.ndarray  # of the effects' variance, by head, [heads, N]
     nearest: list  # as `nearest_neurons` returns them
     splits: dict  # {split: LayerSplit}
@@ -270,8 +281,11 @@ class LayerFiles:
     @cached_property
     def threshold(self):
         """Return the smallest of every neuron's k largest effects along its component, [N]."""
-        size = np.abs(self.splits["train"].projections)
-        return np.partition(size, -self.k, axis=0)[-self.k]
+        found = []
+        for n in range(0, self.N, AT_ONCE):
+            size = np.abs(self.splits["train"].projections[:, n : n + AT_ONCE])
+            found.append(np.partition(size, -self.k, axis=0)[-self.k])
+        return np.concatenate(found)
 
     @cached_property
     def along_classes(self):
@@ -302,6 +316,7 @@ class LayerFiles:
         return {
             "explained": short(self.explained),
             "norm": short(self.norm),
+            **({} if self.acts is None else {"acts": self.acts.tolist()}),
             **{name: side.columns() for name, side in self.sides.items()},
             **self.rotated(),
             "pictures": {"split": "train", "rows": top.ravel().tolist()},
@@ -323,18 +338,20 @@ class LayerFiles:
         """Return everything that a neuron's page shows."""
         found = {name: entries(side.descriptions[n]) for name, side in self.sides.items()}
         found["shown"] = {name: entries(side.shown[n]) for name, side in self.sides.items() if side.compared}
-        found["by_length"] = {name: rows[n] for name, rows in self.by_length.items()}
+        found["by_length"] = {name: rows[n] for name, rows in self.by_length.items() if self.kept[n]}
         found["grades"] = {}
         graded = self.found.graded
-        for row, values in zip(graded.rows, short(graded.values[n]), strict=True):
-            found["grades"][row] = dict(zip(graded.measures, values, strict=True))
+        for row, values in zip(graded.rows, short(self.grades[n]), strict=True):
+            if self.kept[n]:
+                found["grades"][row] = dict(zip(graded.measures, values, strict=True))
         found["auprc_chance"] = self.chance
         found["top"] = {split: self.pictures(of, n) for split, of in self.splits.items()}
         found["threshold"] = short(self.threshold[n])
         found["histogram"] = self.histogram(n)
         order = np.argsort(-np.abs(self.shares[:, n]), kind="stable")[:HEADS]
         shares = short(self.shares[order, n])
-        found["heads"] = [[*self.heads[k], share] for k, share in zip(order, shares, strict=True)]
+        heads = self.heads[order, n].tolist()
+        found["heads"] = [[*head, share] for head, share in zip(heads, shares, strict=True)]
         found["without"] = self.without(n)
         found["for"], found["against"] = self.classes(n)
         found["nearest"] = self.nearest[n]
@@ -366,6 +383,11 @@ class LayerFiles:
         return found
 
     @cached_property
+    def grades(self):
+        """Return the grades [N, rows, measures], NaN for units that are not graded."""
+        return everywhere(self.found.graded.values, self.kept)
+
+    @cached_property
     def by_length(self):
         """Return {side: [[[grade, control, better], ...] of every neuron]} by number of texts."""
         found = {side: of.compared for side, of in self.sides.items() if of.compared}
@@ -373,7 +395,7 @@ class LayerFiles:
             found["wpmi"] = self.found.compared["wpmi", "pearson"]
         for side, of in found.items():
             columns = (of.texts, of.controls.mean(axis=0), of.better())
-            found[side] = short(np.stack(columns, axis=-1))
+            found[side] = short(everywhere(np.stack(columns, axis=-1), self.kept))
         return found
 
     def pictures(self, of, n):
@@ -424,18 +446,19 @@ def nearest_neurons(pcas, layer):
 
     Returns a list over neurons of [[layer, neuron, cosine], ...].
     """
-    layers = list(pcas)
     every = np.concatenate(list(pcas.values()))
+    names = [(of, n) for of, some in pcas.items() for n in range(len(some))]
     N = len(pcas[layer])
+    own = names.index((layer, 0))
     found = []
     for first in range(0, N, 512):
         rows = np.arange(first, min(first + 512, N))
         cosines = pcas[layer][rows] @ every.T
         size = np.abs(cosines)
-        size[np.arange(len(rows)), layers.index(layer) * N + rows] = -1  # the neuron itself
+        size[np.arange(len(rows)), own + rows] = -1  # the neuron itself
         for row, places in zip(cosines, _largest(size), strict=True):
             values = zip(places.tolist(), short(row[places]), strict=True)
-            found.append([[layers[place // N], place % N, value] for place, value in values])
+            found.append([[*names[place], value] for place, value in values])
     return found
 
 
@@ -485,16 +508,13 @@ def write_parquet(path, files):
 def parquet_columns(of):
     """Return the columns of a layer's neurons, {name: array}. of: its `LayerFiles`."""
     int32 = pyarrow.int32()
-    columns = {
-        "layer": pyarrow.array([of.layer] * of.N, int32),
-        "neuron": pyarrow.array(range(of.N), int32),
-    }
+    columns = {name: pyarrow.array(values, int32) for name, values in of.numbers.items()}
     numbers = {"explained": of.explained, "norm": of.norm, "threshold": of.threshold}
     graded = of.found.graded
-    numbers |= {
-        f"{row}_{measure}": graded.of(row, measure) for row in graded.rows for measure in graded.measures
-    }
-    numbers |= columns_of(of.found.compared)
+    for row in graded.rows:
+        for measure in graded.measures:
+            numbers[f"{row}_{measure}"] = everywhere(graded.of(row, measure), of.kept)
+    numbers |= columns_of(of.found.compared, of.kept)
     if of.found.deleted is not None:
         numbers |= columns_of_deletion(of.found.deleted, of.N)
     for name, values in numbers.items():
@@ -517,12 +537,17 @@ def about(sources):
     """Return the facts that all pages need."""
     args = sources.args
     sheet = {"columns": SHEET_COLUMNS, "rows": SHEET_ROWS, "size": sources.size}
+    counts = [sources.neurons(layer).count for layer in sources.layers]
+    rows = grading.ROWS
+    if sources.clip.units is not None:
+        rows = {row: name.replace("neuron", "unit") for row, name in rows.items()}
     return {
         "model": sources.clip.record["model"],
         "pretrained": sources.clip.record["pretrained"],
         "dataset": args.dataset,
         "layers": sources.layers,
-        "neurons": sources.clip.vit.N,
+        "neurons": max(counts),
+        "units": about_units(sources),
         "neuron_chunk": NEURONS_A_FILE,
         "image_chunk": IMAGES_A_FILE,
         "grid": list(sources.clip.vit.grid),
@@ -537,8 +562,21 @@ def about(sources):
         "graded_on": args.split,
         "graded_images": len(sources.held_out),
         "sides": grading.SIDES,
-        "rows": grading.ROWS,
+        "rows": rows,
     }
+
+
+def about_units(sources):
+    """Return the facts about other units than neurons that all pages need; None for neurons."""
+    units = sources.clip.units
+    if units is None:
+        return None
+    found = {"kind": kind_of(sources.clip), "least": ACTS, "site": {}, "heads": {}}
+    for layer in sources.layers:
+        found["site"][layer] = units.site(layer)
+        if units.name == PAIRS:
+            found["heads"][layer] = heads_after(sources.clip.vit, layer)
+    return {**found, "paired": sources.clip.vit.N}
 
 
 def about_images(sources, split):
@@ -591,7 +629,11 @@ def write_gallery(gallery, sources):
             copy_others(gallery, folder)
         data = folder / "data"
         save_script(data / "about.js", "about", about(sources))
-        write_page(folder, f"Neurons of {sources.clip.record['model']}")
+        many = "neurons" if sources.clip.units is None else "units"
+        model = sources.clip.record["model"]
+        kind = kind_of(sources.clip)
+        title = f"{kind[0].upper()}{kind[1:]} {'of' if kind == many else 'in'} {model}"
+        write_page(folder, title, many)
         if sources.size:
             for split in sources.splits:
                 pictures = read_array(sources.part(split, "pictures"), mmap=True)
@@ -605,7 +647,7 @@ def write_gallery(gallery, sources):
             of = layer_files(sources, layer, judge, pcas)
             of.write(data / str(layer))
             files.append(of)
-        write_parquet(folder / "neurons.parquet", files)
+        write_parquet(folder / f"{many}.parquet", files)
         save_json(record_path(folder / "index.html"), to_json(sources.record))
 
 
@@ -630,16 +672,21 @@ def layer_files(sources, layer, judge, pcas):
     effects = splits["train"].projections
     held_out = len(sources.held_out)
     predicted = Predicted(judge, effects)
+    units = sources.neurons(layer)
+    kept = sources.graded(units)
     return LayerFiles(
         layer=layer,
+        numbers=numbers_of(sources, layer),
         sides=sides_of(sources, layer, predicted),
         predicted=predicted,
-        found=sources.found[layer],
+        found=sources.found[layer].only(kept),
+        kept=kept,
+        acts=sources.acts(units),
         explained=sources.explained(layer),
         norm=sources.norms(layer),
         pcas=pcas[layer],
         classifier=sources.classes.classifier,
-        heads=heads_after(sources.clip.vit, layer),
+        heads=heads_of(sources, layer),
         shares=shares_of_heads(np.load(sources.part("train", layer, "heads")), effects),
         nearest=nearest_neurons(pcas, layer),
         splits=splits,
@@ -656,8 +703,11 @@ def sides_of(sources, layer, predicted):
     predicted: `Predicted`, whose atoms and targets the texts that neurons fire on are fitted with.
     """
     found = {}
-    for side, descriptions in sources.sides(sources.neurons(layer), sources.inputs).items():
-        compared = judged_by(side, sources.found[layer].compared)
+    units = sources.neurons(layer)
+    kept = sources.graded(units)
+    graded = sources.found[layer].only(kept).compared
+    for side, descriptions in sources.sides(units, sources.inputs).items():
+        compared = judged_by(side, graded)
         place = compared.justified() if compared else None
         justified = None
         if place is not None:
@@ -668,7 +718,7 @@ def sides_of(sources, layer, predicted):
                 atoms = omp.make_atoms(100 * sources.vectors, sources.args.normalise)
                 targets = sources.statistics[layer].pcas.cpu()
             justified = justified_texts(support, atoms, targets, sources.texts)
-        found[side] = Side(descriptions, compared, justified)
+        found[side] = Side(descriptions, kept, compared, justified)
     return found
 
 
@@ -677,6 +727,32 @@ def heads_after(vit, layer):
     later = vit.later(layer)
     heads = range(vit.K(layer) // len(later))
     return [(l if l < vit.L else -1, h) for l in later for h in heads]
+
+
+def heads_of(sources, layer):
+    """Return the heads through which every neuron of a layer acts, [heads, N, 2]; of a pair its own one."""
+    heads = np.array(heads_after(sources.clip.vit, layer))
+    count = sources.neurons(layer).count
+    if sources.clip.units is not None and sources.clip.units.name == PAIRS:
+        return heads[np.arange(count) // sources.clip.vit.N][None]
+    return np.broadcast_to(heads[:, None], (len(heads), count, 2))
+
+
+def numbers_of(sources, layer):
+    """Return the columns of the .parquet that say what its rows are of, {name: [N]}."""
+    count = sources.neurons(layer).count
+    rows = np.arange(count)
+    found = {"layer": np.full(count, layer)}
+    if sources.clip.units is None:
+        return {**found, "neuron": rows}
+    found["unit"] = rows
+    acts = sources.acts(sources.neurons(layer))
+    if acts is not None:
+        found["images"] = acts
+    if sources.clip.units.name == PAIRS:
+        [heads] = heads_of(sources, layer)
+        found |= {"neuron": rows % sources.clip.vit.N, "head_layer": heads[:, 0], "head": heads[:, 1]}
+    return found
 
 
 def shares_of_heads(sums, effects):

@@ -56,7 +56,7 @@ BY_GRADES = (
     "evaluate_descriptions.py",
     IMAGE_FLAGS | TRAINING_FLAGS | {"--truth": "truth"} | COMPONENT_FLAGS | OMP_FLAGS,
 )
-BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | NEURON_FLAGS | OMP_FLAGS)
+BY_GALLERY = ("make_gallery.py", IMAGE_FLAGS | TRAINING_FLAGS | COMPONENT_FLAGS | OMP_FLAGS)
 BY_SEGMENTATION = ("compute_segmentation.py", {"--data_path": "data_path"})
 
 ARTIFACTS = {
@@ -193,7 +193,10 @@ ARTIFACTS = {
     ),
     "graded": Artifact(OF_GRADES + "_summary.json", "", BY_GRADES, "their means over neurons; also `.png`"),
     "gallery": Artifact(
-        "gallery/index.html", "", BY_GALLERY, "a page of all neurons; format in `gallery/FORMAT.md`"
+        "gallery{unit_set}/index.html",
+        "",
+        BY_GALLERY,
+        "a page of all neurons; format in `gallery/FORMAT.md`; of `--units` in `gallery_NAME`",
     ),
     "settings": Artifact(
         "make_gallery.json", "", BY_GALLERY, "what the page was made of; the notebooks read it"

@@ -309,7 +309,8 @@ def _prepare(args, written):
     if getattr(args, "input_dir", "") is None:
         args.input_dir = args.output_dir
     of_file = getattr(args, "unit_set", None) not in (None, PAIRS)
-    if of_file and args.mlp_layer is LAYERS:  # its file says which, or the user is asked
+    # the file says which, or the user is asked
+    if of_file and (args.mlp_layer is None or args.mlp_layer is LAYERS):
         args.mlp_layer = ["all"]
     if hasattr(args, "device"):
         args.device = choose_device(args.device)

@@ -153,6 +153,7 @@ class Results:
         """
         fields = {"split": "train", "source": "", "variant": "", "judge": "", **names, "clip": self.clip}
         fields["layer"] = "-".join(map(str, _list(names.get("layer", ""))))
+        fields["unit_set"] = self.units and f"_{self.units}"
         for units in filter(None, (self.units, names.get("units"))):
             fields["layer"] += f"_{units}"
         if names.get("train_dataset", names.get("dataset")) != names.get("dataset"):

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json, save_json
+from utils.runtime.results import PAIRS, RANDOM
 
 FILE = "make_gallery.json"
 # besides these, the training images' data set and root, and the layers
 FLAGS = ("model", "pretrained", "split", "held_out", "top_k_pca", "text_descriptions", "descriptions_dir")
 FLAGS += ("components", "transform_alpha", "normalise", "coefficient")
+UNITS = ("unit_set", "site")  # None for neurons
 
 
 def save_settings(folder, args, train, layers):
@@ -20,10 +22,14 @@ def save_settings(folder, args, train, layers):
     train: {"dataset", "data_path", "subsample"} of the training images.
     layers: MLP layers.
     """
-    found = {name: getattr(args, name) for name in FLAGS} | train | {"layers": layers}
+    found = {name: getattr(args, name) for name in FLAGS + UNITS} | train | {"layers": layers}
     for name in ("model", "pretrained", "data_path", "text_descriptions", "descriptions_dir"):
         if found[name] and os.path.exists(found[name]):  # so that it can be read from any folder
             found[name] = os.path.abspath(found[name])
+    units = found["unit_set"] or ""
+    path = units.removeprefix(RANDOM)
+    if path != PAIRS and os.path.exists(path):
+        found["unit_set"] = units.removesuffix(path) + os.path.abspath(path)
     save_json(Path(folder) / FILE, found)
 
 
@@ -41,4 +47,4 @@ def load_settings(folder):
     names = {*FLAGS, "dataset", "data_path", "subsample", "layers"}
     if not isinstance(found, dict) or names - set(found) or not found["layers"]:
         raise UserError(f"{path} does not say all that a gallery is made of; {fix}")
-    return SimpleNamespace(**found, layer=found["layers"][-1])
+    return SimpleNamespace(**{**dict.fromkeys(UNITS), **found}, layer=found["layers"][-1])

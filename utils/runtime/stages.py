@@ -15,7 +15,7 @@ class Stages:
     Parameters
     args: the flags model, pretrained, output_dir, device, overwrite; dataset, data_path, held_out, split,
         subsample, train_data_path, train_subsample, class_names; batch_size, num_workers, precision, memory;
-        descriptions_dir, components.
+        descriptions_dir, components; perhaps unit_set, site.
     train_set: the data set of the training images.
     k: how many of a neuron's effects its component is of.
     input_dir: a folder that is read besides --output_dir.
@@ -28,6 +28,8 @@ class Stages:
         self.train_set = train_set
         self.k = ["--top_k_pca", k]
         self.reading = given("--input_dir", input_dir)
+        self.units = given("--units", getattr(args, "unit_set", None))
+        self.units += given("--site", getattr(args, "site", None))
         self.commands = []
         self._ran = set()
 
@@ -69,13 +71,13 @@ class Stages:
 
     def effects(self, layers, keep=None):
         """Make the effects of some layers on the training images. keep: 'full' or 'top'."""
-        words = [*self.images("train"), "--mlp_layer", *layers, "--memory", self.args.memory]
+        words = [*self.images("train"), *self._of(layers), "--memory", self.args.memory]
         words += given("--keep", keep)
         self.run("compute_second_order_neuron_prs.py", *words, "--representations", *self.k)
 
     def components(self, layers):
         """Make the components and the other statistics of some layers' effects."""
-        words = ["--dataset", self.train_set, "--mlp_layer", *layers, *self.k]
+        words = ["--dataset", self.train_set, *self._of(layers), *self.k]
         self.run("compute_pcas.py", *words, *self.reading)
 
     def texts(self, texts):
@@ -84,14 +86,14 @@ class Stages:
 
     def descriptions(self, texts, layers, components=None):
         """Make the descriptions of some layers by a text set. components: in place of --components."""
-        words = ["--dataset", self.args.dataset, "--mlp_layer", *layers, *self._texts(texts)]
+        words = ["--dataset", self.args.dataset, *self._of(layers), *self._texts(texts)]
         words += ["--components", components or self.args.components, *self.k]
         self.run("compute_sparse_decomposition.py", *words, *self.reading)
 
     def total_order(self, texts, layers, components=None):
         """Make the descriptions of deletions on the training images. Parameters: as in `descriptions`."""
         args = self.args
-        words = [*self.images(args.split), "--order", "total", "--mlp_layer", *layers, *self._texts(texts)]
+        words = [*self.images(args.split), "--order", "total", *self._of(layers), *self._texts(texts)]
         words += given("--train_data_path", args.train_data_path)
         words += given("--train_subsample", args.train_subsample)
         words += ["--components", components or args.components, *self.k]
@@ -100,11 +102,14 @@ class Stages:
     def grades(self, texts, layers, components=None):
         """Make the texts that neurons fire on, and the grades. Parameters: as in `descriptions`."""
         args = self.args
-        words = [*self.images(args.split), "--mlp_layer", *layers, "--memory", args.memory]
+        words = [*self.images(args.split), *self._of(layers), "--memory", args.memory]
         words += given("--train_data_path", args.train_data_path)
         words += given("--train_subsample", args.train_subsample)
         words += [*self._texts(texts), "--components", components or args.components, *self.k]
         self.run("evaluate_descriptions.py", *words, *self.reading)
+
+    def _of(self, layers):
+        return ["--mlp_layer", *layers, *self.units]
 
     def _texts(self, texts):
         return ["--text_descriptions", texts, "--descriptions_dir", self.args.descriptions_dir]
