@@ -2,6 +2,7 @@
 
 import copy
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import orthogonal_mp
 from sklearn.metrics import average_precision_score
 
+from demo import train_sae
 from demo.layout import MODEL, WEIGHTS
 from tests import definition
 from tests.conftest import run_script
 from tests.launcher import run_stage_of_user, shared_world, the_line
 from utils import omp
 from utils.controls import CHANCE, Compared, Rotation, above, control_dictionary, lengths_of
+from utils.model.dictionary_files import save_dictionary
 from utils.prs import fold, second_order
 
 LAYER = 3
@@ -308,9 +311,12 @@ def drawn(tmp_path_factory):
     return symbols(tmp_path_factory)
 
 
-def evaluated(drawn, weights, texts):
-    """Run the stages up to the grades of layer 4; returns {text set: {side: numbers}} and the output."""
-    out = drawn / weights.rsplit("/", 1)[-1]
+def evaluated(drawn, weights, texts, units=None):
+    """Run the stages up to the grades of layer 4; returns {text set: {side: numbers}} and the output.
+
+    units: path of a dictionary of the layer that takes the neurons' place.
+    """
+    out = drawn / (weights.rsplit("/", 1)[-1] if units is None else units.stem)
     model = ["--model", MODEL, "--pretrained", weights, "--output_dir", out]
     data = [
         "--dataset",
@@ -322,7 +328,7 @@ def evaluated(drawn, weights, texts):
         "--num_workers",
         0,
     ]
-    layer = ["--mlp_layer", 4]
+    layer = ["--mlp_layer", 4, *([] if units is None else ["--units", units])]
     run_stage_of_user(
         "compute_second_order_neuron_prs.py", *model, *data, *layer, "--split", "train", folder=drawn
     )
@@ -350,6 +356,22 @@ def test_no_text_names_the_neurons_of_a_model_with_random_weights(drawn):
             assert max(of["better"]) <= CHANCE, of
         assert fires_on["justified"] == 0 and writes["justified"] == 0
     assert printed.count("no more than random directions say") == 4
+
+
+def test_no_text_names_the_units_of_a_dictionary_for_random_weights(drawn, monkeypatch):
+    """It is trained as the world's own is, and rebuilds the stream; its units mean nothing."""
+    monkeypatch.setattr(train_sae, "WEIGHTS", "random")
+    monkeypatch.setattr(train_sae, "FIRST", 256)
+    size = {"pictures": 4800, "units": 256, "k": 16, "lr": 1e-3, "seed": 0, "random_decoder": False}
+    dictionaries, _ = train_sae.train(Namespace(**size))
+    path = drawn / "of_noise.safetensors"
+    save_dictionary(path, dictionaries["resid"])
+    found, printed = evaluated(drawn, "random", ["atoms"], path)
+    fires_on, writes = found["atoms"]["fires_on"], found["atoms"]["writes"]
+    for of in (fires_on["pearson"], writes["share"]):
+        assert max(of["better"]) <= CHANCE, of
+    assert fires_on["justified"] == 0 and writes["justified"] == 0
+    assert printed.count("no more than random directions say. No number of texts is justified") == 2
 
 
 def test_atomic_texts_name_the_neurons_of_the_worlds_clip(drawn):

@@ -44,7 +44,7 @@ LONG = {
     "evaluation": 3,
     "gallery": 2,
 }
-LONG |= {"segmentation": 2}
+LONG |= {"segmentation": 2, "units_top": 3, "units_full": 1, "units_evaluation": 2}
 LAST = {
     "top": 4,
     "full": 1,
@@ -55,7 +55,7 @@ LAST = {
     "evaluation": 1,
     "gallery": 1,
 }
-LAST |= {"segmentation": 1}
+LAST |= {"segmentation": 1, "units_top": 2, "units_full": 1, "units_evaluation": 1}
 
 
 @pytest.fixture(scope="module")
