@@ -295,18 +295,24 @@ class World:
     def __init__(self, root, model, per_class=16, graded=GRADED, **photos):
         self.graded = graded
         self.root, self.base, self.whole = Path(root), Path(root) / "base", Path(root) / "whole"
-        self.unit_base = self.root / "units"
         self.photos = write_photos(self.root / "photos", per_class=per_class, side=40, **photos)
         for split in ("train", "val"):
             min((self.photos / split).rglob("*.JPEG")).unlink()
         rng = np.random.default_rng(0)
         words = ["".join(rng.choice(list("abcdefghijklmno"), 5)) for _ in range(WORDS)]
         (self.root / "words.txt").write_text("\n".join(words))
-        self.dictionary = self.root / "mine.safetensors"
         save_dictionary(self.dictionary, two_sided(bias=SELDOM))
         self.model = ["--model", model, "--pretrained", "random"]
         self.data = ["--dataset", "folder", "--data_path", self.photos, "--num_workers", 0, "--batch_size", 4]
         self.train, self.val = [*self.data, "--split", "train"], [*self.data, "--split", "val"]
+
+    @property
+    def dictionary(self):
+        return self.root / "mine.safetensors"
+
+    @property
+    def unit_base(self):
+        return self.root / "units"
 
     def stages(self):
         """{name: (script, flags, constants)} in the README's order; inputs are in `base`."""

@@ -48,7 +48,7 @@ def changed(world):
     other.base, other.whole, other.photos = other.root / "base", other.root / "whole", other.root / "photos"
     shutil.copytree(world.photos, other.photos)
     shutil.copytree(world.base, other.base)
-    for name in ("tiny.json", "weights.safetensors", "words.txt"):
+    for name in ("tiny.json", "weights.safetensors", "words.txt", "mine.safetensors"):
         shutil.copy(world.root / name, other.root / name)
     other.model = ["--model", other.root / "tiny.json", "--pretrained", other.root / "weights.safetensors"]
     other.data = ["--dataset", "folder", "--data_path", other.photos, "--num_workers", 0, "--batch_size", 4]
