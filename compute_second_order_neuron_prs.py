@@ -37,7 +37,7 @@ from utils.runtime.passes import Pass
 from utils.runtime.results import PAIRS
 from utils.runtime.sums import Sums
 from utils.statistics import choose_k
-from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
+from utils.top_effects import AGAIN, TopK, look, settle, settle_again, start_of, stride_of
 from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units, stored_weights
 
 
@@ -128,10 +128,10 @@ def keep_top(args, clip, layers, split, results, record):
     with Pass(arrays, record, split.rounds(stride, 1, 1), overwrite=args.overwrite, **options) as work:
         directions = work.prepare(fold_units, clip, layers)
         few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
-        for _, pixels in work.round(0, "means"):
+        for rows, pixels in work.round(0, "means"):
             _, effects = second_order(clip.vit, pixels, directions, args.coefficient)
             for _ in layers:
-                few.add(next(effects))  # unnamed: one layer's effects are in memory at a time
+                look(work, few, next(effects), rows)  # unnamed: one layer's effects are in memory at a time
         tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
         sums = Sums(work, args.coefficient, len(split))
         for rows, pixels in work.round(1, "effects"):

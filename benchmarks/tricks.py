@@ -17,7 +17,7 @@ import time
 import torch
 
 from benchmarks.common import Table, alone, bench_parser, interleaved, kilobytes, median, ratio, row, run
-from utils.norms import CentredNorms, blocks_of, quadratic
+from utils.norms import CentredNorms, blocks_of
 from utils.prs import Directions, SecondOrder
 
 L, H, E, D = 12, 12, 64, 512  # ViT-B-32: layers, heads, head width, output width
@@ -50,8 +50,7 @@ def gram_functions(layer, N):
     whole = torch.cat([B @ B.mT for B in directions])  # [N, K, K]
 
     def with_strips():
-        parts = [quadratic(x, [strip[n] for strip in norms.strips]) for n, x in blocks]
-        return torch.cat(parts, dim=1)
+        return torch.cat([norms.along(by_neuron(x), n).T for n, x in blocks], dim=1)
 
     def with_whole():
         return torch.cat([whole_quadratic(x, whole[n]) for n, x in blocks], dim=1)
@@ -59,10 +58,15 @@ def gram_functions(layer, N):
     return {"strips": with_strips, "whole": with_whole, "norms": lambda: norms(phi)}
 
 
+def by_neuron(x):
+    """Return a copy of x [B, K, n] as [n, B, K]."""
+    B, K, n = x.shape
+    return x.view(B * K, n).T.contiguous().view(n, B, K)
+
+
 def whole_quadratic(x, G):
     """Return x^T G x: x [B, K, n], G [n, K, K] -> [B, n]."""
-    B, K, n = x.shape
-    x = x.view(B * K, n).T.contiguous().view(n, B, K)
+    x = by_neuron(x)
     return (torch.bmm(x, G) * x).sum(dim=-1).T
 
 

@@ -31,7 +31,7 @@ from utils.prs import Directions, SecondOrder
 from utils.runtime.passes import walk
 from utils.runtime.records import load_record
 from utils.runtime.sums import Sums
-from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
+from utils.top_effects import AGAIN, CERTAIN, TopK, look, settle, settle_again, start_of, stride_of
 
 FEW = {"utils.top_effects.FEW": 8, "utils.top_effects.ENOUGH": 8}  # every 7th of the 63 photos
 
@@ -346,7 +346,8 @@ def kept_by(directions, C, kappa, k, few):
     work = Work(images, shapes, *start_of(of_layer, [0], k, images))
     paths = SimpleNamespace(path=lambda kind, layer: kind)
     start, sums = Sums(work, 1.0, few, "few_"), Sums(work, 1.0, images)
-    start.add(SecondOrder(C[:few], kappa[:few], directions))
+    for rows in (slice(0, 2), slice(2, few)):
+        look(work, start, SecondOrder(C[rows], kappa[rows], directions), rows)
     tops = TopK.of_layers(work, [directions], start, paths, {})
     for rows in work.batches:
         tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start, sums)

@@ -168,9 +168,9 @@ def test_layers_in_several_groups_leave_the_same_arrays(world, size):
 def kept(norms, k, split):
     """What is kept of norms [images, N] that come in batches: images [N, k] by falling norm."""
     N = norms.shape[1]
-    keys, kept_images = np.zeros((N, k), np.uint64), np.full((N, k), -1)
+    keys, kept_images, floor = np.zeros((N, k), np.uint64), np.full((N, k), -1), np.ones(N, np.uint64)
     for rows in np.split(np.arange(len(norms)), split):
-        n, places, columns = enter(keys, key_of(norms[rows].T, rows))
+        n, places, columns = enter(keys, key_of(norms[rows].T, rows), floor)
         kept_images[n, places] = rows[columns]
     assert (image_of(keys) == kept_images).all()
     order = np.lexsort((kept_images, -np.take_along_axis(norms.T, kept_images, axis=1)), axis=1)

@@ -104,7 +104,7 @@ class Ablations:
         With x the centred coefficients, |c_n| differs from |x B_n| by |kappa - rest| at most. Only where this
         can decide is |c_n| computed: that is half of the work.
         """
-        squares = self.norms.squares(phi)
+        squares = self.norms.squares(phi.C)
         beside = self.norms.beside(phi.kappa).clamp_min(0)
         norms = squares.clamp_min(0).sqrt()
         image, neuron = ((norms - self.thresholds).abs() <= beside.sqrt()).nonzero(as_tuple=True)

@@ -7,7 +7,7 @@ import torch
 from torch import einsum
 
 NEURONS = 256  # neurons that are worked on together where intermediate results would be large
-STRIP = 16  # columns of a Gram matrix that are multiplied together
+STRIP = 24  # columns of a Gram matrix that are multiplied together
 
 
 def blocks_of(neurons):
@@ -60,7 +60,7 @@ class CentredNorms:
 
     def __call__(self, phi):
         """Return the norms [B, N] of a `SecondOrder`."""
-        squares = self.squares(phi)
+        squares = self.squares(phi.C)
         kappa = phi.kappa - self.shift
         heads = einsum("bo,keo->kbe", kappa, self.directions.outputs)
         for n in blocks_of(squares.shape[1]):
@@ -74,23 +74,22 @@ class CentredNorms:
         rest = 0 if self.rest is None else self.rest.square().sum(dim=-1) - 2 * kappa @ self.rest.T
         return kappa.square().sum(dim=-1, keepdim=True) + rest
 
-    def squares(self, phi):
+    def squares(self, C):
         """Return |x B_n|^2, [B, N]: squared norms without kappa, which is small, and half of the work."""
-        squares = torch.empty_like(phi.C[:, 0])
+        squares = torch.empty_like(C[:, 0])
         for n in blocks_of(squares.shape[1]):
-            squares[:, n] = quadratic(phi.C[:, :, n] - self.origin[:, n], [strip[n] for strip in self.strips])
+            x = C[:, :, n] - self.origin[:, n]
+            B, K, _ = x.shape
+            squares[:, n] = self.along(x.view(B * K, -1).T.contiguous().view(-1, B, K), n).T
         return squares
 
-
-def quadratic(x, strips):
-    """Return x^T G x, with G in strips as in `CentredNorms`: x [B, K, n] -> [B, n]."""
-    B, K, n = x.shape
-    x = x.view(B * K, n).T.contiguous().view(n, B, K)
-    total = torch.zeros_like(x[:, :, 0])  # [n, B]
-    for first, strip in zip(range(0, K, STRIP), strips, strict=True):
-        below = x[:, :, first:]
-        total += (torch.bmm(below, strip) * below[:, :, : strip.shape[2]]).sum(dim=-1)
-    return total.T
+    def along(self, x, n=slice(None)):
+        """Return |x B_n|^2 = x^T G_n x of some neurons: x [n, B, K] -> [n, B]."""
+        total = torch.zeros_like(x[:, :, 0])
+        for first, strip in zip(range(0, x.shape[2], STRIP), self.strips, strict=True):
+            below = x[:, :, first:]
+            total += (torch.bmm(below, strip[n]) * below[:, :, : strip.shape[2]]).sum(dim=-1)
+        return total
 
 
 def least_squares(B_n, mean):

@@ -1,13 +1,16 @@
 """Keep only each neuron's largest effects, of many layers, without storing all of them.
 
 This is `--keep top`. `compute_pcas.py` needs every neuron's mean effect mu and its k largest about it.
-A look at a few images gives a preliminary mean mu0. A pass over all sums up mu, takes norms about mu0, and
-keeps the 3k effects of largest norm. As | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the
-k largest about mu among them if the smallest one's norm plus |mu - mu0| is below the k-th largest about mu.
-Where this leaves neurons in doubt, batches with an image that may be missing are gone over again, about mu.
+A look at a few images gives a preliminary mean mu0, and a floor that about 3k norms of all will be above. A
+pass over all sums up mu, takes norms about mu0, and keeps the effects above the floor. As
+| |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the k largest about mu among them if the
+floor plus |mu - mu0| is below the k-th largest about mu. Where this leaves neurons in doubt, batches with an
+image that may be missing are gone over again, about mu.
 
 Letters as in `utils.prs`, k effects that are kept, and c candidates.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -19,11 +22,13 @@ from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.largest import ROWS, correct, enter, image_of, key_of, merge, norm_of, smallest_key
 
-FEW = 256  # images of the preliminary mean, at least
+FEW = 256  # images of the preliminary mean, at least; the floor is taken from as many, at most
 ENOUGH = 1280  # of them, where these are not more than a quarter
 CANDIDATES = 3  # times as many effects as are kept
 SHARE = 20  # one in so many images, where this is more still
+NEAR = 1e-3  # of a norm, by which candidates may be too small for the k largest, and are looked at
 ENTERING = 8192  # effects that are copied into the candidates at a time
+SAMPLED_AT_ONCE = 16  # images of a sample whose norms are taken at a time
 MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
 ROUNDING = 16  # times the largest rounding error among a neuron's candidates is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
@@ -50,6 +55,7 @@ def start_of(results, layers, k, images):
             state[f"{name}C{layer}"] = ((K, N), "int64")
             state[f"{name}kappa{layer}"] = ((D,), "int64")
         state[f"keys{layer}"] = ((N, c), "uint64")
+        state[f"floor{layer}"] = ((N,), "uint64")
         state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
         state[f"span{layer}"] = ((2, N), "uint64")
@@ -57,11 +63,34 @@ def start_of(results, layers, k, images):
     return state, scratch
 
 
+def sample_of(scratch):
+    """Return a view of a `Scratch` of candidates [N, c, K] that holds a sample before, [c or FEW, K, N]."""
+    N, c, K = scratch.array.shape
+    return scratch.array.reshape(c, K, N)[:FEW]
+
+
+def look(work, few, phi, rows):
+    """Add effects to the `Sums` of a look, and keep some, evenly spread, to take a floor from.
+
+    rows: slice of the images.
+    """
+    few.add(phi)
+    scratch = work.scratch[f"top{phi.directions.layer}"]
+    sample = sample_of(scratch)
+    every = -(-few.images // len(sample))
+    for C, image in zip(phi.C, range(rows.start, rows.stop, rows.step or 1), strict=True):
+        place, rest = divmod(image // (rows.step or 1), every)
+        if rest == 0:
+            sample[place] = C.cpu()
+    scratch.release()
+
+
 class TopK:
     """TopK is the candidates for the k largest centred effects of a layer's neurons, and then these.
 
-    In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, 0 where none is
-    yet; known, [N]: CERTAIN, or DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms
+    In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
+    [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
+    DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms
     may be from those about the mean; span, [2, N]: an image is missing whose stored key is at least the first
     and below the second. In its scratch are the candidates' coefficients, float32 [N, c, K].
 
@@ -78,8 +107,8 @@ class TopK:
         self.few = few
         self.files = {kind: work[path] for kind, path in paths.items()}
         self.exact = few == self.files["bias"].shape[0]  # another pass would tell no more
-        state = (work.state[f"{name}{layer}"] for name in ("keys", "known", "apart", "span"))
-        self.keys, self.known, self.apart, self.span = state
+        state = (work.state[f"{name}{layer}"] for name in ("keys", "floor", "known", "apart", "span"))
+        self.keys, self.floor, self.known, self.apart, self.span = state
         self.scratch = work.scratch[f"top{layer}"]
         self.norms = CentredNorms(directions, tuple(part.to(directions.values.device) for part in mean))
 
@@ -91,7 +120,30 @@ class TopK:
         """
         means = sums.means([item.layer for item in directions])
         paths = {item: {kind: results.path(kind, layer=item, **names) for kind in TOP} for item in means}
-        return [cls(work, item, means[item.layer], sums.images, paths[item.layer]) for item in directions]
+        tops = [cls(work, item, means[item.layer], sums.images, paths[item.layer]) for item in directions]
+        for top in tops:
+            if not top.floor.all():
+                top.floor[:] = top.first_floor()
+        work.commit()  # candidates take the place of the sample
+        return tops
+
+    def first_floor(self):
+        """Return keys [N] that the norms of more than c images are likely to reach, by the sample of a look.
+
+        It is of this process's images. With f of its norms at least as large as a number, about f c are to be
+        expected among those of c images; twice the square root of f is allowed for chance.
+        """
+        sample = sample_of(self.scratch)[: 0 if self.exact else None]
+        norms = []
+        for part in np.array_split(sample, len(sample) // SAMPLED_AT_ONCE + 1):
+            own = torch.from_numpy(part[part.any(axis=(1, 2))])  # the others are of other processes
+            norms += self.norms.squares(own.to(self.directions.values)).clamp_(0).sqrt_() if len(own) else []
+            self.scratch.release()
+        expected = len(norms) * self.keys.shape[1] / self.files["bias"].shape[0]
+        rank = math.ceil(expected + 2 * math.sqrt(expected) + 1)
+        if rank > len(norms):
+            return np.ones_like(self.floor)
+        return smallest_key(torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy())
 
     def add(self, phi, first, sums=None):
         """Let the effects of a batch take the places of smaller ones, and store their norms and kappa.
@@ -100,7 +152,7 @@ class TopK:
         sums: `Sums` to add them to. Without, only what is missing is looked at, and nothing is stored.
         """
         near = sums is not None and not self.exact  # kappa, too, may be left out of what is preliminary
-        norms = (self.norms.squares(phi).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
+        norms = (self.norms.squares(phi.C).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
         rows = slice(first, first + len(norms))
         new = key_of(norms.T, np.arange(rows.start, rows.stop))
         if sums is None:
@@ -109,7 +161,7 @@ class TopK:
             sums.add(phi)
             self.files["bias"][rows] = phi.kappa
             self.files["image_norms"][rows] = norms
-        n, places, images = enter(self.keys, new)
+        n, places, images = enter(self.keys, new, self.floor)
         kept = torch.from_numpy(self.scratch.array)  # shares the memory; torch writes with several threads
         for part in np.array_split(np.arange(len(n)), len(n) // ENTERING + 1):
             m, b = (torch.from_numpy(index[part]).to(phi.C.device) for index in (n, images))
@@ -130,16 +182,24 @@ class TopK:
         self.span[:] = span
         doubted = np.flatnonzero(self.known == DOUBTED)
         for n in np.array_split(doubted, len(doubted) // MERGED_AT_ONCE + 1):
-            keys = self.keys[n]
-            _, _, norms = self._effects(n, keys, self.scratch.array[n], mean)
-            self.keys[n] = np.where(keys < span[1, n, None], 0, key_of(norms, image_of(keys)))
+            keys, B = self.keys[n], double(self.directions.B(n))
+            C = self.scratch.array[n] - mean[0].T[n, None].numpy()
+            phi, _ = self._effects(B, image_of(keys), C, mean[1])
+            self.keys[n] = np.where(keys < span[1, n, None], 0, key_of(norms_of(phi), image_of(keys)))
         self.scratch.release()
         self.norms.origin, self.norms.shift = (part.to(self.norms.shift) for part in mean)
-        self.known[doubted] = KEPT
+        self.known[doubted], self.floor[doubted] = KEPT, 1
 
-    def write(self, mean, keys):
-        """Write the largest effects about the mean. mean: C, kappa. keys: of all processes, a list."""
+    def write(self, mean, keys, floor):
+        """Write the largest effects about the mean. mean: C, kappa. keys, floor: of all processes, lists."""
         order, keys = merge(keys, self.keys.shape[1])  # [N, c]
+        floor = np.max(floor, axis=0)
+        first = not self.known.any()
+        if first:
+            self._write_mean(*mean)
+        bias = self.files["bias"].read()
+        blocks = np.array_split(bias, len(bias) // ROWS + 1)
+        far = max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)  # kappa
         found = []
         for start in range(0, len(order), MERGED_AT_ONCE):
             n = slice(start, start + MERGED_AT_ONCE)
@@ -147,51 +207,72 @@ class TopK:
                 continue
             # mapped again each time: pages once read would count as this process's
             every = [part[n] for part in self.work.gather_scratch(f"top{self.layer}")]  # [n, c, K] each
-            every = np.take_along_axis(np.concatenate(every, axis=1), order[n, :, None], axis=1)
-            C, *effects = self._effects(n, keys[n], every, mean)
-            best, *about = self._best(n, keys[n], *effects, mean[0])
-            self.files["top_coefficients"][n] = np.take_along_axis(C, best[..., None], axis=1)
+            every = np.concatenate(every, axis=1)[np.arange(len(every[0]))[:, None], order[n]]
+            C, *about = self._best(n, keys[n], every, mean, far, floor[n])
+            self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
             found.append((np.arange(len(order))[n], *about))
-        n, images, norms, apart, rounding = (np.concatenate(part) for part in zip(*found, strict=True))
+        n, images, norms, apart, *span = (np.concatenate(part) for part in zip(*found, strict=True))
         ready = np.ones(len(n), bool)
-        if not self.known.any():
-            C, kappa = (part.to(self.norms.shift) for part in mean)
-            heads = torch.einsum("kn,kne->nke", C, self.directions.values)
-            self.files["top_mean"][:] = torch.einsum("nke,keo->no", heads, self.directions.outputs) + kappa
-            blocks = np.array_split(self.files["bias"].read(), self.files["bias"].shape[0] // ROWS + 1)
-            apart += max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)
-            self.apart[:] = (apart + rounding).max()
-            low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
-            ready = (low > keys[:, -1]) | (self.files["bias"].shape[0] == keys.shape[1]) | self.exact
-            self.span[:] = np.where(ready, 0, [low, keys[:, -1]])
+        if first:
+            self.apart[:] = apart.max()
+            ready = (span[0] >= span[1]) | self.exact
+            self.span[:] = np.where(ready, 0, span)
             self.known[:] = np.where(ready, CERTAIN, DOUBTED)
         if not self.exact:
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
-    def _effects(self, n, keys, C, mean):
-        """Return C of candidates of neurons n about the mean [n, c, K]; C B, float64 [n, c, D]; and norms."""
-        C = C - mean[0].T[n, None].numpy()
-        kappa = self.files["bias"].read()[image_of(keys)] - mean[1].numpy()
-        B = double(self.directions.B(n))
-        along = torch.bmm(torch.from_numpy(C).to(B), B)
-        # rounded to float32, so that copies of an image have equal norms whatever way they are computed
-        return C, along, (along + torch.from_numpy(kappa).to(B)).norm(dim=-1).float().cpu().numpy()
+    def _write_mean(self, C, kappa):
+        heads = torch.einsum("kn,kne->nke", C.to(self.norms.shift), self.directions.values)
+        along = torch.einsum("nke,keo->no", heads, self.directions.outputs)
+        self.files["top_mean"][:] = along + kappa.to(along)
 
-    def _best(self, n, keys, along, norms, mean_C):
-        """Return what is known of a block of neurons n from candidates by falling norm, and `_effects`.
+    def _best(self, n, keys, every, mean, far, floor):
+        """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
-        These are places of the k largest [n, k], of equal ones the earlier image first; their images and
-        norms [n, k]; how far C B of the mean is from that of `norms`, and what rounding may add to it [n].
+        keys, every: of the candidates, [n, c] and their C [n, c, K]. far: how far kappa is from its
+        mean at most. floor: [n].
+
+        Returns C about the mean [n, k, K]; images and norms [n, k], of equal norms the earlier image first;
+        how far stored norms may be from those about the mean; and a span: an image may be missing whose
+        stored key is at least the first and below the second. Of these [n] each.
         """
+        k = self.files["top_images"].shape[1]
+        below = np.maximum(floor, keys[:, -1] + np.uint64(1))
+        below[(keys[:, -1] > 0) & (keys.shape[1] == self.files["bias"].shape[0])] = 0  # all are candidates
+        C = every - mean[0].T[n, None].numpy()
+        likely = self._likely(n, keys, C, k, far)
+        C, keys = C[np.arange(len(C))[:, None], likely], np.take_along_axis(keys, likely, axis=1)
+        B = double(self.directions.B(n))
+        moved = (mean[0].to(self.norms.shift) - self.norms.origin)[:, n].to(B)
+        moved = torch.einsum("kn,nko->no", moved, B)[:, None]
         images = image_of(keys)
-        moved = (mean_C.to(self.norms.shift) - self.norms.origin)[:, n].to(along)
-        moved = torch.einsum("kn,nko->no", moved, double(self.directions.B(n)))
-        before = (along + moved[:, None]).norm(dim=-1).cpu().numpy()
-        best = key_of(norms, images).argsort(axis=1)[:, ::-1][:, : self.files["top_images"].shape[1]]
-        rounding = ROUNDING * np.abs(before - norm_of(keys)).max(axis=1)
-        found = (np.take_along_axis(part, best, axis=1) for part in (images, norms))
-        return best, *found, moved.norm(dim=-1).cpu().numpy(), rounding
+        phi, kappa = self._effects(B, images, C, mean[1])
+        norms = norms_of(phi)
+        off = np.abs(phi.sub_(kappa).add_(moved).norm(dim=-1).cpu().numpy() - norm_of(keys))
+        apart = moved.norm(dim=-1)[:, 0].cpu().numpy() + far
+        rounding = ROUNDING * np.where(keys, off, 0).max(axis=1)
+        best = np.where(keys, key_of(norms, images), 0).argsort(axis=1)[:, ::-1][:, :k]
+        images, norms = (np.take_along_axis(part, best, axis=1) for part in (images, norms))
+        low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
+        return C[np.arange(len(C))[:, None], best], images, norms, apart + rounding, low, below
+
+    def _likely(self, n, keys, C, k, far):
+        """Return places [n, w] of candidates that have the k largest effects, by norms without kappa."""
+        squares = self.norms.along(torch.from_numpy(C).to(self.directions.values), n).cpu().numpy()
+        norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
+        smallest = (1 - NEAR) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
+        return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
+
+    def _effects(self, B, images, C, mean_kappa):
+        """Return effects, float64 [n, c, D], and kappa about its mean. C: about the mean, [n, c, K]."""
+        kappa = torch.from_numpy(self.files["bias"].read()[images] - mean_kappa.numpy()).to(B.device)
+        return torch.bmm(torch.from_numpy(C).to(B), B).add_(kappa), kappa
+
+
+def norms_of(phi):
+    """Return norms in float32: copies of an image have equal ones then, however these are computed."""
+    return phi.norm(dim=-1).float().cpu().numpy()
 
 
 def settle(work, tops, sums):
@@ -204,10 +285,10 @@ def settle(work, tops, sums):
     if not tops:  # all is there
         return []
     means = sums.means([top.layer for top in tops])
-    keys = work.gather([f"keys{top.layer}" for top in tops])
+    found = work.gather([f"{name}{top.layer}" for top in tops for name in ("keys", "floor")])
     for top in tops if is_rank_zero() else ():
         if not top.known.any():  # else it was written before an interruption
-            top.write(means[top.layer], keys[f"keys{top.layer}"])
+            top.write(means[top.layer], *(found[f"{name}{top.layer}"] for name in ("keys", "floor")))
         if not top.exact:
             about = {"norms_about": f"the mean of {top.few} images", "norms_off_by": float(top.apart[0])}
             top.files["image_norms"].record |= about | {"norms_exact": top.files["top_images"].shape[1]}
@@ -227,6 +308,9 @@ def settle(work, tops, sums):
 
 def settle_again(work, doubted):
     """Write the largest effects of layers whose doubted neurons were gone over again."""
-    keys = work.gather([f"keys{top.layer}" for top in doubted]) if doubted else {}
+    if not doubted:
+        return
+    found = work.gather([f"{name}{top.layer}" for top in doubted for name in ("keys", "floor")])
     for top in doubted if is_rank_zero() else ():
-        top.write([part.cpu() for part in (top.norms.origin, top.norms.shift)], keys[f"keys{top.layer}"])
+        mean = [part.cpu() for part in (top.norms.origin, top.norms.shift)]
+        top.write(mean, *(found[f"{name}{top.layer}"] for name in ("keys", "floor")))

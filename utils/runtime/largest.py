@@ -6,13 +6,33 @@ LAST_IMAGE = 2**32 - 1
 ROWS = 512  # images whose norms are corrected together
 
 
-def enter(keys, new):
-    """Replace keys [N, k] in place by larger ones of new [N, B].
+def enter(keys, new, floor):
+    """Put new keys [N, B] that are at least floor [N] into keys [N, c], in place, behind others.
+
+    Where there is no room, larger ones replace smaller ones, and floor rises to the smallest that is left.
+    So whatever is not among the keys is below floor.
 
     Returns neuron, place and column of each that enters.
     """
+    neurons, columns = (new >= floor[:, None]).nonzero()
+    count = np.bincount(neurons, minlength=len(keys))
+    taken = keys[:, ::-1] != 0
+    end = np.where(taken.any(axis=1), keys.shape[1] - taken.argmax(axis=1), 0)
+    full = end + count > keys.shape[1]
+    places = np.arange(len(neurons)) + (end - count.cumsum() + count)[neurons]
+    fits = ~full[neurons]
+    neurons, places, columns = neurons[fits], places[fits], columns[fits]
+    keys[neurons, places] = new[neurons, columns]
+    found = (neurons, places, columns)
+    if full.any():
+        found = map(np.concatenate, zip(found, _replace(keys, new, np.flatnonzero(full)), strict=True))
+        floor[full] = np.maximum(floor[full], keys[full].min(axis=1))
+    return tuple(found)
+
+
+def _replace(keys, new, neurons):
+    """Replace the smallest keys of some neurons in place by larger new ones. Returns as `enter` does."""
     k = keys.shape[1]
-    neurons = np.flatnonzero(new.max(axis=1) > keys.min(axis=1))
     both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
     leaving = both.argpartition(new.shape[1], axis=1)[:, : new.shape[1]]
     leaves = np.zeros(both.shape, bool)
