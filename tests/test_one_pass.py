@@ -294,9 +294,7 @@ class Work:
 
     def __init__(self, images, shapes, state, scratch):
         self.state = {name: np.zeros(*spec) for name, spec in state.items()}
-        self.scratch = {
-            name: SimpleNamespace(array=np.zeros(*spec), release=int) for name, spec in scratch.items()
-        }
+        self.scratch = {name: InMemory(*spec) for name, spec in scratch.items()}
         self.results = {kind: Result(np.zeros(shape, dtype)) for kind, (shape, dtype) in shapes.items()}
         self.batches = [slice(start, min(start + 3, images)) for start in range(0, images, 3)]
 
@@ -315,6 +313,17 @@ class Work:
         return sum(rows.stop - rows.start for rows in self.again)
 
     def commit(self):
+        pass
+
+
+class InMemory:
+    def __init__(self, shape, dtype):
+        self.array = np.zeros(shape, dtype)
+
+    def put(self, places, rows):
+        self.array.reshape(-1, rows.shape[1])[places] = rows
+
+    def release(self):
         pass
 
 

@@ -27,9 +27,8 @@ ENOUGH = 1280  # of them, where these are not more than a quarter
 CANDIDATES = 3  # times as many effects as are kept
 SHARE = 20  # one in so many images, where this is more still
 NEAR = 1e-3  # of a norm, by which candidates may be too small for the k largest, and are looked at
-ENTERING = 8192  # effects that are copied into the candidates at a time
 SAMPLED_AT_ONCE = 16  # images of a sample whose norms are taken at a time
-MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
+MERGED_AT_ONCE = 16  # neurons whose candidates are merged at a time
 ROUNDING = 16  # times the largest rounding error among a neuron's candidates is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
 AGAIN = 2  # the round of the pass for doubted neurons; round 0 goes over a few images, round 1 over all
@@ -63,10 +62,10 @@ def start_of(results, layers, k, images):
     return state, scratch
 
 
-def sample_of(scratch):
-    """Return a view of a `Scratch` of candidates [N, c, K] that holds a sample before, [c or FEW, K, N]."""
-    N, c, K = scratch.array.shape
-    return scratch.array.reshape(c, K, N)[:FEW]
+def sample_of(candidates):
+    """Return a view of the array of candidates [N, c, K] that holds a sample before, [c or FEW, K, N]."""
+    N, c, K = candidates.shape
+    return candidates.reshape(c, K, N)[:FEW]
 
 
 def look(work, few, phi, rows):
@@ -76,7 +75,7 @@ def look(work, few, phi, rows):
     """
     few.add(phi)
     scratch = work.scratch[f"top{phi.directions.layer}"]
-    sample = sample_of(scratch)
+    sample = sample_of(scratch.array)
     every = -(-few.images // len(sample))
     for C, image in zip(phi.C, range(rows.start, rows.stop, rows.step or 1), strict=True):
         place, rest = divmod(image // (rows.step or 1), every)
@@ -124,23 +123,23 @@ class TopK:
         for top in tops:
             if not top.floor.all():
                 top.floor[:] = top.first_floor()
-        work.commit()  # candidates take the place of the sample
+        work.gather([])  # candidates take the place of the sample, which every process has to know
         return tops
 
     def first_floor(self):
         """Return keys [N] that the norms of more than c images are likely to reach, by the sample of a look.
 
-        It is of this process's images. With f of its norms at least as large as a number, about f c are to be
-        expected among those of c images; twice the square root of f is allowed for chance.
+        In the sample are x of the c largest of all, by chance some more or fewer.
         """
-        sample = sample_of(self.scratch)[: 0 if self.exact else None]
         norms = []
-        for part in np.array_split(sample, len(sample) // SAMPLED_AT_ONCE + 1):
-            own = torch.from_numpy(part[part.any(axis=(1, 2))])  # the others are of other processes
-            norms += self.norms.squares(own.to(self.directions.values)).clamp_(0).sqrt_() if len(own) else []
-            self.scratch.release()
+        for start in range(0, 0 if self.exact else FEW, SAMPLED_AT_ONCE):
+            for every in self.work.gather_scratch(f"top{self.layer}"):
+                part = sample_of(every)[start : start + SAMPLED_AT_ONCE]
+                own = torch.from_numpy(part[part.any(axis=(1, 2))])  # the others are of other processes
+                if len(own):
+                    norms += self.norms.squares(own.to(self.directions.values)).clamp_(0).sqrt_()
         expected = len(norms) * self.keys.shape[1] / self.files["bias"].shape[0]
-        rank = math.ceil(expected + 2 * math.sqrt(expected) + 1)
+        rank = math.ceil(expected + math.sqrt(expected) + 1)
         if rank > len(norms):
             return np.ones_like(self.floor)
         return smallest_key(torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy())
@@ -162,11 +161,8 @@ class TopK:
             self.files["bias"][rows] = phi.kappa
             self.files["image_norms"][rows] = norms
         n, places, images = enter(self.keys, new, self.floor)
-        kept = torch.from_numpy(self.scratch.array)  # shares the memory; torch writes with several threads
-        for part in np.array_split(np.arange(len(n)), len(n) // ENTERING + 1):
-            m, b = (torch.from_numpy(index[part]).to(phi.C.device) for index in (n, images))
-            kept[torch.from_numpy(n[part]), torch.from_numpy(places[part])] = phi.C[b, :, m].cpu()
-            self.scratch.release()
+        C = phi.C.mT[torch.from_numpy(images), torch.from_numpy(n)]
+        self.scratch.put(n * self.keys.shape[1] + places, C.cpu().numpy())
 
     def missing(self, rows):
         """Return whether images (a slice) may be among a neuron's k but are no candidates, [N, B]."""

@@ -13,6 +13,7 @@ from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
+WAITING = 2**22  # bytes of rows that wait to be written to a `Scratch`
 OPEN = 64  # files that are open at a time; some systems allow 256
 
 
@@ -213,6 +214,7 @@ class Scratch:
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self._map = None
+        self._waiting = []
         size = bytes_of(shape, dtype)
         if not resumed:
             with writing(path), open(path, "w+b") as file:
@@ -233,6 +235,25 @@ class Scratch:
             return np.fromfile(path, self.dtype).reshape(self.shape)
         return np.memmap(path, self.dtype, "r", shape=self.shape)
 
+    def put(self, places, rows):
+        """Write array.reshape(-1, K)[places] = rows, now or by `sync`, then let go of the pages.
+
+        places: int64 [m], of the array without its last axis K. rows: [m, K].
+        """
+        self._waiting.append((places, rows))
+        if sum(rows.nbytes for _, rows in self._waiting) > WAITING:
+            self._flush()
+
+    def _flush(self):
+        """Write what waits in the order of the file, which touches a page once for several rows."""
+        if self._waiting:
+            places, rows = (np.concatenate(part[::-1]) for part in zip(*self._waiting, strict=True))
+            places, latest = np.unique(places, return_index=True)
+            array = torch.from_numpy(self.array.reshape(-1, self.shape[-1]))  # torch has several threads
+            array[torch.from_numpy(places)] = torch.from_numpy(rows[latest])
+            self._waiting = []
+            self.release()
+
     def release(self):
         """Let go of the pages in memory, which would count as this process's; the file keeps them."""
         if hasattr(self._map, "madvise"):
@@ -240,6 +261,7 @@ class Scratch:
 
     def sync(self):
         """Wait until the disk has what was written."""
+        self._flush()
         with writing(self.path):
             if self._map is not None:
                 self._map.flush()
