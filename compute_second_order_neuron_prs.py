@@ -35,9 +35,9 @@ from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
 from utils.runtime.passes import Pass
 from utils.runtime.results import PAIRS
-from utils.runtime.sums import Sums
+from utils.runtime.sums import Look, Sums
 from utils.statistics import choose_k
-from utils.top_effects import AGAIN, TopK, look, settle, settle_again, start_of, stride_of
+from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
 from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units, stored_weights
 
 
@@ -127,12 +127,12 @@ def keep_top(args, clip, layers, split, results, record):
             alone[path] = {**clip.units_record, "norms_about": None}  # those of one pass will not do
     with Pass(arrays, record, split.rounds(stride, 1, 1), overwrite=args.overwrite, **options) as work:
         directions = work.prepare(fold_units, clip, layers)
-        few = Sums(work, args.coefficient, len(range(0, len(split), stride)), "few_")
+        look = Look(work, args.coefficient, len(range(0, len(split), stride)), "few_")
         for rows, pixels in work.round(0, "means"):
             _, effects = second_order(clip.vit, pixels, directions, args.coefficient)
             for _ in layers:
-                look(work, few, next(effects), rows)  # unnamed: one layer's effects are in memory at a time
-        tops = work.prepare(TopK.of_layers, work, directions, few, results, split.names)
+                look.add(next(effects), rows)  # unnamed: one layer's effects are in memory at a time
+        tops = work.prepare(TopK.of_layers, work, directions, look, results, split.names)
         sums = Sums(work, args.coefficient, len(split))
         for rows, pixels in work.round(1, "effects"):
             representation, effects = activations.second_order(work, pixels, directions, args.coefficient)

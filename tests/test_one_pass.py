@@ -30,8 +30,8 @@ from utils.figures import plot_neuron
 from utils.prs import Directions, SecondOrder
 from utils.runtime.passes import walk
 from utils.runtime.records import load_record
-from utils.runtime.sums import Sums
-from utils.top_effects import AGAIN, CERTAIN, TopK, look, settle, settle_again, start_of, stride_of
+from utils.runtime.sums import Look, Sums
+from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
 
 FEW = {"utils.top_effects.FEW": 8, "utils.top_effects.ENOUGH": 8}  # every 7th of the 63 photos
 
@@ -354,10 +354,10 @@ def kept_by(directions, C, kappa, k, few):
     shapes |= {"top_coefficients": ((N, k, heads), "f4"), "top_mean": ((N, D), "f4")}
     work = Work(images, shapes, *start_of(of_layer, [0], k, images))
     paths = SimpleNamespace(path=lambda kind, layer: kind)
-    start, sums = Sums(work, 1.0, few, "few_"), Sums(work, 1.0, images)
+    look, sums = Look(work, 1.0, few, "few_"), Sums(work, 1.0, images)
     for rows in (slice(0, 2), slice(2, few)):
-        look(work, start, SecondOrder(C[rows], kappa[rows], directions), rows)
-    tops = TopK.of_layers(work, [directions], start, paths, {})
+        look.add(SecondOrder(C[rows], kappa[rows], directions), rows)
+    tops = TopK.of_layers(work, [directions], look, paths, {})
     for rows in work.batches:
         tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start, sums)
     doubted = settle(work, tops, sums)

@@ -22,12 +22,11 @@ from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.largest import ROWS, correct, enter, image_of, key_of, merge, norm_of, smallest_key
 
-FEW = 256  # images of the preliminary mean, at least; the floor is taken from as many, at most
+FEW = 256  # images of the preliminary mean, at least
 ENOUGH = 1280  # of them, where these are not more than a quarter
 CANDIDATES = 3  # times as many effects as are kept
 SHARE = 20  # one in so many images, where this is more still
-NEAR = 1e-3  # of a norm, by which candidates may be too small for the k largest, and are looked at
-SAMPLED_AT_ONCE = 16  # images of a sample whose norms are taken at a time
+NEAR = 1e-3  # of a norm: rounding that is allowed for at first, where the k largest are looked for
 MERGED_AT_ONCE = 16  # neurons whose candidates are merged at a time
 ROUNDING = 16  # times the largest rounding error among a neuron's candidates is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
@@ -62,36 +61,14 @@ def start_of(results, layers, k, images):
     return state, scratch
 
 
-def sample_of(candidates):
-    """Return a view of the array of candidates [N, c, K] that holds a sample before, [c or FEW, K, N]."""
-    N, c, K = candidates.shape
-    return candidates.reshape(c, K, N)[:FEW]
-
-
-def look(work, few, phi, rows):
-    """Add effects to the `Sums` of a look, and keep some, evenly spread, to take a floor from.
-
-    rows: slice of the images.
-    """
-    few.add(phi)
-    scratch = work.scratch[f"top{phi.directions.layer}"]
-    sample = sample_of(scratch.array)
-    every = -(-few.images // len(sample))
-    for C, image in zip(phi.C, range(rows.start, rows.stop, rows.step or 1), strict=True):
-        place, rest = divmod(image // (rows.step or 1), every)
-        if rest == 0:
-            sample[place] = C.cpu()
-    scratch.release()
-
-
 class TopK:
     """TopK is the candidates for the k largest centred effects of a layer's neurons, and then these.
 
     In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
     [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
-    DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms
-    may be from those about the mean; span, [2, N]: an image is missing whose stored key is at least the first
-    and below the second. In its scratch are the candidates' coefficients, float32 [N, c, K].
+    DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms may be from those about the
+    mean; span, [2, N]: an image is missing whose stored key is at least the first and below the second. In
+    its scratch are the candidates' coefficients, float32 [N, c, K].
 
     work: `Pass`.
     directions: `Directions` of the layer.
@@ -112,40 +89,34 @@ class TopK:
         self.norms = CentredNorms(directions, tuple(part.to(directions.values.device) for part in mean))
 
     @classmethod
-    def of_layers(cls, work, directions, sums, results, names):
-        """Return a `TopK` for each of some `Directions`, about the mean of some images. sums: their `Sums`.
+    def of_layers(cls, work, directions, look, results, names):
+        """Return a `TopK` for each of some `Directions`, about the mean of some images. look: their `Look`.
 
         results, names: `Results`, and the fields of file names besides the layer.
         """
-        means = sums.means([item.layer for item in directions])
+        means = look.means([item.layer for item in directions])
         paths = {item: {kind: results.path(kind, layer=item, **names) for kind in TOP} for item in means}
-        tops = [cls(work, item, means[item.layer], sums.images, paths[item.layer]) for item in directions]
+        tops = [cls(work, item, means[item.layer], look.images, paths[item.layer]) for item in directions]
         for top in tops:
             if not top.floor.all():
-                top.floor[:] = top.first_floor()
+                top.floor[:] = top.first_floor(look)
         work.gather([])  # candidates take the place of the sample, which every process has to know
         return tops
 
-    def first_floor(self):
-        """Return keys [N] that the norms of more than c images are likely to reach, by the sample of a look.
-
-        In the sample are x of the c largest of all, by chance some more or fewer.
-        """
+    def first_floor(self, look):
+        """Return keys [N] that about c of all norms reach, by those of the `Look`'s sample."""
         norms = []
-        for start in range(0, 0 if self.exact else FEW, SAMPLED_AT_ONCE):
-            for every in self.work.gather_scratch(f"top{self.layer}"):
-                part = sample_of(every)[start : start + SAMPLED_AT_ONCE]
-                own = torch.from_numpy(part[part.any(axis=(1, 2))])  # the others are of other processes
-                if len(own):
-                    norms += self.norms.squares(own.to(self.directions.values)).clamp_(0).sqrt_()
+        for C in [] if self.exact else look.sample(self.layer):
+            norms += self.norms.squares(C.to(self.directions.values)).clamp_(0).sqrt_()
         expected = len(norms) * self.keys.shape[1] / self.files["bias"].shape[0]
-        rank = math.ceil(expected + math.sqrt(expected) + 1)
+        rank = math.ceil(expected + math.sqrt(expected) + 1)  # by chance the sample has more or fewer of them
         if rank > len(norms):
             return np.ones_like(self.floor)
-        return smallest_key(torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy())
+        lowest = torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy()
+        return np.maximum(smallest_key(lowest), np.uint64(1))  # 0 is for a floor that is not known
 
     def add(self, phi, first, sums=None):
-        """Let the effects of a batch take the places of smaller ones, and store their norms and kappa.
+        """Keep the effects of a batch that are above the floor, and store their norms and kappa.
 
         first: index of the batch's first image.
         sums: `Sums` to add them to. Without, only what is missing is looked at, and nothing is stored.
@@ -236,28 +207,33 @@ class TopK:
         k = self.files["top_images"].shape[1]
         below = np.maximum(floor, keys[:, -1] + np.uint64(1))
         below[(keys[:, -1] > 0) & (keys.shape[1] == self.files["bias"].shape[0])] = 0  # all are candidates
-        C = every - mean[0].T[n, None].numpy()
-        likely = self._likely(n, keys, C, k, far)
-        C, keys = C[np.arange(len(C))[:, None], likely], np.take_along_axis(keys, likely, axis=1)
+        every = every - mean[0].T[n, None].numpy()
         B = double(self.directions.B(n))
         moved = (mean[0].to(self.norms.shift) - self.norms.origin)[:, n].to(B)
         moved = torch.einsum("kn,nko->no", moved, B)[:, None]
-        images = image_of(keys)
-        phi, kappa = self._effects(B, images, C, mean[1])
-        norms = norms_of(phi)
-        off = np.abs(phi.sub_(kappa).add_(moved).norm(dim=-1).cpu().numpy() - norm_of(keys))
         apart = moved.norm(dim=-1)[:, 0].cpu().numpy() + far
-        rounding = ROUNDING * np.where(keys, off, 0).max(axis=1)
-        best = np.where(keys, key_of(norms, images), 0).argsort(axis=1)[:, ::-1][:, :k]
-        images, norms = (np.take_along_axis(part, best, axis=1) for part in (images, norms))
+        for near in (NEAR, 1):
+            likely = self._likely(n, keys, every, k, near, far)
+            C, own = every[np.arange(len(every))[:, None], likely], np.take_along_axis(keys, likely, axis=1)
+            phi, kappa = self._effects(B, image_of(own), C, mean[1])
+            norms = norms_of(phi)
+            off = np.abs(phi.sub_(kappa).add_(moved).norm(dim=-1).cpu().numpy() - norm_of(own))
+            rounding = ROUNDING * np.where(own, off, 0).max(axis=1)
+            best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, ::-1][:, :k]
+            images, norms = (np.take_along_axis(part, best, axis=1) for part in (image_of(own), norms))
+            if (rounding <= near * norms[:, -1]).all():
+                break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
         return C[np.arange(len(C))[:, None], best], images, norms, apart + rounding, low, below
 
-    def _likely(self, n, keys, C, k, far):
-        """Return places [n, w] of candidates that have the k largest effects, by norms without kappa."""
+    def _likely(self, n, keys, C, k, near, far):
+        """Return places [n, w] of candidates that have the k largest effects, by norms without kappa.
+
+        near: share of a norm that they may be off by.
+        """
         squares = self.norms.along(torch.from_numpy(C).to(self.directions.values), n).cpu().numpy()
         norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
-        smallest = (1 - NEAR) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
+        smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
         return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
 
     def _effects(self, B, images, C, mean_kappa):

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 FIXED = 2.0**32
+SAMPLE = 256  # images whose effects a `Look` keeps, at most
+AT_ONCE = 16  # of them, that are read at a time
 
 
 def fixed(values, scale=FIXED):
@@ -45,3 +47,37 @@ class Sums:
         gathered = self.work.gather([name for pair in names.values() for name in pair])
         means = {name: mean_of(parts, self.images, self.scale) for name, parts in gathered.items()}
         return {layer: tuple(torch.from_numpy(means[name]) for name in pair) for layer, pair in names.items()}
+
+
+class Look(Sums):
+    """A Look is the sums of a few images, and keeps the coefficients of some of them, evenly spread.
+
+    They are where candidates will be later: in the scratch of a layer [N, c, K], as [c or SAMPLE, K, N].
+    """
+
+    def add(self, phi, rows):
+        """Add the effects of a batch, a `SecondOrder` of some images (a slice)."""
+        super().add(phi)
+        scratch = self.work.scratch[f"top{phi.directions.layer}"]
+        sample = _sample_of(scratch.array)
+        step = rows.step or 1
+        every = -(-self.images // len(sample))
+        for C, image in zip(phi.C, range(rows.start, rows.stop, step), strict=True):
+            place, rest = divmod(image // step, every)
+            if rest == 0:
+                sample[place] = C.cpu()
+        scratch.release()
+
+    def sample(self, layer):
+        """Yield blocks [images, K, N] of what was kept by all processes, once all are here."""
+        for start in range(0, SAMPLE, AT_ONCE):
+            for every in self.work.gather_scratch(f"top{layer}"):  # mapped again, as pages once read count
+                block = _sample_of(every)[start : start + AT_ONCE]
+                own = block[block.any(axis=(1, 2))]  # the others are of other processes
+                if len(own):
+                    yield torch.from_numpy(own)
+
+
+def _sample_of(candidates):
+    N, c, K = candidates.shape
+    return candidates.reshape(c, K, N)[:SAMPLE]
