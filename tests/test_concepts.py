@@ -159,12 +159,12 @@ class Seen:
         self.thresholds = torch.from_numpy(np.sort(self.norms[0], axis=0)[-self.k]).float()
         self.written, self.fired_on = random_descriptions(vit.N, 0), random_descriptions(vit.N, 1)
 
-    def concepts(self, fires_on=True):
+    def concepts(self, fires_on=True, count=None):
         norms = CentredNorms(self.directions, self.mean)
         rebuilt = Rebuilt(self.directions, self.mean, self.r)
         moments = map(torch.from_numpy, spread(self.along[0].astype(np.float32)))
         given = (rebuilt, FiresOn(self.fired_on, *moments)) if fires_on else ()
-        return LayerConcepts(norms, self.thresholds, self.written, *given)(self.phi)
+        return LayerConcepts(norms, self.thresholds, self.written, *given)(self.phi, count)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,13 @@ def test_texts_that_neurons_write_stand_beside_and_alone_where_nothing_else_is_k
     assert list(alone) == ["writes"] and alone["writes"] == beside["writes"]
     for concepts, norms in zip(alone["writes"], seen.norms[1], strict=True):
         assert_same(concepts, *slow_scores(seen.norms[0], norms, seen.k, seen.written), norms)
+
+
+def test_of_few_words_they_are_those_of_the_largest_scores(seen):
+    every, few = seen.concepts(), seen.concepts(count=2)
+    for form, concepts in every.items():
+        assert [of.words[:2] for of in concepts] == [of.words for of in few[form]]
+        assert any(len(of.words) > 2 for of in concepts)
 
 
 def test_the_spread_of_effects_is_that_of_numpy_and_0_where_nothing_varies():

@@ -72,6 +72,7 @@ def test_one_command_leads_from_a_folder_to_the_page(first):
     plan, _, _ = printed.partition("\n$ ")
     train, held_out = map(int, re.search(r"(\d+) for components and texts, (\d+) held out", plan).groups())
     assert train + held_out == COUNT and f"{COUNT} images of" in plan
+    assert plan.count("images of images ") == 2 and plan.count("preprocessing: ") == 1  # of both splits
     for title in ("effects of layer", "components", "vectors of 40 texts", "writes", "grades", "the page"):
         assert re.search(rf"^  .*{title}.*about [\d,]+ (s|min) +[\d,]+ MB$", plan, re.MULTILINE), title
     about = received(output / "gallery", "about")

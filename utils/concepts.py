@@ -41,6 +41,40 @@ class Concepts:
 # scores of words
 
 
+class Words:
+    """`Words` are some neurons' descriptions as arrays, from which scores of words are added up.
+
+    descriptions: list over neurons, as `load_descriptions` returns it.
+    """
+
+    def __init__(self, descriptions):
+        self.words = sorted({text for entries in descriptions for *_, text in entries})
+        place = {word: i for i, word in enumerate(self.words)}
+        self.first = np.cumsum([0, *map(len, descriptions)])  # entry of every neuron
+        self.places = np.array([place[text] for entries in descriptions for *_, text in entries], np.int64)
+        self.coefficients = np.array([c for entries in descriptions for _, c, _ in entries], np.float64)
+
+    def scores(self, neurons, weights, count=None):
+        """Add up coefficient * weight for every word of some neurons.
+
+        neurons: int [n]. weights: [n].
+        count: how many words, at most; None for all.
+
+        Returns [(word, score), ...] by falling score, then by word.
+        """
+        counts = self.first[neurons + 1] - self.first[neurons]
+        before = np.cumsum(counts) - counts
+        entries = np.arange(counts.sum()) + np.repeat(self.first[neurons] - before, counts)
+        places = self.places[entries]
+        scored = self.coefficients[entries] * np.repeat(weights.astype(np.float64), counts)
+        total = np.bincount(places, scored, len(self.words))
+        there = np.flatnonzero(np.bincount(places, minlength=len(self.words)))
+        if count is not None and count < len(there):  # without a sort of all
+            there = there[total[there] >= np.partition(total[there], -count)[-count]]
+        chosen = there[np.argsort(-total[there], kind="stable")[:count]]
+        return [(self.words[i], score) for i, score in zip(chosen, total[chosen].tolist(), strict=True)]
+
+
 def word_scores(descriptions, weights):
     """Add up coefficient * weight for every word of some neurons' descriptions.
 
@@ -49,11 +83,8 @@ def word_scores(descriptions, weights):
 
     Returns [(word, score), ...] by falling score, then by word.
     """
-    return sums(
-        (text, coefficient * weight)
-        for neuron, weight in weights.items()
-        for _, coefficient, text in descriptions[neuron]
-    )
+    neurons, of_neurons = np.array(list(weights), np.int64), np.array(list(weights.values()), np.float64)
+    return Words(descriptions).scores(neurons, of_neurons)
 
 
 def sums(scored):
@@ -148,14 +179,17 @@ def concepts_of_images(phi, centred_norms, thresholds, descriptions, weigh=None)
         `Standardised` for the texts that neurons fire on; None, the norms, for those they write.
     """
     norms = centred_norms(phi)  # [B, N]
-    active = (norms > thresholds).cpu().numpy()
-    weights = norms if weigh is None else weigh(phi)
+    return _concepts(norms, norms > thresholds, norms if weigh is None else weigh(phi), Words(descriptions))
+
+
+def _concepts(norms, active, weights, words, count=None):
+    """Return the `Concepts` of each image. norms, active, weights: [B, N]. words: `Words`."""
     found = []
-    for row, chosen, weight in zip(norms.cpu().numpy(), active, weights.cpu().numpy(), strict=True):
+    for row, chosen, weight in zip(*(of.cpu().numpy() for of in (norms, active, weights)), strict=True):
         neurons = np.flatnonzero(chosen)
         neurons = neurons[np.argsort(-row[neurons], kind="stable")]
-        words = word_scores(descriptions, {int(n): float(weight[n]) for n in neurons})
-        found.append(Concepts(neurons.tolist(), row[neurons].tolist(), words))
+        scores = words.scores(neurons, weight[neurons], count)
+        found.append(Concepts(neurons.tolist(), row[neurons].tolist(), scores))
     return found
 
 
@@ -173,19 +207,21 @@ class LayerConcepts:
         self.forms = {}
         if fires_on is not None:
             weigh = Standardised(rebuilt, fires_on.mean, fires_on.deviation)
-            self.forms["fires_on"] = (fires_on.descriptions, weigh)
-        self.forms["writes"] = (written, None)
+            self.forms["fires_on"] = (Words(fires_on.descriptions), weigh)
+        self.forms["writes"] = (Words(written), None)
 
     @torch.inference_mode()
-    def __call__(self, phi):
+    def __call__(self, phi, count=None):
         """Return {form: `Concepts` of each image}; "fires_on" comes first, where it is known.
 
         phi: `SecondOrder` of the images.
+        count: how many words of an image, at most; None for all.
         """
         norms = self.centred_norms(phi)
+        active = norms > self.thresholds
         found = {}
-        for form, (descriptions, weigh) in self.forms.items():
-            found[form] = concepts_of_images(phi, lambda _: norms, self.thresholds, descriptions, weigh)
+        for form, (words, weigh) in self.forms.items():
+            found[form] = _concepts(norms, active, norms if weigh is None else weigh(phi), words, count)
         return found
 
 

@@ -75,8 +75,8 @@ def grade_by_deletion(stage, units, described):
     pieces = pieces_of(len(neurons), len(neurons), title=f"{units}, by deletion", unit="neuron")
     with Pass(arrays, record, pieces, overwrite=stage.args.overwrite) as work:
         for _ in work:
-            found = [agreement(lost, of[neurons], stage.vectors) for of in directions.values()]
-            work[path][:] = torch.stack(found, dim=1)
+            said = torch.stack([of[neurons] for of in directions.values()])
+            work[path][:] = agreement(lost, said, stage.vectors).T
     return Deleted(neurons, compared, dict(zip(directions, np.load(path).T, strict=True)))
 
 

@@ -1,5 +1,6 @@
 """Make, write and read sparse text descriptions of neurons (section 4.3 of the paper)."""
 
+import functools
 import io
 import json
 import zipfile
@@ -122,6 +123,13 @@ def load_support(path, descriptions=None):
     return support.astype(np.int64)
 
 
+@functools.lru_cache(maxsize=2)  # both sides of a layer, which are asked for again and again
+def _entries(path, version):
+    """Read (text index, coefficient, text) of every neuron. version: what tells a file from later ones."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [[(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))]
+
+
 def load_descriptions(results, sizes=(), expected=(), kind="decomposition", **names):
     """Read the descriptions of a layer: for every neuron a list of (text index, coefficient, text).
 
@@ -131,16 +139,16 @@ def load_descriptions(results, sizes=(), expected=(), kind="decomposition", **na
     kind: 'decomposition' for the texts that neurons write, 'fires_on' for those they fire on.
     names: dataset, layer, texts, components, alpha, normalise in the file's name.
 
+    The lists must not be changed: who asks again gets the same.
+
     Raises UserError, with the command, when the file is missing, damaged, or of another model.
     """
     path = results.find(kind, **names)
     command = results.command(kind, **names)
     again = f"make it again with: {command} --overwrite"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = [
-            [(int(i), float(c), str(text)) for i, c, text in content[str(n)]] for n in range(len(content))
-        ]
+        status = path.stat()
+        found = _entries(path, (status.st_ino, status.st_size, status.st_mtime_ns))
     except FileNotFoundError as error:
         raise UserError(results.missing(path, command)) from error
     except (ValueError, TypeError, KeyError, OverflowError) as error:

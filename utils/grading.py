@@ -141,8 +141,10 @@ def written(description, vectors):
 
 def as_matrix(descriptions, texts):
     """Return descriptions, as `load_descriptions` returns them, as a csr matrix [N, texts]."""
-    entries = [(n, i, c) for n, texts_of in enumerate(descriptions) for i, c, _ in texts_of]
-    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
+    counts = np.array([len(entries) for entries in descriptions], np.int64)
+    rows = np.repeat(np.arange(len(descriptions)), counts)
+    columns = np.fromiter((i for entries in descriptions for i, _, _ in entries), np.int64, counts.sum())
+    values = np.fromiter((c for entries in descriptions for _, c, _ in entries), np.float64, counts.sum())
     return scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(descriptions), texts))
 
 

@@ -4,8 +4,6 @@ A neuron's activations are replaced by their mean for each token, over a data se
 attention and no LayerNorm is held fixed. Letters as in `utils.prs`.
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 
@@ -111,10 +109,9 @@ class IndirectEffects:
         for b in range(len(p)):
             change = self.mean - p[b][:, self.neurons]  # [T, n]
             lost = []
-            for part in torch.arange(len(self.neurons)).split(TOGETHER):
-                written = change.T[part, :, None] * self.w[part, None]  # [n, T, d]
-                z = self.vit.moved(cache, self.layer, b, written)
-                lost.append(representation[b] - self.vit.after(self.layer, z))
+            for c, w in zip(change.T.split(TOGETHER), self.w.split(TOGETHER), strict=True):
+                images = torch.full((len(w),), b, device=w.device)
+                lost.append(representation[b] - self.vit.after_shift(cache, self.layer, images, c, w))
             effects.append(scale[b] * torch.cat(lost))
         return torch.stack(effects)
 
@@ -149,15 +146,18 @@ class Deletions:
         with self.vit.record(*self.activations) as cache:
             unit = torch.nn.functional.normalize(self.vit(pixels), dim=-1)
         p = cache[self.activations[0]] if self.units is None else self.units.activations(cache)  # [B, T, N]
-        moved = self.vit.moved if self.units is None else partial(self.units.moved, self.vit)
+        after = self.vit.after_shift if self.units is None else self._after_units
         lost = []
         for b, n in zip(images.split(TOGETHER), neurons.split(TOGETHER), strict=True):
             change = self.mean.T[n] - p[b, :, n]  # [pairs, T]
-            written = change[..., None] * self.w[n, None]  # [pairs, T, d]
-            with self.vit.class_token_last():
-                without = self.vit.after(self.layer, moved(cache, self.layer, b, written))
+            without = after(cache, self.layer, b, change, self.w[n])
             lost.append(unit[b] - torch.nn.functional.normalize(without, dim=-1))
         return coefficient * torch.cat(lost)
+
+    def _after_units(self, cache, layer, b, c, w):
+        """Return what `HookedViT.after_shift` does, if units write more: they may stand before an MLP."""
+        written = c[..., None] * w[:, None]  # [pairs, T, d]
+        return self.vit.after(layer, self.units.moved(self.vit, cache, layer, b, written))
 
 
 class Acting:

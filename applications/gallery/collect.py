@@ -116,7 +116,7 @@ class Collector:
         neurons, norms: [B, ACTIVE]. words, scores: [B, forms, IMAGE_WORDS], text indices and their scores, in
         the order of `FORMS`. Where there are fewer, they are -1 and 0.
         """
-        by_form = self.find_concepts(phi)
+        by_form = self.find_concepts(phi, IMAGE_WORDS)
         neurons = np.full((len(representation), ACTIVE), -1, np.int32)
         words = np.full((len(representation), len(FORMS), IMAGE_WORDS), -1, np.int32)
         norms = np.zeros(neurons.shape, np.float32)
@@ -127,7 +127,7 @@ class Collector:
             norms[b, :count] = concepts.norms[:count]
         for f, form in enumerate(FORMS):
             for b, concepts in enumerate(by_form.get(form, ())):
-                for j, (word, score) in enumerate(concepts.words[:IMAGE_WORDS]):
+                for j, (word, score) in enumerate(concepts.words):
                     words[b, f, j] = self.text_ids[word]
                     scores[b, f, j] = score
         f = list(FORMS).index("nearest")

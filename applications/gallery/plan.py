@@ -123,7 +123,9 @@ class Plan:
         options = {"subsample": args.train_subsample, "held_out": args.held_out}
         images = load_images(self.train_set, where, "train", self.clip.transform, **options)
         self.train = Split(images, args.device, args.num_workers, args.batch_size)
-        self.held_out = load_split(args, self.clip.transform)
+        self.held_out = load_split(args, None)
+        print(self.held_out.images.summary())  # how they are read has been said
+        self.held_out.images.transform = self.clip.transform
         args.top_k_pca = choose_k(args.top_k_pca, self.train_set, dict.fromkeys(self.layers, len(images)))
         self.names = flags.names_of_descriptions(args, self.train_set)
         also = args.input_dir if args.input_dir != args.output_dir else None

@@ -153,7 +153,7 @@ class Side:
     def columns(self):
         """Return what the grid shows of all neurons: the first SEARCHED texts, grades and controls."""
         count = min(SEARCHED, max(map(len, self.shown)))
-        filled = [(entries(of) + [[-1, 0]] * count)[:count] for of in self.shown]
+        filled = [(entries(of[:count]) + [[-1, 0]] * count)[:count] for of in self.shown]
         found = {
             "shown": count,
             "texts": [i for of in filled for i, _ in of],
@@ -369,7 +369,7 @@ class LayerFiles:
         if deleted is None or n not in deleted.neurons:
             return None
         place = int(np.searchsorted(deleted.neurons, n))
-        falls = ((self.vectors - self.vectors.mean(dim=0)) @ torch.from_numpy(self.deletions[place])).numpy()
+        falls = self.falls[place]
         order = np.argsort(-falls, kind="stable")
         agreement = deleted.rows["component"][place]
         found = {"agreement": short(float(agreement)), "null": short(float(deleted.rows["null"].mean()))}
@@ -381,6 +381,12 @@ class LayerFiles:
         found["falls"] = with_values(order[:WITHOUT], falls[order[:WITHOUT]])
         found["rises"] = with_values(order[::-1][:WITHOUT], -falls[order[::-1][:WITHOUT]])
         return found
+
+    @cached_property
+    def falls(self):
+        """Return how far similarities with texts fall without each of the neurons taken away, [n, T]."""
+        centred = self.vectors - self.vectors.mean(dim=0)
+        return (torch.from_numpy(self.deletions) @ centred.T).numpy()
 
     @cached_property
     def grades(self):

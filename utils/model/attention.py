@@ -133,6 +133,20 @@ def class_attention(attn, x):
     return _of_query(attn, x[:, 0], x, "bhd,btd->bht")
 
 
+def class_token_output(attn, x):
+    """Return the class token's output of a block's attention, [B, 1, d].
+
+    attn: the block's attention. Of an nn.MultiheadAttention no key and no value is made.
+    x: its input, [B, T, d].
+    """
+    if isinstance(attn, Attention):
+        return attn(x)[0][:, :1]
+    (_, _, W_V), (_, _, b_V) = projections(attn)
+    W_V, b_V = (part.unflatten(0, (attn.num_heads, -1)) for part in (W_V, b_V))
+    mixed = class_attention(attn, x).to(x.dtype) @ x  # [B, H, d]
+    return joined(attn, (einsum("bhd,hed->bhe", mixed, W_V) + b_V)[:, :, None])
+
+
 def query_attention(pool, x):
     """Return the attention probabilities of the first learned query of a pooling attention, [B, H, T].
 
@@ -171,6 +185,36 @@ def probabilities(q, k, bias=None):
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT
     return torch.softmax(wide(scores if bias is None else scores + bias), dim=-1)
+
+
+class Shifted:
+    """A Shifted is a pre-norm block's attention on residual streams shifted along one direction each.
+
+    LN1 of x = z + c w, with a number c for each token, is a sum of what it makes of z and of w, but for the
+    deviation of x. So do the queries, keys and values: no x is multiplied with their weights.
+
+    block: the block, with an nn.MultiheadAttention.
+    z: the streams before it, [B, T, d].
+    """
+
+    def __init__(self, block, z):
+        self.norm, self.attn = block.ln_1, block.attn
+        self.of_z = self._joint(z)
+        self.bias = linear(self.norm.bias, self.attn.in_proj_weight, self.attn.in_proj_bias)
+
+    def _joint(self, z):
+        centred = (z - z.mean(dim=-1, keepdim=True)) * self.norm.weight
+        return linear(centred, self.attn.in_proj_weight)  # [..., 3 d]
+
+    def __call__(self, x, b, c, w):
+        """Return the output of the attention, [n, T, d].
+
+        x: the shifted streams, [n, T, d]. b: of which z each is, [n]. c: [n, T]. w: [n, d].
+        """
+        joint = self.of_z[b].addcmul_(c[..., None], self._joint(w)[:, None])
+        joint.div_(norm_std(x, self.norm.eps)[..., None]).add_(self.bias)
+        q, k, v = joint.unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return joined(self.attn, scaled_dot_product_attention(q, k, v))
 
 
 class KeptQueries:

@@ -10,6 +10,7 @@ from utils.model import branches, weights
 from utils.model.attention import (
     Attention,
     KeptQueries,
+    Shifted,
     attention_output,
     module_input,
     module_output,
@@ -264,9 +265,29 @@ class HookedViT:
     def after(self, layer, z):
         """Run only the blocks after `layer`: representations [B, D] from its residual stream z [B, T, d]."""
         with self._precision(z.device.type):
-            for block in self.blocks[layer + 1 :]:
-                z = block(z)
+            for l in range(layer + 1, self.L):
+                z = self.blocks[l](z) if l < self.L - 1 else self.pooling.last_block(z)
             return wide(output_of(self.visual, z))
+
+    def after_shift(self, cache, layer, b, c, w):
+        """Run the blocks after `layer` as `after` does, if its neurons write c w more: [n, D].
+
+        cache: of `names_of_sum`.
+        b: of which images of it, [n].
+        c: a number for each token, [n, T].
+        w: the direction in which neurons write, by their weights of `mlp_weights`, [n, d].
+        """
+        z = self.moved(cache, layer, b, c[..., None] * w[:, None])
+        # the last block is cheap already
+        if layer + 2 >= self.L or self.post_norm or isinstance(self.blocks[layer + 1].attn, Attention):
+            return self.after(layer, z)
+        images, place = b.unique(return_inverse=True)
+        block = self.blocks[layer + 1]
+        with self._precision(z.device.type):
+            attend = Shifted(block, cache[f"blocks.{layer + 1}.resid.pre"][images])
+            z = z + block.ls_1(attend(z, place, c, w))
+            z = z + block.ls_2(block.mlp(block.ln_2(z)))
+        return self.after(layer + 1, z)
 
     @torch.inference_mode()
     def left_out(self, images):

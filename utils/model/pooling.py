@@ -15,6 +15,7 @@ from utils.model.attention import (
     Attention,
     bias_of,
     class_attention,
+    class_token_output,
     input_mean,
     input_std,
     module_input,
@@ -120,6 +121,10 @@ class Pooling:
         """Return a context in which the last MLP computes the class token alone, if nothing else is read."""
         return nullcontext()
 
+    def last_block(self, z):
+        """Return what the output reads of the last block's output: all tokens [B, T, d], or the first one."""
+        return self.blocks[-1](z)
+
 
 def _first(z):
     """Return the first token, [B, d]; a z of that shape is pooled already."""
@@ -150,6 +155,11 @@ class ClassToken(Pooling):
             yield
         finally:
             hook.remove()
+
+    def last_block(self, z):
+        block = self.blocks[-1]
+        z = z[:, :1] + block.ls_1(class_token_output(block.attn, block.ln_1(z)))
+        return z + block.ls_2(block.mlp(block.ln_2(z)))
 
 
 def _class_row(attn, norm, z, x):
