@@ -22,6 +22,7 @@ from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
+from utils.runtime.results import PAIRS
 from utils.statistics import choose_k
 
 
@@ -66,9 +67,13 @@ def summarise(args, results, effects, arrays, names):
     floats = max(effects.floats, 3 * args.top_k_pca * effects.D)
     pieces = slices(effects.N, floats, args.memory * 1e9, title=f"layer {effects.layer}")
     record = {**effects.record, "effects": effects.content()}
+    # most of a rare unit's largest effects are those of images on which it does not act
+    by_sum = args.unit_set not in (None, PAIRS)
+    if by_sum:
+        record["sign"] = "sum"
     with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
         for neurons in work:
-            for kind, values in statistics(effects, neurons, args.top_k_pca).items():
+            for kind, values in statistics(effects, neurons, args.top_k_pca, by_sum).items():
                 rows = (slice(None), neurons) if kind == "image_norms" else neurons
                 work[results.path(kind, layer=effects.layer, **names)][rows] = values
         effects.check_unchanged()  # or nothing is published

@@ -114,6 +114,17 @@ def test_statistics_are_those_of_all_effects(world, phi):
     assert_allclose(array(world, "activations"), p.mean(axis=0), atol=1e-5 * np.abs(p).max())
 
 
+def test_the_component_of_a_rare_unit_points_where_it_acts(world, phi):
+    effects, p = phi
+    pcas = array(world, f"{TOP}_pca")
+    acting = (p != 0).any(axis=1)  # [images, N]
+    assert sorted(acting.sum(axis=0))[1] == 1 < TOP / 2  # most of its largest effects are of other images
+    for n in np.arange(len(pcas))[-len(COUNTS) : -1]:
+        along = (effects[:, n] - effects[:, n].mean(axis=0)) @ pcas[n]
+        assert along[np.abs(along).argmax()] > 0
+        assert along[acting[:, n]].mean() > 0 > along[~acting[:, n]].mean()
+
+
 def test_it_is_counted_on_how_many_images_units_act(world, phi):
     acts = array(world, "acts")
     assert acts.dtype == np.int32
