@@ -327,6 +327,13 @@ def name_of(clip, layer, n):
     return f"pair {n}: neuron {neuron} through {of}, head {head}"
 
 
+def word_of(clip):
+    """Return the word for one of what a `Clip` looks at: neuron, unit or pair."""
+    if clip.units is None:
+        return "neuron"
+    return "pair" if clip.units.name == PAIRS else "unit"
+
+
 def kind_of(clip):
     """Return what a `Clip` looks at, in words."""
     if clip.units is None:
@@ -456,6 +463,7 @@ def open_units(args, clip):
     Raises UserError for a file that does not fit the tower, or does not say where it belongs.
     """
     given = getattr(args, "unit_set", None)
+    check_flags(given, getattr(args, "site", None))
     if given is None:
         return
     vit = clip.vit
@@ -473,6 +481,17 @@ def open_units(args, clip):
         dictionary = random_dictionary(dictionary)
     digest = dictionary.digest()
     clip.units = UnitSet(unit_set(given), digest, {layer: Features(vit, dictionary)})
+
+
+def check_flags(units, site):
+    """Raise UserError for a --units that names nothing, and for a --site that nothing needs."""
+    if units in ("", RANDOM):
+        raise UserError(f"--units {units!r} names no file; give the path of a dictionary, or {PAIRS}")
+    if units == RANDOM + PAIRS:
+        raise UserError(f"--units {units}: a random control is of a dictionary's file; use --units {PAIRS}")
+    if site and units in (None, PAIRS):
+        of = "neurons" if units is None else PAIRS
+        raise UserError(f"--site {site}: it says what a dictionary's units write, not {of}; leave it out")
 
 
 def place(dictionary, path, site, layers):
