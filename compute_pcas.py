@@ -24,6 +24,7 @@ from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
 from utils.runtime.results import PAIRS
 from utils.statistics import choose_k
+from utils.units import units_record_of
 
 
 def main(args):
@@ -31,6 +32,9 @@ def main(args):
     dataset = train_set_of(args.dataset)
     layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
     stored = {layer: open_effects(inputs, dataset, "train", layer, args.device) for layer in layers}
+    made_of = units_record_of(args)  # or the effects are of another dictionary of that name
+    for effects in stored.values():
+        inputs.check_record(effects.path, made_of, f"make them again with: {effects.again()}")
     images = {layer: effects.images for layer, effects in stored.items()}
     args.top_k_pca = choose_k(args.top_k_pca, dataset, images)
     names = {"dataset": dataset, "k": args.top_k_pca}

@@ -471,16 +471,35 @@ def open_units(args, clip):
         layers = parse_layers(args.mlp_layer, vit)
         clip.units = UnitSet(PAIRS, PAIRS, {layer: HeadPairs(vit, layer) for layer in layers})
         return
-    path = given.removeprefix(RANDOM)
-    dictionary = read_dictionary(path)
-    place(dictionary, path, args.site, args.mlp_layer)
-    check_tower(dictionary, path, clip)
+    dictionary = read_units(args)
+    check_tower(dictionary, given.removeprefix(RANDOM), clip)
     layer = dictionary.layer
     args.mlp_layer = [str(layer)]
-    if given != path:
+    if given.startswith(RANDOM):
         dictionary = random_dictionary(dictionary)
-    digest = dictionary.digest()
-    clip.units = UnitSet(unit_set(given), digest, {layer: Features(vit, dictionary)})
+    clip.units = UnitSet(unit_set(given), dictionary.digest(), {layer: Features(vit, dictionary)})
+
+
+def read_units(args):
+    """Read the `Dictionary` that --units names, with its site and layer; args as in `open_units`."""
+    path = args.unit_set.removeprefix(RANDOM)
+    dictionary = read_dictionary(path)
+    place(dictionary, path, args.site, args.mlp_layer)
+    return dictionary
+
+
+def units_record_of(args):
+    """Return what records of results about --units hold besides, without a model; {} for neurons.
+
+    args: as in `open_units`, which raises the same errors.
+    """
+    check_flags(args.unit_set, args.site)
+    if args.unit_set in (None, PAIRS):
+        return {} if args.unit_set is None else {"unit_set": PAIRS}
+    dictionary = read_units(args)
+    if args.unit_set.startswith(RANDOM):
+        dictionary = random_dictionary(dictionary)
+    return {"unit_set": dictionary.digest()}
 
 
 def check_flags(units, site):
