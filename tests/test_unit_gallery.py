@@ -211,12 +211,15 @@ def test_the_notebooks_look_at_what_the_page_was_made_of(world, monkeypatch, uni
         cell.source = cell.source.replace("demo/output/symbols", str(world.out)).replace(
             "NEURON = None", "NEURON = 3"
         )
-        notebook.cells.append(nbformat.v4.new_code_cell("print(neurons.name(3))"))
+        titles = "[axes.get_title() for axes in globals().get('panels', ())]"
+        notebook.cells.append(nbformat.v4.new_code_cell(f"print(neurons.name(3), {titles})"))
         where = {"metadata": {"path": str(ROOT)}}
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
         outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
         assert sum("image/png" in part.get("data", {}) for part in outputs) >= 3
         said = "".join(part.get("text", "") for part in outputs)
+        word = "unit" if units == "mine" else "pair"
+        assert name[0] == "v" or f"'texts that active {word}s write'" in said
         assert one in said and ("102 units of mine" if units == "mine" else "384 neuron-head pairs") in said
 
 
