@@ -72,7 +72,7 @@ def summarise(args, results, effects, arrays, names):
     pieces = slices(effects.N, floats, args.memory * 1e9, title=f"layer {effects.layer}")
     record = {**effects.record, "effects": effects.content()}
     # most of a rare unit's largest effects are those of images on which it does not act
-    by_sum = args.unit_set not in (None, PAIRS)
+    by_sum = effects.record.get("unit_set", PAIRS) != PAIRS
     if by_sum:
         record["sign"] = "sum"
     with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:

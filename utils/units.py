@@ -493,11 +493,12 @@ def units_record_of(args):
 
     args: as in `open_units`, which raises the same errors.
     """
-    check_flags(args.unit_set, args.site)
-    if args.unit_set in (None, PAIRS):
-        return {} if args.unit_set is None else {"unit_set": PAIRS}
+    given = getattr(args, "unit_set", None)
+    check_flags(given, getattr(args, "site", None))
+    if given in (None, PAIRS):
+        return {} if given is None else {"unit_set": PAIRS}
     dictionary = read_units(args)
-    if args.unit_set.startswith(RANDOM):
+    if given.startswith(RANDOM):
         dictionary = random_dictionary(dictionary)
     return {"unit_set": dictionary.digest()}
 
