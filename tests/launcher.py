@@ -77,7 +77,8 @@ STAGES = (
     "gallery",
 )
 STAGES += ("segmentation",)
-UNIT_STAGES = ("units_top", "units_full", "units_pcas", "units_evaluation")  # look at units of a dictionary
+# look at units of a dictionary, or at pairs of neurons and heads
+UNIT_STAGES = ("units_top", "units_full", "units_pcas", "units_evaluation", "pairs")
 SELDOM = -2.5  # bias of units that act on few of the photos
 RARE = 6  # units of `two_sided` that hardly act
 
@@ -367,7 +368,7 @@ class World:
         }
 
     def unit_stages(self, k, texts, small):
-        """The stages that look at units of a dictionary; inputs are in `unit_base`."""
+        """The stages that look at other units than neurons; inputs are in `unit_base`."""
         units = ["--units", self.dictionary]
         reads = ["--input_dir", self.unit_base, *units]
         effects = "compute_second_order_neuron_prs.py"
@@ -378,6 +379,7 @@ class World:
             "units_pcas": ("compute_pcas.py", ["--dataset", "folder", *k, *reads], {}),
             "units_decomposition": ("compute_sparse_decomposition.py", described, small),
             "units_evaluation": ("evaluate_descriptions.py", described, small),
+            "pairs": (effects, [*self.train, "--units", "pairs", "--mlp_layer", 2, 3], {}),
         }
 
     def command(self, name, output, *more):

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from utils.model.dictionaries import Dictionary, random_dictionary
 from utils.model.dictionary_files import read_dictionary, save_dictionary
 from utils.runtime.errors import UserError
-from utils.units import check_tower, place
+from utils.units import check_tower, open_units, place
 
 D, U, K = 12, 20, 4
 WRITTEN = sorted((ROOT / "tests" / "dictionaries").glob("*/expected.npz"))
@@ -415,6 +415,13 @@ def test_what_a_file_does_not_say_is_asked_for_by_name():
     for site, layers, message in (("mlp.out", ["all"], "--site mlp.out"), (None, ["2"], "--mlp_layer 2")):
         with pytest.raises(UserError, match=f"{message}: a.pt is of .*; leave the flag out"):
             place(ours(), "a.pt", site, layers)
+
+
+@pytest.mark.parametrize("units, of", [(None, "neurons"), ("pairs", "pairs")])
+def test_a_site_is_refused_where_no_file_asks_for_it(units, of):
+    args = types.SimpleNamespace(unit_set=units, site="mlp.out", mlp_layer=["1"])
+    with pytest.raises(UserError, match=f"^--site mlp.out: .* write, not {of}; leave it out$"):
+        open_units(args, None)
 
 
 def test_a_dictionary_of_another_width_layer_or_model_is_refused(vit):

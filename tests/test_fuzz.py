@@ -1481,23 +1481,30 @@ MISFITS = {  # what is done to a folder, more flags, and what the line says
     "a folder without": (None, ["--units", "photos"], "photos has no weights of a dictionary"),
     "a folder of two": (two_in_a_folder, ["--units", "two"], "two has 2 files of weights"),
     "nothing": (None, ["--units", "missing"], "there is no such file or folder"),
+    "no name": (None, ["--units", ""], "names no file"),
+    "random, no name": (None, ["--units", "random:"], "names no file"),
+    "random pairs": (None, ["--units", "random:pairs"], "a random control is of a dictionary's file"),
 }
+
+
+OF_THESE_UNITS = ("ablations", "gallery", "explanation")  # stages that read what that of the effects leaves
 
 
 @pytest.mark.parametrize("what", MISFITS)
 def test_a_dictionary_that_does_not_fit_is_one_line(world, what):
-    """In the stage that looks at images, and in one that reads what it has left."""
+    """In the stage that looks at images, and in those that read what it has left."""
     change, flags, expected = MISFITS[what]
     folder = world.case("units")
     if change:
         change(folder)
     before = set(folder.rglob("*"))
-    later = [*world.command("ablations"), "--units", "mine.safetensors"]
-    for command in (world.command("units"), later):
+    readers = [[*world.command(name), "--units", "mine.safetensors"] for name in OF_THESE_UNITS]
+    for command in (world.command("units"), *readers):
         code, said = run(folder, *command, *flags)
         assert code == 1 and said.startswith("error: ") and said.strip().count("\n") == 0, said
-        unseen = command is later and what == "transposed, and square"  # only images tell
-        assert re.search("is missing" if unseen else expected, said), said
+        read = command[0] in ("compute_ablations.py", "explain_image.py")
+        unseen = read and what == "transposed, and square"  # only images tell
+        assert re.search("(is|are) missing" if unseen else expected, said), said
         assert set(folder.rglob("*")) == before  # nothing half-written, nothing run
 
 

@@ -19,7 +19,7 @@ from applications.gallery.write import Predicted
 from tests.browser import browser_binaries, checked_page, received
 from tests.conftest import ROOT
 from tests.launcher import World, run_stage_of_user
-from tests.test_unit_stages import RARE, two_sided
+from tests.test_unit_stages import RARE, acting_on, training_images
 from utils.data.images import load_images
 from utils.grading import Judge
 from utils.model.clip import load_clip
@@ -27,6 +27,10 @@ from utils.model.dictionary_files import save_dictionary
 from utils.runtime.settings import load_settings
 
 U = 96 + RARE
+BESIDE_HEADINGS = """
+return [...document.querySelectorAll("h3")].map((h) => [h.textContent, h.nextSibling.tagName]);
+"""
+FEW = (19, 12, 5, 1, 0, 0)  # training images on which the last units act
 PAIRED = (2, 3)  # layers whose pairs are shown
 WITH_UNITS = [
     "compute_second_order_neuron_prs.py",
@@ -41,7 +45,8 @@ def world(tmp_path_factory, tiny_model):
     """A folder with the pages of a dictionary's units and of pairs."""
     root = tmp_path_factory.mktemp("pages")
     made = World(root, tiny_model, per_class=12)
-    save_dictionary(root / "mine.safetensors", two_sided())
+    made.mine = acting_on(FEW, *training_images(made, tiny_model))
+    save_dictionary(root / "mine.safetensors", made.mine)
     made.out = root / "out"
     flags = [*made.model, *made.val, "--text_descriptions", root / "words.txt", "--components", 2]
     flags += ["--picture_size", 16, "--output_dir", made.out]
@@ -126,7 +131,7 @@ def test_numbers_and_maps_of_a_dictionary_s_units_are_the_arrays(world, recorded
     acts = array(world, "1_mine_acts")
     assert grid["acts"] == acts.tolist() and sorted(acts)[RARE] >= 20
     assert_allclose(grid["norm"], array(world, "1_mine_4_norm").mean(axis=1), rtol=6e-3, atol=1e-6)
-    d = two_sided()
+    d = world.mine
     x = recorded["blocks.2.resid.pre"][:, 1:]
     f = np.maximum(x @ d.encoder.double().numpy().T + d.encoder_bias.double().numpy(), 0)
     y = array(world, "1_mine_4_projections")
@@ -206,12 +211,15 @@ def test_the_notebooks_look_at_what_the_page_was_made_of(world, monkeypatch, uni
         cell.source = cell.source.replace("demo/output/symbols", str(world.out)).replace(
             "NEURON = None", "NEURON = 3"
         )
-        notebook.cells.append(nbformat.v4.new_code_cell("print(neurons.name(3))"))
+        titles = "[axes.get_title() for axes in globals().get('panels', ())]"
+        notebook.cells.append(nbformat.v4.new_code_cell(f"print(neurons.name(3), {titles})"))
         where = {"metadata": {"path": str(ROOT)}}
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
         outputs = [part for cell in notebook.cells for part in cell.get("outputs", ())]
         assert sum("image/png" in part.get("data", {}) for part in outputs) >= 3
         said = "".join(part.get("text", "") for part in outputs)
+        word = "unit" if units == "mine" else "pair"
+        assert name[0] == "v" or f"'texts that active {word}s write'" in said
         assert one in said and ("102 units of mine" if units == "mine" else "384 neuron-head pairs") in said
 
 
@@ -230,7 +238,7 @@ def test_a_decision_is_explained_by_units_that_are_truly_taken_away(world, tiny_
     done, picture, (html, path) = explain(world, "--units", world.root / "mine.safetensors")
     content = json.loads(path.read_text())
     [answer] = content["answers"]
-    assert content["unit_set"] == two_sided().digest() and answer["one"] == "unit"
+    assert content["unit_set"] == world.mine.digest() and answer["one"] == "unit"
     assert "102 units of mine of layer 1" in html.read_text() and "layer/unit" in done.stdout
     assert not re.search(">[^<{]*neuron", html.read_text())
     clip = load_clip(tiny_model, "random", "cpu")
@@ -239,7 +247,7 @@ def test_a_decision_is_explained_by_units_that_are_truly_taken_away(world, tiny_
         pixels = clip.transform(Image.open(picture).convert("RGB"))[None]
         with clip.vit.record("blocks.2.resid.pre") as cache:
             before = clip.vit(pixels)
-        d = two_sided()
+        d = world.mine
         f = torch.relu(cache["blocks.2.resid.pre"] @ d.encoder.T + d.encoder_bias)
         change = torch.from_numpy(array(world, "1_mine_activations")) - f  # [1, T, U]
 
@@ -301,18 +309,38 @@ def test_a_reader_sees_which_units_they_are_and_which_are_rare(page):
     page.open(f"#1?q={U - 1}")
     card = page.find(".card").text
     assert f"Unit {U - 1}" in card and "acts on 0 training images" in card and "not graded" in card
+    assert page.find("#about").text.startswith(f"tiny (random), {U} units of mine; ")
     page.open(f"#1/{U - 1}")
-    assert page.title() == f"Layer 1, unit {U - 1}" and "Not graded: it acts on 0" in page.find("main").text
+    assert page.title() == f"Layer 1, unit {U - 1}"
+    assert "Not graded: it acts on 0 training images, so it has no direction" in page.find("main").text
+    assert page.script("return document.querySelectorAll('section, button').length") == 0
     assert page.script("return document.querySelectorAll('table').length") == 0
     page.open("#1/0")
     assert page.script("return document.querySelectorAll('table').length") > 0
     assert "neuron" not in page.find("main").text.lower()
 
 
+def test_a_page_of_a_rare_unit_shows_only_images_on_which_it_acts(page, world):
+    y = array(world, "1_mine_4_projections")
+    for n, count in enumerate(FEW[:-2], start=U - RARE):
+        page.open(f"#1?q={n}")
+        assert "false" not in page.find(".card").text
+        page.open(f"#1/{n}")
+        said = page.find("main").text
+        assert f"Not graded: it acts on {count} training image{'s' if count > 1 else ''}, and fewer" in said
+        assert "false" not in said and page.script("return document.querySelectorAll('table').length") == 0
+        rests = min(y[:, n]) == np.sort(y[:, n])[7]  # the images on which it does not act have one effect
+        shown = page.script(BESIDE_HEADINGS)
+        assert ["train, negative effects", "P" if rests else "UL"] in shown
+        assert ["train, positive effects", "UL"] in shown
+        assert rests == ("on every image on which it does not act" in said)
+    assert rests  # those of the unit that acts on one image
+
+
 def test_a_pair_is_named_by_its_neuron_and_head_and_found_by_its_neuron(page_of_pairs):
     page = page_of_pairs
     page.open("#2/400")
-    assert page.title() == "Layer 2, unit 400: neuron 16 through layer 4, head 0"
+    assert page.title() == "Layer 2, pair 400: neuron 16 through layer 4, head 0"
     page.open("#2?q=16&sort=number")
     assert page.neurons() == list(range(16, 768, 96))
     page.open("#3/383")

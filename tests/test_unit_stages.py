@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_statistics_are_those_of_all_effects(world, phi):
         r = np.linalg.svd(rows)[2][0]
         assert abs(r @ array(world, f"{TOP}_pca")[n]) > 1 - 1e-5
     assert_allclose(array(world, "activations"), p.mean(axis=0), atol=1e-5 * np.abs(p).max())
+
+
+def test_the_component_of_a_rare_unit_points_where_it_acts(world, phi):
+    effects, p = phi
+    pcas = array(world, f"{TOP}_pca")
+    acting = (p != 0).any(axis=1)  # [images, N]
+    assert sorted(acting.sum(axis=0))[1] == 1 < TOP / 2  # most of its largest effects are of other images
+    for n in np.arange(len(pcas))[-len(COUNTS) : -1]:
+        along = (effects[:, n] - effects[:, n].mean(axis=0)) @ pcas[n]
+        assert along[np.abs(along).argmax()] > 0
+        assert along[acting[:, n]].mean() > 0 > along[~acting[:, n]].mean()
 
 
 def test_it_is_counted_on_how_many_images_units_act(world, phi):
@@ -275,6 +287,29 @@ def test_another_dictionary_of_that_name_is_refused(world, tmp_path):
     done = run_stage_of_user("compute_ablations.py", *flags, folder=tmp_path, check=False)
     assert done.returncode == 1 and "was made with unit_set" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_advice_about_another_dictionary_of_that_name_leads_to_components(world, tmp_path):
+    out = shutil.copytree(world.root / "out", tmp_path / "out")
+    other = acting_on(COUNTS, *training_images(world, world.model[1]))
+    other.decoder[0] *= 2
+    other.encoder[0] /= 2
+    save_dictionary(tmp_path / "mine.safetensors", other)
+    flags = [*world.model, "--units", tmp_path / "mine.safetensors", "--output_dir", out]
+    script, words = "compute_ablations.py", [*flags, *world.val, "--top_k_pca", TOP]
+    asked = []
+    while (done := run_stage_of_user(script, *words, folder=tmp_path, check=False)).returncode:
+        [line] = done.stderr.splitlines()
+        script, *words = shlex.split(line.split(" again with: python ")[1])
+        words = [str(world.photos) if word == "DATA_PATH" else word for word in words]
+        asked.append(script)
+        assert len(asked) < 4
+    assert asked == ["compute_pcas.py", "compute_second_order_neuron_prs.py"]
+    again = ["compute_pcas.py", *flags, "--dataset", "folder", "--top_k_pca", TOP, "--overwrite"]
+    run_stage_of_user(*again, folder=tmp_path)
+    for name in ("pca", "norm"):
+        record = json.loads((out / f"{PREFIX}{TOP}_{name}.meta.json").read_text())
+        assert record["unit_set"] == other.digest()
 
 
 def test_all_effects_and_the_largest_ones_have_equal_statistics(world, tmp_path):

@@ -7,14 +7,15 @@ from utils.model.attention import double
 ROUNDING = 1e-5  # of a mean effect: ten times the difference of equal images in batches of several sizes
 
 
-def principal_directions(rows):
+def principal_directions(rows, by_sum=False):
     """Return the first right singular vector of every neuron's largest centred effects.
 
     rows: [n, k, D], centred effects of n neurons on their own k images; not centred again.
+    by_sum: whether the sum of the projections says the sign, not most of them.
 
     Returns r [n, D] and explained [n].
-    r: unit vectors, signed so that more than half of the rows project positively, or on a tie so that the sum
-        of the projections is positive.
+    r: unit vectors, signed so that more than half of the rows project positively, or on a tie, and `by_sum`,
+        so that the sum of the projections is positive.
     explained: share of the rows' squared norm along r.
     """
     # The Gram matrix squares the condition number, which float64 carries; it is far smaller than the rows.
@@ -27,18 +28,19 @@ def principal_directions(rows):
     r = r / r.norm(dim=-1, keepdim=True).clamp_min(1e-300)
     projections = torch.einsum("nkd,nd->nk", wide, r)
     balance = (projections > 0).sum(dim=1) * 2 - rows.shape[1]
-    sign = torch.where(balance == 0, projections.sum(dim=1), balance.double()).sign()
+    sign = torch.where((balance == 0) | by_sum, projections.sum(dim=1), balance.double()).sign()
     sign = torch.where(sign == 0, torch.ones_like(sign), sign)
     explained = eigenvalues[:, -1] / eigenvalues.clamp_min(0).sum(dim=1).clamp_min(1e-300)
     return (r * sign[:, None]).float(), explained.float()
 
 
-def statistics(effects, neurons, k):
+def statistics(effects, neurons, k, by_sum=False):
     """Return all statistics of a slice of neurons.
 
     effects: effects of a layer, opened by `utils.effects.open_effects`.
     neurons: slice.
     k: images per neuron.
+    by_sum: as in `principal_directions`.
 
     Returns {kind: tensor}: mean [n, D], pca [n, D], norm [n, k] ascending, explained [n], and image_norms
     [images, n] unless they are stored already. A neuron whose effects do not vary has zeros for all but the
@@ -50,7 +52,7 @@ def statistics(effects, neurons, k):
     top = torch.where(varies[:, None, None], top, 0)
     lines = effects.lines(neurons)
     if lines is None:
-        r, explained = principal_directions(top)
+        r, explained = principal_directions(top, by_sum)
     else:
         r = torch.nn.functional.normalize(lines, dim=1)
         explained = torch.ones_like(r[:, 0])

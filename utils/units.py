@@ -327,6 +327,13 @@ def name_of(clip, layer, n):
     return f"pair {n}: neuron {neuron} through {of}, head {head}"
 
 
+def word_of(clip):
+    """Return the word for one of what a `Clip` looks at: neuron, unit or pair."""
+    if clip.units is None:
+        return "neuron"
+    return "pair" if clip.units.name == PAIRS else "unit"
+
+
 def kind_of(clip):
     """Return what a `Clip` looks at, in words."""
     if clip.units is None:
@@ -456,6 +463,7 @@ def open_units(args, clip):
     Raises UserError for a file that does not fit the tower, or does not say where it belongs.
     """
     given = getattr(args, "unit_set", None)
+    check_flags(given, getattr(args, "site", None))
     if given is None:
         return
     vit = clip.vit
@@ -463,16 +471,47 @@ def open_units(args, clip):
         layers = parse_layers(args.mlp_layer, vit)
         clip.units = UnitSet(PAIRS, PAIRS, {layer: HeadPairs(vit, layer) for layer in layers})
         return
-    path = given.removeprefix(RANDOM)
-    dictionary = read_dictionary(path)
-    place(dictionary, path, args.site, args.mlp_layer)
-    check_tower(dictionary, path, clip)
+    dictionary = read_units(args)
+    check_tower(dictionary, given.removeprefix(RANDOM), clip)
     layer = dictionary.layer
     args.mlp_layer = [str(layer)]
-    if given != path:
+    if given.startswith(RANDOM):
         dictionary = random_dictionary(dictionary)
-    digest = dictionary.digest()
-    clip.units = UnitSet(unit_set(given), digest, {layer: Features(vit, dictionary)})
+    clip.units = UnitSet(unit_set(given), dictionary.digest(), {layer: Features(vit, dictionary)})
+
+
+def read_units(args):
+    """Read the `Dictionary` that --units names, with its site and layer; args as in `open_units`."""
+    path = args.unit_set.removeprefix(RANDOM)
+    dictionary = read_dictionary(path)
+    place(dictionary, path, args.site, args.mlp_layer)
+    return dictionary
+
+
+def units_record_of(args):
+    """Return what records of results about --units hold besides, without a model; {} for neurons.
+
+    args: as in `open_units`, which raises the same errors.
+    """
+    given = getattr(args, "unit_set", None)
+    check_flags(given, getattr(args, "site", None))
+    if given in (None, PAIRS):
+        return {} if given is None else {"unit_set": PAIRS}
+    dictionary = read_units(args)
+    if given.startswith(RANDOM):
+        dictionary = random_dictionary(dictionary)
+    return {"unit_set": dictionary.digest()}
+
+
+def check_flags(units, site):
+    """Raise UserError for a --units that names nothing, and for a --site that nothing needs."""
+    if units in ("", RANDOM):
+        raise UserError(f"--units {units!r} names no file; give the path of a dictionary, or {PAIRS}")
+    if units == RANDOM + PAIRS:
+        raise UserError(f"--units {units}: a random control is of a dictionary's file; use --units {PAIRS}")
+    if site and units in (None, PAIRS):
+        of = "neurons" if units is None else PAIRS
+        raise UserError(f"--site {site}: it says what a dictionary's units write, not {of}; leave it out")
 
 
 def place(dictionary, path, site, layers):

@@ -219,7 +219,7 @@
 
   function build(node, attributes, children) {
     for (const [name, value] of Object.entries(attributes)) if (value !== null) node.setAttribute(name, value);
-    node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
     return node;
   }
   const element = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
@@ -502,16 +502,21 @@
     const neighbour = (neuron, title, rel) =>
       neuron >= 0 && neuron < layer.count ? element("a", { href: `#${place.layer}/${neuron}`, rel }, title) : null;
     byId("status").textContent = "";
+    const top = element("div", { class: "top" },
+      element("h1", { tabindex: "-1" }, name),
+      element("nav", { "aria-label": "Neighbours" },
+        neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next")));
+    if (layer.acts?.[place.neuron] === 0) {
+      main.replaceChildren(top, element("p", { class: "note" }, `It is ${whatItIs(place.layer)}. Not graded: it ${actsOn(layer, place.neuron)}, so it has no direction, and no text.`));
+      return name;
+    }
     main.replaceChildren(
-      element("div", { class: "top" },
-        element("h1", { tabindex: "-1" }, name),
-        element("nav", { "aria-label": "Neighbours" },
-          neighbour(place.neuron - 1, "← previous", "prev"), link(gridOf(place.layer), "grid"), neighbour(place.neuron + 1, "next →", "next"))),
+      top,
       element("p", { class: "note" }, about.units ? `It is ${whatItIs(place.layer)}. ` : "",
         `One direction explains ${percent(layer.explained[place.neuron])} of this ${one}'s largest effects `,
         `on the image's representation. Their mean norm is ${figures(layer.norm[place.neuron])}.`,
         layer.acts ? ` It ${actsOn(layer, place.neuron)}.` : ""),
-      pictureSection(place.layer, detail.top),
+      pictureSection(layer, detail.top),
       element("div", { class: "columns" }, layer.sides.map((side) => textSection(layer, place.neuron, detail, side))),
       element("div", { class: "columns" }, histogramSection(detail), headSection(detail)),
       detail.without ? withoutSection(place.layer, detail.without) : "",
@@ -521,13 +526,18 @@
     return name;
   }
 
+  // A unit does not act on most images, and they all have the same effect: these would be the first of the data set.
+  const isRest = (pictures) => pictures.length > 1 && pictures.every(([, value, map]) => value === pictures[0][1] && /^A+=*$/.test(map)); // base64 of zeros
+
   function pictureSection(layer, top) {
     const redraws = [];
     const rows = Object.keys(about.splits).filter((split) => Object.hasOwn(top, split)).flatMap((split) =>
       ["positive", "negative"].filter((sign) => top[split][sign]?.length).map((sign) => element("div", {},
         element("h3", {}, `${split}, ${sign} effects`),
-        element("ul", { class: "pictures", "aria-label": `${split}, largest ${sign} effects` },
-          top[split][sign].map((picture) => element("li", {}, topPicture(layer, split, picture, redraws)))))));
+        layer.acts && isRest(top[split][sign])
+          ? element("p", { class: "note" }, `${signedFigures(top[split][sign][0][1])} on every image on which it does not act, and none further that way.`)
+          : element("ul", { class: "pictures", "aria-label": `${split}, largest ${sign} effects` },
+            top[split][sign].map((picture) => element("li", {}, topPicture(layer.number, split, picture, redraws)))))));
     const toggle = about.sheet && element("button", { type: "button", "aria-pressed": "true" }, "Show where it fires");
     toggle?.addEventListener("click", () => {
       const shows = toggle.getAttribute("aria-pressed") !== "true";
@@ -535,7 +545,7 @@
       for (const redraw of redraws) redraw(shows);
     });
     return section("Images of its largest effects", `Images on which the ${one} moves the representation furthest along its direction, either way. `
-      + (about.sheet ? `Dark patches are those where ${pairOf(layer, 0) ? "its neuron" : `the ${one}`} does not fire.` : ""), toggle, element("div", { class: "columns" }, rows));
+      + (about.sheet ? `Dark patches are those where ${pairOf(layer.number, 0) ? "its neuron" : `the ${one}`} does not fire.` : ""), toggle, element("div", { class: "columns" }, rows));
   }
 
   function topPicture(layer, split, [row, projection, map], redraws) {
@@ -699,7 +709,7 @@
       "aria-label": `Histogram of signed effects from ${figures(from)} to ${figures(to)}. Beyond ${figures(threshold)} on either side: ${beyond.join(", ")}.`,
     }, shapes, drawing("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base }),
     marks.map((value) => drawing("line", { class: "threshold", x1: x(value), x2: x(value), y1: 4, y2: base })),
-    label(from, "start"), label(to, "end"), from < 0 && to > 0 ? label(0, "middle") : null);
+    label(from, "start"), label(to, "end"), x(0) > 80 && x(0) < width - 80 ? label(0, "middle") : null);
     const legend = splits.map((split, i) => element("span", {}, element("i", { class: i ? "key val" : "key", "aria-hidden": "true" }), split, "  "));
     return section("How strong its effects are", "Signed effects along the direction over all images; heights are square roots of shares. "
       + `Beyond the dashed lines are the ${grouped(about.k)} largest of the training images.`, plot, element("p", { class: "note" }, legend));
@@ -881,7 +891,8 @@
     byId("class").addEventListener("change", () => chooseClass(true));
     const { model, pretrained, neurons, splits, texts, text_set: set } = about;
     const images = Object.entries(splits).map(([split, { count, dataset }]) => `${grouped(count)} images of ${dataset} ${split}`).join(", ");
-    const each = about.units ? about.units.kind : `${grouped(neurons)} neurons a layer`;
+    const most = about.layers.length > 1 ? "up to " : "";
+    const each = about.units ? `${most}${grouped(neurons)} ${about.units.kind}` : `${grouped(neurons)} neurons a layer`;
     byId("about").textContent = `${model} (${pretrained}), ${each}; ${images}; `
       + `${grouped(texts.length)} texts (${set}), ${about.components} of them for a ${one}.`;
   }
@@ -933,7 +944,8 @@
       main.replaceChildren(element("h1", {}, "No data"), element("p", { class: "error" }, error.message));
       return;
     }
-    if (about.units) [one, many] = ["unit", "units"];
+    if (about.units) one = Object.keys(about.units.heads).length ? "pair" : "unit";
+    many = `${one}s`;
     history.scrollRestoration = "manual";
     document.documentElement.style.setProperty("--columns", about.sheet?.columns ?? 1);
     startControls();

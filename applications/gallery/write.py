@@ -30,7 +30,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import read_array, save_json, whole_folder
 from utils.runtime.records import record_path, to_json
 from utils.runtime.results import PAIRS, text_set
-from utils.units import ACTS, kind_of
+from utils.units import ACTS, kind_of, word_of
 
 HERE = Path(__file__).parent
 NEURONS_A_FILE = 64  # in one file of details
@@ -544,9 +544,7 @@ def about(sources):
     args = sources.args
     sheet = {"columns": SHEET_COLUMNS, "rows": SHEET_ROWS, "size": sources.size}
     counts = [sources.neurons(layer).count for layer in sources.layers]
-    rows = grading.ROWS
-    if sources.clip.units is not None:
-        rows = {row: name.replace("neuron", "unit") for row, name in rows.items()}
+    rows = {row: name.replace("neuron", word_of(sources.clip)) for row, name in grading.ROWS.items()}
     return {
         "model": sources.clip.record["model"],
         "pretrained": sources.clip.record["pretrained"],
@@ -635,7 +633,7 @@ def write_gallery(gallery, sources):
             copy_others(gallery, folder)
         data = folder / "data"
         save_script(data / "about.js", "about", about(sources))
-        many = "neurons" if sources.clip.units is None else "units"
+        many = f"{word_of(sources.clip)}s"
         model = sources.clip.record["model"]
         kind = kind_of(sources.clip)
         title = f"{kind[0].upper()}{kind[1:]} {'of' if kind == many else 'in'} {model}"
@@ -653,7 +651,8 @@ def write_gallery(gallery, sources):
             of = layer_files(sources, layer, judge, pcas)
             of.write(data / str(layer))
             files.append(of)
-        write_parquet(folder / f"{many}.parquet", files)
+        table = "neurons" if sources.clip.units is None else "units"
+        write_parquet(folder / f"{table}.parquet", files)
         save_json(record_path(folder / "index.html"), to_json(sources.record))
 
 
