@@ -4,7 +4,7 @@
 
 The stages that make_gallery.py runs, one after the other in one process, as it runs them, and the page.
 Controls are left out (control dictionaries, rotated units); `noise.py` measures them. Beside it a plain pass
-over the same photos by compute_representations.py.
+over the same photos by compute_representations.py, both splits in one process, too.
 """
 
 import json
@@ -53,26 +53,31 @@ def set_up(args, folder):
 def measure(args, case):
     """Time the plain pass, then the stages for every text set, then make_gallery.py for a second time."""
     folder, model, data = case
-    plain = 0
-    for split in ("train", "val"):
-        flags = [*model, *data, "--split", split, "--output_dir", folder / "plain"]
-        plain += stage("compute_representations", *flags).seconds
+    flags = [*model, *data, "--output_dir", folder / "plain"]
+    splits = [("compute_representations", [*flags, "--split", split]) for split in ("train", "val")]
+    plain = in_one_process(splits).seconds
     whole, stages, size = {}, {}, {}
     for texts in args.texts:
         out = folder / texts
-        todo = [[f"{name}.py", *map(str, flags)] for name, flags in commands(args, model, data, texts, out)]
-        whole[texts] = measured("-c", IN_TURN, json.dumps(todo))
+        whole[texts] = in_one_process(todo := list(commands(args, model, data, texts, out)))
         found = re.findall(r"^STAGE (\w+).py (\S+)$", whole[texts].output, re.MULTILINE)
         stages[texts] = {name: float(seconds) for name, seconds in found}
         each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages[texts].items())
         print(f"plain {plain:.0f} s; {texts}: {whole[texts].seconds:.0f} s; {each}", flush=True)
         size[texts] = sum(path.stat().st_size for path in (out / "gallery").rglob("*") if path.is_file())
-    again = measured(*todo[-1])
+    name, flags = todo[-1]
+    again = stage(name, *flags)
     first_picture, strokes = None, []
     if shutil.which("chromium") and shutil.which("chromedriver"):
         layer = "0" if "all" in args.mlp_layer else args.mlp_layer[-1]
         first_picture, strokes = browse(out / "gallery", layer)
     return Found(plain, whole, stages, size, again, first_picture, strokes)
+
+
+def in_one_process(todo):
+    """Run stages (script, flags) one after the other. Returns the `Process`."""
+    todo = [[f"{name}.py", *map(str, flags)] for name, flags in todo]
+    return measured("-c", IN_TURN, json.dumps(todo))
 
 
 def commands(args, model, data, texts, out):
@@ -94,7 +99,7 @@ def table(args, found):
     sizes = (args.model, args.mlp_layer, args.components, args.delete)
     full = args.images >= 1000 and sizes == ("ViT-B-32", ["9"], 128, 24)
     most = {"concepts": 6, "30k": 9}
-    rows = [row(f"a plain pass over {args.images} photos", found.plain, "s", note="both splits, two starts")]
+    rows = [row(f"a plain pass over {args.images} photos", found.plain, "s", note="both splits, one start")]
     for texts, stages in found.stages.items():
         total, peak = found.whole[texts].seconds, found.whole[texts].peak / 1e9
         longest = max(stages, key=stages.get)

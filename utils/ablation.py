@@ -39,8 +39,10 @@ class Rebuilt:
         self.directions = directions
         self.mean_sum = mean.sum(dim=0)
         self.vectors = vectors
-        heads = torch.einsum("keo,no->kne", directions.outputs, vectors)
-        self.along = (directions.values * heads).sum(dim=-1)  # <B[k, n], r_n>, [K, N]
+        self.along = torch.empty_like(directions.values[..., 0])  # <B[k, n], r_n>, [K, N]
+        for n in blocks_of(len(vectors)):
+            heads = torch.einsum("keo,no->kne", directions.outputs, vectors[n])
+            self.along[:, n] = (directions.values[:, n] * heads).sum(dim=-1)
         self.mean_along = (mean * vectors).sum(dim=-1)
 
     def base(self, representation, phi):

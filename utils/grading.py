@@ -222,16 +222,17 @@ class Along:
     """
 
     def __init__(self, directions, vectors):
-        self.vectors = vectors = torch.stack(list(vectors.values())).to(directions.values)  # [R, N, D]
-        heads = [
-            torch.einsum("nko,rno->nkr", directions.B(n), vectors[:, n]) for n in blocks_of(vectors.shape[1])
-        ]
+        self.vectors = [rows.to(directions.values) for rows in vectors.values()]
+        heads = []
+        for n in blocks_of(len(self.vectors[0])):
+            v = torch.stack([rows[n] for rows in self.vectors])
+            heads.append(torch.einsum("nko,rno->nkr", directions.B(n), v))
         self.along = torch.cat(heads)  # [N, K, R]
 
     def __call__(self, phi):
         """Return [B, R, N] for a `SecondOrder`."""
         own = torch.bmm(phi.C.permute(2, 0, 1), self.along).permute(1, 2, 0)
-        return own + (phi.kappa @ self.vectors.flatten(0, 1).T).view(own.shape)
+        return own + torch.stack([phi.kappa @ rows.T for rows in self.vectors], dim=1)
 
 
 def correlation(predicted, effects):

@@ -162,8 +162,6 @@ class TopK:
         order, keys = merge(keys, self.keys.shape[1])  # [N, c]
         floor = np.max(floor, axis=0)
         first = not self.known.any()
-        if first:
-            self._write_mean(*mean)
         bias = self.files["bias"].read()
         blocks = np.array_split(bias, len(bias) // ROWS + 1)
         far = max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)  # kappa
@@ -175,7 +173,10 @@ class TopK:
             # mapped again each time: pages once read would count as this process's
             every = [part[n] for part in self.work.gather_scratch(f"top{self.layer}")]  # [n, c, K] each
             every = np.concatenate(every, axis=1)[np.arange(len(every[0]))[:, None], order[n]]
-            C, *about = self._best(n, keys[n], every, mean, far, floor[n])
+            B = double(self.directions.B(n))
+            if first:
+                self.files["top_mean"][n] = torch.einsum("kn,nko->no", mean[0][:, n].to(B), B) + mean[1].to(B)
+            C, *about = self._best(n, B, keys[n], every, mean, far, floor[n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
             found.append((np.arange(len(order))[n], *about))
@@ -189,16 +190,11 @@ class TopK:
         if not self.exact:
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
-    def _write_mean(self, C, kappa):
-        heads = torch.einsum("kn,kne->nke", C.to(self.norms.shift), self.directions.values)
-        along = torch.einsum("nke,keo->no", heads, self.directions.outputs)
-        self.files["top_mean"][:] = along + kappa.to(along)
-
-    def _best(self, n, keys, every, mean, far, floor):
+    def _best(self, n, B, keys, every, mean, far, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
-        keys, every: of the candidates, [n, c] and their C [n, c, K]. far: how far kappa is from its
-        mean at most. floor: [n].
+        B: their directions. keys, every: of the candidates, [n, c] and their C [n, c, K]. far: how far kappa
+        is from its mean at most. floor: [n].
 
         Returns C about the mean [n, k, K]; images and norms [n, k], of equal norms the earlier image first;
         how far stored norms may be from those about the mean; and a span: an image may be missing whose
@@ -208,7 +204,6 @@ class TopK:
         below = np.maximum(floor, keys[:, -1] + np.uint64(1))
         below[(keys[:, -1] > 0) & (keys.shape[1] == self.files["bias"].shape[0])] = 0  # all are candidates
         every = every - mean[0].T[n, None].numpy()
-        B = double(self.directions.B(n))
         moved = (mean[0].to(self.norms.shift) - self.norms.origin)[:, n].to(B)
         moved = torch.einsum("kn,nko->no", moved, B)[:, None]
         apart = moved.norm(dim=-1)[:, 0].cpu().numpy() + far
