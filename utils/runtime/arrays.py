@@ -13,7 +13,8 @@ from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
-WAITING = 2**22  # bytes of rows that wait to be written to a `Scratch`
+WAITING = 2**21  # bytes of rows that wait to be written to a `Scratch`
+MAPPED = 4096  # rows that are written before their pages are let go of
 OPEN = 64  # files that are open at a time; some systems allow 256
 
 
@@ -250,9 +251,10 @@ class Scratch:
             places, rows = (np.concatenate(part[::-1]) for part in zip(*self._waiting, strict=True))
             places, latest = np.unique(places, return_index=True)
             array = torch.from_numpy(self.array.reshape(-1, self.shape[-1]))  # torch has several threads
-            array[torch.from_numpy(places)] = torch.from_numpy(rows[latest])
             self._waiting = []
-            self.release()
+            for part in np.array_split(np.arange(len(places)), len(places) // MAPPED + 1):
+                array[torch.from_numpy(places[part])] = torch.from_numpy(rows[latest[part]])
+                self.release()
 
     def release(self):
         """Let go of the pages in memory, which would count as this process's; the file keeps them."""
