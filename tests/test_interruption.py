@@ -515,3 +515,15 @@ def test_what_is_kept_has_its_room_from_the_start(tmp_path):
         pytest.raises(UserError, match="x.partial cannot be written"),
     ):
         Scratch(disk / "x.partial", (10, 100, 20), "float32", resumed=False)
+
+
+def test_rows_that_wait_are_there_after_a_sync_and_of_one_place_the_latest(tmp_path):
+    path = tmp_path / "x.partial"
+    scratch = Scratch(path, (6, 3), "float32", resumed=False)
+    rows = np.arange(15, dtype=np.float32).reshape(5, 3)
+    scratch.put(np.array([4, 1]), rows[:2])
+    scratch.put(np.array([1, 5, 0]), rows[2:])
+    scratch.sync()
+    expected = np.zeros((6, 3), np.float32)
+    expected[[4, 1, 5, 0]] = rows[[0, 2, 3, 4]]
+    assert np.array_equal(np.fromfile(path, np.float32).reshape(6, 3), expected)
