@@ -8,11 +8,12 @@ Writes, for every layer (K heads come after it),  DATASET_SPLIT_mlps_MODEL_PRETR
     merged.npy [images, N, D], the effects themselves, with --merged
 With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
-This takes a look at some images for a preliminary mean (a quarter; of many, 1,280 or 5 %), then one pass,
-which proves for each neuron that the k largest effects about the mean were found. Neurons without proof are
-counted. For them, batches with an image that may be missing are gone over again.
-The norms are about the preliminary mean, but for the k largest; their record says how far they may be off. Of
-fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
+This takes a look at some images for a preliminary mean (256, or 5 %), then one pass, which proves for each
+neuron that the k largest effects about the mean were found. Of 2,048 images or more the pass begins with
+every fourth, and takes the mean of these from there on. Neurons without proof are counted. For them, batches
+with an image that may be missing are gone over again.
+The norms are about the preliminary means, but for the k largest; their record says how far they may be off.
+Of fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
 --representations also what compute_representations.py writes.
 effect[i, n] = sum_k coefficients[i, k, n] * (values[k, n] @ outputs[k]) + bias[i]
@@ -37,7 +38,18 @@ from utils.runtime.passes import Pass
 from utils.runtime.results import PAIRS
 from utils.runtime.sums import Look, Sums
 from utils.statistics import choose_k
-from utils.top_effects import AGAIN, TopK, settle, settle_again, start_of, stride_of
+from utils.top_effects import (
+    AGAIN,
+    LOOK,
+    OTHERS,
+    PART_FIRST,
+    TopK,
+    move,
+    settle,
+    settle_again,
+    start_of,
+    strides_of,
+)
 from utils.units import check_rebuilding, count_units, fold_units, groups_of, open_units, stored_weights
 
 
@@ -119,36 +131,53 @@ def keep_top(args, clip, layers, split, results, record):
     arrays.update(representations)
     state, scratch = start_of(results, layers, args.top_k_pca, len(split))
     options = {"alone": alone, "state": state | activations.sums, "scratch": scratch}
+    strides = strides_of(len(split))
     # effects of units that do not act are all equal: nothing proves which are the largest
-    stride = 1 if args.passes == 2 or clip.units else stride_of(len(split))
-    if stride == 1:
+    if args.passes == 2 or clip.units:
+        strides = strides._replace(look=1)
+    if strides.look == 1:
         for layer in layers:
             path = results.path("image_norms", layer=layer, **split.names)
             alone[path] = {**clip.units_record, "norms_about": None}  # those of one pass will not do
-    with Pass(arrays, record, split.rounds(stride, 1, 1), overwrite=args.overwrite, **options) as work:
+    with Pass(arrays, record, split.rounds(*strides.rounds()), overwrite=args.overwrite, **options) as work:
         directions = work.prepare(fold_units, clip, layers)
-        look = Look(work, args.coefficient, len(range(0, len(split), stride)), "few_")
-        for rows, pixels in work.round(0, "means"):
-            _, effects = second_order(clip.vit, pixels, directions, args.coefficient)
-            for _ in layers:
-                look.add(next(effects), rows)  # unnamed: one layer's effects are in memory at a time
-        tops = work.prepare(TopK.of_layers, work, directions, look, results, split.names)
-        sums = Sums(work, args.coefficient, len(split))
-        for rows, pixels in work.round(1, "effects"):
-            representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
-            for path in representations:
-                work[path][rows] = args.coefficient * normalize(representation, dim=-1)
-            for top in tops:
-                top.add(next(effects), rows.start, sums)
-        doubted = settle(work, tops, sums)
-        for rows, pixels in work.round(AGAIN, "effects"):
-            again = [top for top in doubted if top.missing(rows).any()]
-            _, effects = second_order(clip.vit, pixels, [top.directions for top in again], args.coefficient)
-            for top in again:
-                top.add(next(effects), rows.start)
-        settle_again(work, doubted)
-        activations.write(work, len(split))
         write_weights(work, directions, results, split.names)
+        images, of_look, of_part = (len(range(0, len(split), stride)) for stride in (1, *strides))
+        look = look_at(work, clip, directions, Look(work, args.coefficient, of_look, "few_"))
+        tops = work.prepare(TopK.of_layers, work, directions, look, strides.part, results, split.names)
+        directions = [top.directions for top in tops]  # which may be without what takes memory
+        part = Sums(work, args.coefficient, of_part, "part_")
+        every = Sums(work, args.coefficient, images, "part_", "")
+        for number, sums in ((PART_FIRST, part), (OTHERS, every)):
+            for rows, pixels in work.round(number, "effects"):
+                representation, effects = activations.second_order(work, pixels, directions, args.coefficient)
+                for path in representations:
+                    work[path][rows] = args.coefficient * normalize(representation, dim=-1)
+                for top in tops:
+                    top.add(next(effects), rows, sums)
+            if number == PART_FIRST:
+                move(work, tops, part)
+        go_over_again(work, clip, settle(work, tops, every), args.coefficient)
+        activations.write(work, len(split))
+
+
+def look_at(work, clip, directions, look):
+    """Go over a few images. Returns the `Look`."""
+    for rows, pixels in work.round(LOOK, "means"):
+        _, effects = second_order(clip.vit, pixels, directions, look.coefficient)
+        for _ in directions:
+            look.add(next(effects), rows)  # unnamed: one layer's effects are in memory at a time
+    return look
+
+
+def go_over_again(work, clip, doubted, coefficient):
+    """Go over batches again in which images of doubted neurons may be missing. doubted: of `settle`."""
+    for rows, pixels in work.round(AGAIN, "effects"):
+        again = [top for top in doubted if top.missing(rows).any()]
+        _, effects = second_order(clip.vit, pixels, [top.directions for top in again], coefficient)
+        for top in again:
+            top.add(next(effects), rows)
+    settle_again(work, doubted)
 
 
 def of_units(clip, arrays):

@@ -182,7 +182,7 @@ def stage(script, *flags):
 
 def stage_of_few(few, script, *flags):
     """Run a stage whose preliminary mean is of `few` images at least: so few images take one pass, too."""
-    changed = "import utils.top_effects as module; module.FEW = module.ENOUGH = int(sys.argv.pop(1))"
+    changed = "import utils.top_effects as module; module.FEW = int(sys.argv.pop(1))"
     run = f"import runpy, sys; {changed}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return measured("-c", run, few, f"{script}.py", *flags)
 

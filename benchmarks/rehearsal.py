@@ -25,7 +25,7 @@ from benchmarks.common import (
     stage,
     stage_of_few,
 )
-from utils.top_effects import stride_of
+from utils.top_effects import strides_of
 
 EFFECTS, ABLATIONS = "compute_second_order_neuron_prs", "compute_ablations"
 BARS = {"full": 1.3, "top": 1.6}  # times the plain pass, all layers of ViT-B-32
@@ -87,7 +87,7 @@ def measure(args, case):
 
 def few_of(args):
     """Return how many images at least the preliminary mean is of where others are projected."""
-    return max(1, args.images // 5)
+    return max(1, args.images // 10)
 
 
 def run_step(args, step, results):
@@ -137,7 +137,7 @@ def project(args, done):
     images = args.project[0]
     if few:
         measured_on = len(range(0, args.images, args.images // few_of(args)))
-        grown += few * len(range(0, images, stride_of(images))) / measured_on
+        grown += few * len(range(0, images, strides_of(images).look)) / measured_on
     return done.process.seconds - loop + grown
 
 

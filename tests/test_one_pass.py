@@ -31,9 +31,19 @@ from utils.prs import Directions, SecondOrder
 from utils.runtime.passes import walk
 from utils.runtime.records import load_record
 from utils.runtime.sums import Look, Sums
-from utils.top_effects import AGAIN, CERTAIN, TopK, settle, settle_again, start_of, stride_of
+from utils.top_effects import (
+    AGAIN,
+    CERTAIN,
+    Strides,
+    TopK,
+    move,
+    settle,
+    settle_again,
+    start_of,
+    strides_of,
+)
 
-FEW = {"utils.top_effects.FEW": 8, "utils.top_effects.ENOUGH": 8}  # every 7th of the 63 photos
+FEW = {"utils.top_effects.FEW": 7}  # a look at every 9th of the 63 photos; every 4th is of the first part
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +75,33 @@ def of_norms(suffixes):
     return sorted(f"folder_train_mlps_tiny_random_{m}_image_norms.{end}" for m in LAYERS for end in suffixes)
 
 
-def test_the_preliminary_mean_is_of_a_quarter_1280_images_or_a_twentieth():
+def test_a_look_is_at_256_images_or_a_twentieth():
     for images in (1, 5, 63, 511):
-        assert stride_of(images) == 1
-    for images in (512, 1000, 5124, 100_000, 1_281_167):
-        count = len(range(0, images, stride_of(images)))
-        assert max(256, images // 20, min(images // 4, 1280)) <= count <= images // 2
+        assert strides_of(images) == (1, 1)
+    for images in (512, 1000, 2048, 5124, 100_000, 1_281_167):
+        look, part = (len(range(0, images, stride)) for stride in strides_of(images))
+        assert max(256, images // 20) <= look <= images // 2
+        assert part == images if images < 2048 else part >= 2 * look - 2
+    assert len(range(0, 5124, strides_of(5124).look)) == 257
 
 
-def test_a_round_goes_over_every_nth_image():
+@pytest.mark.parametrize("images, stride", [(63, 1), (63, 4), (7, 4), (3, 4)])
+def test_every_image_is_in_the_first_part_or_another(images, stride):
+    look, part, others, again = Strides(5, stride).rounds()
+    every = [i for rows in part + others for i in range(images)[rows]]
+    assert sorted(every) == list(range(images)) and again == part + others
+    assert [range(images)[rows] for rows in look] == [range(0, images, 5)]
+    assert [range(images)[rows] for rows in part] == [range(0, images, stride)]
+
+
+def test_a_round_goes_over_batches_of_slices():
     split = Split([(torch.tensor(i), 0) for i in range(10)], batch_size=2)
-    pieces = split.rounds(3, 1)
-    every_third, all_of_them = pieces.rounds
+    pieces = split.rounds([slice(None, None, 3)], [slice(1, None, 4), slice(3, None, 4)], [slice(None)])
+    every_third, two, all_of_them = pieces.rounds
     assert every_third == [slice(0, 6, 3), slice(6, 10, 3)] and all_of_them == list(split.pieces)
     read = [(rows, images.tolist()) for rows, images in walk(every_third, pieces.load)]
     assert read == [(slice(0, 6, 3), [0, 3]), (slice(6, 10, 3), [6, 9])]
+    assert [images.tolist() for _, images in walk(two, pieces.load)] == [[1, 5], [9], [3, 7]]
 
 
 def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, once, twice):
@@ -88,9 +110,11 @@ def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, once, twice):
     assert "one pass has found the largest effects of" in printed
 
 
-def test_two_passes_leave_the_bytes_of_few_images(world, twice):
+def test_two_passes_leave_the_bytes_of_few_images(world):
     """63 photos are too few for a preliminary mean, so without other constants there are two passes."""
-    assert differing(twice, world.whole / "top") == []
+    output = world.root / "two_passes_over_few"
+    world.run("top", output, "--passes", 2)
+    assert differing(output, world.whole / "top") == []
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -102,7 +126,7 @@ def test_norms_are_off_by_what_their_record_says(world, once, twice, layer):
     record = load_record(output / f"folder_train_mlps_tiny_random_{layer}_image_norms.npy")
     off = np.abs(found - exact)
     assert 1e-3 * exact.max() < off.max() <= record["norms_off_by"] * (1 + 1e-6) + 1e-6 * exact.max()
-    assert record["norms_about"] == "the mean of 9 images" and record["norms_exact"] == K
+    assert record["norms_about"] == "the mean of 7 images, or of 16" and record["norms_exact"] == K
     images = read(output, layer, "top_images")
     assert_allclose(
         np.take_along_axis(found, images.T, axis=0), np.take_along_axis(exact, images.T, axis=0), rtol=2e-5
@@ -130,7 +154,7 @@ def test_components_are_those_of_two_passes_and_the_norms_are_told(world, once, 
         printed = world.run("pcas", folders[name], "--input_dir", effects)
         notes = [line for line in printed.splitlines() if line.startswith("note: ")]
         assert len(notes) == (len(LAYERS) if name == "once" else 0)
-        assert all("holds norms about the mean of 9 images, off by " in note for note in notes)
+        assert all("holds norms about the mean of 7 images, or of 16, off by " in note for note in notes)
     names = differing(folders["once"], folders["twice"])
     assert [name for name in names if name.endswith(".npy")] == of_norms(["npy"])
     path = folders["once"] / of_norms(["npy"])[0]
@@ -153,8 +177,7 @@ def test_several_processes_leave_the_files_of_one(world, once, size):
 
 # neurons that one pass leaves in doubt
 
-FAR = dict.fromkeys(("utils.top_effects.FEW", "utils.top_effects.ENOUGH"), 1)
-FAR["utils.top_effects.SHARE"] = 1000  # the first photo alone is the mean
+FAR = {"utils.top_effects.FEW": 1, "utils.top_effects.SHARE": 1000}  # a look at the first photo alone
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +212,7 @@ def test_doubted_neurons_are_made_right_by_several_processes(world, far, size):
     assert_same_files(output, far[0])
 
 
-@pytest.mark.parametrize("pieces", [1, 10, 17, 18, 25, 33])  # of 1, then 16, then 16 again
+@pytest.mark.parametrize("pieces", [1, 3, 5, 6, 12, 17, 18, 25, 33])  # of 1, then 4, 12, 16
 def test_a_pass_that_was_killed_is_resumed(world, far, pieces):
     output = world.root / f"far_killed_{pieces}"
     log = world.root / f"{output.name}.log"
@@ -202,7 +225,7 @@ def test_a_pass_that_was_killed_is_resumed(world, far, pieces):
     assert_same_files(output, far[0])
 
 
-@pytest.mark.parametrize("pieces", [4, 9, 12, 17])  # of each: the first has 0, 8, 8, and the second 1, 8, 8
+@pytest.mark.parametrize("pieces", [1, 2, 4, 9, 12, 17])  # of the second: of 1, then 2, 6, 8
 def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
     output = world.root / f"far_of_2_killed_{pieces}"
     arguments, _ = world.command("top", output)
@@ -218,7 +241,10 @@ def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
 
 # a few of them, which few images can matter for
 
-NEAR = {"utils.top_effects.FEW": 31, "utils.top_effects.SHARE": 1000}  # every other photo
+# a look at every other photo
+NEAR = {
+    f"utils.top_effects.{name}": value for name, value in (("FEW", 31), ("SHARE", 1000), ("CANDIDATES", 3))
+}
 MANY = ["--top_k_pca", 8, "--batch_size", 2]
 EARLIER_OF = {1: (16, 32), 2: (8, 16), 3: (6, 11)}  # batches of the last process in both rounds before
 
@@ -246,10 +272,16 @@ def test_a_few_doubted_neurons_need_few_batches(world, near):
         )
 
 
+def assert_no_more_doubted(printed, by_one):
+    """Each of several processes keeps as many candidates as one does, so fewer neurons are in doubt."""
+    certain, every, doubted, images = counts(printed)
+    assert certain + doubted == every and 0 < doubted <= counts(by_one)[2] and images <= counts(by_one)[3]
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_go_over_the_same_few_batches(world, near, size):
+def test_several_processes_go_over_few_batches(world, near, size):
     output = world.root / f"near_by_{size}"
-    assert counts(world.run("top", output, *MANY, constants=NEAR, size=size)) == counts(near[1])
+    assert_no_more_doubted(world.run("top", output, *MANY, constants=NEAR, size=size), near[1])
     assert_same_files(output, near[0])
 
 
@@ -265,7 +297,7 @@ def test_few_batches_are_resumed(world, near, size, pieces):
     wait_until_held(processes[-1])
     kill(*processes)
     printed = world.run("top", output, *MANY, constants=NEAR, size=size)
-    assert counts(printed) == counts(near[1])
+    assert_no_more_doubted(printed, near[1])
     assert_same_files(output, near[0])
 
 
@@ -292,11 +324,14 @@ def far_names(world):
 class Work:
     """One process's `Pass` in memory: state, scratch and results of a layer of N neurons."""
 
-    def __init__(self, images, shapes, state, scratch):
+    def __init__(self, images, part, shapes, state, scratch):
         self.state = {name: np.zeros(*spec) for name, spec in state.items()}
         self.scratch = {name: InMemory(*spec) for name, spec in scratch.items()}
         self.results = {kind: Result(np.zeros(shape, dtype)) for kind, (shape, dtype) in shapes.items()}
-        self.batches = [slice(start, min(start + 3, images)) for start in range(0, images, 3)]
+        _, *self.rounds, self.again = [
+            [batch for rows in each for batch in in_threes(range(images)[rows])]
+            for each in Strides(1, part).rounds()
+        ]
 
     def __getitem__(self, path):
         return self.results[path]
@@ -309,11 +344,17 @@ class Work:
 
     def skip(self, number, needed):
         assert number == AGAIN
-        self.again = [rows for rows in self.batches if needed(rows)]
-        return sum(rows.stop - rows.start for rows in self.again)
+        self.again = [rows for rows in self.again if needed(rows)]
+        return len(self.again)
 
     def commit(self):
         pass
+
+
+def in_threes(images):
+    """The slices of a range of images, three in each."""
+    batches = [images[start : start + 3] for start in range(0, len(images), 3)]
+    return [slice(batch.start, batch.stop, batch.step) for batch in batches]
 
 
 class InMemory:
@@ -340,8 +381,8 @@ class Result:
         return self.array
 
 
-def kept_by(directions, C, kappa, k, few):
-    """The largest effects, kept after the mean of `few` images.
+def kept_by(directions, C, kappa, k, few, part=1):
+    """The largest effects, kept after the mean of `few` images; of every `part`-th first.
 
     Returns the results, the count of doubted neurons, the share of batches gone over again, and the record of
     norms.
@@ -352,21 +393,27 @@ def kept_by(directions, C, kappa, k, few):
     shapes = {"bias": ((images, D), "f4"), "image_norms": ((images, N), "f4"), "top_images": ((N, k), "i4")}
     shapes |= dict.fromkeys(["values", "outputs"], ((), "f4"))
     shapes |= {"top_coefficients": ((N, k, heads), "f4"), "top_mean": ((N, D), "f4")}
-    work = Work(images, shapes, *start_of(of_layer, [0], k, images))
+    work = Work(images, part, shapes, *start_of(of_layer, [0], k, images))
+    work.results["values"].array = directions.values.numpy()
     paths = SimpleNamespace(path=lambda kind, layer: kind)
-    look, sums = Look(work, 1.0, few, "few_"), Sums(work, 1.0, images)
+    look, every = Look(work, 1.0, few, "few_"), Sums(work, 1.0, images, "part_", "")
     for rows in (slice(0, 2), slice(2, few)):
         look.add(SecondOrder(C[rows], kappa[rows], directions), rows)
-    tops = TopK.of_layers(work, [directions], look, paths, {})
-    for rows in work.batches:
-        tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start, sums)
-    doubted = settle(work, tops, sums)
+    tops = TopK.of_layers(work, [directions], look, part, paths, {})
+    first = Sums(work, 1.0, len(range(0, images, part)), "part_")
+    batches = len(work.again)
+    for round, sums in zip(work.rounds, (first, every), strict=True):
+        for rows in round:
+            tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows, sums)
+        if sums is first:
+            move(work, tops, first)
+    doubted = settle(work, tops, every)
     count = int((tops[0].known != CERTAIN).sum())
     assert bool(doubted) == bool(count) and (count or not work.again)
     for rows in work.again:
-        doubted[0].add(SecondOrder(C[rows], kappa[rows], directions), rows.start)
+        doubted[0].add(SecondOrder(C[rows], kappa[rows], directions), rows)
     settle_again(work, doubted)
-    share = len(work.again) / len(work.batches)
+    share = len(work.again) / batches
     results = {kind: result.array for kind, result in work.results.items()}
     return results, count, share, work["image_norms"].record
 
@@ -393,7 +440,8 @@ def test_a_thousand_sets_of_numbers_against_sorting(capsys):
         rng = np.random.default_rng(seed)
         directions, C, kappa = drawn(rng)
         k, few = int(rng.integers(1, 6)), int(rng.integers(2, len(C) // 2))
-        found, doubted, share, record = kept_by(directions, C, kappa, k, few)
+        part = int(rng.choice([1, 1, 2, 4]))
+        found, doubted, share, record = kept_by(directions, C, kappa, k, few, part)
         B = directions.B().double()
         phi = (torch.einsum("ikn,nko->ino", C.double(), B) + kappa.double()[:, None]).numpy()
         norms = np.linalg.norm(phi - phi.mean(axis=0), axis=-1)
@@ -412,7 +460,7 @@ def test_a_thousand_sets_of_numbers_against_sorting(capsys):
         off = np.abs(found["image_norms"] - norms).max()
         assert off <= record["norms_off_by"] + 1e-5 * norms.max(), seed
         assert_allclose(found["top_mean"], phi.mean(axis=0), atol=1e-5 * np.abs(phi).max())
-        two, *_ = kept_by(directions, C, kappa, k, len(C))
+        two, *_ = kept_by(directions, C, kappa, k, len(C), part)
         for kind in ("top_images", "top_coefficients", "top_mean", "bias"):
             assert np.array_equal(found[kind], two[kind]), (seed, kind)
         certain += len(top) - doubted

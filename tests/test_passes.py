@@ -68,6 +68,16 @@ def test_rows_and_columns_that_were_written_in_two_runs_equal_those_of_one(tmp_p
     assert record == {"seed": 2, "method_number": METHOD, "shape": [9, 3], "dtype": "float32"}
 
 
+def test_every_third_row_is_written_in_its_place(tmp_path):
+    path = tmp_path / "a.npy"
+    every = pieces_of(9, 2)
+    every.rounds = [[slice(first, 9, 3) for first in range(3)]]
+    with Pass({path: ((9, 2), "int32")}, {}, every) as work:
+        for rows in work:
+            work[path][rows] = np.arange(18).reshape(9, 2)[rows]
+    assert np.array_equal(np.load(path), np.arange(18).reshape(9, 2))
+
+
 def test_a_piece_whose_turn_is_interrupted_does_not_count(tmp_path):
     path = tmp_path / "a.npy"
     with pytest.raises(PowerCut), pass_of(path, {}) as work:

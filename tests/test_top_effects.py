@@ -13,7 +13,7 @@ from tests.launcher import assert_same_files, contents, shared_world, the_line
 from utils.data.images import load_images
 from utils.model.clip import load_clip
 from utils.prs import SecondOrder, fold, second_order
-from utils.runtime.largest import enter, image_of, key_of
+from utils.runtime.largest import enter, image_of, key_of, norm_of, raised, taken_of
 from utils.runtime.sums import FIXED, Sums
 
 K, LAYERS = 5, (0, 1, 2, 3)
@@ -170,7 +170,7 @@ def kept(norms, k, split):
     N = norms.shape[1]
     keys, kept_images, floor = np.zeros((N, k), np.uint64), np.full((N, k), -1), np.ones(N, np.uint64)
     for rows in np.split(np.arange(len(norms)), split):
-        n, places, columns = enter(keys, key_of(norms[rows].T, rows), floor)
+        n, places, columns = enter(keys, taken_of(keys), key_of(norms[rows].T, rows), floor)
         kept_images[n, places] = rows[columns]
     assert (image_of(keys) == kept_images).all()
     order = np.lexsort((kept_images, -np.take_along_axis(norms.T, kept_images, axis=1)), axis=1)
@@ -181,6 +181,16 @@ def kept(norms, k, split):
 def test_of_equal_norms_the_earlier_ones_are_kept(k):
     norms = np.random.default_rng(k).integers(1, 6, (40, 50)).astype(np.float32)
     assert (kept(norms, k, [3, 10, 11, 30]) == largest(norms, k)).all()
+
+
+def test_raised_keys_are_of_norms_at_least_so_much_larger_and_of_the_same_images():
+    rng = np.random.default_rng(0)
+    norms, by = (np.float32(10.0 ** rng.uniform(-30, 30, 1000)) for _ in range(2))
+    keys = np.append(key_of(norms, rng.integers(0, 2**31, 1000)), np.uint64(0))
+    found = raised(keys, np.append(by, np.float32(1)))
+    total = norms.astype(float) + by
+    assert (norm_of(found)[:-1] >= total).all() and (norm_of(found)[:-1] <= total * (1 + 2.0**-22)).all()
+    assert (image_of(found) == image_of(keys)).all() and found[-1] == 0
 
 
 def test_of_images_that_are_there_twice_the_first_is_kept_by_one_process_and_by_two(world):
@@ -212,7 +222,7 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
         work = SimpleNamespace(
             state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
         )
-        total = Sums(work, 100.0, 12)
+        total = Sums(work, 100.0, 12, "")
         for rows in split:
             total.add(SecondOrder(whole.C[rows], whole.kappa[rows], directions))
         sums.append(work.state)
@@ -220,6 +230,6 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
     for state in sums:
         assert np.abs(state["C2"] * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
     work = SimpleNamespace(gather=lambda names: {name: [state[name] for state in sums[:2]] for name in names})
-    mean_C, mean_kappa = Sums(work, 100.0, 12).means([2])[2]
+    mean_C, mean_kappa = Sums(work, 100.0, 12, "").means([2])[2]
     assert_allclose(mean_C, whole.C.double().mean(dim=0), atol=1e-6 * np.abs(exact).max())
     assert_allclose(mean_kappa, whole.kappa.double().mean(dim=0), atol=1e-6 * float(whole.kappa.abs().max()))

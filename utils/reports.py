@@ -10,7 +10,7 @@ from utils import grading
 from utils.figures import plot_grades
 from utils.runtime.files import read_json, save_atomic, save_json
 from utils.runtime.results import PAIRS, RANDOM
-from utils.units import ACTS
+from utils.units import ACTS, word_of
 
 WRITES = {"second": "writes", "total": "total"}  # names of the texts that neurons write, by their order
 
@@ -25,13 +25,14 @@ def judged_by(side, compared):
     return found if found is not None and len(found.controls) > 1 else None
 
 
-def save_neurons(path, found, explained, described, acts=None):
+def save_neurons(path, found, explained, described, acts=None, word="neuron"):
     """Write the .csv of all neurons of a layer: their grades, and the texts of both sides as json.
 
     found: `LayerResults`.
     explained: [N].
     described: {side: descriptions, as `load_descriptions` returns them}.
     acts: on how many images units act, [N]; the grades of those that act on few are left out. None for all.
+    word: for a neuron, or what is in its place.
     """
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -42,8 +43,8 @@ def save_neurons(path, found, explained, described, acts=None):
     columns |= columns_of(found.only(kept).compared, kept)
     if found.deleted is not None:
         columns |= columns_of_deletion(found.deleted, len(explained))
-    first = ["neuron", "explained"] if acts is None else ["unit", "explained", "images on which it acts"]
-    table.writerow([*first, *columns, *described])
+    first = [] if acts is None else ["images on which it acts"]
+    table.writerow([word, "explained", *first, *columns, *described])
     for n, values in enumerate(zip(*columns.values(), strict=True)):
         cells = [cell_of(x) if kept[n] else "" for x in values]
         if acts is not None:
@@ -153,7 +154,8 @@ def finish(stage, found):
         path = stage.path("grades", stage.held_out, layer=layer)
         sides = stage.sides(units, stage.results)
         acts = stage.acts(units)
-        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides, acts)
+        word = word_of(stage.clip)
+        save_neurons(path.with_suffix(".csv"), of, stage.explained(layer), sides, acts, word)
         if stage.clip.units is not None:
             about = {"units": stage.results.units, "site": stage.clip.units.site(layer), "layer": layer}
             save_lines(path.with_suffix(".jsonl"), of, about, sides, acts)

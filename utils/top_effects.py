@@ -1,41 +1,69 @@
 """Keep only each neuron's largest effects, of many layers, without storing all of them.
 
 This is `--keep top`. `compute_pcas.py` needs every neuron's mean effect mu and its k largest about it.
-A look at a few images gives a preliminary mean mu0, and a floor that about 3k norms of all will be above. A
-pass over all sums up mu, takes norms about mu0, and keeps the effects above the floor. As
+A look at a few images gives a preliminary mean mu0, and a floor that more than k norms of all will be above.
+A pass over all sums up mu, takes norms about mu0, and keeps the effects above the floor. As
 | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the k largest about mu among them if the
 floor plus |mu - mu0| is below the k-th largest about mu. Where this leaves neurons in doubt, batches with an
-image that may be missing are gone over again, about mu.
+image that may be missing are gone over again, about mu. Of many images the pass goes over a part first, with
+a lower floor; mu0 is then the mean of this part, and norms and floor so far are raised by how far it moved.
 
 Letters as in `utils.prs`, k effects that are kept, and c candidates.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from utils.effects import TOP
 from utils.model.attention import double
-from utils.norms import CentredNorms
+from utils.norms import CentredNorms, blocks_of
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
-from utils.runtime.largest import ROWS, correct, enter, image_of, key_of, merge, norm_of, smallest_key
+from utils.runtime.largest import (
+    ROWS,
+    correct,
+    enter,
+    image_of,
+    key_of,
+    merge,
+    norm_of,
+    raised,
+    smallest_key,
+    taken_of,
+)
 
-FEW = 256  # images of the preliminary mean, at least
-ENOUGH = 1280  # of them, where these are not more than a quarter
-CANDIDATES = 3  # times as many effects as are kept
-SHARE = 20  # one in so many images, where this is more still
+FEW = 256  # images of the look, at least
+SHARE = 20  # one in so many images, where this is more
+PART = 4  # one in so many images is of the part that is gone over first
+PLACES = 0.4  # of the places of candidates are for those of this part
+CANDIDATES = 4  # times as many effects as are kept
 NEAR = 1e-3  # of a norm: rounding that is allowed for at first, where the k largest are looked for
-MERGED_AT_ONCE = 16  # neurons whose candidates are merged at a time
-ROUNDING = 16  # times the largest rounding error among a neuron's candidates is allowed for
+COMPARED = 32  # candidates whose norms show how far rounding is
+MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
+ROUNDING = 16  # times the largest rounding error among these is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
-AGAIN = 2  # the round of the pass for doubted neurons; round 0 goes over a few images, round 1 over all
+LOOK, PART_FIRST, OTHERS, AGAIN = range(4)  # the rounds of a pass; the last is for doubted neurons
 
 
-def stride_of(images):
-    """Return over every how many-th of some images the preliminary mean is taken; 1 where they are few."""
-    return max(1, images // max(FEW, min(images // 4, ENOUGH), images // SHARE))
+class Strides(NamedTuple):
+    """Strides say over every how many-th image a look goes, and every how many-th is of the first part."""
+
+    look: int = 1
+    part: int = 1
+
+    def rounds(self):
+        """Return the images of the rounds of a pass, a list of slices for each."""
+        part, *others = (slice(first, None, self.part) for first in range(self.part))
+        return [slice(None, None, self.look)], [part], others, [part, *others]
+
+
+def strides_of(images):
+    """Return the `Strides` over some images; a look at all of them where they are few."""
+    look = max(1, images // max(FEW, images // SHARE))
+    return Strides(look, PART if images // PART >= 2 * FEW else 1)
 
 
 def start_of(results, layers, k, images):
@@ -49,13 +77,14 @@ def start_of(results, layers, k, images):
     state, scratch = {}, {}
     for layer in layers:
         N, K, D = (results.sizes(layer)[letter] for letter in "NKD")
-        for name in ("few_", ""):
+        for name in ("few_", "part_", ""):
             state[f"{name}C{layer}"] = ((K, N), "int64")
             state[f"{name}kappa{layer}"] = ((D,), "int64")
         state[f"keys{layer}"] = ((N, c), "uint64")
         state[f"floor{layer}"] = ((N,), "uint64")
         state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
+        state[f"moved{layer}"] = ((N,), "float32")
         state[f"span{layer}"] = ((2, N), "uint64")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
@@ -67,80 +96,122 @@ class TopK:
     In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
     [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
     DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms may be from those about the
-    mean; span, [2, N]: an image is missing whose stored key is at least the first and below the second. In
-    its scratch are the candidates' coefficients, float32 [N, c, K].
+    mean; span, [2, N]: an image is missing whose key is at least the first and below the second; moved, [N]:
+    by how much norms of the first part are raised, 0 before. In its scratch are the candidates' coefficients,
+    float32 [N, c, K].
 
     work: `Pass`.
     directions: `Directions` of the layer.
     mean: C [K, N] and kappa [D] of the mean of `few` images, that norms are taken about.
+    part: every how many-th image is of the first part.
     paths: {kind: path} of the layer's results.
     """
 
-    def __init__(self, work, directions, mean, few, paths):
+    def __init__(self, work, directions, mean, few, part, paths):
         self.work = work
-        self.directions = directions
+        self.outputs = directions.outputs
         self.layer = layer = directions.layer
         self.few = few
+        self.part = part
         self.files = {kind: work[path] for kind, path in paths.items()}
         self.exact = few == self.files["bias"].shape[0]  # another pass would tell no more
-        state = (work.state[f"{name}{layer}"] for name in ("keys", "floor", "known", "apart", "span"))
-        self.keys, self.floor, self.known, self.apart, self.span = state
+        state = (
+            work.state[f"{name}{layer}"] for name in ("keys", "floor", "known", "apart", "span", "moved")
+        )
+        self.keys, self.floor, self.known, self.apart, self.span, self.moved = state
+        self.taken = taken_of(self.keys)
         self.scratch = work.scratch[f"top{layer}"]
-        self.norms = CentredNorms(directions, tuple(part.to(directions.values.device) for part in mean))
+        self.norms = CentredNorms(directions, tuple(part.to(self.outputs.device) for part in mean))
+        # values are read again where they are needed, which a pass over the images is not
+        self.directions = directions if self.exact else directions._replace(values=None)
+        self.norms.directions = self.directions
 
     @classmethod
-    def of_layers(cls, work, directions, look, results, names):
+    def of_layers(cls, work, directions, look, part, results, names):
         """Return a `TopK` for each of some `Directions`, about the mean of some images. look: their `Look`.
 
-        results, names: `Results`, and the fields of file names besides the layer.
+        part: as above. results, names: `Results`, and the fields of file names besides the layer.
         """
         means = look.means([item.layer for item in directions])
         paths = {item: {kind: results.path(kind, layer=item, **names) for kind in TOP} for item in means}
-        tops = [cls(work, item, means[item.layer], look.images, paths[item.layer]) for item in directions]
+        tops = [
+            cls(work, item, means[item.layer], look.images, part, paths[item.layer]) for item in directions
+        ]
         for top in tops:
             if not top.floor.all():
                 top.floor[:] = top.first_floor(look)
+        work.commit()
         work.gather([])  # candidates take the place of the sample, which every process has to know
         return tops
 
     def first_floor(self, look):
-        """Return keys [N] that about c of all norms reach, by those of the `Look`'s sample."""
+        """Return keys [N] that about c of all norms reach, or a share of a part, by the `Look`'s sample."""
         norms = []
         for C in [] if self.exact else look.sample(self.layer):
-            norms += self.norms.squares(C.to(self.directions.values)).clamp_(0).sqrt_()
-        expected = len(norms) * self.keys.shape[1] / self.files["bias"].shape[0]
+            norms += self.norms.squares(C.to(self.outputs)).clamp_(0).sqrt_()
+        places = self.keys.shape[1] * (1 if self.part == 1 else PLACES)
+        expected = len(norms) * places * self.part / self.files["bias"].shape[0]
         rank = math.ceil(expected + math.sqrt(expected) + 1)  # by chance the sample has more or fewer of them
         if rank > len(norms):
             return np.ones_like(self.floor)
         lowest = torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy()
         return np.maximum(smallest_key(lowest), np.uint64(1))  # 0 is for a floor that is not known
 
-    def add(self, phi, first, sums=None):
-        """Keep the effects of a batch that are above the floor, and store their norms and kappa.
+    def add(self, phi, rows, sums=None):
+        """Keep the effects of a batch (a slice of images) that are above the floor; store norms and kappa.
 
-        first: index of the batch's first image.
         sums: `Sums` to add them to. Without, only what is missing is looked at, and nothing is stored.
         """
         near = sums is not None and not self.exact  # kappa, too, may be left out of what is preliminary
         norms = (self.norms.squares(phi.C).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
-        rows = slice(first, first + len(norms))
-        new = key_of(norms.T, np.arange(rows.start, rows.stop))
+        new = key_of(norms.T, images_of(rows))
         if sums is None:
             new[~self.missing(rows)] = 0
         else:
             sums.add(phi)
             self.files["bias"][rows] = phi.kappa
             self.files["image_norms"][rows] = norms
-        n, places, images = enter(self.keys, new, self.floor)
+        n, places, images = enter(self.keys, self.taken, new, self.floor)
         C = phi.C.mT[torch.from_numpy(images), torch.from_numpy(n)]
         self.scratch.put(n * self.keys.shape[1] + places, C.cpu().numpy())
 
+    def move(self, mean, keys, images):
+        """Take norms about the mean of the first part from now on, of some images; raise what there is.
+
+        keys: of all processes, a list.
+        """
+        if not self.moved.any():
+            c = self.keys.shape[1]
+            step = self._step(mean).norm(dim=-1).float().cpu().numpy()
+            self.moved[:] = np.nextafter(step, np.float32(np.inf))
+            _, keys = merge(keys, c)
+            expected = c * images / self.files["bias"].shape[0]
+            level = keys[
+                :, int(expected - math.sqrt(expected))
+            ]  # by chance there are more or fewer of others
+            self.floor[:] = np.maximum(raised(self.floor, self.moved), level)
+            self.keys[:] = raised(self.keys, self.moved[:, None])
+        self.norms.origin, self.norms.shift = (part.to(self.norms.origin) for part in mean)
+
+    def about(self):
+        """Return the words for what norms are about."""
+        if self.part == 1:
+            return f"the mean of {self.few} images"
+        part = len(range(0, self.files["bias"].shape[0], self.part))
+        return f"the mean of {self.few} images, or of {part}"
+
+    def of_part(self, images):
+        """Return whether images are of the first part, so that their norms were raised."""
+        return (images % self.part == 0) & (self.part > 1)
+
     def missing(self, rows):
         """Return whether images (a slice) may be among a neuron's k but are no candidates, [N, B]."""
-        found = np.zeros((len(self.known), rows.stop - rows.start), bool)
+        images = images_of(rows)
+        found = np.zeros((len(self.known), len(images)), bool)
         n = np.flatnonzero(self.span[1])
-        stored = key_of(self.files["image_norms"].read()[rows, n].T, np.arange(rows.start, rows.stop))
-        found[n] = (self.span[0, n, None] <= stored) & (stored < self.span[1, n, None])
+        keys = key_of(self.files["image_norms"].read()[rows, n].T, images)
+        keys = np.where(self.of_part(images), raised(keys, self.moved[n, None]), keys)
+        found[n] = (self.span[0, n, None] <= keys) & (keys < self.span[1, n, None])
         return found
 
     def look_again(self, mean, known, span):
@@ -149,97 +220,134 @@ class TopK:
         self.span[:] = span
         doubted = np.flatnonzero(self.known == DOUBTED)
         for n in np.array_split(doubted, len(doubted) // MERGED_AT_ONCE + 1):
-            keys, B = self.keys[n], double(self.directions.B(n))
-            C = self.scratch.array[n] - mean[0].T[n, None].numpy()
+            keys, B = self.keys[n], self._B(n)
+            C = torch.from_numpy(self.scratch.array[n]) - mean[0].T[n, None]
             phi, _ = self._effects(B, image_of(keys), C, mean[1])
             self.keys[n] = np.where(keys < span[1, n, None], 0, key_of(norms_of(phi), image_of(keys)))
+        self.taken = taken_of(self.keys)
         self.scratch.release()
         self.norms.origin, self.norms.shift = (part.to(self.norms.shift) for part in mean)
+        if (self.known > CERTAIN).any():
+            self.norms.directions = self.directions._replace(values=self._values())
         self.known[doubted], self.floor[doubted] = KEPT, 1
 
     def write(self, mean, keys, floor):
         """Write the largest effects about the mean. mean: C, kappa. keys, floor: of all processes, lists."""
-        order, keys = merge(keys, self.keys.shape[1])  # [N, c]
+        keys = np.concatenate(keys, axis=1)
         floor = np.max(floor, axis=0)
         first = not self.known.any()
         bias = self.files["bias"].read()
         blocks = np.array_split(bias, len(bias) // ROWS + 1)
         far = max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)  # kappa
+        step = self._step(mean)
+        if first:
+            self.files["top_mean"][:] = self._along(mean[0]) + double(mean[1].to(self.outputs))
         found = []
-        for start in range(0, len(order), MERGED_AT_ONCE):
+        for start in range(0, len(keys), MERGED_AT_ONCE):
             n = slice(start, start + MERGED_AT_ONCE)
             if (self.known[n] == CERTAIN).all():
                 continue
             # mapped again each time: pages once read would count as this process's
-            every = [part[n] for part in self.work.gather_scratch(f"top{self.layer}")]  # [n, c, K] each
-            every = np.concatenate(every, axis=1)[np.arange(len(every[0]))[:, None], order[n]]
-            B = double(self.directions.B(n))
-            if first:
-                self.files["top_mean"][n] = torch.einsum("kn,nko->no", mean[0][:, n].to(B), B) + mean[1].to(B)
-            C, *about = self._best(n, B, keys[n], every, mean, far, floor[n])
+            every = np.concatenate([part[n] for part in self.work.gather_scratch(f"top{self.layer}")], axis=1)
+            every -= mean[0].T[n, None].numpy()
+            C, *about = self._best(n, keys[n], torch.from_numpy(every), mean[1], step[n], far, floor[n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
-            found.append((np.arange(len(order))[n], *about))
+            found.append((np.arange(len(keys))[n], *about))
         n, images, norms, apart, *span = (np.concatenate(part) for part in zip(*found, strict=True))
         ready = np.ones(len(n), bool)
         if first:
-            self.apart[:] = apart.max()
+            self.apart[:] = (apart + self.moved[n]).max()
             ready = (span[0] >= span[1]) | self.exact
             self.span[:] = np.where(ready, 0, span)
             self.known[:] = np.where(ready, CERTAIN, DOUBTED)
         if not self.exact:
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
-    def _best(self, n, B, keys, every, mean, far, floor):
+    def _best(self, n, keys, C, kappa, step, far, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
-        B: their directions. keys, every: of the candidates, [n, c] and their C [n, c, K]. far: how far kappa
-        is from its mean at most. floor: [n].
+        keys, C: of the candidates, [n, c] and about the mean [n, c, K]. kappa: of the
+        mean. step: `_step` of n. far: how far kappa is from its mean at most. floor: [n].
 
-        Returns C about the mean [n, k, K]; images and norms [n, k], of equal norms the earlier image first;
-        how far stored norms may be from those about the mean; and a span: an image may be missing whose
-        stored key is at least the first and below the second. Of these [n] each.
+        Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
+        norms may be from those about the mean; and a span: an image may be missing whose key is at least the
+        first and below the second. Of these [n] each.
         """
         k = self.files["top_images"].shape[1]
-        below = np.maximum(floor, keys[:, -1] + np.uint64(1))
-        below[(keys[:, -1] > 0) & (keys.shape[1] == self.files["bias"].shape[0])] = 0  # all are candidates
-        every = every - mean[0].T[n, None].numpy()
-        moved = (mean[0].to(self.norms.shift) - self.norms.origin)[:, n].to(B)
-        moved = torch.einsum("kn,nko->no", moved, B)[:, None]
-        apart = moved.norm(dim=-1)[:, 0].cpu().numpy() + far
+        rows = np.arange(len(keys))[:, None]
+        below = np.where((keys != 0).sum(axis=1) < self.files["bias"].shape[0], floor, 0)  # 0: all are here
+        B = self._B(n)
+        apart = step.norm(dim=-1).cpu().numpy() + far
         for near in (NEAR, 1):
-            likely = self._likely(n, keys, every, k, near, far)
-            C, own = every[np.arange(len(every))[:, None], likely], np.take_along_axis(keys, likely, axis=1)
-            phi, kappa = self._effects(B, image_of(own), C, mean[1])
+            likely = self._likely(n, keys, C, k, near, far)
+            x, own = C[rows, likely], keys[rows, likely]
+            phi, rest = self._effects(B, image_of(own), x, kappa)
             norms = norms_of(phi)
-            off = np.abs(phi.sub_(kappa).add_(moved).norm(dim=-1).cpu().numpy() - norm_of(own))
-            rounding = ROUNDING * np.where(own, off, 0).max(axis=1)
-            best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, ::-1][:, :k]
-            images, norms = (np.take_along_axis(part, best, axis=1) for part in (image_of(own), norms))
+            best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, : -k - 1 : -1].copy()
+            some = own[:, :COMPARED]
+            off = (phi[:, :COMPARED] - rest[:, :COMPARED]).add_(step[:, None]).norm(dim=-1).cpu().numpy()
+            off = np.where((some == 0) | self.of_part(image_of(some)), 0, np.abs(off - norm_of(some)))
+            rounding = ROUNDING * off.max(axis=1)
+            images, norms = image_of(own)[rows, best], norms[rows, best]
             if (rounding <= near * norms[:, -1]).all():
                 break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
-        return C[np.arange(len(C))[:, None], best], images, norms, apart + rounding, low, below
+        return x[rows, best], images, norms, apart + rounding, low, below
 
     def _likely(self, n, keys, C, k, near, far):
         """Return places [n, w] of candidates that have the k largest effects, by norms without kappa.
 
         near: share of a norm that they may be off by.
         """
-        squares = self.norms.along(torch.from_numpy(C).to(self.directions.values), n).cpu().numpy()
+        squares = self.norms.along(C.to(self.outputs), n).cpu().numpy()
         norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
         smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
         return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
 
+    def _step(self, mean):
+        """Return how far a mean is from that which norms are about, without kappa, float64 [N, D]."""
+        return self._along(mean[0].to(self.outputs) - self.norms.origin)
+
+    def _along(self, C):
+        """Return the combinations C [K, N] of directions, float64 [N, D]."""
+        outputs, found = double(self.outputs).flatten(0, 1), []
+        for n in blocks_of(C.shape[1]):
+            values = double(self._values(n))  # [K, n, e]
+            found.append((values * C[:, n, None].to(values)).transpose(0, 1).flatten(1) @ outputs)
+        return torch.cat(found)
+
+    def _values(self, n=slice(None)):
+        """Return the values of some neurons, [K, n, e], as they were written."""
+        return torch.from_numpy(self.files["values"].read()[:, n].copy()).to(self.outputs)
+
+    def _B(self, n):
+        """Return the directions of some neurons in float64, [n, K, D]."""
+        return double(self.directions._replace(values=self._values(n)).B())
+
     def _effects(self, B, images, C, mean_kappa):
         """Return effects, float64 [n, c, D], and kappa about its mean. C: about the mean, [n, c, K]."""
         kappa = torch.from_numpy(self.files["bias"].read()[images] - mean_kappa.numpy()).to(B.device)
-        return torch.bmm(torch.from_numpy(C).to(B), B).add_(kappa), kappa
+        return torch.bmm(C.to(B), B).add_(kappa), kappa
+
+
+def images_of(rows):
+    """Return the images of a slice."""
+    return np.arange(rows.start, rows.stop, rows.step or 1)
 
 
 def norms_of(phi):
     """Return norms in float32: copies of an image have equal ones then, however these are computed."""
     return phi.norm(dim=-1).float().cpu().numpy()
+
+
+def move(work, tops, sums):
+    """Take norms about the mean of the first part of the images from now on. sums: its `Sums`."""
+    if tops and tops[0].part > 1 and not tops[0].exact:
+        means = sums.means([top.layer for top in tops])
+        keys = work.gather([f"keys{top.layer}" for top in tops])
+        for top in tops:
+            top.move(means[top.layer], keys[f"keys{top.layer}"], sums.images)
 
 
 def settle(work, tops, sums):
@@ -257,7 +365,7 @@ def settle(work, tops, sums):
         if not top.known.any():  # else it was written before an interruption
             top.write(means[top.layer], *(found[f"{name}{top.layer}"] for name in ("keys", "floor")))
         if not top.exact:
-            about = {"norms_about": f"the mean of {top.few} images", "norms_off_by": float(top.apart[0])}
+            about = {"norms_about": top.about(), "norms_off_by": float(top.apart[0])}
             top.files["image_norms"].record |= about | {"norms_exact": top.files["top_images"].shape[1]}
     known = work.gather([f"{name}{top.layer}" for top in tops for name in ("known", "span")])
     for top in tops:  # by what rank 0 has found

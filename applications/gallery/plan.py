@@ -25,7 +25,7 @@ from utils.runtime.layers import parse_layers
 from utils.runtime.results import PAIRS, text_set
 from utils.runtime.stages import Stages
 from utils.statistics import choose_k
-from utils.top_effects import stride_of
+from utils.top_effects import Strides, strides_of
 from utils.units import count_units, groups_of, kind_of, open_units
 
 POOL = "concepts"  # the text set, where none is given
@@ -200,7 +200,7 @@ class Plan:
         sizes = {"images": count, "k": self.args.top_k_pca}
         arrays = self.inputs.arrays(kinds, sizes, layers=layers, dataset=self.train_set)
         size = sum(bytes_of(*spec) for spec in arrays.values())
-        stride = 1 if self.clip.units else stride_of(count)
+        stride = (Strides() if self.clip.units else strides_of(count)).look
         looked_at = count if once else count + len(range(0, count, stride))
         passes = "one pass" if looked_at < 2 * count else "two passes"
         title = f"effects of {named(layers)} of {vit.L}, {passes} over {count} images"

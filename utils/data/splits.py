@@ -131,21 +131,21 @@ class Split:
         load = Loader(self.images, self.device, self.num_workers)
         return pieces_of(self.images, self.batch_size, load=load, batch_size=self.batch_size)
 
-    def rounds(self, *strides):
+    def rounds(self, *rounds):
         """Return the batches for a `Pass` that goes over the images several times.
 
-        strides: for each time, over every how many-th image it goes.
+        rounds: for each time a list of slices, of images that are gone over one after the other.
         """
         pieces = copy(self.pieces)
-        pieces.rounds = [self._every(stride) for stride in strides]
+        pieces.rounds = [[batch for rows in round for batch in self._batches(rows)] for round in rounds]
         return pieces
 
-    def _every(self, stride):
-        """List the slices of every `stride`-th image."""
-        if stride == 1:
-            return list(self.pieces)
-        starts = range(0, len(self), stride * self.batch_size)
-        return [slice(start, min(start + stride * self.batch_size, len(self)), stride) for start in starts]
+    def _batches(self, rows):
+        """Yield the slices of the batches of images (a slice)."""
+        images = range(len(self))[rows]
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            yield slice(batch.start, min(batch.stop, len(self)), None if batch.step == 1 else batch.step)
 
     def walk(self, title="images"):
         """Yield (rows, pixels) of all batches, with a progress bar."""

@@ -13,7 +13,7 @@ from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
-WAITING = 2**21  # bytes of rows that wait to be written to a `Scratch`
+WAITING = 8  # times as many rows as a `Scratch` has along its first axis wait to be written
 MAPPED = 4096  # rows that are written before their pages are let go of
 OPEN = 64  # files that are open at a time; some systems allow 256
 
@@ -163,7 +163,11 @@ class ArrayFile:
         with writing(self.path):
             if isinstance(index, slice):
                 row = int(np.prod(self.shape[1:], dtype=np.int64))
-                self._write_at((index.start or 0) * row, block)
+                if index.step in (None, 1):
+                    self._write_at((index.start or 0) * row, block)
+                else:
+                    for i, values in zip(range(self.shape[0])[index], block, strict=True):
+                        self._write_at(i * row, values)
             elif isinstance(index[0], int):
                 number, rows = index
                 row = int(np.prod(self.shape[2:], dtype=np.int64))
@@ -242,11 +246,18 @@ class Scratch:
         places: int64 [m], of the array without its last axis K. rows: [m, K].
         """
         self._waiting.append((places, rows))
-        if sum(rows.nbytes for _, rows in self._waiting) > WAITING:
-            self._flush()
+        if sum(len(rows) for _, rows in self._waiting) > WAITING * self.shape[0]:
+            self._write_waiting()
 
-    def _flush(self):
-        """Write what waits in the order of the file, which touches a page once for several rows."""
+    def flush(self):
+        """Write what waits, for those that read the file."""
+        self._write_waiting()
+        if self._map is None:
+            with writing(self.path), open(self.path, "r+b") as file:
+                self.array.tofile(file)
+
+    def _write_waiting(self):
+        """Write what waits in the order of the file, which touches a page once for many rows."""
         if self._waiting:
             places, rows = (np.concatenate(part[::-1]) for part in zip(*self._waiting, strict=True))
             places, latest = np.unique(places, return_index=True)
@@ -263,11 +274,10 @@ class Scratch:
 
     def sync(self):
         """Wait until the disk has what was written."""
-        self._flush()
+        self.flush()
         with writing(self.path):
             if self._map is not None:
                 self._map.flush()
                 return
             with open(self.path, "r+b") as file:
-                self.array.tofile(file)
                 sync_file(file)

@@ -6,41 +6,48 @@ LAST_IMAGE = 2**32 - 1
 ROWS = 512  # images whose norms are corrected together
 
 
-def enter(keys, new, floor):
+def taken_of(keys):
+    """Return how many places of keys [N, c] are taken, up to the last, [N]."""
+    taken = keys[:, ::-1] != 0
+    return np.where(taken.any(axis=1), keys.shape[1] - taken.argmax(axis=1), 0)
+
+
+def enter(keys, taken, new, floor):
     """Put new keys [N, B] that are at least floor [N] into keys [N, c], in place, behind others.
 
     Where there is no room, larger ones replace smaller ones, and floor rises to the smallest that is left.
     So whatever is not among the keys is below floor.
 
+    taken: `taken_of` keys, changed in place.
+
     Returns neuron, place and column of each that enters.
     """
     neurons, columns = (new >= floor[:, None]).nonzero()
     count = np.bincount(neurons, minlength=len(keys))
-    taken = keys[:, ::-1] != 0
-    end = np.where(taken.any(axis=1), keys.shape[1] - taken.argmax(axis=1), 0)
-    full = end + count > keys.shape[1]
-    places = np.arange(len(neurons)) + (end - count.cumsum() + count)[neurons]
+    end = taken + count
+    full = end > keys.shape[1]
+    places = np.arange(len(neurons)) + (end - count.cumsum())[neurons]
     fits = ~full[neurons]
     neurons, places, columns = neurons[fits], places[fits], columns[fits]
     keys[neurons, places] = new[neurons, columns]
-    found = (neurons, places, columns)
-    if full.any():
-        found = map(np.concatenate, zip(found, _replace(keys, new, np.flatnonzero(full)), strict=True))
-        floor[full] = np.maximum(floor[full], keys[full].min(axis=1))
-    return tuple(found)
+    taken[:] = np.minimum(end, keys.shape[1])
+    found = [(neurons, places, columns)]
+    full = np.flatnonzero(full)
+    found += _replace(keys, new, full)
+    floor[full] = np.maximum(floor[full], keys[full].min(axis=1))
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 def _replace(keys, new, neurons):
-    """Replace the smallest keys of some neurons in place by larger new ones. Returns as `enter` does."""
-    k = keys.shape[1]
-    both = np.concatenate([keys[neurons], new[neurons]], axis=1)  # [n, k + B]
-    leaving = both.argpartition(new.shape[1], axis=1)[:, : new.shape[1]]
-    leaves = np.zeros(both.shape, bool)
-    np.put_along_axis(leaves, leaving, True, axis=1)
-    n, places = leaves[:, :k].nonzero()  # for each neuron as many leave as enter
-    _, columns = (~leaves[:, k:]).nonzero()
-    keys[neurons[n], places] = new[neurons[n], columns]
-    return neurons[n], places, columns
+    """Replace the smallest keys of some neurons in place by larger new ones. Yields as `enter` returns."""
+    order = new[neurons].argsort(axis=1)[:, ::-1]
+    for turn in range(new.shape[1]):
+        columns = order[:, turn]
+        places = keys[neurons].argmin(axis=1)
+        larger = new[neurons, columns] > keys[neurons, places]
+        neurons, order, places, columns = (part[larger] for part in (neurons, order, places, columns))
+        keys[neurons, places] = new[neurons, columns]
+        yield neurons, places, columns
 
 
 def key_of(norms, images):
@@ -60,6 +67,13 @@ def image_of(keys):
 def norm_of(keys):
     """Return the norms of `key_of`, float32."""
     return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
+
+
+def raised(keys, by):
+    """Return keys of norms that are larger by some numbers, rounded up. 0 stays 0, which is no norm."""
+    norms = np.nextafter(norm_of(keys) + by, np.float32(np.inf))
+    larger = norms.view(np.uint32).astype(np.uint64) << np.uint64(32) | keys & np.uint64(LAST_IMAGE)
+    return np.where(keys, larger, np.uint64(0))
 
 
 def smallest_key(norms):

@@ -394,8 +394,7 @@ class Pass:
 
     def _save(self):
         began = time.monotonic()
-        scratch = [item for item in self.scratch.values() if isinstance(item, Scratch)]
-        for file in [*self.files.values(), *scratch]:
+        for file in [*self.files.values(), *self._scratch()]:
             file.sync()
         content = {
             "identity": json.dumps(self.identity),
@@ -414,7 +413,13 @@ class Pass:
         self._cost = time.monotonic() - began if self.state else 0.0
 
     def gather(self, names):
-        """Return arrays of the state of all processes, {name: list by rank}, once every process is here."""
+        """Return arrays of the state of all processes, {name: list by rank}, once every process is here.
+
+        Files and scratch can be read then. The arrays may be the state itself.
+        """
+        if distributed.world_size() == 1:
+            self.writer.wait(self.writer.submit(self._flush))
+            return {name: [self.state[name]] for name in names}
         self.commit()
         distributed.barrier()
         gathered = {name: [] for name in names}
@@ -424,6 +429,14 @@ class Pass:
                     gathered[name].append(file[name])
         distributed.barrier()
         return gathered
+
+    def _scratch(self):
+        """List the scratch arrays that are open."""
+        return [item for item in self.scratch.values() if isinstance(item, Scratch)]
+
+    def _flush(self):
+        for scratch in self._scratch():
+            scratch.flush()
 
     def gather_scratch(self, name):
         """Return a scratch array of all processes, read-only maps by rank. Call it after `gather`."""

@@ -27,26 +27,30 @@ class Sums:
     work: `Pass`.
     coefficient: as in `second_order`.
     images: how many there are.
-    name: before the names in the state.
+    names: before the names in the state. The last are added to, and means are of all.
     """
 
-    def __init__(self, work, coefficient, images, name=""):
+    def __init__(self, work, coefficient, images, *names):
         self.work = work
+        self.coefficient = coefficient
         self.scale = FIXED / coefficient
         self.images = images
-        self.name = name
+        self.names = names
 
     def add(self, phi):
         """Add the effects of a batch, a `SecondOrder`."""
         for name, values in (("C", phi.C), ("kappa", phi.kappa)):
-            self.work.state[f"{self.name}{name}{phi.directions.layer}"] += fixed(values, self.scale)
+            self.work.state[f"{self.names[-1]}{name}{phi.directions.layer}"] += fixed(values, self.scale)
 
     def means(self, layers):
         """Return {layer: (C [K, N], kappa [D])}, means over all images, once all processes are here."""
-        names = {layer: [f"{self.name}{part}{layer}" for part in ("C", "kappa")] for layer in layers}
-        gathered = self.work.gather([name for pair in names.values() for name in pair])
-        means = {name: mean_of(parts, self.images, self.scale) for name, parts in gathered.items()}
-        return {layer: tuple(torch.from_numpy(means[name]) for name in pair) for layer, pair in names.items()}
+        parts = [f"{part}{layer}" for layer in layers for part in ("C", "kappa")]
+        gathered = self.work.gather([f"{name}{part}" for name in self.names for part in parts])
+        means = {}
+        for part in parts:
+            sums = [each for name in self.names for each in gathered[f"{name}{part}"]]
+            means[part] = torch.from_numpy(mean_of(sums, self.images, self.scale))
+        return {layer: (means[f"C{layer}"], means[f"kappa{layer}"]) for layer in layers}
 
 
 class Look(Sums):
