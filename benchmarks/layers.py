@@ -59,9 +59,11 @@ def measure(args, case):
             process = stage(*words[name])
             said += [line for line in process.output.splitlines() if line.startswith("one pass has found")]
             print(f"{name}: {process.seconds:.0f} s, {process.peak / 1e9:.2f} GB", flush=True)
-            for path in out.glob("*_coefficients.npy"):
-                path.unlink()
+            if name == "full":  # it takes much room; what others leave is read again
+                for path in out.glob("*_coefficients.npy"):
+                    path.unlink()
             after = stage(*words["plain"]).seconds
+            print(f"plain: {before:.0f} s before, {after:.0f} s after", flush=True)
             found[name].append(Turn(before, process, after))
             before = after
     return found, said

@@ -43,6 +43,7 @@ CANDIDATES = 4  # times as many effects as are kept
 NEAR = 1e-3  # of a norm: rounding that is allowed for at first, where the k largest are looked for
 COMPARED = 32  # candidates whose norms show how far rounding is
 MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
+HALF = 2.0**-24  # of a norm, the least that rounding is taken for
 ROUNDING = 16  # times the largest rounding error among these is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
 LOOK, PART_FIRST, OTHERS, AGAIN = range(4)  # the rounds of a pass; the last is for doubted neurons
@@ -186,9 +187,7 @@ class TopK:
             self.moved[:] = np.nextafter(step, np.float32(np.inf))
             _, keys = merge(keys, c)
             expected = c * images / self.files["bias"].shape[0]
-            level = keys[
-                :, int(expected - math.sqrt(expected))
-            ]  # by chance there are more or fewer of others
+            level = keys[:, int(expected - math.sqrt(expected))]  # by chance others are more or fewer
             self.floor[:] = np.maximum(raised(self.floor, self.moved), level)
             self.keys[:] = raised(self.keys, self.moved[:, None])
         self.norms.origin, self.norms.shift = (part.to(self.norms.origin) for part in mean)
@@ -267,8 +266,8 @@ class TopK:
     def _best(self, n, keys, C, kappa, step, far, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
-        keys, C: of the candidates, [n, c] and about the mean [n, c, K]. kappa: of the
-        mean. step: `_step` of n. far: how far kappa is from its mean at most. floor: [n].
+        keys, C: of the candidates, [n, c] and about the mean [n, c, K]. kappa: of the mean.
+        step: `_step` of n. far: how far kappa is from its mean at most. floor: [n].
 
         Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
         norms may be from those about the mean; and a span: an image may be missing whose key is at least the
@@ -287,7 +286,8 @@ class TopK:
             best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, : -k - 1 : -1].copy()
             some = own[:, :COMPARED]
             off = (phi[:, :COMPARED] - rest[:, :COMPARED]).add_(step[:, None]).norm(dim=-1).cpu().numpy()
-            off = np.where((some == 0) | self.of_part(image_of(some)), 0, np.abs(off - norm_of(some)))
+            off = np.abs(off - norm_of(some))
+            off = np.where((some == 0) | self.of_part(image_of(some)), HALF * norm_of(some), off)
             rounding = ROUNDING * off.max(axis=1)
             images, norms = image_of(own)[rows, best], norms[rows, best]
             if (rounding <= near * norms[:, -1]).all():
