@@ -28,7 +28,6 @@ from utils.runtime.largest import (
     enter,
     image_of,
     key_of,
-    merge,
     norm_of,
     raised,
     smallest_key,
@@ -185,7 +184,7 @@ class TopK:
             c = self.keys.shape[1]
             step = self._step(mean).norm(dim=-1).float().cpu().numpy()
             self.moved[:] = np.nextafter(step, np.float32(np.inf))
-            _, keys = merge(keys, c)
+            keys = np.sort(np.concatenate(keys, axis=1), axis=1)[:, ::-1]
             expected = c * images / self.files["bias"].shape[0]
             level = keys[:, int(expected - math.sqrt(expected))]  # by chance others are more or fewer
             self.floor[:] = np.maximum(raised(self.floor, self.moved), level)

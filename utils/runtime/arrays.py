@@ -241,7 +241,7 @@ class Scratch:
         return np.memmap(path, self.dtype, "r", shape=self.shape)
 
     def put(self, places, rows):
-        """Write array.reshape(-1, K)[places] = rows, now or by `sync`, then let go of the pages.
+        """Write array.reshape(-1, K)[places] = rows, now or by `flush`, then let go of the pages.
 
         places: int64 [m], of the array without its last axis K. rows: [m, K].
         """

@@ -82,13 +82,6 @@ def smallest_key(norms):
     return key_of(down, np.full(down.shape, LAST_IMAGE))
 
 
-def merge(keys, k):
-    """Return the k largest of keys from several processes, a list of [N, c]: their places and keys [N, k]."""
-    keys = np.concatenate(keys, axis=1)
-    order = keys.argsort(axis=1)[:, ::-1][:, :k]
-    return order, np.take_along_axis(keys, order, axis=1)
-
-
 def correct(file, neurons, images, norms):
     """Store the norms of the k largest of some neurons [n, k], and make no other one of these as large.
 
