@@ -22,7 +22,7 @@ from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
-from utils.runtime.results import PAIRS
+from utils.runtime.records import NEURONS
 from utils.statistics import choose_k
 from utils.units import units_record_of
 
@@ -32,7 +32,8 @@ def main(args):
     dataset = train_set_of(args.dataset)
     layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
     stored = {layer: open_effects(inputs, dataset, "train", layer, args.device) for layer in layers}
-    made_of = units_record_of(args)  # or the effects are of another dictionary of that name
+    # or the effects are of another dictionary of that name
+    made_of = {"unit_set": NEURONS, **units_record_of(args)}
     for effects in stored.values():
         inputs.check_record(effects.path, made_of, f"make them again with: {effects.again()}")
     images = {layer: effects.images for layer, effects in stored.items()}
@@ -70,11 +71,8 @@ def summarise(args, results, effects, arrays, names):
     paths = {kind: results.path(kind, layer=effects.layer, **names) for kind in ("image_norms", "explained")}
     floats = max(effects.floats, 3 * args.top_k_pca * effects.D)
     pieces = slices(effects.N, floats, args.memory * 1e9, title=f"layer {effects.layer}")
-    record = {**effects.record, "effects": effects.content()}
-    # most of a rare unit's largest effects are those of images on which it does not act
-    by_sum = effects.record.get("unit_set", PAIRS) != PAIRS
-    if by_sum:
-        record["sign"] = "sum"
+    record = {**effects.record, "effects": effects.content(), **results.signed}
+    by_sum = bool(results.signed)
     with Pass(arrays, record, pieces, overwrite=args.overwrite) as work:
         for neurons in work:
             for kind, values in statistics(effects, neurons, args.top_k_pca, by_sum).items():

@@ -312,6 +312,77 @@ def test_the_advice_about_another_dictionary_of_that_name_leads_to_components(wo
         assert record["unit_set"] == other.digest()
 
 
+READERS = {  # stages that read components or effects, and more flags
+    "compute_sparse_decomposition.py": [
+        "--dataset",
+        "folder",
+        "--text_descriptions",
+        "words",
+        "--components",
+        2,
+    ],
+    "compute_ablations.py": None,
+    "compute_pcas.py": ["--dataset", "folder"],
+}
+
+
+def assert_refused(world, folder, flags, said, scripts=tuple(READERS)[:2]):
+    """Stages end with one line that says so, and write nothing."""
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for script in scripts:
+        more = READERS[script] or world.val
+        words = [*world.model, *flags, *more, "--top_k_pca", TOP, "--output_dir", folder]
+        done = run_stage_of_user(script, *words, folder=world.root, check=False)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and re.search(said, done.stderr), done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_components_of_another_dictionary_of_that_name_are_not_described(world, tmp_path):
+    out = shutil.copytree(world.root / "out", tmp_path / "out")
+    other = two_sided()
+    other.decoder[0] *= 2
+    save_dictionary(tmp_path / "mine.safetensors", other)
+    assert_refused(world, out, ["--units", tmp_path / "mine.safetensors"], "was made with unit_set")
+
+
+def test_components_that_were_signed_otherwise_are_refused(world, tmp_path):
+    """Those of a version before the sum said the sign of a dictionary's units."""
+    out = shutil.copytree(world.root / "out", tmp_path / "out")
+    for path in out.glob(f"{PREFIX}{TOP}_*.meta.json"):
+        record = json.loads(path.read_text())
+        record.pop("sign", None)
+        path.write_text(json.dumps(record))
+    flags = ["--units", world.root / "mine.safetensors"]
+    assert_refused(world, out, flags, "sign 'majority', and here it is 'sum'.*compute_pcas.py .*--overwrite")
+
+
+def test_results_of_neurons_and_of_as_many_units_are_not_taken_for_each_other(world, tmp_path):
+    clip = load_clip(world.model[1], "random", "cpu", image_only=True)
+    lines = np.random.default_rng(0).normal(size=(clip.vit.N, 48))
+    np.save(tmp_path / "lines.npy", lines.astype(np.float32))
+    names = {"": ["--mlp_layer", 1], "_lines": ["--units", tmp_path / "lines.npy", "--site", "mlp.out"]}
+    names["_lines"] += names[""]
+    world_out = world.root / "out"
+    for effects, form in (("--keep", "top"), ("--keep", "full")):
+        out = tmp_path / form
+        for flags in names.values():
+            own = [*world.model, "--output_dir", out, *flags]
+            more = [*world.train, "--top_k_pca", TOP, effects, form]
+            run_stage_of_user("compute_second_order_neuron_prs.py", *own, *more, folder=tmp_path)
+            more = ["--dataset", "folder", "--top_k_pca", TOP]
+            run_stage_of_user("compute_pcas.py", *own, *more, folder=tmp_path)
+        for path in [*world_out.glob("*classifier*"), *world_out.glob("words_tiny*")]:
+            shutil.copy(path, out)
+        for (own, flags), other in zip(names.items(), reversed(names), strict=True):
+            wrong = shutil.copytree(out, tmp_path / f"{form}{own}_wrong")
+            for path in out.glob(f"*_1{other}_*"):
+                if other or "_1_lines_" not in path.name:
+                    shutil.copy(path, wrong / path.name.replace(f"_1{other}_", f"_1{own}_"))
+            said = "was made with unit_set '.*', and here it is '.*'; make (it|them) again with: "
+            assert_refused(world, wrong, flags, said, READERS)
+
+
 def test_all_effects_and_the_largest_ones_have_equal_statistics(world, tmp_path):
     flags = [*world.model, "--units", world.root / "mine.safetensors", "--output_dir", tmp_path]
     effects = "compute_second_order_neuron_prs.py"

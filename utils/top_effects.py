@@ -19,7 +19,7 @@ import torch
 
 from utils.effects import TOP
 from utils.model.attention import double
-from utils.norms import CentredNorms, blocks_of
+from utils.norms import CentredNorms
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.largest import (
@@ -41,7 +41,7 @@ PLACES = 0.4  # of the places of candidates are for those of this part
 CANDIDATES = 4  # times as many effects as are kept
 NEAR = 1e-3  # of a norm: rounding that is allowed for at first, where the k largest are looked for
 COMPARED = 32  # candidates whose norms show how far rounding is
-MERGED_AT_ONCE = 32  # neurons whose candidates are merged at a time
+AT_ONCE = 32  # neurons whose candidates are compared
 HALF = 2.0**-24  # of a norm, the least that rounding is taken for
 ROUNDING = 16  # times the largest rounding error among these is allowed for
 CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
@@ -182,8 +182,9 @@ class TopK:
         """
         if not self.moved.any():
             c = self.keys.shape[1]
-            step = self._step(mean).norm(dim=-1).float().cpu().numpy()
-            self.moved[:] = np.nextafter(step, np.float32(np.inf))
+            for n in self._blocks():
+                step = self._step(mean, n, self._B(n)).norm(dim=-1).float().cpu().numpy()
+                self.moved[n] = np.nextafter(step, np.float32(np.inf))
             keys = np.sort(np.concatenate(keys, axis=1), axis=1)[:, ::-1]
             expected = c * images / self.files["bias"].shape[0]
             level = keys[:, int(expected - math.sqrt(expected))]  # by chance others are more or fewer
@@ -217,7 +218,7 @@ class TopK:
         self.known[:] = np.maximum(self.known, np.minimum(known, DOUBTED))  # unless it has gone further
         self.span[:] = span
         doubted = np.flatnonzero(self.known == DOUBTED)
-        for n in np.array_split(doubted, len(doubted) // MERGED_AT_ONCE + 1):
+        for n in np.array_split(doubted, len(doubted) // AT_ONCE + 1):
             keys, B = self.keys[n], self._B(n)
             C = torch.from_numpy(self.scratch.array[n]) - mean[0].T[n, None]
             phi, _ = self._effects(B, image_of(keys), C, mean[1])
@@ -237,18 +238,17 @@ class TopK:
         bias = self.files["bias"].read()
         blocks = np.array_split(bias, len(bias) // ROWS + 1)
         far = max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)  # kappa
-        step = self._step(mean)
-        if first:
-            self.files["top_mean"][:] = self._along(mean[0]) + double(mean[1].to(self.outputs))
         found = []
-        for start in range(0, len(keys), MERGED_AT_ONCE):
-            n = slice(start, start + MERGED_AT_ONCE)
+        for n in self._blocks():
             if (self.known[n] == CERTAIN).all():
                 continue
             # mapped again each time: pages once read would count as this process's
             every = np.concatenate([part[n] for part in self.work.gather_scratch(f"top{self.layer}")], axis=1)
             every -= mean[0].T[n, None].numpy()
-            C, *about = self._best(n, keys[n], torch.from_numpy(every), mean[1], step[n], far, floor[n])
+            B = self._B(n)
+            if first:
+                self.files["top_mean"][n] = self._along(mean[0], n, B) + double(mean[1].to(self.outputs))
+            C, *about = self._best(n, B, keys[n], torch.from_numpy(every), mean, far, floor[n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
             found.append((np.arange(len(keys))[n], *about))
@@ -262,11 +262,11 @@ class TopK:
         if not self.exact:
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
-    def _best(self, n, keys, C, kappa, step, far, floor):
+    def _best(self, n, B, keys, C, mean, far, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
-        keys, C: of the candidates, [n, c] and about the mean [n, c, K]. kappa: of the mean.
-        step: `_step` of n. far: how far kappa is from its mean at most. floor: [n].
+        B: `_B` of n. keys, C: of the candidates, [n, c] and about the mean [n, c, K]. mean: C, kappa.
+        far: how far kappa is from its mean at most. floor: [n].
 
         Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
         norms may be from those about the mean; and a span: an image may be missing whose key is at least the
@@ -275,17 +275,18 @@ class TopK:
         k = self.files["top_images"].shape[1]
         rows = np.arange(len(keys))[:, None]
         below = np.where((keys != 0).sum(axis=1) < self.files["bias"].shape[0], floor, 0)  # 0: all are here
-        B = self._B(n)
+        step = self._step(mean, n, B)
         apart = step.norm(dim=-1).cpu().numpy() + far
         for near in (NEAR, 1):
             likely = self._likely(n, keys, C, k, near, far)
             x, own = C[rows, likely], keys[rows, likely]
-            phi, rest = self._effects(B, image_of(own), x, kappa)
+            phi, rest = self._effects(B, image_of(own), x, mean[1])
             norms = norms_of(phi)
             best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, : -k - 1 : -1].copy()
-            some = own[:, :COMPARED]
-            off = (phi[:, :COMPARED] - rest[:, :COMPARED]).add_(step[:, None]).norm(dim=-1).cpu().numpy()
-            off = np.abs(off - norm_of(some))
+            some, compared = own[:, :COMPARED], phi[:, :COMPARED]
+            if not self.exact:  # keys are of norms about another mean, without kappa
+                compared = compared - rest[:, :COMPARED] + step[:, None]
+            off = np.abs(compared.norm(dim=-1).cpu().numpy() - norm_of(some))
             off = np.where((some == 0) | self.of_part(image_of(some)), HALF * norm_of(some), off)
             rounding = ROUNDING * off.max(axis=1)
             images, norms = image_of(own)[rows, best], norms[rows, best]
@@ -299,22 +300,26 @@ class TopK:
 
         near: share of a norm that they may be off by.
         """
-        squares = self.norms.along(C.to(self.outputs), n).cpu().numpy()
-        norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
+        if self.exact:  # keys are of norms about the mean, with kappa
+            norms, far = norm_of(keys), 0
+        else:
+            squares = self.norms.along(C.to(self.outputs), n).cpu().numpy()
+            norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
         smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
         return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
 
-    def _step(self, mean):
-        """Return how far a mean is from that which norms are about, without kappa, float64 [N, D]."""
-        return self._along(mean[0].to(self.outputs) - self.norms.origin)
+    def _blocks(self):
+        """Return slices of neurons whose directions in float64 take little memory."""
+        count = len(self.known)
+        return [slice(start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE)]
 
-    def _along(self, C):
-        """Return the combinations C [K, N] of directions, float64 [N, D]."""
-        outputs, found = double(self.outputs).flatten(0, 1), []
-        for n in blocks_of(C.shape[1]):
-            values = double(self._values(n))  # [K, n, e]
-            found.append((values * C[:, n, None].to(values)).transpose(0, 1).flatten(1) @ outputs)
-        return torch.cat(found)
+    def _step(self, mean, n, B):
+        """Return how far a mean is from that which norms are about, without kappa, float64 [n, D]."""
+        return self._along(mean[0].to(self.norms.origin) - self.norms.origin, n, B)
+
+    def _along(self, C, n, B):
+        """Return the combinations C [K, N] of the directions of neurons n, float64 [n, D]. B: `_B` of n."""
+        return torch.bmm(C[:, n].T[:, None].to(B), B)[:, 0]
 
     def _values(self, n=slice(None)):
         """Return the values of some neurons, [K, n, e], as they were written."""

@@ -209,3 +209,6 @@ ARTIFACTS = {
     ),
 }
 OF_WEIGHTS = ("classifier", "texts", "decomposition")  # results that no image was looked at for
+# results whose records say which units they are of; later ones say which of these they are made from
+OF_UNITS = ["total_order", "deletions"]
+OF_UNITS += [kind for kind, of in ARTIFACTS.items() if of.maker[0] in (BY_SECOND_ORDER[0], BY_PCAS[0])]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.runtime.artifacts import ARTIFACTS, OF_WEIGHTS
+from utils.runtime.artifacts import ARTIFACTS, OF_UNITS, OF_WEIGHTS
 from utils.runtime.errors import UserError
 from utils.runtime.files import ADVICE, one_line, read_array
-from utils.runtime.records import ADDED, METHOD, agrees, load_record, tell_earlier, was
+from utils.runtime.records import ADDED, METHOD, NEURONS, UNSAID, agrees, load_record, tell_earlier, was
 
 NAME_MAX = 255 - len(".0123456789ab.progress.00.partial")  # bytes; leaves room for names of temporary files
 UNIT_SUFFIXES = (".safetensors", ".pt", ".pth", ".npy", ".json")
@@ -142,6 +142,15 @@ class Results:
         """Return these results about other units, as --units names them; None for neurons."""
         known = {**self.known, "unit_set": units}
         return Results(self.directory, self.model, self.pretrained, also=self.folders[-1], **known)
+
+    @property
+    def signed(self):
+        """signed is what records of components say, besides, of their sign.
+
+        The sum of effects says it of a dictionary's unit: most of a rare one's k largest effects are those of
+        images on which it does not act.
+        """
+        return {} if self.units in ("", PAIRS) else {"sign": "sum"}
 
     # names and commands
 
@@ -278,8 +287,10 @@ class Results:
         found = {"fingerprint": self.loaded.fingerprint, "coefficient": self.coefficient}
         if kind not in OF_WEIGHTS:
             found["preprocessing"] = self.loaded.expected["preprocessing"]
-        if self.units and "{layer}" in ARTIFACTS[kind].file:
-            found |= self.loaded.units_record
+        if kind in OF_UNITS:
+            found |= self.loaded.units_record if self.units else {"unit_set": NEURONS}
+        if kind == "pca":
+            found |= self.signed
         return found
 
     def missing(self, path, command):
@@ -291,7 +302,7 @@ class Results:
         """Raise UserError, ending in `again`, when a record contradicts {key: value} of `expected`."""
         record = load_record(path)
         for key, value in {**expected, "method_number": METHOD}.items():
-            found = record.get(key)
+            found = record.get(key, UNSAID.get(key) if "fingerprint" in record else None)
             known = found is not None or (key in ADDED and "fingerprint" in record)
             if value is None or not known:
                 continue
