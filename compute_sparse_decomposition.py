@@ -30,6 +30,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import stored_layers
 from utils.runtime.records import NEURONS, load_record
+from utils.runtime.results import PAIRS
 from utils.statistics import find_k, load_classifier, load_statistics
 from utils.units import open_units, units_record_of
 
@@ -61,7 +62,8 @@ def main(args):
         made_of = {**record, "layer": layer, "targets": digest(targets)}
         on_device = torch.from_numpy(targets).to(args.device)
         describe(path, texts, atoms, on_device, made_of, args.overwrite)
-        what = f"units of {results.units}" if results.units else "neurons"
+        named = {"": "neurons", PAIRS: "neuron-head pairs"}
+        what = named.get(results.units, f"units of {results.units}")
         print(f"{path}: {args.components} of {len(texts)} texts for each of {len(targets)} {what}")
         rebuilt[layer] = scipy.sparse.load_npz(path.with_suffix(".npz")) @ atoms.cpu().numpy()
         loss = relative_error(rebuilt[layer], targets)
