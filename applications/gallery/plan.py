@@ -9,7 +9,7 @@ import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from applications.gallery.collect import TOP_PICTURES
-from utils import controls, omp
+from utils import controls, grading, omp
 from utils.data.images import classes_of, load_images, train_set_of
 from utils.data.splits import Split, load_split
 from utils.data.text_sets import find_texts, load_texts, read_texts
@@ -78,6 +78,15 @@ class Timings:
         both = [torch.randn(count, self.clip.vit.D, device=self.clip.device) for count in rows]
         count = min(self.args.components, len(self.texts))
         return seconds(lambda: omp.orthogonal_matching_pursuit(*both, count)) / omp.PURSUED
+
+    @cached_property
+    def label(self):
+        """label is the time in which soft-WPMI compares one text with one neuron."""
+        images = min(grading.WPMI["images"], len(self.train))
+        texts = min(grading.TEXTS_AT_ONCE, len(self.texts))
+        rows = ((images, self.clip.vit.D), (texts, self.clip.vit.D), (images, grading.NEURONS_AT_ONCE))
+        compare = grading.SoftWPMI(*(torch.randn(shape, device=self.clip.device) for shape in rows))
+        return seconds(lambda: compare(slice(texts))) / (grading.NEURONS_AT_ONCE * texts)
 
     @cached_property
     def component(self):
@@ -254,11 +263,12 @@ class Plan:
         partly = partly or (to_make and not self.in_full(to_make))
         images = self.passes(layers) * (len(self.held_out) + (len(self.train) if partly else 0))
         neurons = self.count(layers)
-        pursuits = 2 * neurons * (1 + controls.CONTROLS) + 2 * len(layers) * controls.ROTATED
+        described = neurons * (1 + controls.CONTROLS) + len(layers) * controls.ROTATED
         pairs = self.args.unit_set == PAIRS  # which cannot be taken away
         deleted = 0 if pairs else min(DRAWN, neurons) * min(flags.DELETE, len(self.held_out))
         again = sum(deleted * (vit.L - 1 - layer) / vit.L for layer in layers)
-        total = (images + again) * self.costs.image + pursuits * self.costs.pursuit
+        each = 2 * self.costs.pursuit + len(self.texts) * self.costs.label
+        total = (images + again) * self.costs.image + described * each
         size = (
             4 * neurons * (2 * (len(self.train) + len(self.held_out)) + 200)
             + 60 * self.args.components * neurons
