@@ -183,7 +183,8 @@
     const keys = [];
     if (hasQuery) keys.push(["match", "best match"]);
     for (const [name, title] of Object.entries(SIDES)) if (layer[name].grade) keys.push([name, `${title}: over noise`]);
-    keys.push(["explained", "share explained"], ["norm", "largest norm"], ["number", "number"]);
+    if (!about.units?.heads[layer.number]) keys.push(["explained", "share explained"]); // that of a pair is 1
+    keys.push(["norm", "largest norm"], ["number", "number"]);
     if (layer.acts) keys.push(["acts", "images on which it acts"]);
     if (about.classifier !== false && about.class_names.length) keys.push(["for", "speaks for a class"], ["against", "speaks against a class"]);
     return keys;
