@@ -22,7 +22,6 @@ from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.layers import stored_layers
 from utils.runtime.passes import Pass, require_space
-from utils.runtime.records import NEURONS
 from utils.statistics import choose_k
 from utils.units import units_record_of
 
@@ -32,8 +31,7 @@ def main(args):
     dataset = train_set_of(args.dataset)
     layers = stored_layers(inputs, FORMS, args.mlp_layer, dataset=dataset, split="train")
     stored = {layer: open_effects(inputs, dataset, "train", layer, args.device) for layer in layers}
-    # or the effects are of another dictionary of that name
-    made_of = {"unit_set": NEURONS, **units_record_of(args)}
+    made_of = units_record_of(args)  # or the effects are of another dictionary of that name
     for effects in stored.values():
         inputs.check_record(effects.path, made_of, f"make them again with: {effects.again()}")
     images = {layer: effects.images for layer, effects in stored.items()}

@@ -29,7 +29,7 @@ from utils.runtime import distributed, flags
 from utils.runtime.errors import UserError
 from utils.runtime.files import digest, save_json
 from utils.runtime.layers import stored_layers
-from utils.runtime.records import NEURONS, load_record
+from utils.runtime.records import load_record
 from utils.runtime.results import PAIRS
 from utils.statistics import find_k, load_classifier, load_statistics
 from utils.units import open_units, units_record_of
@@ -47,7 +47,7 @@ def main(args):
     names = flags.names_of_descriptions(args, train)
     components = {"dataset": names["dataset"], "k": args.top_k_pca}
     layers = stored_layers(inputs, ["pca"], args.mlp_layer, **components)
-    expected = {"fingerprint": fingerprint, "unit_set": NEURONS, **units_record_of(args), **inputs.signed}
+    expected = {"fingerprint": fingerprint, **units_record_of(args), **inputs.signed}
     of_weights = {"sizes": {"D": vectors.shape[1]}, "expected": expected}
     described = {layer: inputs.load("pca", layer=layer, **components, **of_weights) for layer in layers}
     record = {"fingerprint": fingerprint, "dataset": names["dataset"], "top_k_pca": args.top_k_pca}

@@ -312,17 +312,11 @@ def test_the_advice_about_another_dictionary_of_that_name_leads_to_components(wo
         assert record["unit_set"] == other.digest()
 
 
+FOLDER = ["--dataset", "folder"]
 READERS = {  # stages that read components or effects, and more flags
-    "compute_sparse_decomposition.py": [
-        "--dataset",
-        "folder",
-        "--text_descriptions",
-        "words",
-        "--components",
-        2,
-    ],
+    "compute_sparse_decomposition.py": [*FOLDER, "--text_descriptions", "words", "--components", 2],
     "compute_ablations.py": None,
-    "compute_pcas.py": ["--dataset", "folder"],
+    "compute_pcas.py": FOLDER,
 }
 
 
@@ -364,14 +358,13 @@ def test_results_of_neurons_and_of_as_many_units_are_not_taken_for_each_other(wo
     names = {"": ["--mlp_layer", 1], "_lines": ["--units", tmp_path / "lines.npy", "--site", "mlp.out"]}
     names["_lines"] += names[""]
     world_out = world.root / "out"
-    for effects, form in (("--keep", "top"), ("--keep", "full")):
+    for form in ("top", "full"):
         out = tmp_path / form
         for flags in names.values():
             own = [*world.model, "--output_dir", out, *flags]
-            more = [*world.train, "--top_k_pca", TOP, effects, form]
+            more = [*world.train, "--top_k_pca", TOP, "--keep", form]
             run_stage_of_user("compute_second_order_neuron_prs.py", *own, *more, folder=tmp_path)
-            more = ["--dataset", "folder", "--top_k_pca", TOP]
-            run_stage_of_user("compute_pcas.py", *own, *more, folder=tmp_path)
+            run_stage_of_user("compute_pcas.py", *own, *FOLDER, "--top_k_pca", TOP, folder=tmp_path)
         for path in [*world_out.glob("*classifier*"), *world_out.glob("words_tiny*")]:
             shutil.copy(path, out)
         for (own, flags), other in zip(names.items(), reversed(names), strict=True):

@@ -25,6 +25,7 @@ from utils.norms import groups_of_layers
 from utils.prs import COEFFICIENT, effect, fold, fold_layers
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
+from utils.runtime.records import NEURONS
 from utils.runtime.results import PAIRS, RANDOM, unit_set
 
 GUARD_IMAGES = 256  # on which the share of the variance that units rebuild is measured
@@ -489,14 +490,14 @@ def read_units(args):
 
 
 def units_record_of(args):
-    """Return what records of results about --units hold besides, without a model; {} for neurons.
+    """Return what records of results about --units say of their units, without a model.
 
     args: as in `open_units`, which raises the same errors.
     """
     given = getattr(args, "unit_set", None)
     check_flags(given, getattr(args, "site", None))
     if given in (None, PAIRS):
-        return {} if given is None else {"unit_set": PAIRS}
+        return {"unit_set": given or NEURONS}
     dictionary = read_units(args)
     if given.startswith(RANDOM):
         dictionary = random_dictionary(dictionary)

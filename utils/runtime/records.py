@@ -21,7 +21,7 @@ THREADS = min(8, os.cpu_count() or 1)  # hashlib lets them run side by side
 METHOD = 1  # raise it when other mathematics changes results: those of another number are made again
 NOTES = ("data_path",)  # keys of records that say where something lay, and not what it was made from
 ADDED = ("preprocessing", "tokenizer")  # keys that records of earlier versions do not have
-NEURONS = "neurons"
+NEURONS = "neurons"  # the unit_set of results without --units
 UNSAID = {"unit_set": NEURONS, "sign": "majority"}  # what a record means that does not have these keys
 
 
