@@ -220,7 +220,7 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
     sums = []
     for split in ([slice(0, 6)], [slice(0, 1), slice(1, 6)], [slice(2, 4), slice(4, 6), slice(0, 2)]):
         work = SimpleNamespace(
-            state={"C2": np.zeros((vit.K(2), vit.N), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
+            state={"C2": np.zeros((vit.N, vit.K(2)), np.int64), "kappa2": np.zeros(vit.D, np.int64)}
         )
         total = Sums(work, 100.0, 12, "")
         for rows in split:
@@ -228,7 +228,7 @@ def test_sums_do_not_depend_on_batches_or_processes(vit, images):
         sums.append(work.state)
     exact = whole.C.double().sum(dim=0).numpy()
     for state in sums:
-        assert np.abs(state["C2"] * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
+        assert np.abs(state["C2"].T * 100.0 / FIXED - exact).max() < 1e-6 * np.abs(exact).max()
     work = SimpleNamespace(gather=lambda names: {name: [state[name] for state in sums[:2]] for name in names})
     mean_C, mean_kappa = Sums(work, 100.0, 12, "").means([2])[2]
     assert_allclose(mean_C, whole.C.double().mean(dim=0), atol=1e-6 * np.abs(exact).max())

@@ -84,6 +84,7 @@ class Ablations:
 
     def __call__(self, representation, phi):
         """Return [B, 5, D] in the order of ABLATIONS. Parameters: as in `Rebuilt.base`."""
+        phi = phi._replace(C=phi.C.contiguous())
         base = self.rebuilt.base(representation, phi)
         pc = base + self.rebuilt.projected(phi)
         # base plus all c_n is the representation, so leaving out the small ones needs no second sum

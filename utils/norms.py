@@ -78,18 +78,17 @@ class CentredNorms:
         """Return |x B_n|^2, [B, N]: squared norms without kappa, which is small, and half of the work."""
         squares = torch.empty_like(C[:, 0])
         for n in blocks_of(squares.shape[1]):
-            x = C[:, :, n] - self.origin[:, n]
-            B, K, _ = x.shape
-            squares[:, n] = self.along(x.view(B * K, -1).T.contiguous().view(-1, B, K), n).T
+            x = C.mT[:, n] - self.origin[:, n].T.contiguous()  # [B, n, K]
+            squares[:, n] = self.along(x.transpose(0, 1).contiguous(), n).T
         return squares
 
     def along(self, x, n=slice(None)):
         """Return |x B_n|^2 = x^T G_n x of some neurons: x [n, B, K] -> [n, B]."""
-        total = torch.zeros_like(x[:, :, 0])
+        products = torch.zeros_like(x[:, :, :STRIP])
         for first, strip in zip(range(0, x.shape[2], STRIP), self.strips, strict=True):
-            below = x[:, :, first:]
-            total += (torch.bmm(below, strip[n]) * below[:, :, : strip.shape[2]]).sum(dim=-1)
-        return total
+            below, columns = x[:, :, first:], strip.shape[2]
+            products[:, :, :columns].addcmul_(torch.bmm(below, strip[n]), below[:, :, :columns])
+        return products.sum(dim=-1)
 
 
 def least_squares(B_n, mean):

@@ -100,7 +100,7 @@ def effect(vit, cache, directions, scale):
     if units is None:
         kappa = scale[:, None] * constant(rows, means, inside, *post, directions.constants)
     a = cat(rows, dim=1) * (scale * post[0])[:, None, None]  # [B, K, T]
-    C = torch.bmm(a, p)
+    C = torch.bmm(p.mT, a.mT).mT  # a neuron's K coefficients lie together in memory
     return SecondOrder(C if units is None else units.arranged(C), kappa, directions, p)
 
 

@@ -23,7 +23,6 @@ from utils.norms import CentredNorms
 from utils.runtime.distributed import is_rank_zero
 from utils.runtime.errors import UserError
 from utils.runtime.largest import (
-    ROWS,
     correct,
     enter,
     image_of,
@@ -78,7 +77,7 @@ def start_of(results, layers, k, images):
     for layer in layers:
         N, K, D = (results.sizes(layer)[letter] for letter in "NKD")
         for name in ("few_", "part_", ""):
-            state[f"{name}C{layer}"] = ((K, N), "int64")
+            state[f"{name}C{layer}"] = ((N, K), "int64")
             state[f"{name}kappa{layer}"] = ((D,), "int64")
         state[f"keys{layer}"] = ((N, c), "uint64")
         state[f"floor{layer}"] = ((N,), "uint64")
@@ -88,6 +87,13 @@ def start_of(results, layers, k, images):
         state[f"span{layer}"] = ((2, N), "uint64")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
+
+
+class Kappa(NamedTuple):
+    """Kappa is that of all images about its mean, [images, D], and how far it is from it at most."""
+
+    centred: torch.Tensor
+    far: float
 
 
 class TopK:
@@ -218,10 +224,11 @@ class TopK:
         self.known[:] = np.maximum(self.known, np.minimum(known, DOUBTED))  # unless it has gone further
         self.span[:] = span
         doubted = np.flatnonzero(self.known == DOUBTED)
+        kappa = self._kappa(mean[1])
         for n in np.array_split(doubted, len(doubted) // AT_ONCE + 1):
             keys, B = self.keys[n], self._B(n)
             C = torch.from_numpy(self.scratch.array[n]) - mean[0].T[n, None]
-            phi, _ = self._effects(B, image_of(keys), C, mean[1])
+            phi, _ = self._effects(B, image_of(keys), C, kappa)
             self.keys[n] = np.where(keys < span[1, n, None], 0, key_of(norms_of(phi), image_of(keys)))
         self.taken = taken_of(self.keys)
         self.scratch.release()
@@ -235,20 +242,18 @@ class TopK:
         keys = np.concatenate(keys, axis=1)
         floor = np.max(floor, axis=0)
         first = not self.known.any()
-        bias = self.files["bias"].read()
-        blocks = np.array_split(bias, len(bias) // ROWS + 1)
-        far = max(np.linalg.norm(block - mean[1].numpy(), axis=1).max() for block in blocks)  # kappa
+        kappa = self._kappa(mean[1])
         found = []
         for n in self._blocks():
             if (self.known[n] == CERTAIN).all():
                 continue
             # mapped again each time: pages once read would count as this process's
             every = np.concatenate([part[n] for part in self.work.gather_scratch(f"top{self.layer}")], axis=1)
-            every -= mean[0].T[n, None].numpy()
+            C = torch.from_numpy(every).sub_(mean[0].T[n, None].contiguous())
             B = self._B(n)
             if first:
                 self.files["top_mean"][n] = self._along(mean[0], n, B) + double(mean[1].to(self.outputs))
-            C, *about = self._best(n, B, keys[n], torch.from_numpy(every), mean, far, floor[n])
+            C, *about = self._best(n, B, keys[n], C, mean, kappa, floor[n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
             found.append((np.arange(len(keys))[n], *about))
@@ -262,11 +267,11 @@ class TopK:
         if not self.exact:
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
-    def _best(self, n, B, keys, C, mean, far, floor):
+    def _best(self, n, B, keys, C, mean, kappa, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
         B: `_B` of n. keys, C: of the candidates, [n, c] and about the mean [n, c, K]. mean: C, kappa.
-        far: how far kappa is from its mean at most. floor: [n].
+        kappa: `Kappa`. floor: [n].
 
         Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
         norms may be from those about the mean; and a span: an image may be missing whose key is at least the
@@ -276,11 +281,11 @@ class TopK:
         rows = np.arange(len(keys))[:, None]
         below = np.where((keys != 0).sum(axis=1) < self.files["bias"].shape[0], floor, 0)  # 0: all are here
         step = self._step(mean, n, B)
-        apart = step.norm(dim=-1).cpu().numpy() + far
+        apart = step.norm(dim=-1).cpu().numpy() + kappa.far
         for near in (NEAR, 1):
-            likely = self._likely(n, keys, C, k, near, far)
+            likely = self._likely(n, keys, C, k, near, kappa.far)
             x, own = C[rows, likely], keys[rows, likely]
-            phi, rest = self._effects(B, image_of(own), x, mean[1])
+            phi, rest = self._effects(B, image_of(own), x, kappa)
             norms = norms_of(phi)
             best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, : -k - 1 : -1].copy()
             some, compared = own[:, :COMPARED], phi[:, :COMPARED]
@@ -329,10 +334,15 @@ class TopK:
         """Return the directions of some neurons in float64, [n, K, D]."""
         return double(self.directions._replace(values=self._values(n)).B())
 
-    def _effects(self, B, images, C, mean_kappa):
-        """Return effects, float64 [n, c, D], and kappa about its mean. C: about the mean, [n, c, K]."""
-        kappa = torch.from_numpy(self.files["bias"].read()[images] - mean_kappa.numpy()).to(B.device)
-        return torch.bmm(C.to(B), B).add_(kappa), kappa
+    def _kappa(self, mean):
+        """Return the `Kappa` of all images. mean: [D]."""
+        centred = torch.from_numpy(self.files["bias"].read() - mean.numpy()).to(self.outputs)
+        return Kappa(centred, float(centred.norm(dim=-1).max()))
+
+    def _effects(self, B, images, C, kappa):
+        """Return effects, float64 [n, c, D], and their kappa. C: about the mean, [n, c, K]."""
+        own = kappa.centred[torch.from_numpy(images).to(B.device)]
+        return torch.bmm(C.to(B), B).add_(own), own
 
 
 def images_of(rows):

@@ -13,7 +13,7 @@ from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
-WAITING = 8  # times as many rows as a `Scratch` has along its first axis wait to be written
+WAITING = 16  # times as many rows as a `Scratch` has along its first axis wait to be written
 MAPPED = 4096  # rows that are written before their pages are let go of
 OPEN = 64  # files that are open at a time; some systems allow 256
 
@@ -143,7 +143,7 @@ class ArrayFile:
 
     def _converted(self, block):
         """Return a tensor as an array. It is converted on its device: numpy is slow at half precision."""
-        block = block.detach()
+        block = block.detach().contiguous()  # numpy is slow at that, too
         if block.dtype.is_floating_point and self.dtype.kind == "f":
             block = block.to(getattr(torch, self.dtype.name))
         elif block.dtype == torch.bfloat16:

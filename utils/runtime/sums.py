@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 FIXED = 2.0**32
-SAMPLE = 256  # images whose effects a `Look` keeps, at most
-AT_ONCE = 16  # of them, that are read at a time
+SAMPLE = 128  # images whose effects a `Look` keeps, at most
+AT_ONCE = 32  # of them, that are read at a time
 
 
 def fixed(values, scale=FIXED):
@@ -39,7 +39,7 @@ class Sums:
 
     def add(self, phi):
         """Add the effects of a batch, a `SecondOrder`."""
-        for name, values in (("C", phi.C), ("kappa", phi.kappa)):
+        for name, values in (("C", phi.C.mT), ("kappa", phi.kappa)):
             self.work.state[f"{self.names[-1]}{name}{phi.directions.layer}"] += fixed(values, self.scale)
 
     def means(self, layers):
@@ -50,13 +50,13 @@ class Sums:
         for part in parts:
             sums = [each for name in self.names for each in gathered[f"{name}{part}"]]
             means[part] = torch.from_numpy(mean_of(sums, self.images, self.scale))
-        return {layer: (means[f"C{layer}"], means[f"kappa{layer}"]) for layer in layers}
+        return {layer: (means[f"C{layer}"].T, means[f"kappa{layer}"]) for layer in layers}
 
 
 class Look(Sums):
     """A Look is the sums of a few images, and keeps the coefficients of some of them, evenly spread.
 
-    They are where candidates will be later: in the scratch of a layer [N, c, K], as [c or SAMPLE, K, N].
+    They are where candidates will be later: in the scratch of a layer [N, c, K], as [c or SAMPLE, N, K].
     """
 
     def add(self, phi, rows):
@@ -69,7 +69,7 @@ class Look(Sums):
         for C, image in zip(phi.C, range(rows.start, rows.stop, step), strict=True):
             place, rest = divmod(image // step, every)
             if rest == 0:
-                sample[place] = C.cpu()
+                sample[place] = C.mT.cpu()
         scratch.release()
 
     def sample(self, layer):
@@ -79,9 +79,9 @@ class Look(Sums):
                 block = _sample_of(every)[start : start + AT_ONCE]
                 own = block[block.any(axis=(1, 2))]  # the others are of other processes
                 if len(own):
-                    yield torch.from_numpy(own)
+                    yield torch.from_numpy(own).mT
 
 
 def _sample_of(candidates):
     N, c, K = candidates.shape
-    return candidates.reshape(c, K, N)[:SAMPLE]
+    return candidates.reshape(c, N, K)[:SAMPLE]
