@@ -132,8 +132,9 @@ def keep_top(args, clip, layers, split, results, record):
     state, scratch = start_of(results, layers, args.top_k_pca, len(split))
     options = {"alone": alone, "state": state | activations.sums, "scratch": scratch}
     strides = strides_of(len(split))
-    # effects of units that do not act are all equal: nothing proves which are the largest
-    if args.passes == 2 or clip.units:
+    if clip.units:
+        strides = strides._replace(part=1)  # the first images on which a unit does not act are to come first
+    if args.passes == 2:
         strides = strides._replace(look=1)
     if strides.look == 1:
         for layer in layers:

@@ -7,6 +7,8 @@ A pass over all sums up mu, takes norms about mu0, and keeps the effects above t
 floor plus |mu - mu0| is below the k-th largest about mu. Where this leaves neurons in doubt, batches with an
 image that may be missing are gone over again, about mu. Of many images the pass goes over a part first, with
 a lower floor; mu0 is then the mean of this part, and norms and floor so far are raised by how far it moved.
+Effects of a unit of a dictionary are 0 on images on which it does not act: all alike, of which the earliest
+come first. So of these only the first k can be among its k largest, and no other is a candidate.
 
 Letters as in `utils.prs`, k effects that are kept, and c candidates.
 """
@@ -85,6 +87,7 @@ def start_of(results, layers, k, images):
         state[f"apart{layer}"] = ((1,), "float64")
         state[f"moved{layer}"] = ((N,), "float32")
         state[f"span{layer}"] = ((2, N), "uint64")
+        state[f"idle{layer}"] = ((2, N), "int64")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
 
@@ -103,7 +106,8 @@ class TopK:
     [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
     DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms may be from those about the
     mean; span, [2, N]: an image is missing whose key is at least the first and below the second; moved, [N]:
-    by how much norms of the first part are raised, 0 before. In its scratch are the candidates' coefficients,
+    by how much norms of the first part are raised, 0 before; idle, [2, N]: on how many images a unit has not
+    acted, and the image after the k-th of them, 0 before. In its scratch are the candidates' coefficients,
     float32 [N, c, K].
 
     work: `Pass`.
@@ -122,9 +126,10 @@ class TopK:
         self.files = {kind: work[path] for kind, path in paths.items()}
         self.exact = few == self.files["bias"].shape[0]  # another pass would tell no more
         state = (
-            work.state[f"{name}{layer}"] for name in ("keys", "floor", "known", "apart", "span", "moved")
+            work.state[f"{name}{layer}"]
+            for name in ("keys", "floor", "known", "apart", "span", "moved", "idle")
         )
-        self.keys, self.floor, self.known, self.apart, self.span, self.moved = state
+        self.keys, self.floor, self.known, self.apart, self.span, self.moved, self.idle = state
         self.taken = taken_of(self.keys)
         self.scratch = work.scratch[f"top{layer}"]
         self.norms = CentredNorms(directions, tuple(part.to(self.outputs.device) for part in mean))
@@ -154,7 +159,10 @@ class TopK:
         """Return keys [N] that about c of all norms reach, or a share of a part, by the `Look`'s sample."""
         norms = []
         for C in [] if self.exact else look.sample(self.layer):
-            norms += self.norms.squares(C.to(self.outputs)).clamp_(0).sqrt_()
+            found = self.norms.squares(C.to(self.outputs)).clamp_(0).sqrt_()
+            if self.directions.units is not None:
+                found *= C.any(dim=1).to(found)  # of effects that are 0, few are candidates
+            norms += found
         places = self.keys.shape[1] * (1 if self.part == 1 else PLACES)
         expected = len(norms) * places * self.part / self.files["bias"].shape[0]
         rank = math.ceil(expected + math.sqrt(expected) + 1)  # by chance the sample has more or fewer of them
@@ -171,6 +179,8 @@ class TopK:
         near = sums is not None and not self.exact  # kappa, too, may be left out of what is preliminary
         norms = (self.norms.squares(phi.C).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
         new = key_of(norms.T, images_of(rows))
+        if self.directions.units is not None:
+            new[self._repeats(phi.C, rows, new_ones=sums is not None)] = 0
         if sums is None:
             new[~self.missing(rows)] = 0
         else:
@@ -180,6 +190,21 @@ class TopK:
         n, places, images = enter(self.keys, self.taken, new, self.floor)
         C = phi.C.mT[torch.from_numpy(images), torch.from_numpy(n)]
         self.scratch.put(n * self.keys.shape[1] + places, C.cpu().numpy())
+
+    def _repeats(self, C, rows, new_ones):
+        """Return whether effects are 0, and those of k earlier images are, too, [N, B].
+
+        new_ones: whether the images (a slice) are gone over for the first time.
+        """
+        images = images_of(rows)
+        idle = ~C.any(dim=1).T.cpu().numpy()
+        if new_ones:
+            count = self.idle[0, :, None] + idle.cumsum(axis=1)
+            n, kth = (idle & (count == self.files["top_images"].shape[1])).nonzero()
+            self.idle[0] = count[:, -1]
+            self.idle[1, n] = images[kth] + 1
+        after = self.idle[1, :, None]
+        return idle & (0 < after) & (after <= images)
 
     def move(self, mean, keys, images):
         """Take norms about the mean of the first part from now on, of some images; raise what there is.
@@ -279,7 +304,8 @@ class TopK:
         """
         k = self.files["top_images"].shape[1]
         rows = np.arange(len(keys))[:, None]
-        below = np.where((keys != 0).sum(axis=1) < self.files["bias"].shape[0], floor, 0)  # 0: all are here
+        here = (floor <= 1) | ((keys != 0).sum(axis=1) == self.files["bias"].shape[0])  # all that matter
+        below = np.where(here, 0, floor)
         step = self._step(mean, n, B)
         apart = step.norm(dim=-1).cpu().numpy() + kappa.far
         for near in (NEAR, 1):
@@ -309,8 +335,9 @@ class TopK:
             norms, far = norm_of(keys), 0
         else:
             squares = self.norms.along(C.to(self.outputs), n).cpu().numpy()
-            norms = np.where(keys, np.sqrt(np.maximum(squares, 0)), 0)
-        smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None] - 2 * far
+            norms = np.sqrt(np.maximum(squares, 0))
+        norms = np.where(keys, norms, -np.inf)  # no candidates
+        smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None].clip(0) - 2 * far
         return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
 
     def _blocks(self):

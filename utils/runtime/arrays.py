@@ -142,13 +142,15 @@ class ArrayFile:
             self.writer.write(lambda: self._write(index, block), block.nbytes)
 
     def _converted(self, block):
-        """Return a tensor as an array. It is converted on its device: numpy is slow at half precision."""
-        block = block.detach().contiguous()  # numpy is slow at that, too
+        """Return a tensor as an array. It is converted on its device: numpy is slow at half precision and at
+        reordering.
+        """
+        block = block.detach()
         if block.dtype.is_floating_point and self.dtype.kind == "f":
             block = block.to(getattr(torch, self.dtype.name))
         elif block.dtype == torch.bfloat16:
             block = block.float()  # numpy has none
-        return block.cpu().numpy()
+        return block.contiguous().cpu().numpy()
 
     def _check(self, index, block):
         """Raise ValueError unless a block fits the rows that it is to be written to."""
