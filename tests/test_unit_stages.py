@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from numpy.testing import assert_allclose
 
 from tests.conftest import ROOT
-from tests.launcher import RARE, World, run_stage_of_user, two_sided
+from tests.launcher import RARE, World, run_ranks, run_stage_of_user, two_sided
 from tests.test_dictionaries import save
 from utils.controls import Compared
 from utils.data.images import load_images
@@ -113,6 +113,30 @@ def test_statistics_are_those_of_all_effects(world, phi):
         r = np.linalg.svd(rows)[2][0]
         assert abs(r @ array(world, f"{TOP}_pca")[n]) > 1 - 1e-5
     assert_allclose(array(world, "activations"), p.mean(axis=0), atol=1e-5 * np.abs(p).max())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, size):
+    """Most of the largest effects of the last units are 0. In `out`, of few images, the mean came first."""
+    output = world.root / f"once_by_{size}"
+    flags = [*world.model, "--units", world.root / "mine.safetensors", "--output_dir", output, *world.train]
+    logs = run_ranks(
+        size,
+        "compute_second_order_neuron_prs.py",
+        *flags,
+        "--top_k_pca",
+        TOP,
+        log=world.root / f"once_by_{size}.log",
+        constants={"utils.top_effects.FEW": 7},
+    )
+    assert "one pass has found the largest effects of" in logs[0] and "units for certain" in logs[0]
+    names = {path.name for path in output.glob("*.npy")}
+    differing = [name for name in names if (output / name).read_bytes() != array_bytes(world, name)]
+    assert len(names) > 6 and differing == [f"{PREFIX}image_norms.npy"]
+
+
+def array_bytes(world, name):
+    return (world.root / "out" / name).read_bytes()
 
 
 def test_the_component_of_a_rare_unit_points_where_it_acts(world, phi):

@@ -54,7 +54,8 @@ class Rebuilt:
 
     def projections(self, phi):
         """Return <c_n, r_n>, [B, N]."""
-        along = [(phi.C[:, :, n] * self.along[:, n]).sum(dim=1) for n in blocks_of(phi.C.shape[2])]
+        C = phi.C.contiguous()  # so that sums of stored effects have the same order
+        along = [(C[:, :, n] * self.along[:, n]).sum(dim=1) for n in blocks_of(C.shape[2])]
         return torch.cat(along, dim=1) + phi.kappa @ self.vectors.T - self.mean_along
 
     def projected(self, phi):

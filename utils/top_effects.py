@@ -416,7 +416,8 @@ def settle(work, tops, sums):
     work.commit()  # else effects would take places of candidates whose keys may be computed once more
     if not tops[0].exact:
         certain = np.concatenate([top.known for top in tops]) == CERTAIN
-        found = f"one pass has found the largest effects of {certain.sum()} of {certain.size} neurons"
+        what = "neurons" if tops[0].directions.units is None else "units"
+        found = f"one pass has found the largest effects of {certain.sum()} of {certain.size} {what}"
         again = f"; the other {(~certain).sum()} are gone over again, over {images} images"
         print(f"{found} for certain{again if doubted else ''}")
     return doubted
