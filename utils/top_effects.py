@@ -363,7 +363,7 @@ class TopK:
 
     def _kappa(self, mean):
         """Return the `Kappa` of all images. mean: [D]."""
-        centred = torch.from_numpy(self.files["bias"].read() - mean.numpy()).to(self.outputs)
+        centred = torch.from_numpy(self.files["bias"].read() - mean.numpy()).to(self.outputs.device)
         return Kappa(centred, float(centred.norm(dim=-1).max()))
 
     def _effects(self, B, images, C, kappa):

@@ -205,7 +205,7 @@ class Pass:
         found["division into pieces"] = _hash([_bounds(piece) for piece in self._every])
         if not self.adds_up:
             found["number of processes"] = distributed.world_size()
-            found["state"] = {name: values.shape for name, values in self.state.items()}  # by version
+            found["state"] = {name: values.shape for name, values in self.state.items()}  # of this version
         return json.loads(json.dumps(found))
 
     def __getitem__(self, path):
