@@ -110,6 +110,18 @@ def test_one_pass_leaves_the_bytes_of_two_but_for_norms(world, once, twice):
     assert "one pass has found the largest effects of" in printed
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_one_pass_leaves_the_bytes_of_two_in_half_precision(world, precision):
+    output = world.root / f"once_{precision}"
+    twice = world.root / f"twice_{precision}"
+    world.run("top", output, "--precision", precision, constants=FEW)
+    world.run("top", twice, "--precision", precision, "--passes", 2, constants=FEW)
+    assert differing(output, twice) == of_norms(("npy", "meta.json"))
+    for layer in LAYERS:
+        found, exact = (read(folder, layer, "top_mean") for folder in (output, world.whole / "top"))
+        assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+
+
 def test_two_passes_leave_the_bytes_of_few_images(world):
     """63 photos are too few for a preliminary mean, so without other constants there are two passes."""
     output = world.root / "two_passes_over_few"

@@ -129,6 +129,22 @@ def test_a_finished_result_of_something_else_is_never_replaced_without_being_ask
     assert load_record(path)["seed"] == 3
 
 
+def test_a_result_that_another_run_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """What the evaluation keeps until it has graded goes away while a second start looks at it."""
+    path = tmp_path / "a.npy"
+    with pass_of(path, {"seed": 2}) as work:
+        fill(work, path)
+
+    def remove_and_load(path):
+        for file in (path, record_path(path)):
+            file.unlink(missing_ok=True)
+        return load_record(path)
+
+    monkeypatch.setattr("utils.runtime.records.load_record", remove_and_load)
+    with pass_of(path, {"seed": 2}) as work:
+        assert fill(work, path) == [0, 2, 4, 6, 8]
+
+
 def test_results_of_older_mathematics_are_made_again(tmp_path):
     path = tmp_path / "a.npy"
     with pass_of(path, {"seed": 2}) as work:

@@ -161,6 +161,8 @@ def is_made(path, record, overwrite=False):
     differing = [key for key in compared if not agrees(found.get(key), record[key])]
     if differing == ["method_number"] and found.get("method_number", 0) < METHOD:
         return False  # of older mathematics
+    if differing and not path.is_file():
+        return False  # another run has just removed it
     if differing:
         how = f"with other {', '.join(differing)}" if found else "by another program, without a record"
         fix = "choose another --output_dir, or add --overwrite to replace it"
