@@ -10,8 +10,8 @@ With --keep top (the default for several layers), instead of all coefficients
     top_coefficients.npy [N, k, K], top_images.npy [N, k], top_mean.npy [N, D], image_norms.npy [images, N]
 This takes a look at some images for a preliminary mean (256, or 5 %), then one pass, which proves for each
 neuron that the k largest effects about the mean were found. Of 2,048 images or more the pass begins with
-every fourth, and takes the mean of these from there on. Neurons without proof are counted. For them, batches
-with an image that may be missing are gone over again.
+every fourth, and takes the mean of these from there on. Neurons without proof are counted. For them the
+images are gone over again.
 The norms are about the preliminary means, but for the k largest; their record says how far they may be off.
 Of fewer than 512 images, and with --passes 2, the mean comes first, in a pass of its own; norms are about it.
 And in any case the mean activations of the neurons at every token, activations.npy [T, N]. With
@@ -172,11 +172,10 @@ def look_at(work, clip, directions, look):
 
 
 def go_over_again(work, clip, doubted, coefficient):
-    """Go over batches again in which images of doubted neurons may be missing. doubted: of `settle`."""
+    """Go over the images again for layers with neurons in doubt. doubted: of `settle`."""
     for rows, pixels in work.round(AGAIN, "effects"):
-        again = [top for top in doubted if top.missing(rows).any()]
-        _, effects = second_order(clip.vit, pixels, [top.directions for top in again], coefficient)
-        for top in again:
+        _, effects = second_order(clip.vit, pixels, [top.directions for top in doubted], coefficient)
+        for top in doubted:
             top.add(next(effects), rows)
     settle_again(work, doubted)
 

@@ -1,7 +1,6 @@
 """`--keep top` in one pass and a look at a few images leaves, byte for byte, what two passes leave."""
 
 import functools
-import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,14 +199,14 @@ def far(world):
 
 
 def counts(printed):
-    """The neurons that are certain, of how many, those gone over again, and over how many images."""
+    """The neurons that are certain, of how many, and the others."""
     [line] = [line for line in printed.splitlines() if "gone over again" in line]
     return [int(word) for word in line.split() if word.isdecimal()]
 
 
 def test_doubted_neurons_are_counted_and_made_right(far, twice):
     output, printed = far
-    certain, every, doubted, _ = counts(printed)
+    certain, every, doubted = counts(printed)
     assert certain + doubted == every == len(LAYERS) * len(read(output, 0, "top_images"))
     assert doubted > every / 2
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
@@ -251,7 +250,7 @@ def test_a_pass_of_two_processes_that_was_killed_is_resumed(world, far, pieces):
     assert_same_files(output, far[0])
 
 
-# a few of them, which few images can matter for
+# a few of them, beside others in a block that are certain
 
 # a look at every other photo
 NEAR = {
@@ -268,13 +267,10 @@ def near(world):
     return output, world.run("top", output, *MANY, constants=NEAR)
 
 
-def test_a_few_doubted_neurons_need_few_batches(world, near):
+def test_a_few_doubted_neurons_are_made_right(world, near):
     output, printed = near
-    certain, every, doubted, images = counts(printed)
+    certain, every, doubted = counts(printed)
     assert certain + doubted == every and 0 < doubted < every / 20
-    assert 6 <= images < 63 / 2
-    *_, bar = re.findall(r"effects: 100%.* (\d+)/(\d+) \[", printed.replace("\r", "\n"))
-    assert bar == (str(images), str(images))
     twice = world.root / "near_by_two_passes"
     world.run("top", twice, "--passes", 2, *MANY)
     assert differing(output, twice) == of_norms(("npy", "meta.json"))
@@ -286,19 +282,19 @@ def test_a_few_doubted_neurons_need_few_batches(world, near):
 
 def assert_no_more_doubted(printed, by_one):
     """Each of several processes keeps as many candidates as one does, so fewer neurons are in doubt."""
-    certain, every, doubted, images = counts(printed)
-    assert certain + doubted == every and 0 < doubted <= counts(by_one)[2] and images <= counts(by_one)[3]
+    certain, every, doubted = counts(printed)
+    assert certain + doubted == every and 0 < doubted <= counts(by_one)[2]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_go_over_few_batches(world, near, size):
+def test_several_processes_make_a_few_right(world, near, size):
     output = world.root / f"near_by_{size}"
     assert_no_more_doubted(world.run("top", output, *MANY, constants=NEAR, size=size), near[1])
     assert_same_files(output, near[0])
 
 
-@pytest.mark.parametrize("size, pieces", [(1, 1), (1, 3), (2, 1), (3, 1)])
-def test_few_batches_are_resumed(world, near, size, pieces):
+@pytest.mark.parametrize("size, pieces", [(1, 1), (1, 30), (2, 1), (3, 1)])
+def test_a_pass_over_a_few_again_is_resumed(world, near, size, pieces):
     output = world.root / f"near_of_{size}_killed_{pieces}"
     arguments, _ = world.command("top", output, *MANY)
     log = world.root / f"{output.name}.log"
@@ -354,10 +350,9 @@ class Work:
     def gather_scratch(self, name):
         return [self.scratch[name].array]
 
-    def skip(self, number, needed):
+    def skip(self, number):
         assert number == AGAIN
-        self.again = [rows for rows in self.again if needed(rows)]
-        return len(self.again)
+        self.again = []
 
     def commit(self):
         pass
@@ -396,8 +391,7 @@ class Result:
 def kept_by(directions, C, kappa, k, few, part=1):
     """The largest effects, kept after the mean of `few` images; of every `part`-th first.
 
-    Returns the results, the count of doubted neurons, the share of batches gone over again, and the record of
-    norms.
+    Returns the results, the count of doubted neurons, and the record of norms.
     """
     images, heads, N = C.shape
     D = kappa.shape[1]
@@ -413,7 +407,6 @@ def kept_by(directions, C, kappa, k, few, part=1):
         look.add(SecondOrder(C[rows], kappa[rows], directions), rows)
     tops = TopK.of_layers(work, [directions], look, part, paths, {})
     first = Sums(work, 1.0, len(range(0, images, part)), "part_")
-    batches = len(work.again)
     for round, sums in zip(work.rounds, (first, every), strict=True):
         for rows in round:
             tops[0].add(SecondOrder(C[rows], kappa[rows], directions), rows, sums)
@@ -421,13 +414,12 @@ def kept_by(directions, C, kappa, k, few, part=1):
             move(work, tops, first)
     doubted = settle(work, tops, every)
     count = int((tops[0].known != CERTAIN).sum())
-    assert bool(doubted) == bool(count) and (count or not work.again)
+    assert bool(doubted) == bool(count) == bool(work.again)
     for rows in work.again:
         doubted[0].add(SecondOrder(C[rows], kappa[rows], directions), rows)
     settle_again(work, doubted)
-    share = len(work.again) / batches
     results = {kind: result.array for kind, result in work.results.items()}
-    return results, count, share, work["image_norms"].record
+    return results, count, work["image_norms"].record
 
 
 def drawn(rng):
@@ -452,11 +444,8 @@ def rarely_acting(rng):
 
 
 def check_against_sorting(seed, directions, C, kappa, k, few, part):
-    """In float64, of equal norms the earlier image first.
-
-    Returns the count of doubted neurons, and the share of batches that were gone over again.
-    """
-    found, doubted, share, record = kept_by(directions, C, kappa, k, few, part)
+    """In float64, of equal norms the earlier image first. Returns the count of doubted neurons."""
+    found, doubted, record = kept_by(directions, C, kappa, k, few, part)
     B = directions.B().double()
     phi = (torch.einsum("ikn,nko->ino", C.double(), B) + kappa.double()[:, None]).numpy()
     norms = np.linalg.norm(phi - phi.mean(axis=0), axis=-1)
@@ -478,24 +467,20 @@ def check_against_sorting(seed, directions, C, kappa, k, few, part):
     two, *_ = kept_by(directions, C, kappa, k, len(C), part)
     for kind in ("top_images", "top_coefficients", "top_mean", "bias"):
         assert np.array_equal(found[kind], two[kind]), (seed, kind)
-    return doubted, share
+    return doubted
 
 
 def test_a_thousand_sets_of_numbers_against_sorting(capsys):
     """What one pass found, and what was doubted."""
     certain = all_neurons = 0
-    shares = []
     for seed in range(1000):
         rng = np.random.default_rng(seed)
         directions, C, kappa = drawn(rng)
         k, few = int(rng.integers(1, 6)), int(rng.integers(2, len(C) // 2))
         part = int(rng.choice([1, 1, 2, 4]))
-        doubted, share = check_against_sorting(seed, directions, C, kappa, k, few, part)
-        certain += C.shape[2] - doubted
+        certain += C.shape[2] - check_against_sorting(seed, directions, C, kappa, k, few, part)
         all_neurons += C.shape[2]
-        shares += [share] if doubted else []
     assert 0.2 < certain / all_neurons < 0.9  # both ways are tried
-    assert min(shares) < 0.1 and 0.2 < np.mean(shares) < 0.8 and max(shares) == 1
     capsys.readouterr()
 
 
@@ -506,7 +491,7 @@ def test_units_that_rarely_act_against_sorting(capsys):
         rng = np.random.default_rng(seed)
         directions, C, kappa = rarely_acting(rng)
         k, few = int(rng.integers(1, 6)), int(rng.integers(2, len(C) // 2))
-        doubted, _ = check_against_sorting(seed, directions, C, kappa, k, few, part=1)
+        doubted = check_against_sorting(seed, directions, C, kappa, k, few, part=1)
         most = C.any(dim=1).sum(dim=0).max()
         doubted_units["rare" if most <= 3 * k else "other"] += doubted
     assert doubted_units["rare"] == 0 < doubted_units["other"]

@@ -4,9 +4,9 @@ This is `--keep top`. `compute_pcas.py` needs every neuron's mean effect mu and 
 A look at a few images gives a preliminary mean mu0, and a floor that more than k norms of all will be above.
 A pass over all sums up mu, takes norms about mu0, and keeps the effects above the floor. As
 | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the k largest about mu among them if the
-floor plus |mu - mu0| is below the k-th largest about mu. Where this leaves neurons in doubt, batches with an
-image that may be missing are gone over again, about mu. Of many images the pass goes over a part first, with
-a lower floor; mu0 is then the mean of this part, and norms and floor so far are raised by how far it moved.
+floor plus |mu - mu0| is below the k-th largest about mu. For neurons that this leaves in doubt the images are
+gone over again, about mu. Of many images the pass goes over a part first, with a lower floor; mu0 is then the
+mean of this part, and norms and floor so far are raised by how far it moved.
 Effects of a unit of a dictionary are 0 on images on which it does not act: all alike, of which the earliest
 come first. So of these only the first k can be among its k largest, and no other is a candidate.
 
@@ -45,7 +45,7 @@ COMPARED = 32  # candidates whose norms show how far rounding is
 AT_ONCE = 32  # neurons whose candidates are compared
 HALF = 2.0**-24  # of a norm, the least that rounding is taken for
 ROUNDING = 16  # times the largest rounding error among these is allowed for
-CERTAIN, DOUBTED, KEPT = 1, 2, 3  # see `TopK`
+CERTAIN, DOUBTED, RESTARTED = 1, 2, 3  # see `TopK`
 LOOK, PART_FIRST, OTHERS, AGAIN = range(4)  # the rounds of a pass; the last is for doubted neurons
 
 
@@ -86,7 +86,6 @@ def start_of(results, layers, k, images):
         state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
         state[f"moved{layer}"] = ((N,), "float32")
-        state[f"span{layer}"] = ((2, N), "uint64")
         state[f"idle{layer}"] = ((2, N), "int64")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
@@ -104,11 +103,10 @@ class TopK:
 
     In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
     [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
-    DOUBTED, then KEPT when keys are about the mean; apart: how far stored norms may be from those about the
-    mean; span, [2, N]: an image is missing whose key is at least the first and below the second; moved, [N]:
-    by how much norms of the first part are raised, 0 before; idle, [2, N]: on how many images a unit has not
-    acted, and the image after the k-th of them, 0 before. In its scratch are the candidates' coefficients,
-    float32 [N, c, K].
+    DOUBTED, then RESTARTED, with candidates about the mean; apart: how far stored norms may be from those
+    about the mean; moved, [N]: by how much norms of the first part are raised, 0 before; idle, [2, N]: on how
+    many images a unit has not acted, and the image after the k-th of them, 0 before. In its scratch are the
+    candidates' coefficients, float32 [N, c, K].
 
     work: `Pass`.
     directions: `Directions` of the layer.
@@ -125,11 +123,9 @@ class TopK:
         self.part = part
         self.files = {kind: work[path] for kind, path in paths.items()}
         self.exact = few == self.files["bias"].shape[0]  # another pass would tell no more
-        state = (
-            work.state[f"{name}{layer}"]
-            for name in ("keys", "floor", "known", "apart", "span", "moved", "idle")
-        )
-        self.keys, self.floor, self.known, self.apart, self.span, self.moved, self.idle = state
+        names = ("keys", "floor", "known", "apart", "moved", "idle")
+        state = (work.state[f"{name}{layer}"] for name in names)
+        self.keys, self.floor, self.known, self.apart, self.moved, self.idle = state
         self.taken = taken_of(self.keys)
         self.scratch = work.scratch[f"top{layer}"]
         self.norms = CentredNorms(directions, tuple(part.to(self.outputs.device) for part in mean))
@@ -174,7 +170,7 @@ class TopK:
     def add(self, phi, rows, sums=None):
         """Keep the effects of a batch (a slice of images) that are above the floor; store norms and kappa.
 
-        sums: `Sums` to add them to. Without, only what is missing is looked at, and nothing is stored.
+        sums: `Sums` to add them to. Without, only doubted neurons are looked at, and nothing is stored.
         """
         near = sums is not None and not self.exact  # kappa, too, may be left out of what is preliminary
         norms = (self.norms.squares(phi.C).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
@@ -182,7 +178,7 @@ class TopK:
         if self.directions.units is not None:
             new[self._repeats(phi.C, rows, new_ones=sums is not None)] = 0
         if sums is None:
-            new[~self.missing(rows)] = 0
+            new[self.known == CERTAIN] = 0
         else:
             sums.add(phi)
             self.files["bias"][rows] = phi.kappa
@@ -234,33 +230,15 @@ class TopK:
         """Return whether images are of the first part, so that their norms were raised."""
         return (images % self.part == 0) & (self.part > 1)
 
-    def missing(self, rows):
-        """Return whether images (a slice) may be among a neuron's k but are no candidates, [N, B]."""
-        images = images_of(rows)
-        found = np.zeros((len(self.known), len(images)), bool)
-        n = np.flatnonzero(self.span[1])
-        keys = key_of(self.files["image_norms"].read()[rows, n].T, images)
-        keys = np.where(self.of_part(images), raised(keys, self.moved[n, None]), keys)
-        found[n] = (self.span[0, n, None] <= keys) & (keys < self.span[1, n, None])
-        return found
-
-    def look_again(self, mean, known, span):
-        """Take norms about the mean from now on. known, span: of rank 0."""
+    def restart(self, mean, known):
+        """Take norms about the mean from now on; forget candidates of doubted neurons. known: of rank 0."""
         self.known[:] = np.maximum(self.known, np.minimum(known, DOUBTED))  # unless it has gone further
-        self.span[:] = span
-        doubted = np.flatnonzero(self.known == DOUBTED)
-        kappa = self._kappa(mean[1])
-        for n in np.array_split(doubted, len(doubted) // AT_ONCE + 1):
-            keys, B = self.keys[n], self._B(n)
-            C = torch.from_numpy(self.scratch.array[n]) - mean[0].T[n, None]
-            phi, _ = self._effects(B, image_of(keys), C, kappa)
-            self.keys[n] = np.where(keys < span[1, n, None], 0, key_of(norms_of(phi), image_of(keys)))
+        doubted = self.known == DOUBTED
+        self.keys[doubted], self.floor[doubted], self.known[doubted] = 0, 1, RESTARTED
         self.taken = taken_of(self.keys)
-        self.scratch.release()
         self.norms.origin, self.norms.shift = (part.to(self.norms.shift) for part in mean)
         if (self.known > CERTAIN).any():
             self.norms.directions = self.directions._replace(values=self._values())
-        self.known[doubted], self.floor[doubted] = KEPT, 1
 
     def write(self, mean, keys, floor):
         """Write the largest effects about the mean. mean: C, kappa. keys, floor: of all processes, lists."""
@@ -282,14 +260,12 @@ class TopK:
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = about[0]
             found.append((np.arange(len(keys))[n], *about))
-        n, images, norms, apart, *span = (np.concatenate(part) for part in zip(*found, strict=True))
-        ready = np.ones(len(n), bool)
+        n, images, norms, apart, ready = (np.concatenate(part) for part in zip(*found, strict=True))
         if first:
             self.apart[:] = (apart + self.moved[n]).max()
-            ready = (span[0] >= span[1]) | self.exact
-            self.span[:] = np.where(ready, 0, span)
             self.known[:] = np.where(ready, CERTAIN, DOUBTED)
         if not self.exact:
+            ready |= not first
             correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
 
     def _best(self, n, B, keys, C, mean, kappa, floor):
@@ -299,13 +275,10 @@ class TopK:
         kappa: `Kappa`. floor: [n].
 
         Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
-        norms may be from those about the mean; and a span: an image may be missing whose key is at least the
-        first and below the second. Of these [n] each.
+        norms may be from those about the mean, [n]; and whether no other image can be among the k, [n].
         """
         k = self.files["top_images"].shape[1]
         rows = np.arange(len(keys))[:, None]
-        here = (floor <= 1) | ((keys != 0).sum(axis=1) == self.files["bias"].shape[0])  # all that matter
-        below = np.where(here, 0, floor)
         step = self._step(mean, n, B)
         apart = step.norm(dim=-1).cpu().numpy() + kappa.far
         for near in (NEAR, 1):
@@ -324,7 +297,9 @@ class TopK:
             if (rounding <= near * norms[:, -1]).all():
                 break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
-        return x[rows, best], images, norms, apart + rounding, low, below
+        certain = (low >= floor) | (floor <= 1) | self.exact
+        certain |= (keys != 0).sum(axis=1) == self.files["bias"].shape[0]  # all images are candidates
+        return x[rows, best], images, norms, apart + rounding, certain
 
     def _likely(self, n, keys, C, k, near, far):
         """Return places [n, w] of candidates that have the k largest effects, by norms without kappa.
@@ -408,17 +383,18 @@ def settle(work, tops, sums):
         if not top.exact:
             about = {"norms_about": top.about(), "norms_off_by": float(top.apart[0])}
             top.files["image_norms"].record |= about | {"norms_exact": top.files["top_images"].shape[1]}
-    known = work.gather([f"{name}{top.layer}" for top in tops for name in ("known", "span")])
+    known = work.gather([f"known{top.layer}" for top in tops])
     for top in tops:  # by what rank 0 has found
-        top.look_again(means[top.layer], *(known[f"{name}{top.layer}"][0] for name in ("known", "span")))
+        top.restart(means[top.layer], known[f"known{top.layer}"][0])
     doubted = [top for top in tops if not (top.known == CERTAIN).all()]
-    images = work.skip(AGAIN, lambda rows: any(top.missing(rows).any() for top in doubted))
-    work.commit()  # else effects would take places of candidates whose keys may be computed once more
+    if not doubted:
+        work.skip(AGAIN)
+    work.commit()  # else candidates would be forgotten once more
     if not tops[0].exact:
         certain = np.concatenate([top.known for top in tops]) == CERTAIN
         what = "neurons" if tops[0].directions.units is None else "units"
         found = f"one pass has found the largest effects of {certain.sum()} of {certain.size} {what}"
-        again = f"; the other {(~certain).sum()} are gone over again, over {images} images"
+        again = f"; for the other {(~certain).sum()} the images are gone over again"
         print(f"{found} for certain{again if doubted else ''}")
     return doubted
 

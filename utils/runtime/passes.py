@@ -365,18 +365,9 @@ class Pass:
         start = sum(map(len, self.pieces.rounds[:number]))
         return range(start, start + len(self.pieces.rounds[number]))
 
-    def skip(self, number, needed):
-        """Count pieces of a round as done that nothing needs; return how many rows the others have.
-
-        needed: function of a piece, the same in all processes.
-        """
-        rows = 0
-        for i, piece in zip(self._numbers(number), self.pieces.rounds[number], strict=True):
-            if needed(piece):
-                rows += size_of(piece)
-            else:
-                self._done[i] = True
-        return rows
+    def skip(self, number):
+        """Count a round as done, by all processes."""
+        self._done[self._numbers(number)] = True
 
     def _end_turn(self, i):
         """Count a piece as done, after what its turn has queued; save the progress now and then."""
