@@ -272,6 +272,16 @@ def test_directions_act_by_what_the_stream_has_along_them(tmp_path):
     assert not found.rebuilds
 
 
+@pytest.mark.parametrize("units", [1023, 1024, 2500])
+def test_many_units_are_encoded_as_few_are(units):
+    """They are multiplied in blocks."""
+    drawn = torch.Generator().manual_seed(units)
+    W, b = torch.randn(units, D, generator=drawn), torch.randn(units, generator=drawn)
+    found = Dictionary(W, b, W, torch.zeros(D), activation="topk", k=K).encode(some_inputs())
+    before = some_inputs().double().numpy() @ W.double().numpy().T + b.double().numpy()
+    assert_allclose(found.numpy(), np.maximum(kept(before), 0), atol=1e-5)
+
+
 def test_a_random_dictionary_is_of_the_same_size_and_seeded():
     first, second = random_dictionary(ours(activation="topk", k=K)), random_dictionary(ours())
     assert first.decoder.shape == (U, D) and first.k == K

@@ -63,7 +63,7 @@ class CentredNorms:
         squares = self.squares(phi.C)
         kappa = phi.kappa - self.shift
         heads = einsum("bo,keo->kbe", kappa, self.directions.outputs)
-        for n in blocks_of(squares.shape[1]):
+        for n in blocks_of(squares.shape[1]) if kappa.any() else ():  # units have no share of constants
             x = phi.C[:, :, n] - self.origin[:, n]  # phi - mean = x B_n + kappa - rest, and B_n rest = 0
             B_kappa = torch.bmm(heads, self.directions.values[:, n].mT).transpose(0, 1)  # [B, K, n]
             squares[:, n] += 2 * B_kappa.mul_(x).sum(dim=1)

@@ -21,6 +21,7 @@ TOKENS = ("all", "class", "patches")  # where it may act
 ACTIVATIONS = ("relu", "gelu", "quickgelu", "topk", "signed_topk", "jumprelu", "gated", "identity")
 NORMS = ("none", "layer_norm", "constant_norm_rescale")
 EPSILON = 1e-5  # of layer_norm, added to the deviation
+TOGETHER = 1024  # units that are encoded together: their weights stay in the cache, which is twice as fast
 
 
 @dataclass(eq=False)
@@ -133,7 +134,9 @@ class Dictionary:
             x = x / self.factor(x)
         if self.input_bias is not None:
             x = x - self.input_bias
-        before = torch.nn.functional.linear(x, self.encoder)
+        before = x.new_empty(*x.shape[:-1], len(self.encoder))
+        for own, weights in zip(before.split(TOGETHER, -1), self.encoder.split(TOGETHER), strict=True):
+            own.copy_(torch.nn.functional.linear(x, weights))
         if self.gate is not None:
             gate, r_mag, b_mag = self.gate
             return torch.relu(before * r_mag.exp() + b_mag) * (before + gate > 0)
