@@ -272,7 +272,7 @@ def the_line(printed):
         "scores:",
         "texts:",
     )
-    bars += ("masks:", "bytes of images:")
+    bars += ("masks:", "bytes of images:", "rebuilding:")
     bars += ("102 units of ", "they rebuild ", "of the site's ", "without any attention ")  # no fault
     lines = [line for line in lines if not line.startswith(bars) and not line.endswith("GB free")]
     assert len(lines) == 1 and lines[0].startswith("error: "), printed

@@ -242,11 +242,12 @@ class TopK:
 
     def write(self, mean, keys, floor):
         """Write the largest effects about the mean. mean: C, kappa. keys, floor: of all processes, lists."""
-        keys = np.concatenate(keys, axis=1)
         floor = np.max(floor, axis=0)
         first = not self.known.any()
         kappa = self._kappa(mean[1])
-        found = []
+        shape = self.files["top_images"].shape
+        images, norms = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        apart, ready = np.zeros(len(floor)), np.zeros(len(floor), bool)
         for n in self._blocks():
             if (self.known[n] == CERTAIN).all():
                 continue
@@ -256,17 +257,16 @@ class TopK:
             B = self._B(n)
             if first:
                 self.files["top_mean"][n] = self._along(mean[0], n, B) + double(mean[1].to(self.outputs))
-            C, *about = self._best(n, B, keys[n], C, mean, kappa, floor[n])
+            own = np.concatenate([part[n] for part in keys], axis=1)
+            C, images[n], norms[n], apart[n], certain = self._best(n, B, own, C, mean, kappa, floor[n])
             self.files["top_coefficients"][n] = C
-            self.files["top_images"][n] = about[0]
-            found.append((np.arange(len(keys))[n], *about))
-        n, images, norms, apart, ready = (np.concatenate(part) for part in zip(*found, strict=True))
+            self.files["top_images"][n] = images[n]
+            ready[n] = certain if first else True
         if first:
-            self.apart[:] = (apart + self.moved[n]).max()
+            self.apart[:] = (apart + self.moved).max()
             self.known[:] = np.where(ready, CERTAIN, DOUBTED)
         if not self.exact:
-            ready |= not first
-            correct(self.files["image_norms"], n[ready], images[ready], norms[ready])
+            correct(self.files["image_norms"], np.flatnonzero(ready), images[ready], norms[ready])
 
     def _best(self, n, B, keys, C, mean, kappa, floor):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.

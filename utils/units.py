@@ -25,6 +25,7 @@ from utils.norms import groups_of_layers
 from utils.prs import COEFFICIENT, effect, fold, fold_layers
 from utils.runtime.errors import UserError
 from utils.runtime.layers import parse_layers
+from utils.runtime.passes import walk
 from utils.runtime.records import NEURONS
 from utils.runtime.results import PAIRS, RANDOM, unit_set
 
@@ -424,7 +425,7 @@ def check_rebuilding(clip, split, path):
         return
     rest = Rest(clip.vit, found)
     pieces = [piece for piece in split.pieces if piece.start < GUARD_IMAGES]
-    for pixels in split.pieces.load(pieces):
+    for _, pixels in walk(pieces, split.pieces.load, "rebuilding"):
         rest.effects(pixels)
     dictionary = found.dictionary
     site = f"{dictionary.site} of layer {dictionary.layer}"

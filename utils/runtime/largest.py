@@ -3,7 +3,7 @@
 import numpy as np
 
 LAST_IMAGE = 2**32 - 1
-ROWS = 512  # images whose norms are corrected together
+CORRECTED = 2**22  # norms that are corrected together
 
 
 def taken_of(keys):
@@ -88,8 +88,9 @@ def correct(file, neurons, images, norms):
     file: `ArrayFile` of all norms [images, N]. It may have been corrected before.
     """
     below = np.nextafter(norms[:, -1], 0, dtype=np.float32)
-    for start in range(0, file.shape[0], ROWS):
-        rows = slice(start, min(start + ROWS, file.shape[0]))
+    together = max(1, CORRECTED // file.shape[1])
+    for start in range(0, file.shape[0], together):
+        rows = slice(start, min(start + together, file.shape[0]))
         block = file.read()[rows].copy()
         block[:, neurons] = np.minimum(block[:, neurons], below)
         n, place = np.nonzero((images >= rows.start) & (images < rows.stop))
