@@ -520,7 +520,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(world, tmp_path, name)
     out = tmp_path / "out"
     flags = [*world.model, "--units", path, "--output_dir", out, *world.train, "--top_k_pca", TOP, *more]
     done = run_stage_of_user("compute_second_order_neuron_prs.py", *flags, folder=tmp_path, check=False)
-    lines = [line for line in done.stderr.splitlines() if "image/s" not in line]
+    lines = [line for line in done.stderr.splitlines() if line and "image/s" not in line]
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: ")
     assert re.search(message, lines[0]), lines[0]
     assert list(out.iterdir()) == []
