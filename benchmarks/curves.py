@@ -7,11 +7,13 @@ How they grow with the number of texts is in benchmarks/omp.py.
 
 ViT-B-32 with random weights on photos. Every point is a process of its own: one late layer on N images, and
 its components; several layers on the fewest images, all effects and the largest only; the largest of the most
-layers on N images (one pass, from 512 images on); the matching pursuit for N neurons with 30,000 texts.
+layers on N images (one pass, from 512 images on, beside two passes); the matching pursuit for N neurons with
+30,000 texts.
 """
 
 from benchmarks.common import Table, bench_parser, row, run, stage, write_photos
 from benchmarks.omp import pursue
+from utils.top_effects import strides_of
 
 LAYER, L = 9, 12
 
@@ -40,8 +42,9 @@ def measure(args, case):
     for images in args.images:
         layers = [*range(L - 1 - max(args.layers), L - 1), "--keep", "top"]
         what = f"effects of {max(args.layers)} layers, {images:,} images, --keep top"
-        found[what] = effects(args, photos[images], out, layers)
-        clear(out)
+        for passes in ("", " --passes 2") if strides_of(images).look > 1 else ("",):
+            found[what + passes] = effects(args, photos[images], out, layers + passes.split())
+            clear(out)
     for neurons in args.neurons:
         result = pursue("ours", args.texts, args.atoms, neurons=neurons, device=args.device)
         note = f"peak {result['peak'] / 1e9:.2f} GB, {1000 * result['seconds']:.1f} ms a neuron"

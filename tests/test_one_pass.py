@@ -484,6 +484,25 @@ def test_a_thousand_sets_of_numbers_against_sorting(capsys):
     capsys.readouterr()
 
 
+def test_fewer_candidates_than_are_kept_against_sorting(capsys):
+    """Where nearly all images are kept, and where the look was at larger effects than there are elsewhere."""
+    doubted = {"all": 0, "larger": 0}
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        directions, C, kappa = drawn(rng)
+        images, few = len(C), int(rng.integers(2, len(C) // 2))
+        part = int(rng.choice([1, 4]))
+        case = str(rng.choice(list(doubted)))
+        if case == "all":
+            k = images - int(rng.integers(0, 3))
+        else:
+            k = int(rng.integers(1, images // 4))
+            C[:few] *= 5
+        doubted[case] += check_against_sorting(seed, directions, C, kappa, k, few, part)
+    assert doubted["all"] == 0 < doubted["larger"]
+    capsys.readouterr()
+
+
 def test_units_that_rarely_act_against_sorting(capsys):
     """Of images on which a unit does not act the earliest count, and need no pass of their own."""
     doubted_units = {"rare": 0, "other": 0}

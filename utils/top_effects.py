@@ -213,8 +213,9 @@ class TopK:
                 step = self._step(mean, n, self._B(n)).norm(dim=-1).float().cpu().numpy()
                 self.moved[n] = np.nextafter(step, np.float32(np.inf))
             keys = np.sort(np.concatenate(keys, axis=1), axis=1)[:, ::-1]
-            expected = c * images / self.files["bias"].shape[0]
-            level = keys[:, int(expected - math.sqrt(expected))]  # by chance others are more or fewer
+            share = c / self.files["bias"].shape[0]
+            chance = math.sqrt(share * images * (1 - share))  # by which others are more or fewer
+            level = keys[:, int(share * images - chance)]
             self.floor[:] = np.maximum(raised(self.floor, self.moved), level)
             self.keys[:] = raised(self.keys, self.moved[:, None])
         self.norms.origin, self.norms.shift = (part.to(self.norms.origin) for part in mean)
@@ -297,8 +298,9 @@ class TopK:
             if (rounding <= near * norms[:, -1]).all():
                 break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
-        certain = (low >= floor) | (floor <= 1) | self.exact
-        certain |= (keys != 0).sum(axis=1) == self.files["bias"].shape[0]  # all images are candidates
+        candidates = (keys != 0).sum(axis=1)
+        certain = (candidates >= k) & ((low >= floor) | (floor <= 1) | self.exact)
+        certain |= candidates == self.files["bias"].shape[0]  # all images are candidates
         return x[rows, best], images, norms, apart + rounding, certain
 
     def _likely(self, n, keys, C, k, near, far):
@@ -313,7 +315,7 @@ class TopK:
             norms = np.sqrt(np.maximum(squares, 0))
         norms = np.where(keys, norms, -np.inf)  # no candidates
         smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None].clip(0) - 2 * far
-        return (-norms).argsort(axis=1)[:, : (norms >= smallest).sum(axis=1).max()]
+        return (-norms).argsort(axis=1)[:, : max(k, (norms >= smallest).sum(axis=1).max())]
 
     def _blocks(self):
         """Return slices of neurons whose directions in float64 take little memory."""

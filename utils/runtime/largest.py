@@ -70,10 +70,10 @@ def norm_of(keys):
 
 
 def raised(keys, by):
-    """Return keys of norms that are larger by some numbers, rounded up. 0 stays 0, which is no norm."""
+    """Return keys of norms that are larger by some numbers, rounded up. 0 and 1, of no norm, stay."""
     norms = np.nextafter(norm_of(keys) + by, np.float32(np.inf))
     larger = norms.view(np.uint32).astype(np.uint64) << np.uint64(32) | keys & np.uint64(LAST_IMAGE)
-    return np.where(keys, larger, np.uint64(0))
+    return np.where(keys > 1, larger, keys)
 
 
 def smallest_key(norms):
