@@ -57,7 +57,7 @@ class Activations:
         if mean:
             work.state[mean] += fixed(phi.p)
         for name in acts:
-            work.state[name] += (phi.p != 0).any(dim=1).sum(dim=0).cpu().numpy()
+            work.state[name] += phi.p.any(dim=1).sum(dim=0).cpu().numpy()
         return phi._replace(p=None)
 
     def write(self, work, images):

@@ -13,7 +13,7 @@ from utils.runtime.files import read_array, reserve, sync_file, writing
 from utils.runtime.records import publish
 
 QUEUE = 2**27  # bytes that may wait for the writing thread
-WAITING = 16  # times as many rows as a `Scratch` has along its first axis wait to be written
+WAITING = 8  # times as many rows as a `Scratch` has along its first axis wait to be written
 MAPPED = 4096  # rows that are written before their pages are let go of
 OPEN = 64  # files that are open at a time; some systems allow 256
 
@@ -262,9 +262,9 @@ class Scratch:
         """Write what waits in the order of the file, which touches a page once for many rows."""
         if self._waiting:
             places, rows = (np.concatenate(part[::-1]) for part in zip(*self._waiting, strict=True))
+            self._waiting = []
             places, latest = np.unique(places, return_index=True)
             array = torch.from_numpy(self.array.reshape(-1, self.shape[-1]))  # torch has several threads
-            self._waiting = []
             for part in np.array_split(np.arange(len(places)), len(places) // MAPPED + 1):
                 array[torch.from_numpy(places[part])] = torch.from_numpy(rows[latest[part]])
                 self.release()
