@@ -41,7 +41,8 @@ def main(args):
     if distributed.is_rank_zero():
         every = {path: spec for planned in arrays.values() for path, spec in planned.items()}
         require_space(every, overwrite=args.overwrite)
-    for layer, effects in stored.items():
+    for layer in layers:
+        effects = stored.pop(layer)  # what is read of them stays in memory as long as they do
         if effects.has_norms:
             copy_norms(effects, results)
         summarise(args, results, effects, arrays[layer], names)
