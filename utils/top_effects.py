@@ -40,7 +40,7 @@ SHARE = 20  # one in so many images, where this is more
 PART = 4  # one in so many images is of the part that is gone over first
 PLACES = 0.4  # of the places of candidates are for those of this part
 CANDIDATES = 4  # times as many effects as are kept
-NEAR = 1e-3  # of a norm: rounding that is allowed for at first, where the k largest are looked for
+NEAR = 1e-3  # of the largest norm: rounding allowed for at first, where the k largest are looked for
 COMPARED = 32  # candidates whose norms show how far rounding is
 AT_ONCE = 32  # neurons whose candidates are compared
 HALF = 2.0**-24  # of a norm, the least that rounding is taken for
@@ -96,6 +96,10 @@ class Kappa(NamedTuple):
 
     centred: torch.Tensor
     far: float
+
+    def of(self, images, like):
+        """Return that of some images, an array [...], as [..., D], of the kind of another tensor."""
+        return self.centred[torch.from_numpy(images).to(self.centred.device)].to(like)
 
 
 class TopK:
@@ -285,17 +289,17 @@ class TopK:
         for near in (NEAR, 1):
             likely = self._likely(n, keys, C, k, near, kappa.far)
             x, own = C[rows, likely], keys[rows, likely]
-            phi, rest = self._effects(B, image_of(own), x, kappa)
+            phi = self._effects(B, image_of(own), x, kappa)
             norms = norms_of(phi)
             best = np.where(own, key_of(norms, image_of(own)), 0).argsort(axis=1)[:, : -k - 1 : -1].copy()
             some, compared = own[:, :COMPARED], phi[:, :COMPARED]
             if not self.exact:  # keys are of norms about another mean, without kappa
-                compared = compared - rest[:, :COMPARED] + step[:, None]
+                compared = compared - kappa.of(image_of(some), step) + step[:, None]
             off = np.abs(compared.norm(dim=-1).cpu().numpy() - norm_of(some))
             off = np.where((some == 0) | self.of_part(image_of(some)), HALF * norm_of(some), off)
             rounding = ROUNDING * off.max(axis=1)
             images, norms = image_of(own)[rows, best], norms[rows, best]
-            if (rounding <= near * norms[:, -1]).all():
+            if (rounding <= near * norms[:, 0]).all():
                 break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
         candidates = (keys != 0).sum(axis=1)
@@ -306,7 +310,7 @@ class TopK:
     def _likely(self, n, keys, C, k, near, far):
         """Return places [n, w] of candidates that have the k largest effects, by norms without kappa.
 
-        near: share of a norm that they may be off by.
+        near: share of the largest norm that they may be off by.
         """
         if self.exact:  # keys are of norms about the mean, with kappa
             norms, far = norm_of(keys), 0
@@ -314,7 +318,8 @@ class TopK:
             squares = self.norms.along(C.to(self.outputs), n).cpu().numpy()
             norms = np.sqrt(np.maximum(squares, 0))
         norms = np.where(keys, norms, -np.inf)  # no candidates
-        smallest = (1 - near) * np.sort(norms, axis=1)[:, -k, None].clip(0) - 2 * far
+        order = np.sort(norms, axis=1).clip(0)
+        smallest = order[:, -k, None] - near * order[:, -1:] - 2 * far
         return (-norms).argsort(axis=1)[:, : max(k, (norms >= smallest).sum(axis=1).max())]
 
     def _blocks(self):
@@ -344,9 +349,8 @@ class TopK:
         return Kappa(centred, float(centred.norm(dim=-1).max()))
 
     def _effects(self, B, images, C, kappa):
-        """Return effects, float64 [n, c, D], and their kappa. C: about the mean, [n, c, K]."""
-        own = kappa.centred[torch.from_numpy(images).to(B.device)]
-        return torch.bmm(C.to(B), B).add_(own), own
+        """Return effects, float64 [n, c, D]. C: about the mean, [n, c, K]."""
+        return kappa.of(images, B).baddbmm_(C.to(B), B)
 
 
 def images_of(rows):

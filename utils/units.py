@@ -376,7 +376,7 @@ class Rest:
         self.vit.read_rows(cache)
         scale = coefficient / representation.norm(dim=-1)
         f = self.units.of_cache(cache)
-        self.acting += int((f != 0).sum())
+        self.acting += int(f.count_nonzero())
         cache["error"] = self.units.error(cache, f)
         found = {}
         for name, item in self.folded.items():
