@@ -129,11 +129,9 @@ def keep_top(args, clip, layers, split, results, record):
     alone = of_units(clip, arrays)
     representations = arrays_of_representations(args, results, split)
     arrays.update(representations)
-    state, scratch = start_of(results, layers, args.top_k_pca, len(split))
+    state, scratch = start_of(results, layers, args.top_k_pca, len(split), clip.units is not None)
     options = {"alone": alone, "state": state | activations.sums, "scratch": scratch}
     strides = strides_of(len(split))
-    if clip.units:
-        strides = strides._replace(part=1)  # the first images on which a unit does not act are to come first
     if args.passes == 2:
         strides = strides._replace(look=1)
     if strides.look == 1:

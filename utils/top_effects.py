@@ -8,7 +8,7 @@ floor plus |mu - mu0| is below the k-th largest about mu. For neurons that this 
 gone over again, about mu. Of many images the pass goes over a part first, with a lower floor; mu0 is then the
 mean of this part, and norms and floor so far are raised by how far it moved.
 Effects of a unit of a dictionary are 0 on images on which it does not act: all alike, of which the earliest
-come first. So of these only the first k can be among its k largest, and no other is a candidate.
+come first. So of these only the first k can be among its k largest, which are kept beside the candidates.
 
 Letters as in `utils.prs`, k effects that are kept, and c candidates.
 """
@@ -46,6 +46,7 @@ AT_ONCE = 32  # neurons whose candidates are compared
 HALF = 2.0**-24  # of a norm, the least that rounding is taken for
 ROUNDING = 16  # times the largest rounding error among these is allowed for
 CERTAIN, DOUBTED, RESTARTED = 1, 2, 3  # see `TopK`
+OF_WRITE = ("keys", "floor", "idle")  # what `TopK.write` takes of the state
 LOOK, PART_FIRST, OTHERS, AGAIN = range(4)  # the rounds of a pass; the last is for doubted neurons
 
 
@@ -67,8 +68,10 @@ def strides_of(images):
     return Strides(look, PART if images // PART >= 2 * FEW else 1)
 
 
-def start_of(results, layers, k, images):
+def start_of(results, layers, k, images, units=False):
     """Return state (sums, keys, knowledge) and scratch (candidates) of a `Pass`. results: of a loaded model.
+
+    units: whether the effects are of other units than neurons.
 
     Raises UserError when there are fewer images than k.
     """
@@ -86,7 +89,7 @@ def start_of(results, layers, k, images):
         state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
         state[f"moved{layer}"] = ((N,), "float32")
-        state[f"idle{layer}"] = ((2, N), "int64")
+        state[f"idle{layer}"] = ((N, k if units else 0), "int32")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
 
@@ -108,9 +111,9 @@ class TopK:
     In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
     [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
     DOUBTED, then RESTARTED, with candidates about the mean; apart: how far stored norms may be from those
-    about the mean; moved, [N]: by how much norms of the first part are raised, 0 before; idle, [2, N]: on how
-    many images a unit has not acted, and the image after the k-th of them, 0 before. In its scratch are the
-    candidates' coefficients, float32 [N, c, K].
+    about the mean; moved, [N]: by how much norms of the first part are raised, 0 before; idle, [N, k]: the
+    first images on which a unit does not act, as numbers that count down to 1 at the last image, and then 0.
+    In its scratch are the candidates' coefficients, float32 [N, c, K].
 
     work: `Pass`.
     directions: `Directions` of the layer.
@@ -180,7 +183,10 @@ class TopK:
         norms = (self.norms.squares(phi.C).clamp_(0).sqrt_() if near else self.norms(phi)).cpu().numpy()
         new = key_of(norms.T, images_of(rows))
         if self.directions.units is not None:
-            new[self._repeats(phi.C, rows, new_ones=sums is not None)] = 0
+            idle = ~phi.C.any(dim=1).T.cpu().numpy()
+            new[idle] = 0
+            if sums is not None:
+                self._keep_first(idle, images_of(rows))
         if sums is None:
             new[self.known == CERTAIN] = 0
         else:
@@ -191,20 +197,16 @@ class TopK:
         C = phi.C.mT[torch.from_numpy(images), torch.from_numpy(n)]
         self.scratch.put(n * self.keys.shape[1] + places, C.cpu().numpy())
 
-    def _repeats(self, C, rows, new_ones):
-        """Return whether effects are 0, and those of k earlier images are, too, [N, B].
+    def _keep_first(self, idle, images):
+        """Keep the first k images on which units do not act. idle: whether they do not, [N, B]."""
+        new = np.where(idle, self._count_down(images), np.int32(0))
+        earlier = np.flatnonzero(new.max(axis=1) > self.idle[:, -1])
+        every = np.sort(np.concatenate([self.idle[earlier], new[earlier]], axis=1), axis=1)
+        self.idle[earlier] = every[:, : -self.idle.shape[1] - 1 : -1]
 
-        new_ones: whether the images (a slice) are gone over for the first time.
-        """
-        images = images_of(rows)
-        idle = ~C.any(dim=1).T.cpu().numpy()
-        if new_ones:
-            count = self.idle[0, :, None] + idle.cumsum(axis=1)
-            n, kth = (idle & (count == self.files["top_images"].shape[1])).nonzero()
-            self.idle[0] = count[:, -1]
-            self.idle[1, n] = images[kth] + 1
-        after = self.idle[1, :, None]
-        return idle & (0 < after) & (after <= images)
+    def _count_down(self, images):
+        """Return images as numbers that count down to 1 at the last one, or such numbers as images."""
+        return (self.files["bias"].shape[0] - images).astype(np.int32)
 
     def move(self, mean, keys, images):
         """Take norms about the mean of the first part from now on, of some images; raise what there is.
@@ -245,8 +247,8 @@ class TopK:
         if (self.known > CERTAIN).any():
             self.norms.directions = self.directions._replace(values=self._values())
 
-    def write(self, mean, keys, floor):
-        """Write the largest effects about the mean. mean: C, kappa. keys, floor: of all processes, lists."""
+    def write(self, mean, keys, floor, idle):
+        """Write the largest effects about the mean. mean: C, kappa. Others: of all processes, lists."""
         floor = np.max(floor, axis=0)
         first = not self.known.any()
         kappa = self._kappa(mean[1])
@@ -257,12 +259,16 @@ class TopK:
             if (self.known[n] == CERTAIN).all():
                 continue
             # mapped again each time: pages once read would count as this process's
-            every = np.concatenate([part[n] for part in self.work.gather_scratch(f"top{self.layer}")], axis=1)
-            C = torch.from_numpy(every).sub_(mean[0].T[n, None].contiguous())
+            every = [part[n] for part in self.work.gather_scratch(f"top{self.layer}")]
+            every += [np.zeros((*part[n].shape, every[0].shape[2]), np.float32) for part in idle]
+            C = torch.from_numpy(np.concatenate(every, axis=1)).sub_(mean[0].T[n, None].contiguous())
             B = self._B(n)
             if first:
                 self.files["top_mean"][n] = self._along(mean[0], n, B) + double(mean[1].to(self.outputs))
-            own = np.concatenate([part[n] for part in keys], axis=1)
+            zero = norms_of(self._along(self.norms.origin, n, B))[:, None]  # norms of effects that are 0
+            own = [part[n] for part in keys]
+            own += [np.where(part[n], key_of(zero, self._count_down(part[n])), 0) for part in idle]
+            own = np.concatenate(own, axis=1)
             C, images[n], norms[n], apart[n], certain = self._best(n, B, own, C, mean, kappa, floor[n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = images[n]
@@ -382,10 +388,10 @@ def settle(work, tops, sums):
     if not tops:  # all is there
         return []
     means = sums.means([top.layer for top in tops])
-    found = work.gather([f"{name}{top.layer}" for top in tops for name in ("keys", "floor")])
+    found = work.gather([f"{name}{top.layer}" for top in tops for name in OF_WRITE])
     for top in tops if is_rank_zero() else ():
         if not top.known.any():  # else it was written before an interruption
-            top.write(means[top.layer], *(found[f"{name}{top.layer}"] for name in ("keys", "floor")))
+            top.write(means[top.layer], *(found[f"{name}{top.layer}"] for name in OF_WRITE))
         if not top.exact:
             about = {"norms_about": top.about(), "norms_off_by": float(top.apart[0])}
             top.files["image_norms"].record |= about | {"norms_exact": top.files["top_images"].shape[1]}
@@ -409,7 +415,7 @@ def settle_again(work, doubted):
     """Write the largest effects of layers whose doubted neurons were gone over again."""
     if not doubted:
         return
-    found = work.gather([f"{name}{top.layer}" for top in doubted for name in ("keys", "floor")])
+    found = work.gather([f"{name}{top.layer}" for top in doubted for name in OF_WRITE])
     for top in doubted if is_rank_zero() else ():
         mean = [part.cpu() for part in (top.norms.origin, top.norms.shift)]
-        top.write(mean, *(found[f"{name}{top.layer}"] for name in ("keys", "floor")))
+        top.write(mean, *(found[f"{name}{top.layer}"] for name in OF_WRITE))
