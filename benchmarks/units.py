@@ -104,6 +104,7 @@ def table(args, found):
         rows.append(row(f"{what}, memory", peak / 1e9, "GB", at_most=3 if largest else None))
     what = f"the stage, {max(found):,} units, --keep top, {args.images:,} photos"
     note = f"{turn.stage.seconds:.0f} s, and the plain pass {turn.before:.0f} and {turn.after:.0f} s"
+    note += "".join(f"; {line}" for line in turn.stage.output.splitlines() if line.startswith("one pass has"))
     rows.append(row(what, turn.ratio(), "x plain", at_most=2, note=note))
     rows.append(row(f"{what}, memory", turn.stage.peak / 1e9, "GB", at_most=3))
     title = f"Units of a dictionary, {args.model}, layer {args.layer}, batches of {args.batch_size}"
