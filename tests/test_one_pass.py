@@ -186,6 +186,43 @@ def test_several_processes_leave_the_files_of_one(world, once, size):
     assert_same_files(output, once[0])
 
 
+@pytest.fixture(scope="module")
+def units(world):
+    """What one pass leaves of a dictionary's units, many of which seldom act."""
+    output = world.root / "units_once"
+    world.run("units_top", output, constants=FEW)
+    return output
+
+
+def test_one_pass_over_units_leaves_the_bytes_of_two_but_for_norms(world, units):
+    twice = world.root / "units_twice"
+    world.run("units_top", twice, "--passes", 2, constants=FEW)
+    assert {name.split("_image_norms")[-1] for name in differing(units, twice)} == {".npy", ".meta.json"}
+    [path] = units.glob("*_top_coefficients.npy")
+    idle = ~np.load(path).any(axis=2)
+    assert idle.any() and not idle.all()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_leave_the_units_of_one(world, units, size):
+    output = world.root / f"units_by_{size}"
+    world.run("units_top", output, constants=FEW, size=size)
+    assert_same_files(output, units)
+
+
+@pytest.mark.parametrize("pieces", [3, 10, 16])
+def test_a_pass_over_units_that_was_killed_is_resumed(world, units, pieces):
+    output = world.root / f"units_killed_{pieces}"
+    log = world.root / f"{output.name}.log"
+    process = world.start("units_top", output, constants={**FEW, **hold(pieces, log)})
+    process.marker = Path(f"{log}.held.0")
+    wait_until_held(process)
+    kill(process)
+    assert finished_pieces(output) == pieces
+    world.run("units_top", output, constants=FEW)
+    assert_same_files(output, units)
+
+
 # neurons that one pass leaves in doubt
 
 FAR = {"utils.top_effects.FEW": 1, "utils.top_effects.SHARE": 1000}  # a look at the first photo alone
