@@ -210,16 +210,21 @@ def test_several_processes_leave_the_units_of_one(world, units, size):
     assert_same_files(output, units)
 
 
-@pytest.mark.parametrize("pieces", [3, 10, 16])
-def test_a_pass_over_units_that_was_killed_is_resumed(world, units, pieces):
-    output = world.root / f"units_killed_{pieces}"
+def kill_and_resume(world, stage, output, pieces, constants):
+    """Kill a stage after some pieces, and run it again."""
     log = world.root / f"{output.name}.log"
-    process = world.start("units_top", output, constants={**FEW, **hold(pieces, log)})
+    process = world.start(stage, output, constants={**constants, **hold(pieces, log)})
     process.marker = Path(f"{log}.held.0")
     wait_until_held(process)
     kill(process)
     assert finished_pieces(output) == pieces
-    world.run("units_top", output, constants=FEW)
+    world.run(stage, output, constants=constants)
+
+
+@pytest.mark.parametrize("pieces", [3, 10, 16])
+def test_a_pass_over_units_that_was_killed_is_resumed(world, units, pieces):
+    output = world.root / f"units_killed_{pieces}"
+    kill_and_resume(world, "units_top", output, pieces, FEW)
     assert_same_files(output, units)
 
 
@@ -263,13 +268,7 @@ def test_doubted_neurons_are_made_right_by_several_processes(world, far, size):
 @pytest.mark.parametrize("pieces", [1, 3, 5, 6, 12, 17, 18, 25, 33])  # of 1, then 4, 12, 16
 def test_a_pass_that_was_killed_is_resumed(world, far, pieces):
     output = world.root / f"far_killed_{pieces}"
-    log = world.root / f"{output.name}.log"
-    process = world.start("top", output, constants={**FAR, **hold(pieces, log)})
-    process.marker = Path(f"{log}.held.0")
-    wait_until_held(process)
-    kill(process)
-    assert finished_pieces(output) == pieces
-    world.run("top", output, constants=FAR)
+    kill_and_resume(world, "top", output, pieces, FAR)
     assert_same_files(output, far[0])
 
 
