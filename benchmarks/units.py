@@ -117,6 +117,6 @@ if __name__ == "__main__":
     parser.add_argument("--layer", type=int, default=9)
     parser.add_argument("--units", type=int, nargs="+", default=[1000, 16384, 49152])
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--images", type=int, default=1280, help="photos of the stage, a multiple of 4")
+    parser.add_argument("--images", type=int, default=5124, help="photos of the stage, a multiple of 4")
     parser.add_argument("--rounds", type=int, default=5)
     run(parser, set_up, measure, table, quick={"units": [100], "images": 8, "batch_size": 2, "rounds": 1})

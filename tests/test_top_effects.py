@@ -13,7 +13,7 @@ from tests.launcher import assert_same_files, contents, shared_world, the_line
 from utils.data.images import load_images
 from utils.model.clip import load_clip
 from utils.prs import SecondOrder, fold, second_order
-from utils.runtime.largest import enter, image_of, key_of, norm_of, raised, taken_of
+from utils.runtime.largest import enter, image_of, key_of, taken_of
 from utils.runtime.sums import FIXED, Sums
 
 K, LAYERS = 5, (0, 1, 2, 3)
@@ -181,16 +181,6 @@ def kept(norms, k, split):
 def test_of_equal_norms_the_earlier_ones_are_kept(k):
     norms = np.random.default_rng(k).integers(1, 6, (40, 50)).astype(np.float32)
     assert (kept(norms, k, [3, 10, 11, 30]) == largest(norms, k)).all()
-
-
-def test_raised_keys_are_of_norms_at_least_so_much_larger_and_of_the_same_images():
-    rng = np.random.default_rng(0)
-    norms, by = (np.float32(10.0 ** rng.uniform(-30, 30, 1000)) for _ in range(2))
-    keys = np.append(key_of(norms, rng.integers(0, 2**31, 1000)), np.uint64(0))
-    found = raised(keys, np.append(by, np.float32(1)))
-    total = norms.astype(float) + by
-    assert (norm_of(found)[:-1] >= total).all() and (norm_of(found)[:-1] <= total * (1 + 2.0**-22)).all()
-    assert (image_of(found) == image_of(keys)).all() and found[-1] == 0
 
 
 def test_of_images_that_are_there_twice_the_first_is_kept_by_one_process_and_by_two(world):

@@ -5,8 +5,8 @@ A look at a few images gives a preliminary mean mu0, and a floor that more than 
 A pass over all sums up mu, takes norms about mu0, and keeps the effects above the floor. As
 | |phi - mu| - |phi - mu0| | <= |mu - mu0|, these candidates have the k largest about mu among them if the
 floor plus |mu - mu0| is below the k-th largest about mu. For neurons that this leaves in doubt the images are
-gone over again, about mu. Of many images the pass goes over a part first, with a lower floor; mu0 is then the
-mean of this part, and norms and floor so far are raised by how far it moved.
+gone over again, about mu. Of many images the pass goes over a part first. The others have the mean of this
+part for mu0, and a floor of their own; norms of the part's candidates are taken again.
 Effects of a unit of a dictionary are 0 on images on which it does not act: all alike, of which the earliest
 come first. So of these only the first k can be among its k largest, which are kept beside the candidates.
 
@@ -30,7 +30,6 @@ from utils.runtime.largest import (
     image_of,
     key_of,
     norm_of,
-    raised,
     smallest_key,
     taken_of,
 )
@@ -38,15 +37,15 @@ from utils.runtime.largest import (
 FEW = 256  # images of the look, at least
 SHARE = 20  # one in so many images, where this is more
 PART = 4  # one in so many images is of the part that is gone over first
-PLACES = 0.4  # of the places of candidates are for those of this part
+PLACES = 0.3  # of the places of candidates are for those of this part
 CANDIDATES = 4  # times as many effects as are kept
+MARGIN = 2  # times as far as a mean is by chance from that of all
 NEAR = 1e-3  # of the largest norm: rounding allowed for at first, where the k largest are looked for
 COMPARED = 32  # candidates whose norms show how far rounding is
 AT_ONCE = 32  # neurons whose candidates are compared
-HALF = 2.0**-24  # of a norm, the least that rounding is taken for
 ROUNDING = 16  # times the largest rounding error among these is allowed for
 CERTAIN, DOUBTED, RESTARTED = 1, 2, 3  # see `TopK`
-OF_WRITE = ("keys", "floor", "idle")  # what `TopK.write` takes of the state
+OF_WRITE = ("keys", "floors", "idle")  # what `TopK.write` takes of the state
 LOOK, PART_FIRST, OTHERS, AGAIN = range(4)  # the rounds of a pass; the last is for doubted neurons
 
 
@@ -85,10 +84,9 @@ def start_of(results, layers, k, images, units=False):
             state[f"{name}C{layer}"] = ((N, K), "int64")
             state[f"{name}kappa{layer}"] = ((D,), "int64")
         state[f"keys{layer}"] = ((N, c), "uint64")
-        state[f"floor{layer}"] = ((N,), "uint64")
+        state[f"floors{layer}"] = ((2, N), "uint64")
         state[f"known{layer}"] = ((N,), "uint8")
         state[f"apart{layer}"] = ((1,), "float64")
-        state[f"moved{layer}"] = ((N,), "float32")
         state[f"idle{layer}"] = ((N, k if units else 0), "int32")
         scratch[f"top{layer}"] = ((N, c, K), "float32")
     return state, scratch
@@ -108,11 +106,12 @@ class Kappa(NamedTuple):
 class TopK:
     """TopK is the candidates for the k largest centred effects of a layer's neurons, and then these.
 
-    In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floor,
-    [N]: all that are no candidates are below it, 0 where it is not known yet; known, [N]: CERTAIN, or
-    DOUBTED, then RESTARTED, with candidates about the mean; apart: how far stored norms may be from those
-    about the mean; moved, [N]: by how much norms of the first part are raised, 0 before; idle, [N, k]: the
-    first images on which a unit does not act, as numbers that count down to 1 at the last image, and then 0.
+    In the state of a `Pass` are keys, uint64 [N, c]: `key_of` the candidates of this process, or 0; floors,
+    [2, N]: all that are no candidates are below the first, or of the part that is gone over first below the
+    second, about the mean of the look; 0 where they are not known yet; known, [N]: CERTAIN, or DOUBTED, then
+    RESTARTED, with candidates about the mean; apart: how far stored norms may be from those about the mean,
+    but for rounding; idle, [N, k]: the first images on which a unit does not act, as numbers that count down
+    to 1 at the last image, and then 0.
     In its scratch are the candidates' coefficients, float32 [N, c, K].
 
     work: `Pass`.
@@ -129,13 +128,15 @@ class TopK:
         self.few = few
         self.part = part
         self.files = {kind: work[path] for kind, path in paths.items()}
+        self.k = self.files["top_images"].shape[1]
         self.exact = few == self.files["bias"].shape[0]  # another pass would tell no more
-        names = ("keys", "floor", "known", "apart", "moved", "idle")
-        state = (work.state[f"{name}{layer}"] for name in names)
-        self.keys, self.floor, self.known, self.apart, self.moved, self.idle = state
+        state = (work.state[f"{name}{layer}"] for name in ("keys", "floors", "known", "apart", "idle"))
+        self.keys, self.floors, self.known, self.apart, self.idle = state
+        self.floor = self.floors[0]
         self.taken = taken_of(self.keys)
         self.scratch = work.scratch[f"top{layer}"]
         self.norms = CentredNorms(directions, tuple(part.to(self.outputs.device) for part in mean))
+        self.of_look = self.norms.origin
         # values are read again where they are needed, which a pass over the images is not
         self.directions = directions if self.exact else directions._replace(values=None)
         self.norms.directions = self.directions
@@ -159,7 +160,10 @@ class TopK:
         return tops
 
     def first_floor(self, look):
-        """Return keys [N] that about c of all norms reach, or a share of a part, by the `Look`'s sample."""
+        """Return keys [N] that about c of all norms reach, or a share of a part, by the `Look`'s sample.
+
+        Where norms are close together these are lower, for the k largest about the mean to be above.
+        """
         norms = []
         for C in [] if self.exact else look.sample(self.layer):
             found = self.norms.squares(C.to(self.outputs)).clamp_(0).sqrt_()
@@ -167,11 +171,15 @@ class TopK:
                 found *= C.any(dim=1).to(found)  # of effects that are 0, few are candidates
             norms += found
         places = self.keys.shape[1] * (1 if self.part == 1 else PLACES)
-        expected = len(norms) * places * self.part / self.files["bias"].shape[0]
-        rank = math.ceil(expected + math.sqrt(expected) + 1)  # by chance the sample has more or fewer of them
+        share = len(norms) / self.files["bias"].shape[0]
+        rank = deeper(places * self.part * share)
         if rank > len(norms):
             return np.ones_like(self.floor)
-        lowest = torch.stack(norms).topk(rank, dim=0).values[-1].cpu().numpy()
+        norms = torch.stack(norms)
+        largest = norms.topk(rank, dim=0).values
+        spread = norms.square().mean(dim=0).div(self.few).sqrt()  # of the mean of so many images
+        below = largest[deeper(self.k * share) - 1] - MARGIN * spread
+        lowest = torch.minimum(largest[-1], below).cpu().numpy()
         return np.maximum(smallest_key(lowest), np.uint64(1))  # 0 is for a floor that is not known
 
     def add(self, phi, rows, sums=None):
@@ -208,22 +216,33 @@ class TopK:
         """Return images as numbers that count down to 1 at the last one, or such numbers as images."""
         return (self.files["bias"].shape[0] - images).astype(np.int32)
 
-    def move(self, mean, keys, images):
-        """Take norms about the mean of the first part from now on, of some images; raise what there is.
+    def move(self, mean):
+        """Take the norms of candidates again, about the mean of the first part."""
+        for n in () if self.floors[1].any() else self._blocks():
+            some = n, slice(self.taken[n].max())
+            C = torch.from_numpy(self.scratch.array[some]) - mean[0].T[n, None]
+            norms = self.norms.along(C.to(self.outputs), n).clamp_(0).sqrt_().cpu().numpy()
+            self.keys[some] = np.where(self.keys[some], key_of(norms, image_of(self.keys[some])), 0)
+            self.scratch.release()
 
-        keys: of all processes, a list.
+    def lift(self, mean, keys, images):
+        """Take norms about the mean of the first part, of some images, from now on; the others get a floor.
+
+        It leaves places for them, and is below the k largest by as much as the mean has moved.
+        keys: of the candidates of all processes after `move`, a list.
         """
-        if not self.moved.any():
-            c = self.keys.shape[1]
-            for n in self._blocks():
-                step = self._step(mean, n, self._B(n)).norm(dim=-1).float().cpu().numpy()
-                self.moved[n] = np.nextafter(step, np.float32(np.inf))
+        if not self.floors[1].any():
+            self.floors[1] = self.floor
+            c, every = self.keys.shape[1], self.files["bias"].shape[0]
             keys = np.sort(np.concatenate(keys, axis=1), axis=1)[:, ::-1]
-            share = c / self.files["bias"].shape[0]
-            chance = math.sqrt(share * images * (1 - share))  # by which others are more or fewer
-            level = keys[:, int(share * images - chance)]
-            self.floor[:] = np.maximum(raised(self.floor, self.moved), level)
-            self.keys[:] = raised(self.keys, self.moved[:, None])
+            left = c - (keys != 0).sum(axis=1)  # places for the others
+            rank = (left * images // (every - images)).clip(0, c - 1)
+            level = np.take_along_axis(keys, rank[:, None], axis=1)[:, 0]
+            few = 2 * self.k * images / every  # twice what is expected, as the part may have more of them
+            kth = norm_of(keys[:, deeper(few) - 1])
+            apart = [self._step(mean, self.of_look, n, self._B(n)).norm(dim=-1) for n in self._blocks()]
+            below = smallest_key(kth - torch.cat(apart).cpu().numpy())
+            self.floor[:] = np.minimum(level, below).clip(1)
         self.norms.origin, self.norms.shift = (part.to(self.norms.origin) for part in mean)
 
     def about(self):
@@ -232,10 +251,6 @@ class TopK:
             return f"the mean of {self.few} images"
         part = len(range(0, self.files["bias"].shape[0], self.part))
         return f"the mean of {self.few} images, or of {part}"
-
-    def of_part(self, images):
-        """Return whether images are of the first part, so that their norms were raised."""
-        return (images % self.part == 0) & (self.part > 1)
 
     def restart(self, mean, known):
         """Take norms about the mean from now on; forget candidates of doubted neurons. known: of rank 0."""
@@ -247,14 +262,14 @@ class TopK:
         if (self.known > CERTAIN).any():
             self.norms.directions = self.directions._replace(values=self._values())
 
-    def write(self, mean, keys, floor, idle):
+    def write(self, mean, keys, floors, idle):
         """Write the largest effects about the mean. mean: C, kappa. Others: of all processes, lists."""
-        floor = np.max(floor, axis=0)
+        floors = np.max(floors, axis=0)
         first = not self.known.any()
         kappa = self._kappa(mean[1])
         shape = self.files["top_images"].shape
         images, norms = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        apart, ready = np.zeros(len(floor)), np.zeros(len(floor), bool)
+        apart, ready = np.zeros(len(images)), np.zeros(len(images), bool)
         for n in self._blocks():
             if (self.known[n] == CERTAIN).all():
                 continue
@@ -269,29 +284,29 @@ class TopK:
             own = [part[n] for part in keys]
             own += [np.where(part[n], key_of(zero, self._count_down(part[n])), 0) for part in idle]
             own = np.concatenate(own, axis=1)
-            C, images[n], norms[n], apart[n], certain = self._best(n, B, own, C, mean, kappa, floor[n])
+            C, images[n], norms[n], apart[n], certain = self._best(n, B, own, C, mean, kappa, floors[:, n])
             self.files["top_coefficients"][n] = C
             self.files["top_images"][n] = images[n]
             ready[n] = certain if first else True
         if first:
-            self.apart[:] = (apart + self.moved).max()
+            self.apart[:] = apart.max()
             self.known[:] = np.where(ready, CERTAIN, DOUBTED)
         if not self.exact:
             correct(self.files["image_norms"], np.flatnonzero(ready), images[ready], norms[ready])
 
-    def _best(self, n, B, keys, C, mean, kappa, floor):
+    def _best(self, n, B, keys, C, mean, kappa, floors):
         """Return the k largest effects of a block of neurons n from candidates by falling norm.
 
         B: `_B` of n. keys, C: of the candidates, [n, c] and about the mean [n, c, K]. mean: C, kappa.
-        kappa: `Kappa`. floor: [n].
+        kappa: `Kappa`. floors: [2, n].
 
         Returns C [n, k, K]; images and norms [n, k], of equal norms the earlier image first; how far stored
         norms may be from those about the mean, [n]; and whether no other image can be among the k, [n].
         """
-        k = self.files["top_images"].shape[1]
+        k = self.k
         rows = np.arange(len(keys))[:, None]
-        step = self._step(mean, n, B)
-        apart = step.norm(dim=-1).cpu().numpy() + kappa.far
+        step, of_look = (self._step(mean, origin, n, B) for origin in (self.norms.origin, self.of_look))
+        apart = torch.stack([step, of_look]).norm(dim=-1).cpu().numpy() + kappa.far
         for near in (NEAR, 1):
             likely = self._likely(n, keys, C, k, near, kappa.far)
             x, own = C[rows, likely], keys[rows, likely]
@@ -302,16 +317,15 @@ class TopK:
             if not self.exact:  # keys are of norms about another mean, without kappa
                 compared = compared - kappa.of(image_of(some), step) + step[:, None]
             off = np.abs(compared.norm(dim=-1).cpu().numpy() - norm_of(some))
-            off = np.where((some == 0) | self.of_part(image_of(some)), HALF * norm_of(some), off)
-            rounding = ROUNDING * off.max(axis=1)
+            rounding = ROUNDING * np.where(some, off, 0).max(axis=1)
             images, norms = image_of(own)[rows, best], norms[rows, best]
             if (rounding <= near * norms[:, 0]).all():
                 break
         low = smallest_key(norms[:, -1] - apart - 4 * rounding)  # 4, because two passes round, too
         candidates = (keys != 0).sum(axis=1)
-        certain = (candidates >= k) & ((low >= floor) | (floor <= 1) | self.exact)
+        certain = (candidates >= k) & (((low >= floors) | (floors <= 1)).all(axis=0) | self.exact)
         certain |= candidates == self.files["bias"].shape[0]  # all images are candidates
-        return x[rows, best], images, norms, apart + rounding, certain
+        return x[rows, best], images, norms, apart.max(axis=0), certain
 
     def _likely(self, n, keys, C, k, near, far):
         """Return places [n, w] of candidates that have the k largest effects, by norms without kappa.
@@ -333,9 +347,9 @@ class TopK:
         count = len(self.known)
         return [slice(start, min(start + AT_ONCE, count)) for start in range(0, count, AT_ONCE)]
 
-    def _step(self, mean, n, B):
-        """Return how far a mean is from that which norms are about, without kappa, float64 [n, D]."""
-        return self._along(mean[0].to(self.norms.origin) - self.norms.origin, n, B)
+    def _step(self, mean, origin, n, B):
+        """Return how far a mean is from another, C [K, N], without kappa, float64 [n, D]."""
+        return self._along(mean[0].to(origin) - origin, n, B)
 
     def _along(self, C, n, B):
         """Return the combinations C [K, N] of the directions of neurons n, float64 [n, D]. B: `_B` of n."""
@@ -359,6 +373,11 @@ class TopK:
         return kappa.of(images, B).baddbmm_(C.to(B), B)
 
 
+def deeper(rank):
+    """Return a rank in a sample that is deeper than an expected one, by what chance may do."""
+    return math.ceil(rank + math.sqrt(rank) + 1)
+
+
 def images_of(rows):
     """Return the images of a slice."""
     return np.arange(rows.start, rows.stop, rows.step or 1)
@@ -373,9 +392,13 @@ def move(work, tops, sums):
     """Take norms about the mean of the first part of the images from now on. sums: its `Sums`."""
     if tops and tops[0].part > 1 and not tops[0].exact:
         means = sums.means([top.layer for top in tops])
+        for top in tops:
+            top.move(means[top.layer])
         keys = work.gather([f"keys{top.layer}" for top in tops])
         for top in tops:
-            top.move(means[top.layer], keys[f"keys{top.layer}"], sums.images)
+            top.lift(means[top.layer], keys[f"keys{top.layer}"], sums.images)
+        work.commit()
+        work.gather([])  # no process has later candidates before all have lifted their floors
 
 
 def settle(work, tops, sums):

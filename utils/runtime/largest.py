@@ -69,13 +69,6 @@ def norm_of(keys):
     return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
 
 
-def raised(keys, by):
-    """Return keys of norms that are larger by some numbers, rounded up. 0 and 1, of no norm, stay."""
-    norms = np.nextafter(norm_of(keys) + by, np.float32(np.inf))
-    larger = norms.view(np.uint32).astype(np.uint64) << np.uint64(32) | keys & np.uint64(LAST_IMAGE)
-    return np.where(keys > 1, larger, keys)
-
-
 def smallest_key(norms):
     """Return a key that no image of a norm at least so large is below, and few others are not."""
     down = np.nextafter(np.maximum(norms, 0).astype(np.float32), np.float32(0))
