@@ -240,9 +240,10 @@ class TopK:
             level = np.take_along_axis(keys, rank[:, None], axis=1)[:, 0]
             few = 2 * self.k * images / every  # twice what is expected, as the part may have more of them
             kth = norm_of(keys[:, deeper(few) - 1])
-            apart = [self._step(mean, self.of_look, n, self._B(n)).norm(dim=-1) for n in self._blocks()]
-            below = smallest_key(kth - torch.cat(apart).cpu().numpy())
-            self.floor[:] = np.minimum(level, below).clip(1)
+            for n in self._blocks():
+                step = self._step(mean, self.of_look, n, self._B(n))
+                kth[n] -= step.norm(dim=-1).cpu().numpy()
+            self.floor[:] = np.minimum(level, smallest_key(kth)).clip(1)
         self.norms.origin, self.norms.shift = (part.to(self.norms.origin) for part in mean)
 
     def about(self):
