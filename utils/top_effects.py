@@ -217,7 +217,7 @@ class TopK:
         return (self.files["bias"].shape[0] - images).astype(np.int32)
 
     def move(self, mean):
-        """Take the norms of candidates again, about the mean of the first part."""
+        """Take the norms of candidates again, about the mean of the first part. mean: C [K, N], kappa [D]."""
         for n in () if self.floors[1].any() else self._blocks():
             some = n, slice(self.taken[n].max())
             C = torch.from_numpy(self.scratch.array[some]) - mean[0].T[n, None]
@@ -229,7 +229,7 @@ class TopK:
         """Take norms about the mean of the first part, of some images, from now on; the others get a floor.
 
         It leaves places for them, and is below the k largest by as much as the mean has moved.
-        keys: of the candidates of all processes after `move`, a list.
+        mean: as in `move`. keys: of all processes' candidates after it, a list of [N, c].
         """
         if not self.floors[1].any():
             self.floors[1] = self.floor
@@ -238,8 +238,8 @@ class TopK:
             left = c - (keys != 0).sum(axis=1)  # places for the others
             rank = (left * images // (every - images)).clip(0, c - 1)
             level = np.take_along_axis(keys, rank[:, None], axis=1)[:, 0]
-            few = 2 * self.k * images / every  # twice what is expected, as the part may have more of them
-            kth = norm_of(keys[:, deeper(few) - 1])
+            expected = self.k * images / every
+            kth = norm_of(keys[:, deeper(2 * expected) - 1])  # twice, as the part may have more of them
             for n in self._blocks():
                 step = self._step(mean, self.of_look, n, self._B(n))
                 kth[n] -= step.norm(dim=-1).cpu().numpy()
